@@ -1,0 +1,20 @@
+"""File formats: where raw and average weights are, and what is plain.
+
+Imports the core and torch only, and knows nothing of a runner.
+"""
+
+from mmdet_ema.checkpoint.layout import EMAPart, pack, put_raw, unpack
+from mmdet_ema.checkpoint.plain import Codec, foreign, from_plain, to_plain
+from mmdet_ema.checkpoint.structure import read_structure
+
+__all__ = [
+    'Codec',
+    'EMAPart',
+    'foreign',
+    'from_plain',
+    'pack',
+    'put_raw',
+    'read_structure',
+    'to_plain',
+    'unpack',
+]

@@ -1,0 +1,102 @@
+"""Look into a checkpoint file without reading its tensors."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from typing import Any, Mapping
+
+import torch
+
+from mmdet_ema.core.errors import CheckpointError
+
+_UNSAFE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+_WRITE = 'give the path of a .pth file that a training run wrote'
+
+
+def read_structure(path: str) -> Mapping[str, Any]:
+    """Read a local checkpoint with tensors that have shapes but no data.
+
+    Safe for untrusted files: nothing in them is executed
+    (``weights_only=True``).
+
+    Args:
+        path: A file.
+
+    Returns:
+        The checkpoint, its tensors on the ``meta`` device. Empty for a file
+        in torch's format before 1.6, which cannot be read in parts, and where
+        the user has chosen unsafe loading (``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``).
+
+    Raises:
+        CheckpointError: If the file is missing, cut off, no checkpoint, or
+            holds more than weights and plain values.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f'there is no file {path!r}; {_WRITE}.')
+    if _is_legacy(path) or os.environ.get(_UNSAFE):
+        return {}
+    if not _is_torch_zip(path):
+        raise CheckpointError(_why_not(path))
+    return _check_mapping(path, _load(path))
+
+
+def _load(path: str) -> Any:
+    try:
+        return torch.load(
+            path, map_location='meta', mmap=True, weights_only=True
+        )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f'{path!r} holds objects other than weights and plain values '
+            f'({_cause(error)}), which could run code when read. If you trust '
+            f'it, set the environment variable {_UNSAFE}=1.'
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f'{path!r} is no readable checkpoint ({_cause(error)}); {_WRITE}.'
+        ) from None
+
+
+def _check_mapping(path: str, content: Any) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f'{path!r} holds a {type(content).__name__}, not a dict with a '
+            f'state_dict; {_WRITE}.'
+        )
+    return content
+
+
+def _is_torch_zip(path: str) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(n.endswith('/data.pkl') for n in archive.namelist())
+
+
+def _is_legacy(path: str) -> bool:
+    """Return whether a file starts with the magic number of old files."""
+    with open(path, 'rb') as file:
+        head = file.read(32)
+    return b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19' in head
+
+
+def _why_not(path: str) -> str:
+    size = os.path.getsize(path)
+    with open(path, 'rb') as file:
+        begins_as_zip = file.read(2) == b'PK'
+    if begins_as_zip and not zipfile.is_zipfile(path):
+        return (
+            f'{path!r} ({size} bytes) is cut off: its writer was stopped or '
+            f'the copy is not complete; take an earlier checkpoint.'
+        )
+    return f'{path!r} ({size} bytes) is no checkpoint; {_WRITE}.'
+
+
+def _cause(error: BaseException) -> str:
+    found = re.search(r'GLOBAL (\S+)', str(error))
+    if found:
+        return found.group(1)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

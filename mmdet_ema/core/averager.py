@@ -1,0 +1,277 @@
+"""The averager: averages of a model's tensors, in and out of the model."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_ema.core.check import check_choice, check_count, check_flag
+from mmdet_ema.core.errors import NonFiniteError, OptionError
+from mmdet_ema.core.finite import all_finite, first_nonfinite
+from mmdet_ema.core.horizon import decay_over
+from mmdet_ema.core.schedule_spec import (
+    ScheduleSpec,
+    build_schedule,
+    check_decay,
+)
+from mmdet_ema.core.store import AverageStore
+
+NONFINITE = ('skip', 'raise', 'ignore')
+
+
+class WeightAverager:
+    """Moving average of the weights of a model, for a plain PyTorch loop.
+
+    Call :meth:`update` after every optimizer step; evaluate and export inside
+    :meth:`applied`. Update n = 1, 2, ... is
+    ``avg = d(n) * avg + (1 - d(n)) * raw``, from the weights that the model
+    has when the averager is made.
+
+    Args:
+        model: The model. It is neither copied nor changed.
+        schedule: Name, ``dict(type=name, **options)`` or callable n -> decay.
+            Defaults to 'exponential', YOLOv5's ramp.
+        interval: Steps between updates; the decay of an update is the product
+            of those of its steps, so the window does not change. Defaults
+            to 1.
+        phase: Which step of an interval updates: steps with
+            ``step % interval == phase % interval``. Defaults to 0.
+        update_buffers: Whether float buffers are averaged (else copied).
+            Defaults to True.
+        device: Where the averages live; None for where the parameters are.
+        nonfinite: What to do with NaN and Inf: 'skip' the step, 'raise', or
+            'ignore'. Defaults to 'skip'.
+        **options: Options of a schedule given by name (``decay``, ``tau``).
+
+    Raises:
+        OptionError: If an option is unknown or out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> averager = WeightAverager(model, schedule='constant', decay=0.9)
+        >>> averager.update()
+        True
+        >>> with averager.applied():
+        ...     output = model(torch.ones(1, 2))
+        >>> averager.num_updates
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: ScheduleSpec = 'exponential',
+        *,
+        interval: int = 1,
+        phase: int = 0,
+        update_buffers: bool = True,
+        device: Union[str, torch.device, None] = None,
+        nonfinite: str = 'skip',
+        **options: Any,
+    ):
+        self.schedule = build_schedule(schedule, **options)
+        self.interval = check_count('interval', interval, 1)
+        self.phase = check_count('phase', phase, 0)
+        self.nonfinite = check_choice('nonfinite', nonfinite, NONFINITE)
+        check_flag('update_buffers', update_buffers)
+        self.model = model
+        self.num_steps = 0
+        self.num_updates = 0
+        self.num_skipped = 0
+        self._averaged_steps = 0
+        self._store = AverageStore(model, update_buffers, check_device(device))
+
+    @property
+    def decay(self) -> float:
+        """Decay d(n) of the last step; 0 before the first."""
+        n = self.num_steps
+        return check_decay(self.schedule, n) if n else 0.0
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the model holds the averages at this moment."""
+        return self._store.is_applied
+
+    @torch.no_grad()
+    def update(self) -> bool:
+        """Take in the weights after an optimizer step.
+
+        Returns:
+            False if the step was skipped because of NaN or Inf, else True.
+
+        Raises:
+            NonFiniteError: If there is NaN or Inf under ``'raise'``.
+            RuntimeError: If the model holds the averages just now.
+        """
+        if self.is_applied:
+            raise RuntimeError('update() inside applied(): leave it first.')
+        self._store.follow_buffers()
+        step = self.num_steps + 1
+        due = step % self.interval == self.phase % self.interval
+        if not self._is_acceptable(due):
+            return False
+        self._store.copy()
+        if due:
+            self._average_until(step)
+        self.num_steps = step
+        return True
+
+    def thaw(self) -> None:
+        """Average parameters that were frozen and are trainable now.
+
+        Call it before the step that first changes them.
+        """
+        self._store.thaw()
+
+    def refresh(self) -> None:
+        """Follow tensors of the model that were replaced or moved."""
+        self._store.refresh()
+
+    def apply(self) -> None:
+        """Put the averages into the model until :meth:`restore`."""
+        if not self.is_applied:
+            self._store.apply()
+
+    def restore(self) -> None:
+        """Put the raw weights back, bit for bit; no-op if they are there."""
+        if self.is_applied:
+            self._store.restore()
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """Run the body with the averages in the model.
+
+        The raw weights come back whatever happens in the body.
+
+        Yields:
+            The model.
+        """
+        inner = self.is_applied
+        self.apply()
+        try:
+            yield self.model
+        finally:
+            if not inner:
+                self.restore()
+
+    def named_averages(
+        self, stored: bool = False
+    ) -> Iterator[Tuple[str, Tensor]]:
+        """Yield every name of the model's ``state_dict`` with its average.
+
+        Frozen parameters are their own averages; tied ones come under every
+        name. The tensors are the live ones: clone what is to be kept.
+
+        Args:
+            stored: Whether to leave out frozen parameters. Defaults to False.
+        """
+        return self._store.named_averages(stored)
+
+    def named_raws(self) -> Iterator[Tuple[str, Tensor]]:
+        """Yield every name of the model's ``state_dict`` with its raw value.
+
+        Also right while the averages are applied; the tensors are live.
+        """
+        return self._store.named_raws()
+
+    def distance(self) -> float:
+        """Return ``||average - raw|| / ||raw||`` over trained parameters.
+
+        The L2 norms run over all elements; 0 for a model without any.
+        """
+        return self._store.distance()
+
+    def first_nonfinite(self) -> Optional[str]:
+        """Return the first tensor of the model that holds NaN or Inf."""
+        return first_nonfinite(self._store.taken_in(due=True))
+
+    def counts(self) -> Dict[str, int]:
+        """Return tensors per role, and ``'bytes'`` that the averages take."""
+        return self._store.counts()
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the state: plain values, and live tensors by name."""
+        return {
+            **self.progress(),
+            'schedule': str(self.schedule),
+            'averages': dict(self.named_averages()),
+        }
+
+    def progress(self) -> Dict[str, int]:
+        """Return the counters of :meth:`state_dict`."""
+        return {
+            'num_steps': self.num_steps,
+            'num_updates': self.num_updates,
+            'num_skipped': self.num_skipped,
+            'averaged_steps': self._averaged_steps,
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], strict: bool = True
+    ) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Args:
+            state: The state; counters left out of it are derived.
+            strict: Whether a name that is missing is an error; if not, the
+                average of that tensor starts from the weights as they are.
+
+        Raises:
+            CheckpointError: If shapes differ or, under ``strict``, names do.
+        """
+        self._store.load(state['averages'], strict)
+        steps = int(state['num_steps'])
+        self.num_steps = steps
+        self.num_updates = int(state.get('num_updates', steps))
+        self.num_skipped = int(state.get('num_skipped', 0))
+        self._averaged_steps = int(state.get('averaged_steps', steps))
+
+    def _average_until(self, step: int) -> None:
+        first = self._averaged_steps + 1
+        self._store.update(decay_over(self.schedule, first, step))
+        self._averaged_steps = step
+        self.num_updates += 1
+
+    def _is_acceptable(self, due: bool) -> bool:
+        if self.nonfinite == 'ignore':
+            return True
+        entries = self._store.taken_in(due)
+        if all_finite([entry.raw for entry in entries]):
+            return True
+        if self.nonfinite == 'raise':
+            raise NonFiniteError(
+                f'{first_nonfinite(entries)} holds NaN or Inf after a step; '
+                f'the average was left as it was after {self.num_steps} steps.'
+            )
+        self.num_skipped += 1
+        return False
+
+
+def check_device(
+    device: Union[str, torch.device, None],
+) -> Optional[torch.device]:
+    """Return the device of the averages, None for the parameters' own.
+
+    Args:
+        device: What the user gave.
+
+    Returns:
+        The device.
+
+    Raises:
+        OptionError: If it is no device, or not on this machine.
+    """
+    if device is None:
+        return None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(
+            f'device={device!r} cannot be used here ({reason}); use None, '
+            f"'cpu' or a device of this machine."
+        ) from None
+    return torch.device(device)

@@ -1,0 +1,123 @@
+"""Checks of single option values: each names value, range and remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Sequence
+
+from mmdet_ema.core.errors import OptionError, did_you_mean
+
+
+def check_number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+    hint: str = '',
+) -> float:
+    """Return ``value`` as a float if it is a real number in the range.
+
+    Args:
+        name: Name of the option, as the user writes it.
+        value: Value that was given.
+        low: Lower end of the range.
+        high: Upper end of the range; may be infinite.
+        low_open: Whether ``low`` itself is excluded. Defaults to False.
+        high_open: Whether ``high`` itself is excluded. Defaults to False.
+        hint: A sentence on what to do. Defaults to ''.
+
+    Returns:
+        The value as a float.
+
+    Raises:
+        OptionError: If the value is no finite number or out of range.
+    """
+    allowed = _interval(low, high, low_open, high_open)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise OptionError(
+            f'{name}={value!r} is not a number; use one in {allowed}.'
+        )
+    above = value > low if low_open else value >= low
+    below = value < high if high_open else value <= high
+    if not (math.isfinite(value) and above and below):
+        raise OptionError(
+            f'{name}={value!r} is out of range; use a number in '
+            f'{allowed}.{" " + hint if hint else ""}'
+        )
+    return float(value)
+
+
+def check_count(name: str, value: Any, least: int, hint: str = '') -> int:
+    """Return ``value`` if it is a whole number of at least ``least``.
+
+    Args:
+        name: Name of the option, as the user writes it.
+        value: Value that was given.
+        least: Smallest value allowed.
+        hint: A sentence on what to do. Defaults to ''.
+
+    Returns:
+        The value as an int.
+
+    Raises:
+        OptionError: If the value is no int or too small.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise OptionError(
+            f'{name}={value!r} is out of range; use a whole number of at '
+            f'least {least}.{" " + hint if hint else ""}'
+        )
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value`` if it is a bool.
+
+    Args:
+        name: Name of the option, as the user writes it.
+        value: Value that was given.
+
+    Returns:
+        The value.
+
+    Raises:
+        OptionError: If the value is not a bool.
+    """
+    if not isinstance(value, bool):
+        raise OptionError(
+            f'{name}={value!r} is not allowed; use True or False.'
+        )
+    return value
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """Return ``value`` if it is one of the allowed words.
+
+    Args:
+        name: Name of the option, as the user writes it.
+        value: Value that was given.
+        allowed: Words that may be given.
+
+    Returns:
+        The value.
+
+    Raises:
+        OptionError: If the value is not among them.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        words = ', '.join(repr(word) for word in allowed)
+        near = did_you_mean(value, allowed) if isinstance(value, str) else ''
+        raise OptionError(
+            f'{name}={value!r} is not known; choose one of {words}.{near}'
+        )
+    return value
+
+
+def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
+    left = '(' if low_open else '['
+    right = ')' if high_open or math.isinf(high) else ']'
+    return f'{left}{low:g}, {high:g}{right}'

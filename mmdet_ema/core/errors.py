@@ -1,0 +1,32 @@
+"""Errors that a user can cause; every message says what to do."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Iterable
+
+
+class OptionError(ValueError):
+    """An option of the hook, the averager or a schedule is wrong."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file cannot be used for what was asked of it."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A step left NaN or Inf in the weights under ``nonfinite='raise'``."""
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for a near miss, else an empty string.
+
+    Args:
+        word: What was given.
+        allowed: What could have been given.
+
+    Returns:
+        A sentence with a leading space, or an empty string.
+    """
+    close = difflib.get_close_matches(word, list(allowed), n=1)
+    return f' Did you mean {close[0]!r}?' if close else ''

@@ -1,0 +1,276 @@
+"""The averages of one model: storage, plans and names, without a schedule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_ema.core.errors import CheckpointError
+from mmdet_ema.core.exchange import Exchange
+from mmdet_ema.core.kernels import CopyPlan, UpdatePlan, average_dtype
+from mmdet_ema.core.selection import Entry, Role, select
+from mmdet_ema.core.watch import Watch
+
+Named = Iterator[Tuple[str, Tensor]]
+
+
+class AverageStore:
+    """Holds one average for every unique tensor that can change.
+
+    Args:
+        model: The model.
+        update_buffers: Whether float buffers are averaged.
+        device: Where the averages live; None for where the tensors are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        update_buffers: bool,
+        device: Optional[torch.device] = None,
+    ):
+        self._model = model
+        self._update_buffers = update_buffers
+        self._device = device
+        self._averages: Dict[int, Tensor] = {}
+        self._entries = self._select()
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the model holds the averages."""
+        return self._exchange.swapped
+
+    def update(self, decay: float) -> None:
+        """Average every averaged tensor with this decay."""
+        self._updates.update(decay)
+
+    def copy(self) -> None:
+        """Copy every copied buffer."""
+        self._copies.copy()
+
+    def apply(self) -> None:
+        """Swap the averages into the model."""
+        self.refresh()
+        self._exchange.swap_in()
+
+    def restore(self) -> None:
+        """Swap the raw values back into the model."""
+        self._exchange.swap_out()
+
+    def taken_in(self, due: bool) -> List[Entry]:
+        """Return the float entries that a step reads.
+
+        Args:
+            due: Whether the step updates averages, not only copies.
+        """
+        return self._gated if due else self._gated_copies
+
+    def thaw(self) -> None:
+        """Give an average to parameters that are trainable by now."""
+        thawed = [
+            i
+            for i in self._frozen
+            if any(p.requires_grad for p in self._entries[i].parameters)
+        ]
+        for i in thawed:
+            self._own(i)
+        if thawed:
+            self._plan()
+
+    def follow_buffers(self) -> None:
+        """Follow replaced buffers; cheap enough for every step."""
+        if self._watch.buffers_replaced():
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Follow replaced tensors; averages are carried over by name."""
+        if self.is_applied or not self._watch.replaced():
+            return
+        old = dict(self.named_averages())
+        self._entries = self._select()
+        now = dict(self.named_averages())
+        kept = {
+            name: average
+            for name, average in old.items()
+            if name in now and now[name].shape == average.shape
+        }
+        self.load(kept, strict=False)
+
+    def named_averages(self, stored: bool = False) -> Named:
+        """Yield every saved name with its average.
+
+        Args:
+            stored: Whether to leave out what has no average of its own.
+        """
+        return self._named(self._average_of, stored)
+
+    def named_raws(self) -> Named:
+        """Yield every saved name with its raw value."""
+        return self._named(self._raw_of)
+
+    @torch.no_grad()
+    def load(self, averages: Mapping[str, Tensor], strict: bool) -> None:
+        """Copy averages in by name; nothing changes if one does not fit.
+
+        Args:
+            averages: Averages by name.
+            strict: Whether a missing name is an error.
+
+        Raises:
+            CheckpointError: If a shape differs or a name is missing.
+        """
+        assert not self.is_applied
+        check_fit(dict(self.named_averages()), averages, strict)
+        for i, entry in enumerate(self._entries):
+            new = [
+                (label, averages[label.name])
+                for label in entry.labels
+                if label.name in averages
+            ]
+            if new and i in self._frozen and self._differs(i, new[0][1]):
+                self._own(i)
+            if i in self._averages:
+                for label, average in new:
+                    label.write(self._averages[i], average)
+        self._plan()
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Return ``||average - raw|| / ||raw||`` over trained parameters."""
+        gaps, sizes = [], []
+        for i, entry in enumerate(self._entries):
+            if i in self._averages and entry.parameters:
+                average = self._average_of(i).double()
+                raw = self._raw_of(i).to(average.device)
+                gaps.append(torch.linalg.vector_norm(average - raw).cpu())
+                sizes.append(torch.linalg.vector_norm(raw.double()).cpu())
+        if not sizes:
+            return 0.0
+        size = float(torch.linalg.vector_norm(torch.stack(sizes)))
+        gap = float(torch.linalg.vector_norm(torch.stack(gaps)))
+        return gap / size if size else 0.0
+
+    def counts(self) -> Dict[str, int]:
+        """Return tensors per role, and the bytes of all averages."""
+        return count_roles(self._entries)
+
+    def _select(self) -> List[Entry]:
+        self._entries = select(self._model, self._update_buffers)
+        self._watch = Watch(self._model)
+        self._averages = {}
+        for i, entry in enumerate(self._entries):
+            if entry.role is not Role.SHARED:
+                self._averages[i] = self._fresh(entry)
+        self._plan()
+        return self._entries
+
+    def _fresh(self, entry: Entry) -> Tensor:
+        raw = entry.raw.detach()
+        averaged = entry.role is Role.AVERAGED
+        dtype = average_dtype(raw.dtype) if averaged else raw.dtype
+        return raw.to(device=self._device, dtype=dtype, copy=True)
+
+    def _own(self, i: int) -> None:
+        self._entries[i].role = Role.AVERAGED
+        self._averages[i] = self._fresh(self._entries[i])
+
+    def _differs(self, i: int, average: Tensor) -> bool:
+        raw = self._entries[i].labels[0].of(self._entries[i].raw.detach())
+        return not torch.equal(raw, average.to(raw))
+
+    def _plan(self) -> None:
+        """Make the plans anew; the only place that knows all lists."""
+        entries = self._entries
+        self._frozen = [
+            i for i, entry in enumerate(entries) if entry.role is Role.SHARED
+        ]
+        self._updates = UpdatePlan(*self._pairs(Role.AVERAGED))
+        self._copies = CopyPlan(*self._pairs(Role.COPIED))
+        self._position = {i: k for k, i in enumerate(self._averages)}
+        raws = [entries[i].raw for i in self._averages]
+        self._exchange = Exchange(list(self._averages.values()), raws)
+        gated = [e for e in entries if e.gated and e.role is not Role.SHARED]
+        self._gated = gated
+        self._gated_copies = [e for e in gated if e.role is Role.COPIED]
+
+    def _pairs(self, role: Role) -> Tuple[List[Tensor], List[Tensor]]:
+        chosen = [i for i in self._averages if self._entries[i].role is role]
+        averages = [self._averages[i] for i in chosen]
+        return averages, [self._entries[i].raw for i in chosen]
+
+    def _named(
+        self, value_of: Callable[[int], Tensor], stored: bool = False
+    ) -> Named:
+        for i, entry in enumerate(self._entries):
+            if stored and i not in self._averages:
+                continue
+            value = value_of(i)
+            for label in entry.labels:
+                if label.saved:
+                    yield label.name, label.of(value)
+
+    def _average_of(self, i: int) -> Tensor:
+        if i in self._position:
+            return self._exchange.average(self._position[i])
+        return self._entries[i].raw.detach()
+
+    def _raw_of(self, i: int) -> Tensor:
+        if i in self._position:
+            return self._exchange.raw(self._position[i])
+        return self._entries[i].raw.detach()
+
+
+def check_fit(
+    present: Mapping[str, Tensor], given: Mapping[str, Tensor], strict: bool
+) -> None:
+    """Check that given tensors fit the present ones.
+
+    Args:
+        present: Tensors of the model by name.
+        given: Tensors to be loaded by name.
+        strict: Whether all names must be the same.
+
+    Raises:
+        CheckpointError: At the first shape that differs; under ``strict``
+            also if a name is missing or unknown.
+    """
+    for name, tensor in given.items():
+        if name in present and present[name].shape != tensor.shape:
+            raise CheckpointError(
+                f'the average of {name} has shape {tuple(tensor.shape)}, the '
+                f'model needs {tuple(present[name].shape)}; it belongs to '
+                f'another model.'
+            )
+    missing = [name for name in present if name not in given]
+    unknown = [name for name in given if name not in present]
+    if strict and (missing or unknown):
+        raise CheckpointError(
+            f'the averages do not fit the model: {len(missing)} missing '
+            f'({", ".join(missing[:3])}), {len(unknown)} unknown '
+            f'({", ".join(unknown[:3])}).'
+        )
+
+
+def count_roles(entries: List[Entry]) -> Dict[str, int]:
+    """Count tensors a role and the bytes that their averages take.
+
+    Args:
+        entries: The entries of a model.
+
+    Returns:
+        Counts under 'averaged', 'copied', 'shared' and 'bytes'.
+    """
+    counts = Counter(entry.role.value for entry in entries)
+    size = 0
+    for entry in entries:
+        if entry.role is not Role.SHARED:
+            averaged = entry.role is Role.AVERAGED
+            dtype = entry.raw.dtype
+            dtype = average_dtype(dtype) if averaged else dtype
+            width = torch.empty((), dtype=dtype).element_size()
+            size += entry.raw.numel() * width
+    return {**{role.value: counts[role.value] for role in Role}, 'bytes': size}

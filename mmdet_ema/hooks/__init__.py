@@ -1,0 +1,1 @@
+"""Life-cycle decisions, and one thin adapter a framework generation."""

@@ -1,0 +1,231 @@
+"""``EMAHook`` for mmengine's runners: forwards to the lifecycle."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional, Union
+
+import torch
+from mmengine.hooks import Hook
+
+from mmdet_ema.checkpoint.structure import read_structure
+from mmdet_ema.core.schedule_spec import ScheduleSpec
+from mmdet_ema.hooks.for_mmengine import runner_facts
+from mmdet_ema.hooks.for_mmengine.plain_checkpoint import make_plain, unmake
+from mmdet_ema.hooks.for_mmengine.raw_evaluation import RawEvaluation
+from mmdet_ema.hooks.for_mmengine.run_log import RunLog
+from mmdet_ema.hooks.lifecycle import EMALifecycle
+from mmdet_ema.hooks.loop_guard import guard_loop
+from mmdet_ema.hooks.options import parse_options
+
+
+class EMAHook(Hook):  # type: ignore[misc]
+    """Exponential moving average of the weights, during training.
+
+    Validation, test and the ``state_dict`` of checkpoints use the averages;
+    training goes on from the raw weights, which are in the checkpoint too.
+    Update n is ``avg = d * avg + (1 - d) * raw`` with, by default,
+    ``d = decay * (1 - exp(-n / tau))`` (YOLOv5's ramp).
+
+    Args:
+        decay (float): Weight of the old average at the end of the ramp, in
+            [0, 1). Defaults to 0.9999.
+        tau (float): Constant of the ramp in updates. Defaults to 2000.
+        schedule (str | dict | Callable): Name, ``dict(type=name, **options)``
+            or callable n -> decay. Defaults to 'exponential'.
+        interval (int): Optimizer steps between updates; the averaging window
+            does not change with it. Defaults to 1.
+        begin_iter (int): First iteration that is averaged, counted from 1.
+            Defaults to 0, from the start.
+        begin_epoch (int): First epoch that is averaged, counted from 1.
+            Defaults to 0, from the start.
+        update_buffers (bool): Whether float buffers (BatchNorm statistics)
+            are averaged; else copied. Defaults to True, or False where one of
+            OpenMMLab's words is given.
+        device (str, optional): Where the averages live: None for where the
+            parameters are, 'cpu' for host memory. Defaults to None.
+        evaluate (str): Weights that validation and test run on: 'ema', 'raw'
+            or 'both' (one pass over the data; the metrics of the raw weights
+            come under ``raw/<name>``). Defaults to 'ema'.
+        nonfinite (str): What to do with a step that leaves NaN or Inf:
+            'skip' it, 'raise', or 'ignore' (take it in). Defaults to 'skip'.
+        strict_load (bool): Whether an average that is missing in a checkpoint
+            is an error on resume. Defaults to False.
+        ema_type (str, optional): OpenMMLab's word: name of an averaging
+            class, for its numbers and mmengine's defaults.
+        momentum (float, optional): OpenMMLab's word: ``1 - decay``.
+        gamma (float, optional): OpenMMLab's word: constant of the ramp of
+            ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
+
+    Raises:
+        OptionError: If an option is unknown, out of range or contradicts
+            another one (a ``ValueError``).
+
+    Example:
+        >>> custom_imports = dict(imports=['mmdet_ema'])
+        >>> custom_hooks = [dict(type='EMAHook', decay=0.9998, tau=2000)]
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(
+        self,
+        decay: Optional[float] = None,
+        tau: Optional[float] = None,
+        schedule: Optional[ScheduleSpec] = None,
+        interval: int = 1,
+        begin_iter: int = 0,
+        begin_epoch: int = 0,
+        update_buffers: Optional[bool] = None,
+        device: Union[str, torch.device, None] = None,
+        evaluate: str = 'ema',
+        nonfinite: str = 'skip',
+        strict_load: bool = False,
+        ema_type: Any = None,
+        momentum: Optional[float] = None,
+        gamma: Optional[float] = None,
+        **unknown: Any,
+    ):
+        options = parse_options(
+            decay=decay,
+            tau=tau,
+            schedule=schedule,
+            interval=interval,
+            begin_iter=begin_iter,
+            begin_epoch=begin_epoch,
+            update_buffers=update_buffers,
+            device=device,
+            evaluate=evaluate,
+            nonfinite=nonfinite,
+            strict_load=strict_load,
+            ema_type=ema_type,
+            momentum=momentum,
+            gamma=gamma,
+            **unknown,
+        )
+        self._log = RunLog()
+        self._life = EMALifecycle(options, self._log)
+        self._both = options.evaluate == 'both'
+        self._raw: Optional[RawEvaluation] = None
+        self._trained = False
+
+    def before_run(self, runner: Any) -> None:
+        """Check what can be checked before anything is loaded or changed."""
+        runner_facts.refuse_second(runner, EMAHook)
+        path = runner_facts.local_checkpoint(runner)
+        if path is not None:
+            read_structure(path)
+        for loop in runner_facts.evaluation_loops(runner):
+            guard_loop(loop, self._leave_evaluation)
+
+    def before_train(self, runner: Any) -> None:
+        """Get ready; every weight is initialised and loaded by now."""
+        self._trained = False
+        self._life.start(
+            runner_facts.model_of(runner),
+            runner_facts.optimizers_of(runner),
+            runner_facts.facts_of(runner),
+        )
+        for loop in runner_facts.evaluation_loops(runner):
+            guard_loop(loop, self._leave_evaluation)
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Follow tensors that were replaced."""
+        self._life.before_epoch()
+
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Start the average if its time has come."""
+        model = runner_facts.model_of(runner)
+        self._life.before_iteration(model, runner.iter, runner.epoch)
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
+    ) -> None:
+        """Update the average if the optimizer stepped."""
+        taken = self._life.after_iteration(runner.iter + 1)
+        averager = self._life.averager
+        if averager is not None and not taken:
+            self._log.skipped(runner, averager)
+        if runner_facts.will_log(runner, self, batch_idx):
+            self._log.scalars(runner, averager)
+
+    def after_train(self, runner: Any) -> None:
+        """Stop listening to the optimizers."""
+        self._life.finish()
+        self._trained = True
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Put the averages into the model."""
+        self._enter_evaluation(runner, runner.val_loop)
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Put the averages into the model."""
+        self._enter_evaluation(runner, runner.test_loop)
+
+    def before_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Evaluate the raw weights on the batch too, if both are wanted."""
+        if self._raw is not None:
+            self._raw.process(runner.model.val_step, data_batch)
+
+    def before_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Evaluate the raw weights on the batch too, if both are wanted."""
+        if self._raw is not None:
+            self._raw.process(runner.model.test_step, data_batch)
+
+    def after_val_epoch(
+        self, runner: Any, metrics: Optional[Dict[str, float]] = None
+    ) -> None:
+        """Put the raw weights back; add their metrics."""
+        self._finish_evaluation(runner, 'val', metrics)
+
+    def after_test_epoch(
+        self, runner: Any, metrics: Optional[Dict[str, float]] = None
+    ) -> None:
+        """Put the raw weights back; add their metrics."""
+        self._finish_evaluation(runner, 'test', metrics)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
+        """Put the averages into ``state_dict``, the raw weights beside."""
+        self._life.save(checkpoint)
+        make_plain(checkpoint, self._log)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
+        """Sort out which weights of the checkpoint go where."""
+        unmake(checkpoint)
+        if 'state_dict' not in checkpoint:
+            return
+        model = runner_facts.model_of(runner)
+        if not runner_facts.is_training(runner) or self._trained:
+            self._life.choose(checkpoint, model)
+        elif runner._resume:
+            self._life.resume(checkpoint, model)
+        else:
+            self._life.fine_tune(checkpoint)
+
+    def _enter_evaluation(self, runner: Any, loop: Any) -> None:
+        self._life.enter_evaluation(runner_facts.model_of(runner))
+        if self._both:
+            self._raw = RawEvaluation(loop, self._life)
+
+    def _finish_evaluation(
+        self, runner: Any, mode: str, metrics: Optional[Dict[str, float]]
+    ) -> None:
+        raw = self._raw
+        self._leave_evaluation()
+        if raw is not None and metrics is not None:
+            added = raw.metrics()
+            metrics.update(added)
+            self._log.metrics(runner, mode, added)
+
+    def _leave_evaluation(self) -> None:
+        self._raw = None
+        self._life.leave_evaluation()

@@ -1,0 +1,56 @@
+"""What the hook says: lines in the log, scalars in the message hub."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, Mapping, Optional
+
+from mmengine.logging import print_log
+
+from mmdet_ema.core.averager import WeightAverager
+
+
+class RunLog:
+    """Forwards lines to the runner's logger and scalars to its hub."""
+
+    def info(self, text: str) -> None:
+        """Log a line."""
+        print_log(text, logger='current')
+
+    def warning(self, text: str) -> None:
+        """Log a warning."""
+        print_log(text, logger='current', level=logging.WARNING)
+
+    def scalars(self, runner: Any, averager: Optional[WeightAverager]) -> None:
+        """Record decay, distance and skipped steps of a training step."""
+        hub = runner.message_hub
+        hub.update_scalar(
+            'train/ema_decay', averager.decay if averager else 0.0
+        )
+        distance = averager.distance() if averager else 0.0
+        if math.isfinite(distance):
+            hub.update_scalar('train/ema_distance', distance)
+        skipped = averager.num_skipped if averager else 0
+        hub.update_scalar('train/ema_skipped', skipped)
+
+    def skipped(self, runner: Any, averager: WeightAverager) -> None:
+        """Record a skipped step; warn at the 1st, 10th, 100th, ... one."""
+        count = averager.num_skipped
+        runner.message_hub.update_scalar('train/ema_skipped', count)
+        if math.log10(count).is_integer():
+            self.warning(
+                f'EMA: iteration {runner.iter + 1} left NaN or Inf in '
+                f'{averager.first_nonfinite()}; the step was not averaged '
+                f'({count} skipped so far).'
+            )
+
+    def metrics(
+        self, runner: Any, mode: str, metrics: Mapping[str, Any]
+    ) -> None:
+        """Record metrics of an evaluation, as the runner records its own."""
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                runner.message_hub.update_scalar(f'{mode}/{name}', value)
+            else:
+                runner.message_hub.update_info(f'{mode}/{name}', value)

@@ -1,0 +1,121 @@
+"""Read a runner of mmengine: what the lifecycle needs to know."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, List, Optional
+
+from mmengine.hooks import EMAHook as MMEngineEMAHook
+from mmengine.hooks import LoggerHook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop, find_latest_checkpoint
+from torch import nn
+from torch.optim import Optimizer
+
+from mmdet_ema.core.errors import OptionError
+from mmdet_ema.hooks.facts import RunFacts
+
+
+def model_of(runner: Any) -> nn.Module:
+    """Return the model without its wrappers (DDP and the like)."""
+    model = runner.model
+    while is_model_wrapper(model):
+        model = model.module
+    return model  # type: ignore[no-any-return]
+
+
+def optimizers_of(runner: Any) -> List[Optimizer]:
+    """Return every optimizer of the run."""
+    return [wrapper.optimizer for wrapper in _wrappers(runner)]
+
+
+def facts_of(runner: Any) -> RunFacts:
+    """Return the training run as planned."""
+    counts = [getattr(w, '_accumulative_counts', 1) for w in _wrappers(runner)]
+    loop = runner.train_loop
+    return RunFacts(
+        iteration=runner.iter,
+        max_iters=loop.max_iters,
+        max_epochs=loop.max_epochs,
+        by_epoch=not hasattr(loop, 'dataloader_iterator'),
+        accumulation=min(counts, default=1),
+        batch_size=_batch_size(runner.train_dataloader),
+        world_size=runner.world_size,
+    )
+
+
+def is_training(runner: Any) -> bool:
+    """Return whether the runner was told to train, not only to evaluate."""
+    return isinstance(runner._train_loop, BaseLoop)
+
+
+def evaluation_loops(runner: Any) -> List[BaseLoop]:
+    """Return the validation and test loops that are built by now."""
+    loops = (runner._val_loop, runner._test_loop)
+    return [loop for loop in loops if isinstance(loop, BaseLoop)]
+
+
+def local_checkpoint(runner: Any) -> Optional[str]:
+    """Return the local file that will be loaded; None if there is none."""
+    path = runner._load_from
+    if path is None and runner._resume and is_training(runner):
+        path = find_latest_checkpoint(runner.work_dir)
+    if not isinstance(path, str) or '://' in path:
+        return None
+    return os.path.expanduser(path)
+
+
+def will_log(runner: Any, hook: Any, batch_idx: int) -> bool:
+    """Return whether the runner's logger logs this training iteration.
+
+    Args:
+        runner: The runner.
+        hook: A hook, for its counting helpers.
+        batch_idx: Index of the batch in the epoch.
+    """
+    for logger in runner.hooks:
+        if isinstance(logger, LoggerHook):
+            if hook.every_n_inner_iters(batch_idx, logger.interval):
+                return True
+            last = hook.end_of_epoch(runner.train_dataloader, batch_idx)
+            short = len(runner.train_dataloader) <= logger.interval
+            return bool(last and (not logger.ignore_last or short))
+    return bool(hook.every_n_inner_iters(batch_idx, 10))
+
+
+def refuse_second(runner: Any, ours: Any) -> None:
+    """Refuse a run with two EMA hooks.
+
+    Args:
+        runner: The runner.
+        ours: The class of our hook.
+
+    Raises:
+        OptionError: If there are two; both are named.
+    """
+    found = [h for h in runner.hooks if isinstance(h, (ours, MMEngineEMAHook))]
+    if len(found) > 1:
+        names = ' and '.join(_describe(hook) for hook in found)
+        raise OptionError(
+            f'there are {len(found)} EMA hooks: {names}. They would average '
+            f"each other's weights; keep one in custom_hooks."
+        )
+
+
+def _describe(hook: Any) -> str:
+    kind = type(hook)
+    return f'{kind.__module__}.{kind.__name__} ({hook!r})'
+
+
+def _wrappers(runner: Any) -> List[Any]:
+    wrapper = runner.optim_wrapper
+    many = hasattr(wrapper, 'optim_wrappers')
+    return list(wrapper.values()) if many else [wrapper]
+
+
+def _batch_size(dataloader: Any) -> int:
+    size = getattr(dataloader, 'batch_size', None)
+    if size is None:
+        sampler = getattr(dataloader, 'batch_sampler', None)
+        size = getattr(sampler, 'batch_size', None)
+    return int(size or 1)

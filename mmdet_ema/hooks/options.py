@@ -1,0 +1,196 @@
+"""Options of the hook: from what a config says to what will be done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import torch
+
+from mmdet_ema.core.averager import NONFINITE, check_device
+from mmdet_ema.core.check import check_choice, check_count, check_flag
+from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.schedule_spec import (
+    ScheduleSpec,
+    build_schedule,
+    make_schedule,
+    options_of,
+    split_spec,
+)
+from mmdet_ema.core.schedules import Schedule
+from mmdet_ema.hooks.openmmlab_words import (
+    check_words,
+    decay_of,
+    family_schedule,
+)
+
+EVALUATE = ('ema', 'raw', 'both')
+NAMES = (
+    'decay',
+    'tau',
+    'schedule',
+    'interval',
+    'begin_iter',
+    'begin_epoch',
+    'update_buffers',
+    'device',
+    'evaluate',
+    'nonfinite',
+    'strict_load',
+    'ema_type',
+    'momentum',
+    'gamma',
+    'priority',
+)
+
+
+@dataclass(frozen=True)
+class HookOptions:
+    """Checked options of an EMA hook.
+
+    Attributes:
+        schedule_for: Makes the schedule, given the steps that are planned.
+        interval: Steps between updates.
+        phase: Which step of an interval updates.
+        begin_iter: First iteration that counts, from 1 (0 is 1).
+        begin_epoch: First epoch that counts, from 1 (0 is 1).
+        update_buffers: Whether float buffers are averaged.
+        device: Where the averages live; None for where the parameters are.
+        evaluate: Which weights validation and test run on.
+        nonfinite: What is done with NaN and Inf.
+        strict_load: Whether a missing average is an error on resume.
+        no_effect: Options that were given and change nothing.
+    """
+
+    schedule_for: Callable[[int], Schedule]
+    interval: int
+    phase: int
+    begin_iter: int
+    begin_epoch: int
+    update_buffers: bool
+    device: Optional[torch.device]
+    evaluate: str
+    nonfinite: str
+    strict_load: bool
+    no_effect: Tuple[str, ...] = ()
+
+
+def parse_options(
+    *,
+    decay: Optional[float] = None,
+    tau: Optional[float] = None,
+    schedule: Optional[ScheduleSpec] = None,
+    interval: int = 1,
+    begin_iter: int = 0,
+    begin_epoch: int = 0,
+    update_buffers: Optional[bool] = None,
+    device: Union[str, torch.device, None] = None,
+    evaluate: str = 'ema',
+    nonfinite: str = 'skip',
+    strict_load: bool = False,
+    ema_type: Any = None,
+    momentum: Optional[float] = None,
+    gamma: Optional[float] = None,
+    **unknown: Any,
+) -> HookOptions:
+    """Check the options of a hook; see ``EMAHook`` for what they mean.
+
+    Returns:
+        The checked options.
+
+    Raises:
+        OptionError: If an option is unknown, out of range or contradicts
+            another one.
+    """
+    _refuse_unknown(unknown)
+    interval = check_count('interval', interval, 1)
+    _check_begin(begin_iter, begin_epoch)
+    words = check_words(decay, tau, schedule, ema_type, momentum, gamma)
+    if update_buffers is None:
+        update_buffers = not words
+    no_effect: List[str] = []
+    if ema_type is not None or (words and schedule is None):
+        rate = decay_of(decay, momentum)
+        make = _always(family_schedule(ema_type, rate, gamma, interval))
+    else:
+        if momentum is not None:
+            decay = decay_of(None, momentum)
+        make = _native(schedule, decay, tau, no_effect)
+    return HookOptions(
+        schedule_for=make,
+        interval=interval,
+        phase=1 if words else 0,
+        begin_iter=begin_iter,
+        begin_epoch=begin_epoch,
+        update_buffers=check_flag('update_buffers', update_buffers),
+        device=check_device(device),
+        evaluate=check_choice('evaluate', evaluate, EVALUATE),
+        nonfinite=check_choice('nonfinite', nonfinite, NONFINITE),
+        strict_load=check_flag('strict_load', strict_load),
+        no_effect=tuple(no_effect),
+    )
+
+
+def _refuse_unknown(unknown: Dict[str, Any]) -> None:
+    for name, value in unknown.items():
+        raise OptionError(
+            f'EMAHook has no option {name!r} (given: {name}={value!r}); it '
+            f'takes {", ".join(NAMES)}.{did_you_mean(name, NAMES)}'
+        )
+
+
+def _check_begin(begin_iter: int, begin_epoch: int) -> None:
+    check_count('begin_iter', begin_iter, 0)
+    check_count('begin_epoch', begin_epoch, 0)
+    if begin_iter and begin_epoch:
+        raise OptionError(
+            f'begin_iter={begin_iter} and begin_epoch={begin_epoch} are both '
+            f'given; give the one that the average should start at.'
+        )
+
+
+def _always(schedule: Schedule) -> Callable[[int], Schedule]:
+    return lambda steps: schedule
+
+
+def _native(
+    spec: Optional[ScheduleSpec],
+    decay: Optional[float],
+    tau: Optional[float],
+    no_effect: List[str],
+) -> Callable[[int], Schedule]:
+    """Return a maker of one of our schedules; note what has no effect."""
+    spec = 'exponential' if spec is None else spec
+    given = {'decay': decay, 'tau': tau}
+    given = {k: v for k, v in given.items() if v is not None}
+    if callable(spec):
+        no_effect += [_unused(name, 'a callable schedule') for name in given]
+        return _always(build_schedule(spec))
+    name, own = split_spec(spec)
+    taken = options_of(name)
+    for option, value in given.items():
+        if option not in taken:
+            no_effect.append(_unused(option, f'schedule {name!r}'))
+        elif own.setdefault(option, value) != value:
+            raise OptionError(
+                f'{option}={value!r} contradicts schedule={spec!r}; give '
+                f'{option} once.'
+            )
+    return _late(name, own, 'total_steps' in taken)
+
+
+def _late(
+    name: str, options: Dict[str, Any], needs_total: bool
+) -> Callable[[int], Schedule]:
+    """Return a maker; what can be wrong with the options is found now."""
+    trial = {'total_steps': 1, **options} if needs_total else options
+    fixed = make_schedule(name, trial)
+    if not needs_total or 'total_steps' in options:
+        return _always(fixed)
+    return lambda steps: make_schedule(
+        name, {'total_steps': max(steps, 1), **options}
+    )
+
+
+def _unused(option: str, by: str) -> str:
+    return f'{option} has no effect with {by}.'

@@ -1,0 +1,153 @@
+"""What the hook says at the start: what it will do, and what looks wrong."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, List, Mapping
+
+from mmdet_ema.core.horizon import decay_over, initial_share, window
+from mmdet_ema.core.schedules import Schedule
+
+_LARGE_SHARE = 0.05
+
+
+def describe(
+    schedule: Schedule,
+    interval: int,
+    done: int,
+    planned: int,
+    counts: Mapping[str, int],
+) -> str:
+    """Say what the average will be.
+
+    Args:
+        schedule: The schedule.
+        interval: Steps between updates.
+        done: Steps that the average has seen already (above 0 on resume).
+        planned: Steps that it will have seen at the end of the run.
+        counts: Tensors a role and bytes, as the averager counts them.
+
+    Returns:
+        Lines of text.
+
+    Raises:
+        OptionError: If the schedule returns no decay in [0, 1].
+    """
+    last = decay_over(schedule, max(planned, 1), max(planned, 1))
+    start = f', {done} of them done' if done else ''
+    return '\n'.join(
+        [
+            f'EMA: {schedule}, every {_plural(interval, "step")}',
+            f'  steps: {planned} planned{start}',
+            f'  at the last step: decay {last:.6g}, '
+            f'effective window {_steps(window(last))}',
+            f'  share of the initial weights left then: '
+            f'{initial_share(schedule, planned):.3g}',
+            f'  tensors: {counts["averaged"]} averaged, '
+            f'{counts["copied"]} copied, {counts["shared"]} frozen',
+            f'  memory of the averages: {counts["bytes"] / 2**20:.1f} MiB',
+        ]
+    )
+
+
+def warnings(schedule: Schedule, interval: int, planned: int) -> List[str]:
+    """List what makes the average other than the options promise.
+
+    Args:
+        schedule: The schedule.
+        interval: Steps between updates.
+        planned: Steps that the average will have seen at the end.
+
+    Returns:
+        A sentence each, with what to do; empty if all is well.
+    """
+    found = [
+        _unsaturated(schedule, planned),
+        _cold(schedule, planned),
+        _rare(interval, planned),
+    ]
+    return [text for text in found if text]
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say in one line what changed since the checkpoint.
+
+    Args:
+        before: Values from the checkpoint by name.
+        now: Present values by name.
+
+    Returns:
+        The line; empty if nothing changed that both know of.
+    """
+    changed = [
+        f'{name} {before[name]} -> {value}'
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
+    if not changed:
+        return ''
+    return f'EMA: changed since the checkpoint: {"; ".join(changed)}.'
+
+
+def comparable(
+    schedule: Schedule, interval: int, batch_size: int, world_size: int
+) -> Dict[str, Any]:
+    """Return what is compared between a checkpoint and a resumed run."""
+    return {
+        'schedule': str(schedule),
+        'interval': interval,
+        'batch_size': batch_size,
+        'world_size': world_size,
+    }
+
+
+def _unsaturated(schedule: Schedule, planned: int) -> str:
+    if schedule.limit is None or planned < 1:
+        return ''
+    last = decay_over(schedule, planned, planned)
+    if window(last) >= window(schedule.limit) / 2:
+        return ''
+    return (
+        f'EMA: the ramp of {schedule} cannot saturate in {planned} steps: '
+        f'the window at the last step is {_steps(window(last))}, not '
+        f'{_steps(window(schedule.limit))}. {_faster(schedule, planned)}'
+    )
+
+
+def _faster(schedule: Schedule, planned: int) -> str:
+    limit = schedule.limit or 0.0
+    if schedule.name == 'exponential' and 0 < limit < 1:
+        # exp(-planned / tau) <= 1 - limit halves the final window at most
+        tau = planned / -math.log(1 - limit)
+        return f'Lower tau to {max(tau, 1):.0f} or less, or lower decay.'
+    return 'Choose a faster ramp, or lower decay.'
+
+
+def _cold(schedule: Schedule, planned: int) -> str:
+    share = initial_share(schedule, planned)
+    if share <= _LARGE_SHARE:
+        return ''
+    return (
+        f'EMA: {share:.0%} of the average will still be the initial weights '
+        f'after {planned} steps of {schedule}. Lower decay, or use a ramp '
+        f"(schedule='exponential')."
+    )
+
+
+def _rare(interval: int, planned: int) -> str:
+    if interval <= planned or planned < 1:
+        return ''
+    return (
+        f'EMA: interval={interval} is more than the {planned} steps planned: '
+        f'the average will never be updated. Lower it.'
+    )
+
+
+def _steps(value: float) -> str:
+    if math.isinf(value):
+        return 'all steps'
+    return f'{value:.4g} steps' if value < 1e4 else f'{value:,.0f} steps'
+
+
+def _plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f'{count} {noun}s'
