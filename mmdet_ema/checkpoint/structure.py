@@ -28,7 +28,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
     Returns:
         The checkpoint, its tensors on the ``meta`` device. Empty for a file
         in torch's format before 1.6, which cannot be read in parts, and where
-        the user has chosen unsafe loading (``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``).
+        ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` says to load unsafely.
 
     Raises:
         CheckpointError: If the file is missing, cut off, no checkpoint, or

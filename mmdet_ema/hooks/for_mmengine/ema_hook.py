@@ -147,12 +147,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         outputs: Any = None,
     ) -> None:
         """Update the average if the optimizer stepped."""
-        taken = self._life.after_iteration(runner.iter + 1)
-        averager = self._life.averager
-        if averager is not None and not taken:
-            self._log.skipped(runner, averager)
+        self._catch_up(runner)
         if runner_facts.will_log(runner, self, batch_idx):
-            self._log.scalars(runner, averager)
+            self._log.scalars(runner, self._life.averager)
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
@@ -195,6 +192,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights beside."""
+        self._catch_up(runner)
         self._life.save(checkpoint)
         make_plain(checkpoint, self._log)
 
@@ -210,6 +208,12 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._life.resume(checkpoint, model)
         else:
             self._life.fine_tune(checkpoint)
+
+    def _catch_up(self, runner: Any) -> None:
+        """Update now; other hooks may save before our turn comes."""
+        taken = self._life.after_iteration(runner.iter + 1)
+        if not taken and self._life.averager is not None:
+            self._log.skipped(runner, self._life.averager)
 
     def _enter_evaluation(self, runner: Any, loop: Any) -> None:
         self._life.enter_evaluation(runner_facts.model_of(runner))

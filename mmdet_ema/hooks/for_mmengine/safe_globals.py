@@ -1,33 +1,52 @@
 """Allow-list what mmengine's own checkpoints hold, and nothing more.
 
 torch from 2.6 on reads files with ``weights_only=True``; mmengine 0.10.7 does
-not know of it and cannot read what it wrote.
+not know of it and cannot read what it wrote: its ``HistoryBuffer`` (with its
+statistics methods, pickled as ``getattr(HistoryBuffer, 'mean')``) and NumPy
+values.
 """
 
 from __future__ import annotations
 
+import pickle
 from typing import Any, List
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+_ARRAYS = ('numpy.core.multiarray', 'numpy._core.multiarray')
+_STATISTICS = ('current', 'max', 'mean', 'min')
+_DTYPES = ('f2', 'f4', 'f8', 'i4', 'i8', 'u1', '?')
+
 
 def allow_framework_types() -> None:
     """Allow-list the types in mmengine's checkpoints for this process."""
     if hasattr(torch.serialization, 'add_safe_globals'):
-        torch.serialization.add_safe_globals(_types())
+        torch.serialization.add_safe_globals(_globals())
 
 
-def _types() -> List[Any]:
-    multiarray = getattr(np, '_core', None) or np.core
-    arrays = multiarray.multiarray
-    dtypes = [type(np.dtype(kind)) for kind in ('f4', 'f8', 'i4', 'i8', '?')]
-    return [
-        HistoryBuffer,
-        np.ndarray,
-        np.dtype,
-        arrays._reconstruct,
-        arrays.scalar,
-        *dtypes,
+def _globals() -> List[Any]:
+    arrays = (getattr(np, '_core', None) or np.core).multiarray
+    renamed = [
+        (getattr(arrays, name), f'{module}.{name}')
+        for module in _ARRAYS
+        for name in ('_reconstruct', 'scalar')
     ]
+    dtypes = [type(np.dtype(kind)) for kind in _DTYPES]
+    own = [HistoryBuffer, (_statistics_method, 'builtins.getattr')]
+    return [*own, np.ndarray, np.dtype, *renamed, *dtypes]
+
+
+def _statistics_method(owner: Any, name: str) -> Any:
+    """Stand in for ``getattr`` while a file is read.
+
+    The real one would hand a malicious file any attribute of what is
+    allow-listed.
+    """
+    if owner is HistoryBuffer and name in _STATISTICS:
+        return getattr(HistoryBuffer, name)
+    raise pickle.UnpicklingError(
+        f'the file asks for the attribute {name!r} of {owner!r}, which a '
+        f'checkpoint of mmengine does not hold.'
+    )
