@@ -103,15 +103,17 @@ def _lerp_mixed(
 ) -> None:
     """Average tensors of another dtype without converting them first.
 
-    ``(avg + w / d * raw) * (1 - w)`` with ``w = 1 - d``. Not ``avg * d``:
-    float32 rounds d = 0.9999 by up to 3e-8, which is 3e-4 of 1 - d.
+    For d >= 0.5 as ``(avg + w / d * raw) * (1 - w)`` with ``w = 1 - d``, not
+    as ``avg * d + w * raw``: float32 rounds d = 0.9999 by up to 3e-8, which
+    is 3e-4 of w, and the average would not tend to the weights.
     """
-    if decay == 0:
-        torch._foreach_copy_(averages, raws)
-        return
     weight = 1 - decay
-    torch._foreach_add_(averages, raws, alpha=weight / decay)
-    torch._foreach_add_(averages, averages, alpha=-weight)
+    if decay < 0.5:
+        torch._foreach_mul_(averages, decay)
+        torch._foreach_add_(averages, raws, alpha=weight)
+    else:
+        torch._foreach_add_(averages, raws, alpha=weight / decay)
+        torch._foreach_add_(averages, averages, alpha=-weight)
 
 
 def _on_device(raws: List[Tensor], averages: List[Tensor]) -> List[Tensor]:

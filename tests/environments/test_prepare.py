@@ -325,7 +325,7 @@ class TestCommands:
         with pytest.raises(console.SetupError) as caught:
             commands.run([sys.executable, '-c', code], log=log, environment={})
         assert str(caught.value) == (
-            f'ERROR: No space left on device: free 5 GiB of disk space ({log})'
+            f'No space left on device: free 5 GiB of disk space ({log})'
         )
 
     def test_unknown_failure(self, tmp_path):

@@ -1,8 +1,11 @@
 """A small model that mmengine's own Runner trains in a second."""
 
+import itertools
+
 import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -11,16 +14,17 @@ from torch.utils.data import Dataset
 
 import mmdet_ema  # noqa: F401  registers the hook
 
+_names = itertools.count()
+
 
 class ToyData(Dataset):
     """Deterministic regression data: two runs see the same batches."""
 
-    METAINFO = dict(classes=('a', 'b'), palette=[(1, 2, 3), (4, 5, 6)])
-
-    def __init__(self, size=8, seed=0):
+    def __init__(self, size, seed):
+        palette = [(1, 2, 3), (4, 5, 6)]
+        self.metainfo = dict(classes=('a', 'b'), palette=palette)
         draw = np.random.RandomState(seed)
         self.inputs = draw.randn(size, 4).astype('float32')
-        self.metainfo = self.METAINFO
 
     def __len__(self):
         return len(self.inputs)
@@ -43,12 +47,11 @@ class ToyModel(BaseModel):
         self.low = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
 
     def init_weights(self):
-        for parameter in self.parameters():
-            parameter.data.fill_(0.3) if parameter.dim() == 1 else (
-                parameter.data.copy_(torch.linspace(-1, 1, parameter.numel())
-                                     .view_as(parameter))
-            )
-        self._is_init = True
+        """Set weights that the constructor did not: a hook must wait."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                values = torch.linspace(-1, 1, parameter.numel())
+                parameter.copy_(values.view_as(parameter) + 0.3)
 
     def forward(self, inputs, mode='tensor'):
         out = self.tied(self.norm(self.first(inputs))) + self.frozen(inputs)
@@ -58,19 +61,11 @@ class ToyModel(BaseModel):
         return [dict(out=row) for row in out]
 
 
-class WeightMetric(BaseMetric):
-    """Records the weights that an evaluation really ran with."""
-
-    seen = []
-
-    def __init__(self, model_of=None, fail=None, **kwargs):
-        super().__init__(**kwargs)
-        self.fail = fail
+class Score(BaseMetric):
+    """Sum of the outputs; its value tells which weights were evaluated."""
 
     def process(self, data_batch, data_samples):
-        self.results.append(float(sum(d['out'].sum() for d in data_samples)))
-        if self.fail is not None:
-            raise self.fail
+        self.results += [float(d['out'].double().sum()) for d in data_samples]
 
     def compute_metrics(self, results):
         return dict(score=float(np.sum(results)))
@@ -79,13 +74,66 @@ class WeightMetric(BaseMetric):
 class RecordingSGD(torch.optim.SGD):
     """Records the whole state of the model after every real step."""
 
-    model = None
-    records = ()
+    def watch(self, model):
+        self.model, self.records = model, []
+        return self
 
     def step(self, closure=None):
         loss = super().step(closure)
-        type(self).records.append(state_of(type(self).model))
+        self.records.append(state_of(self.model))
         return loss
+
+
+class Recorder(Hook):
+    """Records the state of the model when training starts."""
+
+    priority = 'VERY_LOW'
+
+    def before_train(self, runner):
+        self.start = state_of(runner.model)
+
+
+class Run:
+    """A runner, with what happened in it."""
+
+    def __init__(self, work_dir, *hooks, model=None, **options):
+        self.model = ToyModel() if model is None else model
+        self.work_dir = work_dir
+        self.optimizer = RecordingSGD(
+            self.model.parameters(), lr=0.002, momentum=0.5
+        ).watch(self.model)
+        self.recorder = Recorder()
+        options = {**_settings(self, options), **options}
+        options['custom_hooks'] = [*hooks, self.recorder]
+        self.runner = Runner(**options)
+
+    def train(self):
+        """Train; return this run."""
+        self.runner.train()
+        return self
+
+    @property
+    def records(self):
+        """States of the model after every optimizer step."""
+        return self.optimizer.records
+
+    @property
+    def hook(self):
+        """The EMA hook of the runner."""
+        return next(h for h in self.runner.hooks if 'EMA' in type(h).__name__)
+
+    def load(self, name):
+        """Read a checkpoint of the run, as any process could."""
+        return torch.load(self.work_dir / name, weights_only=True)
+
+    def trace(self, key):
+        """Values of one tensor before and after every step, in float64."""
+        start = self.recorder.start[key].double().numpy()
+        return start, [r[key].double().numpy() for r in self.records]
+
+    def scalar(self, name):
+        """History of a scalar in the message hub."""
+        return self.runner.message_hub.get_scalar(name).data[0]
 
 
 def state_of(model):
@@ -93,16 +141,14 @@ def state_of(model):
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
-def record(model, **options):
-    """Return a recording optimizer over the model, and its records."""
-    RecordingSGD.model, RecordingSGD.records = model, []
-    options = {'lr': 0.01, 'momentum': 0.5, **options}
-    optimizer = RecordingSGD(model.parameters(), **options)
-    return optimizer, RecordingSGD.records
+def same(left, right):
+    """Names of the tensors that differ in a bit between two states."""
+    assert left.keys() == right.keys()
+    return [k for k in left if not torch.equal(left[k], right[k])]
 
 
-def loader(size=8, batch=2, seed=0):
-    """A plain data loader config over the toy data."""
+def loader(size=16, batch=4, seed=0):
+    """A data loader config over the toy data; drops nothing, no shuffle."""
     return dict(
         dataset=ToyData(size, seed),
         batch_size=batch,
@@ -112,30 +158,22 @@ def loader(size=8, batch=2, seed=0):
     )
 
 
-def make_runner(work_dir, hooks, model=None, optimizer=None, **options):
-    """Build a runner as a config would."""
-    model = ToyModel() if model is None else model
-    if optimizer is None:
-        optimizer, _ = record(model)
-    wrapper = options.pop('optim_wrapper', None)
-    if wrapper is None:
-        counts = options.pop('accumulative_counts', 1)
-        wrapper = OptimWrapper(optimizer, accumulative_counts=counts)
+def _settings(run, options):
+    counts = options.pop('accumulative_counts', 1)
     epochs = options.pop('max_epochs', 2)
-    metric = options.pop('metric', None) or WeightMetric()
-    settings = dict(
-        model=model,
-        work_dir=str(work_dir),
+    metric = options.pop('metric', None) or Score()
+    hooks = dict(logger=dict(type='LoggerHook', interval=1))
+    return dict(
+        model=run.model,
+        work_dir=str(run.work_dir),
         train_dataloader=loader(),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=wrapper,
+        optim_wrapper=OptimWrapper(run.optimizer, counts),
         val_dataloader=loader(4, seed=1),
         val_cfg=dict(),
         val_evaluator=Evaluator([metric]),
-        custom_hooks=hooks,
-        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
-        experiment_name=f'toy{id(work_dir)}_{np.random.randint(1 << 30)}',
-        log_level='WARNING',
+        default_hooks={**hooks, **options.pop('hooks', {})},
+        experiment_name=f'toy{next(_names)}',
+        log_level='INFO',
+        default_scope=None,
     )
-    settings.update(options)
-    return Runner(**settings)

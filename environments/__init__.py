@@ -1,0 +1,1 @@
+"""Set-up of the environment that the demo and the tests run in."""

@@ -1,0 +1,236 @@
+"""Stop, resume, fine-tune, and trade files with mmengine's own hook."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.hooks import EMAHook as PeerHook
+from mmengine.logging import HistoryBuffer
+
+from tests import oracle
+from tests.hooks.toy import Run, ToyModel, same, state_of
+
+EMA = dict(type='EMAHook', decay=0.9, tau=3)
+
+
+def ema_equal(left, right):
+    """Names that differ between two checkpoints, in weights or EMA part."""
+    return same(left['state_dict'], right['state_dict']) + same(
+        left['ema_state_dict'], right['ema_state_dict']
+    )
+
+
+@pytest.mark.parametrize('interval', [1, 3])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, interval):
+    """4 epochs at once equal 2 and, resumed, 2 more: bit for bit."""
+    hook = dict(EMA, interval=interval)
+    whole = Run(tmp_path / 'whole', hook, max_epochs=4).train()
+    Run(tmp_path / 'part', hook, max_epochs=2).train()
+    last = str(tmp_path / 'part' / 'epoch_2.pth')
+    options = dict(max_epochs=4, resume=True, load_from=last)
+    resumed = Run(tmp_path / 'part', hook, **options).train()
+    left, right = (r.load('epoch_4.pth') for r in (whole, resumed))
+    assert ema_equal(left, right) == []
+    assert left['ema_state_dict']['steps'] == 16
+    assert left['ema_meta'] == right['ema_meta']
+
+
+def test_resume_finds_the_latest_checkpoint_by_itself(tmp_path):
+    """``resume=True`` without a file goes on exactly too."""
+    whole = Run(tmp_path / 'whole', EMA, max_epochs=3).train()
+    Run(tmp_path / 'part', EMA, max_epochs=2).train()
+    resumed = Run(tmp_path / 'part', EMA, max_epochs=3, resume=True).train()
+    left, right = (r.load('epoch_3.pth') for r in (whole, resumed))
+    assert ema_equal(left, right) == []
+
+
+def test_resume_keeps_the_scalar_history(tmp_path):
+    """The message hub's histories survive, as mmengine's own files' do."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    resumed = Run(tmp_path, EMA, max_epochs=2, resume=True).train()
+    hub = resumed.runner.message_hub
+    assert isinstance(hub.log_scalars['train/loss'], HistoryBuffer)
+    assert len(resumed.scalar('train/loss')) == 8
+    assert len(resumed.scalar('train/ema_decay')) == 8
+
+
+def test_files_load_with_weights_only_anywhere(tmp_path):
+    """A process without the package or the framework reads our file."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    code = (
+        'import sys, torch\n'
+        f'c = torch.load({str(tmp_path / "epoch_1.pth")!r}, '
+        'weights_only=True)\n'
+        "assert not {'mmdet_ema', 'mmengine'} & set(sys.modules)\n"
+        "print(sorted(c), int(c['ema_state_dict']['steps']))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip().endswith(
+        "'meta', 'optimizer', 'state_dict'] 4"
+    )
+
+
+def peer(**options):
+    """Make mmengine's own hook, the same averaging as ours."""
+    return PeerHook(
+        ema_type='ExponentialMovingAverage', momentum=0.1, **options
+    )
+
+
+def test_checkpoint_of_mmengines_hook_resumes_here(tmp_path):
+    """Raw weights, averages and n of its file go to the right places."""
+    Run(tmp_path, peer(), model=untied(), max_epochs=1).train()
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+    hook = dict(type='EMAHook', momentum=0.1)
+    run = Run(tmp_path, hook, model=untied(), max_epochs=2, resume=True)
+    run.train()
+    start, values = run.trace('head.weight')
+    raw = saved['ema_state_dict']['module.head.weight']
+    assert torch.equal(torch.from_numpy(start).float(), raw)
+    expected = oracle.average(
+        saved['state_dict']['head.weight'], values, lambda n: 0.9
+    )
+    resumed = run.load('epoch_2.pth')
+    found = resumed['state_dict']['head.weight']
+    assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
+    assert resumed['ema_state_dict']['steps'] == 8
+
+
+def test_our_checkpoint_resumes_in_mmengines_hook(tmp_path):
+    """Its hook finds raw weights, averages and steps where it expects."""
+    hook = dict(type='EMAHook', momentum=0.1)
+    Run(tmp_path, hook, model=untied(), max_epochs=1).train()
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)
+    theirs = peer()
+    run = Run(tmp_path, theirs, model=untied(), max_epochs=2, resume=True)
+    run.train()
+    start, values = run.trace('head.weight')
+    raw = saved['ema_state_dict']['module.head.weight']
+    assert torch.equal(torch.from_numpy(start).float(), raw)
+    expected = oracle.average(
+        saved['state_dict']['head.weight'], values, lambda n: 0.9
+    )
+    found = theirs.ema_model.module.head.weight
+    # float32 rounding
+    assert oracle.relative_error(found.detach(), expected) < 1e-6
+    assert theirs.ema_model.steps == 8
+
+
+def untied():
+    """A model that mmengine's hook averages right: nothing tied or low."""
+    model = ToyModel()
+    model.tied = copy.deepcopy(model.tied)
+    model.low = torch.nn.Parameter(torch.ones(4))
+    return model
+
+
+def test_resume_without_ema_part_starts_from_the_weights(tmp_path):
+    """A file of a run without EMA resumes; n starts at 0, and it is said."""
+    Run(tmp_path, max_epochs=1).train()
+    run = Run(tmp_path, EMA, max_epochs=2, resume=True).train()
+    start, values = run.trace('head.weight')
+    expected = oracle.average(start, values, lambda n: oracle.ramp(n, 0.9, 3))
+    saved = run.load('epoch_2.pth')
+    error = oracle.relative_error(saved['state_dict']['head.weight'], expected)
+    assert error < 1e-6  # float32 rounding
+    assert saved['ema_state_dict']['steps'] == 4
+
+
+def test_fine_tuning_starts_the_average_from_the_loaded_weights(tmp_path):
+    """``load_from`` a file of another class count trains; n starts at 0."""
+    Run(tmp_path / 'a', EMA, max_epochs=2).train()
+    file = tmp_path / 'a' / 'epoch_2.pth'
+    loaded = torch.load(file, weights_only=True)['state_dict']
+    model = ToyModel(classes=5)
+    options = dict(model=model, max_epochs=1, load_from=str(file))
+    run = Run(tmp_path / 'b', EMA, **options).train()
+    start = run.recorder.start
+    assert torch.equal(start['first.weight'], loaded['first.weight'])
+    assert start['head.weight'].shape == (5, 4)
+    for key in ('first.weight', 'head.weight', 'norm.running_var'):
+        expected = oracle.average(
+            *run.trace(key), lambda n: oracle.ramp(n, 0.9, 3)
+        )
+        found = run.load('epoch_1.pth')['state_dict'][key]
+        # float32 rounding
+        assert oracle.relative_error(found, expected) < 1e-6
+    assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
+
+
+def test_resume_into_another_model_is_refused(tmp_path):
+    """A shape that differs is named, with both shapes and what to do."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    run = Run(
+        tmp_path, EMA, model=ToyModel(classes=5), max_epochs=2, resume=True
+    )
+    with pytest.raises(ValueError, match=r'head\.weight') as error:
+        run.train()
+    text = str(error.value)
+    assert '(2, 4)' in text
+    assert '(5, 4)' in text
+    assert 'load_from without resume' in text
+
+
+def test_newly_frozen_layer_keeps_its_average_on_resume(tmp_path):
+    """Freezing a layer on resume does not replace its average by the raw."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    model = ToyModel()
+    model.head.requires_grad_(False)
+    options = dict(model=model, max_epochs=2, resume=True)
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    del saved['optimizer']
+    assert parameters
+    torch.save(saved, tmp_path / 'epoch_1.pth')
+    run = Run(tmp_path, EMA, **options).train()
+    raw = saved['ema_state_dict']['module.head.weight'].double().numpy()
+    expected = saved['state_dict']['head.weight'].double().numpy()
+    for n in range(5, 9):
+        d = oracle.ramp(n, 0.9, 3)
+        expected = d * expected + (1 - d) * raw
+    found = run.load('epoch_2.pth')['state_dict']['head.weight']
+    assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
+
+
+def log_of(run):
+    """Text of the last log file of a run."""
+    return max(run.work_dir.glob('*/*.log')).read_text()
+
+
+def test_changes_since_the_checkpoint_are_reported(tmp_path):
+    """A changed schedule and batch size are named in one line."""
+    from tests.hooks.toy import loader
+
+    Run(tmp_path / 'a', EMA, max_epochs=1).train()
+    hook = dict(type='EMAHook', decay=0.8, tau=3)
+    options = dict(
+        max_epochs=2,
+        resume=True,
+        load_from=str(tmp_path / 'a' / 'epoch_1.pth'),
+        train_dataloader=loader(16, batch=2),
+    )
+    run = Run(tmp_path / 'b', hook, **options).train()
+    lines = [x for x in log_of(run).splitlines() if 'changed since' in x]
+    assert len(lines) == 1
+    assert (
+        'exponential(decay=0.9, tau=3.0) -> exponential(decay=0.8'
+        in (lines[0])
+    )
+    assert 'batch_size 4 -> 2' in lines[0]
+
+
+def test_resume_of_frozen_weights_shares_them_in_the_file(tmp_path):
+    """A frozen tensor is stored once, under both of its names."""
+    run = Run(tmp_path, EMA, max_epochs=1).train()
+    saved = run.load('epoch_1.pth')
+    left = saved['state_dict']['frozen.weight']
+    right = saved['ema_state_dict']['module.frozen.weight']
+    assert left.data_ptr() == right.data_ptr()
+    assert same({'x': left}, {'x': state_of(run.model)['frozen.weight']}) == []
