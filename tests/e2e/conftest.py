@@ -1,0 +1,107 @@
+"""A real detector, small, trained by mmdet's own tools in a subprocess."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / 'configs' / 'rtmdet' / 'rtmdet_digits_1xb8-10e.py'
+
+SCENES = '--train 16 --val 8 --size 64'
+SETTINGS = """
+_base_ = {config!r}
+model = dict(test_cfg=dict(score_thr=0.0))
+train_dataloader = dict(
+    batch_size=4,
+    dataset=dict(data_root={data!r}, pipeline={{{{_base_.test_pipeline}}}}))
+val_dataloader = dict(batch_size=4, dataset=dict(data_root={data!r}))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file={val!r})
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=4, val_interval=1)
+default_hooks = dict(checkpoint=dict(interval=1), logger=dict(interval=1))
+_base_.custom_hooks[1].update(switch_epoch=2)
+"""
+
+
+class Tools:
+    """Runs mmdet's own tools on a small config."""
+
+    def __init__(self, folder, data):
+        self.folder, self.data = folder, data
+
+    def config(self, name, extra=''):
+        """Write a config; return its path."""
+        path = self.folder / f'{name}.py'
+        settings = dict(
+            config=str(CONFIG),
+            data=f'{self.data}/',
+            val=f'{self.data}/annotations/val.json',
+        )
+        path.write_text(SETTINGS.format(**settings) + extra)
+        return path
+
+    def command(self, tool, config, work_dir, *arguments):
+        """Return the command line of a tool."""
+        (package,) = importlib.util.find_spec(
+            'mmdet'
+        ).submodule_search_locations
+        path = Path(package) / '.mim' / 'tools' / f'{tool}.py'
+        words = [sys.executable, path, config, *arguments]
+        return [str(word) for word in (*words, '--work-dir', work_dir)]
+
+    def run(self, tool, config, work_dir, *arguments):
+        """Run a tool to its end; return what it printed."""
+        done = subprocess.run(
+            self.command(tool, config, work_dir, *arguments),
+            cwd=self.folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout
+
+    def test(self, config, checkpoint, name, *options):
+        """Run ``tools/test.py``; return its metrics.
+
+        The predictions are in ``test_NAME/out.pkl``.
+        """
+        out = self.folder / f'test_{name}'
+        words = ['--out', out / 'out.pkl']
+        words += ['--cfg-options', *options] if options else []
+        self.run('test', config, out, checkpoint, *words)
+        (path,) = out.glob('*/*.json')
+        return json.loads(path.read_text())
+
+
+def environment():
+    """Return an environment for a tool: one thread, no spinning."""
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+
+
+@pytest.fixture(scope='session')
+def tools(tmp_path_factory):
+    """Tools over a small digits set."""
+    folder = tmp_path_factory.mktemp('e2e')
+    data = folder / 'digits'
+    subprocess.run(
+        [sys.executable, ROOT / 'demo' / 'digits.py', data, *SCENES.split()],
+        check=True,
+    )
+    return Tools(folder, data)
+
+
+@pytest.fixture(scope='session')
+def trained(tools):
+    """A finished training: its config and work folder."""
+    config = tools.config('whole')
+    work_dir = tools.folder / 'whole'
+    log = tools.run('train', config, work_dir)
+    return config, work_dir, log

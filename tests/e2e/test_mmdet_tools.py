@@ -1,0 +1,195 @@
+"""mmdet's ``tools/train.py``, ``--resume`` and ``tools/test.py``."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.e2e.conftest import environment
+
+pytestmark = pytest.mark.e2e
+
+
+def load(path):
+    """Read a checkpoint as any process could."""
+    return torch.load(path, weights_only=True)
+
+
+def differing(left, right):
+    """Names that differ in a bit, in weights, EMA part or counters."""
+    names = []
+    for part in ('state_dict', 'ema_state_dict'):
+        assert left[part].keys() == right[part].keys()
+        names += [
+            name
+            for name, value in left[part].items()
+            if not torch.equal(value, right[part][name])
+        ]
+    return names
+
+
+def test_training_reports_logs_and_saves(trained):
+    """The report, the scalars and the checkpoint's parts are there."""
+    _, work_dir, log = trained
+    assert 'EMA: exponential(decay=' in log
+    assert 'steps: 16 planned' in log
+    assert 'ema_decay: ' in log
+    assert 'ema_distance: ' in log
+    saved = load(work_dir / 'epoch_4.pth')
+    assert saved['ema_state_dict']['steps'] == 16
+    assert saved['ema_meta']['roles']['state_dict'] == 'average'
+
+
+def test_second_stage_pipeline_is_kept(trained):
+    """The safe way to add the hook keeps RTMDet's other hook."""
+    _, _, log = trained
+    assert 'PipelineSwitchHook' in log
+    assert 'Switch pipeline now!' in log
+
+
+def test_tied_head_is_averaged_once(trained):
+    """RTMDet's shared head convolutions hold one average under 3 names."""
+    _, work_dir, _ = trained
+    weights = load(work_dir / 'epoch_4.pth')['state_dict']
+    names = [f'bbox_head.cls_convs.{i}.0.conv.weight' for i in range(3)]
+    pointers = {weights[name].data_ptr() for name in names}
+    assert len(pointers) == 1
+
+
+def test_resumed_training_equals_the_uninterrupted_one(tools, trained):
+    """4 epochs at once equal 2 and, with ``--resume``, 2 more."""
+    config, whole, _ = trained
+    part = tools.folder / 'part'
+    short = tools.config('part', 'train_cfg = dict(max_epochs=2)\n')
+    tools.run('train', short, part)
+    tools.run('train', config, part, '--resume')
+    left, right = load(whole / 'epoch_4.pth'), load(part / 'epoch_4.pth')
+    assert differing(left, right) == []
+    assert left['ema_meta'] == right['ema_meta']
+
+
+def test_killed_training_resumes_exactly(tools, trained):
+    """A process killed in its third epoch goes on as if it had not been."""
+    config, whole, _ = trained
+    work_dir = tools.folder / 'killed'
+    process = subprocess.Popen(
+        tools.command('train', config, work_dir),
+        cwd=tools.folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    last = work_dir / 'last_checkpoint'
+    deadline = time.monotonic() + 240
+    while not last.exists() or 'epoch_2' not in last.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    tools.run('train', config, work_dir, '--resume')
+    left, right = load(whole / 'epoch_4.pth'), load(work_dir / 'epoch_4.pth')
+    assert differing(left, right) == []
+
+
+def test_test_tool_uses_the_weights_it_is_told(tools, trained):
+    """'both' gives each set of weights the metrics that it has alone."""
+    config, work_dir, _ = trained
+    file = work_dir / 'epoch_4.pth'
+    found = {
+        weights: tools.test(
+            config, file, weights, f'custom_hooks.0.evaluate={weights}'
+        )
+        for weights in ('ema', 'raw', 'both')
+    }
+    score = {
+        name: {k: v for k, v in metrics.items() if 'mAP' in k}
+        for name, metrics in found.items()
+    }
+    expected = {**score['ema']}
+    expected.update({f'raw/{k}': v for k, v in score['raw'].items()})
+    assert score['both'] == expected
+    boxes = {
+        name: predictions(tools.folder / f'test_{name}')
+        for name in ('ema', 'raw')
+    }
+    both = tools.folder / 'test_both'
+    assert torch.equal(predictions(both, 'out'), boxes['ema'])
+    assert torch.equal(predictions(both, 'out_raw'), boxes['raw'])
+    assert boxes['ema'].shape != boxes['raw'].shape or not torch.equal(
+        boxes['ema'], boxes['raw']
+    )
+
+
+def predictions(folder, name='out'):
+    """All predicted boxes with their scores, one row each."""
+    images = pickle.loads((folder / f'{name}.pkl').read_bytes())
+    rows = [
+        torch.cat([p['bboxes'], p['scores'][:, None]], dim=1)
+        for p in (image['pred_instances'] for image in images)
+    ]
+    assert len(torch.cat(rows)) > 0
+    return torch.cat(rows)
+
+
+def test_deployed_weights_are_the_averages(tools, trained):
+    """Without the package mmdet loads the averages from the same file."""
+    config, work_dir, _ = trained
+    code = (
+        'import sys, torch\n'
+        'from mmengine.config import Config\n'
+        'from mmdet.registry import MODELS\n'
+        'from mmdet.utils import register_all_modules\n'
+        'register_all_modules()\n'
+        f'path = {str(config)!r}\n'
+        'cfg = Config.fromfile(path, import_custom_modules=False)\n'
+        'model = MODELS.build(cfg.model)\n'
+        f'c = torch.load({str(work_dir / "epoch_4.pth")!r})\n'
+        "print(model.load_state_dict(c['state_dict']))\n"
+        "assert 'mmdet_ema' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert 'All keys matched successfully' in done.stdout, done.stderr
+
+
+PEER = """
+_base_.custom_hooks[0] = dict(
+    type='mmengine.hooks.ema_hook.EMAHook', ema_type='mmdet.ExpMomentumEMA',
+    momentum=0.01, gamma=50, update_buffers=True, priority=49)
+train_cfg = dict(max_epochs=1)
+"""
+
+
+def test_files_of_mmengines_own_hook_are_tested_and_resumed(tools, trained):
+    """On today's torch, what mmengine wrote is read: tested and resumed."""
+    config, _, _ = trained
+    work_dir = tools.folder / 'peer'
+    tools.run('train', tools.config('peer', PEER), work_dir)
+    file = work_dir / 'epoch_1.pth'
+    with pytest.raises(Exception, match='Weights only load failed'):
+        load(file)
+    assert 'coco/bbox_mAP' in tools.test(config, file, 'peer')
+    short = tools.config('go_on', 'train_cfg = dict(max_epochs=2)\n')
+    tools.run('train', short, work_dir, '--resume')
+    saved = load(work_dir / 'epoch_2.pth')
+    assert saved['ema_state_dict']['steps'] == 8
+
+
+def test_scalars_reach_the_visualizer(trained):
+    """The local visualizer wrote raw metrics and the decay."""
+    _, work_dir, _ = trained
+    (path,) = work_dir.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sum('ema_decay' in line for line in lines) == 16
+    assert sum('raw/coco/bbox_mAP' in line for line in lines) == 4
