@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core.errors import CheckpointError
+from mmdet_ema.core.state import read_count
 
 WEIGHTS = 'state_dict'
 EMA = 'ema_state_dict'
@@ -95,17 +96,22 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
     ema = checkpoint.get(EMA)
     if ema is None:
         return None
+    weights = checkpoint.get(WEIGHTS)
     if not isinstance(ema, Mapping) or STEPS not in ema:
         raise CheckpointError(
             f'the {EMA!r} of the checkpoint has no {STEPS!r}; it was not '
             f'written by an EMAHook of this generation. Load the file with '
             f'load_from (no resume) to start from its weights.'
         )
-    meta = dict(checkpoint.get(META) or {})
+    meta = checkpoint.get(META) or {}
+    if not isinstance(weights, Mapping) or not isinstance(meta, Mapping):
+        raise CheckpointError(
+            f'{WEIGHTS!r} or {META!r} of the checkpoint is no dict; the file '
+            f'is damaged. Take another checkpoint.'
+        )
     _check_version(meta)
     raws = {k[len(PREFIX) :]: v for k, v in ema.items() if _is_raw(k)}
-    averages = dict(checkpoint[WEIGHTS])
-    return EMAPart(averages, raws, int(ema[STEPS]), meta)
+    return EMAPart(dict(weights), raws, read_count(ema, STEPS), dict(meta))
 
 
 def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:

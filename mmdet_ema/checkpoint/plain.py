@@ -52,8 +52,8 @@ def to_plain(value: Any, codecs: List[Codec]) -> Any:
         if type(value) is codec.type:
             inner = to_plain(codec.encode(value), codecs)
             return {TAG: codec.tag, **inner}
-    if type(value).__module__ == 'numpy' and hasattr(value, 'dtype'):
-        return to_plain(value.item(), codecs)
+    if _is_numpy_scalar(value):
+        return _python_number(value)
     return _rebuild(value, lambda item: to_plain(item, codecs))
 
 
@@ -96,11 +96,11 @@ def foreign(value: Any) -> List[str]:
 
 def _rebuild(value: Any, convert: Callable[[Any], Any]) -> Any:
     if isinstance(value, OrderedDict):
-        new = OrderedDict((k, convert(v)) for k, v in value.items())
+        new = OrderedDict((convert(k), convert(v)) for k, v in value.items())
         new.__dict__.update(value.__dict__)
         return new
     if isinstance(value, dict):
-        return {k: convert(v) for k, v in value.items()}
+        return {convert(k): convert(v) for k, v in value.items()}
     if type(value) in (list, tuple, set):
         return type(value)(convert(item) for item in value)
     return value
@@ -108,13 +108,30 @@ def _rebuild(value: Any, convert: Callable[[Any], Any]) -> Any:
 
 def _is_plain_leaf(value: Any) -> bool:
     plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
-    return type(value) in plain or isinstance(
-        value, (torch.Tensor, torch.Size, torch.device)
-    )
+    tensors = (torch.Tensor, torch.nn.Parameter, torch.Size, torch.device)
+    return type(value) in plain or type(value) in tensors
 
 
 def _is_plain_container(value: Any) -> bool:
     return type(value) in (dict, OrderedDict, list, tuple, set, torch.Size)
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    kind = type(value)
+    return (
+        kind.__module__ == 'numpy'
+        and hasattr(kind, 'item')
+        and (
+            getattr(value, 'shape', None) == ()
+            and not hasattr(value, 'fill_')
+            and kind.__name__ != 'ndarray'
+        )
+    )
+
+
+def _python_number(value: Any) -> Any:
+    number = value.item()
+    return float(number) if type(number) is type(value) else number
 
 
 def _name(kind: Type[Any]) -> str:

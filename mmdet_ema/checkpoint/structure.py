@@ -36,7 +36,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f'there is no file {path!r}; {_WRITE}.')
-    if _is_legacy(path) or os.environ.get(_UNSAFE):
+    if _is_legacy(path) or _is_unsafe_chosen():
         return {}
     if not _is_torch_zip(path):
         raise CheckpointError(_why_not(path))
@@ -54,7 +54,7 @@ def _load(path: str) -> Any:
             f'({_cause(error)}), which could run code when read. If you trust '
             f'it, set the environment variable {_UNSAFE}=1.'
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # damaged bytes can raise anything
         raise CheckpointError(
             f'{path!r} is no readable checkpoint ({_cause(error)}); {_WRITE}.'
         ) from None
@@ -69,11 +69,17 @@ def _check_mapping(path: str, content: Any) -> Mapping[str, Any]:
     return content
 
 
+def _is_unsafe_chosen() -> bool:
+    """Return whether the user chose unsafe loading, as torch reads it."""
+    return os.environ.get(_UNSAFE, '').lower() in ('1', 'y', 'yes', 'true')
+
+
 def _is_torch_zip(path: str) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(n.endswith('/data.pkl') for n in archive.namelist())
+    except Exception:  # damaged bytes can raise anything
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(n.endswith('/data.pkl') for n in archive.namelist())
 
 
 def _is_legacy(path: str) -> bool:

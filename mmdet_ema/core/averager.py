@@ -12,11 +12,13 @@ from mmdet_ema.core.check import check_choice, check_count, check_flag
 from mmdet_ema.core.errors import NonFiniteError, OptionError
 from mmdet_ema.core.finite import all_finite, first_nonfinite
 from mmdet_ema.core.horizon import decay_over
+from mmdet_ema.core.ranks import all_agree
 from mmdet_ema.core.schedule_spec import (
     ScheduleSpec,
     build_schedule,
     check_decay,
 )
+from mmdet_ema.core.state import read_count, read_tensors
 from mmdet_ema.core.store import AverageStore
 
 NONFINITE = ('skip', 'raise', 'ignore')
@@ -106,9 +108,8 @@ class WeightAverager:
             NonFiniteError: If there is NaN or Inf under ``'raise'``.
             RuntimeError: If the model holds the averages just now.
         """
-        if self.is_applied:
-            raise RuntimeError('update() inside applied(): leave it first.')
-        self._store.follow_buffers()
+        self._refuse_inside('update')
+        self._store.follow()
         step = self.num_steps + 1
         due = step % self.interval == self.phase % self.interval
         if not self._is_acceptable(due):
@@ -123,12 +124,23 @@ class WeightAverager:
         """Average parameters that were frozen and are trainable now.
 
         Call it before the step that first changes them.
+
+        Raises:
+            RuntimeError: If the model holds the averages just now.
         """
+        self._refuse_inside('thaw')
         self._store.thaw()
 
     def refresh(self) -> None:
         """Follow tensors of the model that were replaced or moved."""
         self._store.refresh()
+
+    def synchronize(self) -> None:
+        """Make the averages of buffers the same on every rank.
+
+        Call it on all ranks together, before evaluating or saving.
+        """
+        self._store.synchronize()
 
     def apply(self) -> None:
         """Put the averages into the model until :meth:`restore`."""
@@ -150,8 +162,8 @@ class WeightAverager:
             The model.
         """
         inner = self.is_applied
-        self.apply()
         try:
+            self.apply()
             yield self.model
         finally:
             if not inner:
@@ -220,14 +232,22 @@ class WeightAverager:
                 average of that tensor starts from the weights as they are.
 
         Raises:
-            CheckpointError: If shapes differ or, under ``strict``, names do.
+            CheckpointError: If it is no such state, shapes differ or, under
+                ``strict``, names do.
+            RuntimeError: If the model holds the averages just now.
         """
-        self._store.load(state['averages'], strict)
-        steps = int(state['num_steps'])
-        self.num_steps = steps
-        self.num_updates = int(state.get('num_updates', steps))
-        self.num_skipped = int(state.get('num_skipped', 0))
-        self._averaged_steps = int(state.get('averaged_steps', steps))
+        self._refuse_inside('load_state_dict')
+        steps = read_count(state, 'num_steps')
+        updates = read_count(state, 'num_updates', steps)
+        skipped = read_count(state, 'num_skipped', 0)
+        averaged = read_count(state, 'averaged_steps', steps)
+        self._store.load(read_tensors(state, 'averages'), strict)
+        self.num_steps, self.num_updates = steps, updates
+        self.num_skipped, self._averaged_steps = skipped, averaged
+
+    def _refuse_inside(self, method: str) -> None:
+        if self.is_applied:
+            raise RuntimeError(f'{method}() inside applied(): leave it first.')
 
     def _average_until(self, step: int) -> None:
         first = self._averaged_steps + 1
@@ -239,12 +259,13 @@ class WeightAverager:
         if self.nonfinite == 'ignore':
             return True
         entries = self._store.taken_in(due)
-        if all_finite([entry.raw for entry in entries]):
+        if all_agree(all_finite([t for e in entries for t in e.parts])):
             return True
         if self.nonfinite == 'raise':
+            where = first_nonfinite(entries) or 'a tensor of another rank'
             raise NonFiniteError(
-                f'{first_nonfinite(entries)} holds NaN or Inf after a step; '
-                f'the average was left as it was after {self.num_steps} steps.'
+                f'{where} holds NaN or Inf after a step; the average was '
+                f'left as it was after {self.num_steps} steps.'
             )
         self.num_skipped += 1
         return False

@@ -42,7 +42,7 @@ def check_number(
         )
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
-    if not (math.isfinite(value) and above and below):
+    if not (above and below and _is_finite(value)):
         raise OptionError(
             f'{name}={value!r} is out of range; use a number in '
             f'{allowed}.{" " + hint if hint else ""}'
@@ -115,6 +115,13 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
             f'{name}={value!r} is not known; choose one of {words}.{near}'
         )
     return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the floats
+        return False
 
 
 def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:

@@ -19,6 +19,7 @@ class Exchange:
     Where dtype is the same the two trade places, one tensor at a time, so no
     second copy of the model is needed. A raw tensor of lower precision cannot
     hold its float32 average: there the raw values are set aside meanwhile.
+    All memory is taken before anything is changed, and kept for the way back.
 
     Args:
         averages: The averages.
@@ -28,6 +29,7 @@ class Exchange:
     def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
         self._pairs = list(zip(averages, raws))
         self._same = [(a, r) for a, r in self._pairs if a.dtype == r.dtype]
+        self._scratch: Dict[object, Tensor] = {}
         self._aside: Dict[int, Tensor] = {}
         self.swapped = False
 
@@ -37,7 +39,8 @@ class Exchange:
         assert not self.swapped
         with deferred_interrupts():
             aside = {i: raw.detach().clone() for i, raw in self._narrow()}
-            _trade(self._same)
+            self._scratch = _scratch_for(self._same)
+            self._trade()
             for i, raw in self._narrow():
                 raw.copy_(self._pairs[i][0])
             self._aside, self.swapped = aside, True
@@ -47,10 +50,10 @@ class Exchange:
         """Put the raw values back."""
         assert self.swapped
         with deferred_interrupts():
-            _trade(self._same)
+            self._trade()
             for i, raw in self._narrow():
                 raw.copy_(self._aside[i])
-            self._aside, self.swapped = {}, False
+            self._aside, self._scratch, self.swapped = {}, {}, False
 
     def average(self, index: int) -> Tensor:
         """Return the tensor that holds the average of a pair now."""
@@ -69,6 +72,26 @@ class Exchange:
         for i, (average, raw) in enumerate(self._pairs):
             if average.dtype != raw.dtype:
                 yield i, raw
+
+    def _trade(self) -> None:
+        for average, raw in self._same:
+            scratch = self._scratch[average.device, average.dtype]
+            held = scratch[: average.numel()].view(average.shape)
+            held.copy_(average)
+            average.copy_(raw)
+            raw.copy_(held)
+
+
+def _scratch_for(pairs: Sequence[Pair]) -> Dict[object, Tensor]:
+    """Allocate room for the largest tensor of each device and dtype."""
+    sizes: Dict[Tuple[torch.device, torch.dtype], int] = {}
+    for average, _ in pairs:
+        key = (average.device, average.dtype)
+        sizes[key] = max(sizes.get(key, 0), average.numel())
+    return {
+        (device, dtype): torch.empty(size, device=device, dtype=dtype)
+        for (device, dtype), size in sizes.items()
+    }
 
 
 @contextlib.contextmanager
@@ -91,15 +114,3 @@ def deferred_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if held:
             previous(*held[0])
-
-
-def _trade(pairs: Sequence[Pair]) -> None:
-    """Swap the values of every pair; of none, if memory runs out."""
-    for done, (average, raw) in enumerate(pairs):
-        try:
-            held = average.clone()
-        except RuntimeError:
-            _trade(pairs[:done][::-1])
-            raise
-        average.copy_(raw)
-        raw.copy_(held)

@@ -38,7 +38,7 @@ def first_nonfinite(entries: Iterable[Entry]) -> Optional[str]:
         The name, or None if all are finite.
     """
     for entry in entries:
-        if not bool(torch.isfinite(entry.raw).all()):
+        if not all(bool(torch.isfinite(p).all()) for p in entry.parts):
             return entry.name
     return None
 

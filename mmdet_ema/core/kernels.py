@@ -12,6 +12,9 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
+# torch adds these to float32 without a converted copy; 8-bit floats it does not
+_PROMOTED = (torch.float16, torch.bfloat16)
+
 
 def average_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which a tensor of ``dtype`` is averaged.
@@ -53,8 +56,8 @@ class UpdatePlan:
         self._same: List[Tuple[List[Tensor], List[Tensor]]] = []
         self._mixed: List[Tuple[List[Tensor], List[Tensor]]] = []
         for pair in _group(averages, raws):
-            same = pair[0][0].dtype == pair[1][0].dtype
-            (self._same if same else self._mixed).append(pair)
+            mixed = pair[1][0].dtype in _PROMOTED
+            (self._mixed if mixed else self._same).append(pair)
 
     def update(self, decay: float) -> None:
         """Apply ``avg = decay * avg + (1 - decay) * raw`` to every pair.
@@ -63,10 +66,11 @@ class UpdatePlan:
             decay: Weight of the old averages, in [0, 1].
         """
         for averages, raws in self._same:
-            near = _on_device(raws, averages)
+            near = _alike(raws, averages, averages[0].dtype)
             torch._foreach_lerp_(averages, near, 1 - decay)
         for averages, raws in self._mixed:
-            _lerp_mixed(averages, _on_device(raws, averages), decay)
+            near = _alike(raws, averages, raws[0].dtype)
+            _lerp_mixed(averages, near, decay)
 
 
 class CopyPlan:
@@ -116,8 +120,11 @@ def _lerp_mixed(
         torch._foreach_add_(averages, averages, alpha=-weight)
 
 
-def _on_device(raws: List[Tensor], averages: List[Tensor]) -> List[Tensor]:
+def _alike(
+    raws: List[Tensor], averages: List[Tensor], dtype: torch.dtype
+) -> List[Tensor]:
+    """Bring raw tensors to the device of the averages, and to a dtype."""
     device = averages[0].device
-    if raws[0].device == device:
+    if raws[0].device == device and raws[0].dtype == dtype:
         return raws
-    return [raw.to(device) for raw in raws]
+    return [raw.to(device=device, dtype=dtype) for raw in raws]

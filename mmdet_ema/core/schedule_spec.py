@@ -45,6 +45,7 @@ def build_schedule(spec: ScheduleSpec, **options: Any) -> Schedule:
         'inverse(decay=0.5)'
     """
     if callable(spec):
+        _refuse_options(spec, options)
         return spec if isinstance(spec, Schedule) else _from_callable(spec)
     name, own = split_spec(spec)
     return make_schedule(name, {**options, **own})
@@ -139,6 +140,14 @@ def check_decay(schedule: Schedule, n: int) -> float:
         f'schedule {schedule} returned {decay!r} for n = {n}; it must return '
         f'a decay in [0, 1].'
     )
+
+
+def _refuse_options(spec: object, options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        raise OptionError(
+            f'{name}={value!r} has no meaning beside the callable schedule '
+            f'{spec}; leave it out, or name a schedule that takes it.'
+        )
 
 
 def _from_callable(function: Callable[[int], float]) -> Schedule:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Optional
 
 from mmdet_ema.core.check import check_count, check_number
+from mmdet_ema.core.errors import OptionError
 
 _FULL = 'decay = 1 would never move the average.'
 
@@ -145,7 +146,7 @@ def annealing(decay: float = 0.9999, gamma: float = 100) -> Schedule:
     gamma = check_number('gamma', gamma, 0, math.inf, low_open=True)
     return Schedule(
         'annealing',
-        lambda n: 1 - max(1 - decay, gamma / (gamma + n - 1)),
+        lambda n: 1 - max(1 - decay, gamma / (gamma + (n - 1))),
         dict(decay=decay, gamma=gamma),
         decay,
     )
@@ -268,4 +269,9 @@ def half_life(half_life: float = 1000) -> Schedule:
     """
     steps = check_number('half_life', half_life, 0, math.inf, low_open=True)
     decay = 2 ** (-1 / steps)
+    if decay == 1:
+        raise OptionError(
+            f'half_life={half_life!r} is so long that the average would '
+            f'never move; use at most 1e15.'
+        )
     return Schedule('half_life', lambda n: decay, dict(half_life=steps), decay)

@@ -84,6 +84,13 @@ class Entry:
         """First name, for messages."""
         return self.labels[0].name
 
+    @property
+    def parts(self) -> List[Tensor]:
+        """What the names see; a flat entry may span memory of nobody."""
+        if self.labels[0].view is None:
+            return [self.raw]
+        return [label.of(self.raw) for label in self.labels]
+
 
 @dataclass(frozen=True)
 class _Named:
@@ -115,8 +122,14 @@ def select(model: nn.Module, update_buffers: bool = True) -> List[Entry]:
 
 
 def _named_tensors(model: nn.Module) -> List[_Named]:
+    """List saved tensors that the model owns, then its other parameters."""
+    owned = {_memory(t) for t in (*model.parameters(), *model.buffers())}
     state = model.state_dict(keep_vars=True)
-    named = [_Named(k, v, True) for k, v in state.items() if _is_tensor(v)]
+    named = [
+        _Named(name, value, True)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and _memory(value) in owned
+    ]
     known = {id(item.tensor) for item in named}
     named += [
         _Named(name, parameter, False)
@@ -128,8 +141,11 @@ def _named_tensors(model: nn.Module) -> List[_Named]:
     return named
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+def _memory(tensor: Tensor) -> object:
+    """Return a key of the storage; extra state and copies have their own."""
+    if is_lazy(tensor) or tensor.data_ptr() == 0:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr()
 
 
 def _check_materialised(item: _Named) -> None:
@@ -146,7 +162,12 @@ def _group_by_memory(named: List[_Named]) -> List[List[_Named]]:
     spaces: Dict[object, List[_Named]] = {}
     for item in named:
         spaces.setdefault(_address_space(item.tensor), []).append(item)
-    groups = [g for items in spaces.values() for g in _overlapping(items)]
+    groups = [
+        group
+        for items in spaces.values()
+        for near in _overlapping(items)
+        for group in _interleaved(near)
+    ]
     for group in groups:
         group.sort(key=lambda item: position[id(item)])
     return sorted(groups, key=lambda group: position[id(group[0])])
@@ -174,6 +195,30 @@ def _overlapping(items: List[_Named]) -> Iterator[List[_Named]]:
         yield group
 
 
+def _interleaved(group: List[_Named]) -> List[List[_Named]]:
+    """Tell apart tensors whose spans meet but that share no element.
+
+    The columns of one matrix do so.
+    """
+    distinct = {_geometry(item.tensor): item.tensor for item in group}
+    if len(distinct) == 1:
+        return [group]
+    start = min(tensor.data_ptr() for tensor in distinct.values())
+    stop = max(_span(tensor)[1] for tensor in distinct.values())
+    size = group[0].tensor.element_size()
+    seen = torch.zeros((stop - start) // size, dtype=torch.bool)
+    for tensor in distinct.values():
+        offset = (tensor.data_ptr() - start) // size
+        view = seen.as_strided(tensor.shape, tensor.stride(), offset)
+        if bool(view.any()):
+            return [group]
+        view.fill_(True)
+    apart: Dict[object, List[_Named]] = {}
+    for item in group:
+        apart.setdefault(_geometry(item.tensor), []).append(item)
+    return list(apart.values())
+
+
 def _span(tensor: Tensor) -> Tuple[int, int]:
     """Return the address range of a tensor in bytes, end excluded."""
     start = tensor.data_ptr()
@@ -199,7 +244,9 @@ def _make_entry(group: List[_Named], update_buffers: bool) -> Entry:
         trained = any(owner.requires_grad for owner in owners)
         role = Role.AVERAGED if trained else Role.SHARED
         return Entry(raw, role, labels, owners, floating)
-    finite = floating and bool(torch.isfinite(raw).all())
+    finite = floating and all(
+        bool(torch.isfinite(label.of(raw.detach())).all()) for label in labels
+    )
     role = Role.AVERAGED if finite and update_buffers else Role.COPIED
     return Entry(raw, role, labels, owners, finite)
 
@@ -209,8 +256,8 @@ def _geometry(tensor: Tensor) -> object:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    pairs = zip(tensor.shape, tensor.stride())
-    return any(size > 1 and stride == 0 for size, stride in pairs)
+    start, stop = _span(tensor)
+    return tensor.numel() > (stop - start) // tensor.element_size()
 
 
 def _preferred(group: List[_Named]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmdet_ema.core.errors import CheckpointError
 from mmdet_ema.core.exchange import Exchange
 from mmdet_ema.core.kernels import CopyPlan, UpdatePlan, average_dtype
+from mmdet_ema.core.ranks import broadcast, reduce_mean, world_size
 from mmdet_ema.core.selection import Entry, Role, select
 from mmdet_ema.core.watch import Watch
 
@@ -68,6 +69,21 @@ class AverageStore:
         """
         return self._gated if due else self._gated_copies
 
+    def synchronize(self) -> None:
+        """Make the averages of buffers the same on every rank.
+
+        Floats become the mean over the ranks, integers those of rank 0.
+        """
+        if world_size() == 1 or self.is_applied:
+            return
+        buffers = [
+            average
+            for i, average in self._averages.items()
+            if not self._entries[i].parameters
+        ]
+        reduce_mean([b for b in buffers if _is_float(b)])
+        broadcast([b for b in buffers if not _is_float(b)])
+
     def thaw(self) -> None:
         """Give an average to parameters that are trainable by now."""
         thawed = [
@@ -80,9 +96,9 @@ class AverageStore:
         if thawed:
             self._plan()
 
-    def follow_buffers(self) -> None:
-        """Follow replaced buffers; cheap enough for every step."""
-        if self._watch.buffers_replaced():
+    def follow(self) -> None:
+        """Follow what was replaced if it shows; cheap enough for each step."""
+        if self._watch.hints():
             self.refresh()
 
     @torch.no_grad()
@@ -90,9 +106,9 @@ class AverageStore:
         """Follow replaced tensors; averages are carried over by name."""
         if self.is_applied or not self._watch.replaced():
             return
-        old = dict(self.named_averages())
+        old = dict(self._named(self._average_of, unsaved=True))
         self._entries = self._select()
-        now = dict(self.named_averages())
+        now = dict(self._named(self._average_of, unsaved=True))
         kept = {
             name: average
             for name, average in old.items()
@@ -144,15 +160,17 @@ class AverageStore:
         gaps, sizes = [], []
         for i, entry in enumerate(self._entries):
             if i in self._averages and entry.parameters:
-                average = self._average_of(i).double()
-                raw = self._raw_of(i).to(average.device)
-                gaps.append(torch.linalg.vector_norm(average - raw).cpu())
-                sizes.append(torch.linalg.vector_norm(raw.double()).cpu())
+                average = self._average_of(i)
+                wide = torch.promote_types(average.dtype, torch.float64)
+                average, raw = average.to(wide), self._raw_of(i).to(wide)
+                gap = average - raw.to(average.device)
+                gaps.append(torch.linalg.vector_norm(gap).cpu())
+                sizes.append(torch.linalg.vector_norm(raw).cpu())
         if not sizes:
             return 0.0
         size = float(torch.linalg.vector_norm(torch.stack(sizes)))
-        gap = float(torch.linalg.vector_norm(torch.stack(gaps)))
-        return gap / size if size else 0.0
+        distance = float(torch.linalg.vector_norm(torch.stack(gaps)))
+        return distance / size if size else 0.0
 
     def counts(self) -> Dict[str, int]:
         """Return tensors per role, and the bytes of all averages."""
@@ -172,7 +190,9 @@ class AverageStore:
         raw = entry.raw.detach()
         averaged = entry.role is Role.AVERAGED
         dtype = average_dtype(raw.dtype) if averaged else raw.dtype
-        return raw.to(device=self._device, dtype=dtype, copy=True)
+        # tensors made in inference mode could not be updated outside of it
+        with torch.inference_mode(False):
+            return raw.to(device=self._device, dtype=dtype, copy=True)
 
     def _own(self, i: int) -> None:
         self._entries[i].role = Role.AVERAGED
@@ -203,14 +223,17 @@ class AverageStore:
         return averages, [self._entries[i].raw for i in chosen]
 
     def _named(
-        self, value_of: Callable[[int], Tensor], stored: bool = False
+        self,
+        value_of: Callable[[int], Tensor],
+        stored: bool = False,
+        unsaved: bool = False,
     ) -> Named:
         for i, entry in enumerate(self._entries):
             if stored and i not in self._averages:
                 continue
             value = value_of(i)
             for label in entry.labels:
-                if label.saved:
+                if label.saved or unsaved:
                     yield label.name, label.of(value)
 
     def _average_of(self, i: int) -> Tensor:
@@ -274,3 +297,7 @@ def count_roles(entries: List[Entry]) -> Dict[str, int]:
             width = torch.empty((), dtype=dtype).element_size()
             size += entry.raw.numel() * width
     return {**{role.value: counts[role.value] for role in Role}, 'bytes': size}
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -26,13 +26,18 @@ class Watch:
         self._model = model
         self._seen = [_identity(tensor) for _, _, tensor in _owned(model)]
         self._buffers = list(_replaceable_buffers(model))
+        first = next(model.parameters(), None)
+        self._first, self._kind = first, _kind(first)
 
-    def buffers_replaced(self) -> bool:
-        """Return whether a buffer is another object now; cheap.
+    def hints(self) -> bool:
+        """Return whether something seems to be replaced; cheap.
 
-        Torch's own normalisation layers change theirs in place, so only the
-        buffers of other modules are looked at.
+        Looks at the buffers of modules other than torch's normalisation
+        layers, which change theirs in place, and at whether the whole model
+        went to another device or dtype.
         """
+        if _kind(self._first) != self._kind:
+            return True
         return any(owner.get(k) is not t for owner, k, t in self._buffers)
 
     def replaced(self) -> bool:
@@ -44,7 +49,11 @@ class Watch:
 def _identity(tensor: Optional[Tensor]) -> object:
     if tensor is None:
         return None
-    return id(tensor), tensor.device, tensor.dtype, tensor.shape
+    return id(tensor), _kind(tensor), tensor.shape, tensor.data_ptr()
+
+
+def _kind(tensor: Optional[Tensor]) -> object:
+    return None if tensor is None else (tensor.device, tensor.dtype)
 
 
 def _owned(model: nn.Module) -> Iterator[_Owned]:

@@ -120,6 +120,11 @@ class EMALifecycle:
         if self._steps is not None:
             self._steps.detach()
 
+    def synchronize(self) -> None:
+        """Agree on the averages of buffers; call it on all ranks."""
+        if self.averager is not None:
+            self.averager.synchronize()
+
     def enter_evaluation(self, model: nn.Module) -> None:
         """Put the averages into the model, if they are to be evaluated.
 
@@ -129,6 +134,7 @@ class EMALifecycle:
         if self.averager is None and self._pending is not None:
             self._schedule = self.options.schedule_for(self._pending.steps)
             self.averager = self._resumed(model)
+        self.synchronize()
         if self.averager is not None and self.options.evaluate != 'raw':
             self.averager.apply()
 

@@ -139,7 +139,7 @@ def _constant(decay: float, gamma: float, interval: int) -> _Function:
 
 
 def _annealing(decay: float, gamma: float, interval: int) -> _Function:
-    return lambda n: 1 - max(1 - decay, gamma / (gamma + n - 1))
+    return lambda n: 1 - max(1 - decay, gamma / (gamma + (n - 1)))
 
 
 def _exponential(decay: float, gamma: float, interval: int) -> _Function:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 
 from mmdet_ema.core.averager import NONFINITE, check_device
 from mmdet_ema.core.check import check_choice, check_count, check_flag
 from mmdet_ema.core.errors import OptionError, did_you_mean
-from mmdet_ema.core.schedule_spec import (
-    ScheduleSpec,
-    build_schedule,
-    make_schedule,
-    options_of,
-    split_spec,
-)
+from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.core.schedules import Schedule
-from mmdet_ema.hooks.openmmlab_words import (
-    check_words,
-    decay_of,
-    family_schedule,
-)
+from mmdet_ema.hooks.openmmlab_words import check_words
+from mmdet_ema.hooks.schedule_choice import choose_family, choose_native
 
 EVALUATE = ('ema', 'raw', 'both')
 NAMES = (
@@ -108,18 +99,14 @@ def parse_options(
     words = check_words(decay, tau, schedule, ema_type, momentum, gamma)
     if update_buffers is None:
         update_buffers = not words
-    no_effect: List[str] = []
     if ema_type is not None or (words and schedule is None):
-        rate = decay_of(decay, momentum)
-        make = _always(family_schedule(ema_type, rate, gamma, interval))
+        choice = choose_family(ema_type, decay, momentum, gamma, interval)
     else:
-        if momentum is not None:
-            decay = decay_of(None, momentum)
-        make = _native(schedule, decay, tau, no_effect)
+        choice = choose_native(schedule, decay, tau, momentum)
     return HookOptions(
-        schedule_for=make,
+        schedule_for=choice.make,
         interval=interval,
-        phase=1 if words else 0,
+        phase=choice.phase,
         begin_iter=begin_iter,
         begin_epoch=begin_epoch,
         update_buffers=check_flag('update_buffers', update_buffers),
@@ -127,7 +114,7 @@ def parse_options(
         evaluate=check_choice('evaluate', evaluate, EVALUATE),
         nonfinite=check_choice('nonfinite', nonfinite, NONFINITE),
         strict_load=check_flag('strict_load', strict_load),
-        no_effect=tuple(no_effect),
+        no_effect=choice.no_effect,
     )
 
 
@@ -147,50 +134,3 @@ def _check_begin(begin_iter: int, begin_epoch: int) -> None:
             f'begin_iter={begin_iter} and begin_epoch={begin_epoch} are both '
             f'given; give the one that the average should start at.'
         )
-
-
-def _always(schedule: Schedule) -> Callable[[int], Schedule]:
-    return lambda steps: schedule
-
-
-def _native(
-    spec: Optional[ScheduleSpec],
-    decay: Optional[float],
-    tau: Optional[float],
-    no_effect: List[str],
-) -> Callable[[int], Schedule]:
-    """Return a maker of one of our schedules; note what has no effect."""
-    spec = 'exponential' if spec is None else spec
-    given = {'decay': decay, 'tau': tau}
-    given = {k: v for k, v in given.items() if v is not None}
-    if callable(spec):
-        no_effect += [_unused(name, 'a callable schedule') for name in given]
-        return _always(build_schedule(spec))
-    name, own = split_spec(spec)
-    taken = options_of(name)
-    for option, value in given.items():
-        if option not in taken:
-            no_effect.append(_unused(option, f'schedule {name!r}'))
-        elif own.setdefault(option, value) != value:
-            raise OptionError(
-                f'{option}={value!r} contradicts schedule={spec!r}; give '
-                f'{option} once.'
-            )
-    return _late(name, own, 'total_steps' in taken)
-
-
-def _late(
-    name: str, options: Dict[str, Any], needs_total: bool
-) -> Callable[[int], Schedule]:
-    """Return a maker; what can be wrong with the options is found now."""
-    trial = {'total_steps': 1, **options} if needs_total else options
-    fixed = make_schedule(name, trial)
-    if not needs_total or 'total_steps' in options:
-        return _always(fixed)
-    return lambda steps: make_schedule(
-        name, {'total_steps': max(steps, 1), **options}
-    )
-
-
-def _unused(option: str, by: str) -> str:
-    return f'{option} has no effect with {by}.'

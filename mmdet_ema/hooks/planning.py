@@ -34,7 +34,11 @@ def planned_steps(options: HookOptions, facts: RunFacts, done: int) -> int:
         epochs = max(options.begin_epoch - 1, 0)
         begin = max(options.begin_iter - 1, epochs * facts.iters_per_epoch)
         first = max(first, begin)
-    return done - (first - facts.max_iters) // facts.accumulation
+    if first >= facts.max_iters:
+        return done
+    # the framework steps at the last iteration too, whatever is left over
+    total = -(-facts.max_iters // facts.accumulation)
+    return done + total - first // facts.accumulation
 
 
 def check_begin(options: HookOptions, facts: RunFacts) -> None:

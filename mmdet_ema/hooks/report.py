@@ -116,16 +116,24 @@ def _unsaturated(schedule: Schedule, planned: int) -> str:
 
 def _faster(schedule: Schedule, planned: int) -> str:
     limit = schedule.limit or 0.0
-    if schedule.name == 'exponential' and 0 < limit < 1:
-        # exp(-planned / tau) <= 1 - limit halves the final window at most
-        tau = planned / -math.log(1 - limit)
-        return f'Lower tau to {max(tau, 1):.0f} or less, or lower decay.'
+    if schedule.name == 'exponential' and limit > 0.5:
+        # exp(-planned / tau) <= (1 - limit) / limit keeps half the window
+        tau = planned / math.log(limit / (1 - limit))
+        if tau >= 1:
+            return f'Lower tau to {_rounded_down(tau):g} or less, or decay.'
+        return 'Lower decay.'
     return 'Choose a faster ramp, or lower decay.'
+
+
+def _rounded_down(value: float) -> float:
+    """Round to three digits, downwards."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.floor(value / unit) * unit
 
 
 def _cold(schedule: Schedule, planned: int) -> str:
     share = initial_share(schedule, planned)
-    if share <= _LARGE_SHARE:
+    if planned < 1 or share <= _LARGE_SHARE:
         return ''
     return (
         f'EMA: {share:.0%} of the average will still be the initial weights '
@@ -139,7 +147,7 @@ def _rare(interval: int, planned: int) -> str:
         return ''
     return (
         f'EMA: interval={interval} is more than the {planned} steps planned: '
-        f'the average will never be updated. Lower it.'
+        f'the average takes in one of them at most. Lower it.'
     )
 
 

@@ -10,7 +10,11 @@ from mmengine.hooks import Hook
 from mmdet_ema.checkpoint.structure import read_structure
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmengine import runner_facts
-from mmdet_ema.hooks.for_mmengine.plain_checkpoint import make_plain, unmake
+from mmdet_ema.hooks.for_mmengine.plain_checkpoint import (
+    make_plain,
+    strip_wrapper,
+    unmake,
+)
 from mmdet_ema.hooks.for_mmengine.raw_evaluation import RawEvaluation
 from mmdet_ema.hooks.for_mmengine.run_log import RunLog
 from mmdet_ema.hooks.lifecycle import EMALifecycle
@@ -148,8 +152,14 @@ class EMAHook(Hook):  # type: ignore[misc]
     ) -> None:
         """Update the average if the optimizer stepped."""
         self._catch_up(runner)
+        if runner_facts.will_save(runner):
+            self._life.synchronize()
         if runner_facts.will_log(runner, self, batch_idx):
             self._log.scalars(runner, self._life.averager)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Agree between the ranks; a checkpoint may be written now."""
+        self._life.synchronize()
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
@@ -193,6 +203,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights beside."""
         self._catch_up(runner)
+        strip_wrapper(checkpoint, runner_facts.model_of(runner))
         self._life.save(checkpoint)
         make_plain(checkpoint, self._log)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from torch import nn
 
 from mmdet_ema.checkpoint.plain import Codec, foreign, from_plain, to_plain
 
@@ -34,6 +35,27 @@ def make_plain(checkpoint: MutableMapping[str, Any], log: Any) -> None:
             f'EMA: the checkpoint holds {", ".join(left)}; reading it needs '
             f'these types allow-listed (torch.serialization.add_safe_globals).'
         )
+
+
+def strip_wrapper(
+    checkpoint: MutableMapping[str, Any], model: nn.Module
+) -> None:
+    """Name the weights as the model does, in place.
+
+    ``DDPStrategy`` writes the names of its wrapper, ``module.<name>``.
+
+    Args:
+        checkpoint: The checkpoint, about to be written.
+        model: The model, unwrapped.
+    """
+    weights = checkpoint['state_dict']
+    names = set(model.state_dict())
+    if names.issuperset(weights):
+        return
+    prefix = 'module.'
+    for name in list(weights):
+        short = name[len(prefix) :] if name.startswith(prefix) else name
+        weights[short if short in names else name] = weights.pop(name)
 
 
 def unmake(checkpoint: MutableMapping[str, Any]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, List, Optional
 
+from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.hooks import EMAHook as MMEngineEMAHook
-from mmengine.hooks import LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, find_latest_checkpoint
 from torch import nn
@@ -58,6 +58,8 @@ def evaluation_loops(runner: Any) -> List[BaseLoop]:
 def local_checkpoint(runner: Any) -> Optional[str]:
     """Return the local file that will be loaded; None if there is none."""
     path = runner._load_from
+    if isinstance(runner._resume, str):
+        path = runner._resume
     if path is None and runner._resume and is_training(runner):
         path = find_latest_checkpoint(runner.work_dir)
     if not isinstance(path, str) or '://' in path:
@@ -81,6 +83,20 @@ def will_log(runner: Any, hook: Any, batch_idx: int) -> bool:
             short = len(runner.train_dataloader) <= logger.interval
             return bool(last and (not logger.ignore_last or short))
     return bool(hook.every_n_inner_iters(batch_idx, 10))
+
+
+def will_save(runner: Any) -> bool:
+    """Return whether a checkpoint is written after this iteration.
+
+    Only rank 0 writes, and only by iterations is it decided here; all ranks
+    have to know.
+    """
+    return any(
+        hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+        or (hook.save_last and hook.is_last_train_iter(runner))
+        for hook in runner.hooks
+        if isinstance(hook, CheckpointHook) and not hook.by_epoch
+    )
 
 
 def refuse_second(runner: Any, ours: Any) -> None:

@@ -1,0 +1,98 @@
+"""Small models and helpers that the tests of the core share."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+class Mixed(nn.Module):
+    """Convolution, BatchNorm, tied, frozen and low-precision tensors."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.conv = nn.Conv2d(2, 3, 2)
+        self.norm = nn.BatchNorm2d(3)
+        self.first = nn.Linear(3, 3)
+        self.tied = nn.Linear(3, 3, bias=False)
+        self.tied.weight = self.first.weight
+        self.frozen = nn.Linear(3, 2).requires_grad_(False)
+        self.low = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer('float_buffer', torch.zeros(4))
+        self.register_buffer('counts', torch.zeros(2, dtype=torch.int64))
+        self.register_buffer('mask', torch.zeros(2, dtype=torch.bool))
+        self.register_buffer('grid', torch.zeros(7), persistent=False)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                draw = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(draw)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).mean((2, 3))
+        x = self.tied(self.first(x)) * self.scale
+        return self.frozen(x).sum() + self.low.float().sum()
+
+
+def perturb(model, generator, size=0.1):
+    """Change every trainable parameter and buffer, as a step would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.dtype), alpha=size)
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                noise = torch.randn(buffer.shape, generator=generator)
+                buffer.add_(noise.to(buffer.dtype), alpha=size)
+            elif buffer.dtype == torch.bool:
+                buffer.logical_not_()
+            else:
+                buffer.add_(3)
+
+
+def state_of(model):
+    """Copy the ``state_dict`` of a model."""
+    return {
+        name: value.detach().clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def averages_of(averager):
+    """Copy the averages of an averager by name."""
+    return {k: v.clone() for k, v in averager.named_averages()}
+
+
+def bits_of(model):
+    """Return the bytes of every parameter and buffer of a model."""
+    named = list(model.named_parameters()) + list(model.named_buffers())
+    return {name: raw_bytes(tensor) for name, tensor in named}
+
+
+def raw_bytes(tensor):
+    """Return the bytes of a tensor: NaN and -0.0 count."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b''
+
+
+def numpy64(tensor):
+    """Return a tensor as a NumPy float64 array, exactly."""
+    return tensor.detach().to(torch.float64).numpy()
+
+
+def run_python(code, *arguments, **environment):
+    """Run code in a fresh process with the repository on its path."""
+    return subprocess.run(
+        [sys.executable, '-c', code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), **environment},
+    )

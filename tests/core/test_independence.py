@@ -1,0 +1,175 @@
+"""The core and the file formats import torch alone; the lifecycle no runner.
+
+Proved twice: the imports are read from the source, and the modules are
+imported in a fresh process that refuses every framework. Either proof is
+shown to fail where it should.
+"""
+
+import ast
+import sys
+
+import pytest
+
+from tests.core.models import ROOT, run_python
+
+FRAMEWORKS = ('mmengine', 'mmcv', 'mmdet', 'mmdet3d', 'numpy', 'torchvision')
+PACKAGE = ROOT / 'mmdet_ema'
+
+HARNESS = """
+import importlib, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {blocked!r}:
+            raise ModuleNotFoundError(f'{{name}} is blocked', name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.path[:0] = sys.argv[2:]
+importlib.import_module(sys.argv[1])
+roots = {{name.partition('.')[0] for name in sys.modules}}
+assert not roots & set({blocked!r}), roots & set({blocked!r})
+print('\\n'.join(n for n in sys.modules if n.startswith('mmdet_ema')))
+"""
+
+
+def import_alone(module, *paths):
+    """Import a module where no framework can be imported."""
+    code = HARNESS.format(blocked=FRAMEWORKS)
+    return run_python(code, module, *paths, OMP_NUM_THREADS='1')
+
+
+def files_of(*modules):
+    """Return the source files of packages and modules by dotted name."""
+    files = []
+    for module in modules:
+        path = PACKAGE.joinpath(*module.split('.'))
+        files += sorted(path.rglob('*.py')) or [path.with_suffix('.py')]
+    return files
+
+
+def imports_of(path):
+    """Return the absolute names of everything that a file imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path}: relative import'
+            names += [f'{node.module}.{alias.name}' for alias in node.names]
+    return names
+
+
+def strangers(path, packages):
+    """Return the imports of a file that are not standard, torch or ours."""
+    standard = {*sys.stdlib_module_names, 'torch', '__future__'}
+    return [
+        name
+        for name in imports_of(path)
+        if name.partition('.')[0] not in standard
+        and not name.startswith(tuple(f'mmdet_ema.{p}.' for p in packages))
+    ]
+
+
+def test_core_imports_torch_only():
+    """No file of the core names anything but torch and the core."""
+    files = files_of('core')
+    assert len(files) > 10
+    assert {} == {
+        str(path): found
+        for path in files
+        if (found := strangers(path, ['core']))
+    }
+
+
+def test_checkpoint_imports_torch_and_the_core():
+    """No file of the file formats names anything but torch and the core."""
+    files = files_of('checkpoint')
+    assert len(files) > 3
+    assert {} == {
+        str(path): found
+        for path in files
+        if (found := strangers(path, ['core', 'checkpoint']))
+    }
+
+
+@pytest.mark.parametrize(
+    'module',
+    [
+        'mmdet_ema',
+        'mmdet_ema.core',
+        'mmdet_ema.checkpoint',
+        'mmdet_ema.hooks.lifecycle',
+        'mmdet_ema.hooks.options',
+        'mmdet_ema.hooks.loop_guard',
+    ],
+)
+def test_imports_without_frameworks(module):
+    """The module imports where no framework can be."""
+    run = import_alone(module)
+    assert 0 == run.returncode, run.stderr
+    loaded = run.stdout.split()
+    assert module in loaded
+    assert [] == [name for name in loaded if 'for_mm' in name]
+
+
+def test_lifecycle_knows_no_runner():
+    """What the lifecycle imports names no framework and no adapter."""
+    run = import_alone('mmdet_ema.hooks.lifecycle')
+    assert 0 == run.returncode, run.stderr
+    modules = [n for n in run.stdout.split() if n.startswith('mmdet_ema.h')]
+    assert len(modules) > 5
+    ours = ['core', 'checkpoint', 'hooks', 'version']
+    for module in modules:
+        name = module.partition('.')[2]
+        path = PACKAGE.joinpath(*name.split('.'))
+        path = (
+            path / '__init__.py' if path.is_dir() else path.with_suffix('.py')
+        )
+        assert [] == strangers(path, ours), path
+        assert [] == [n for n in imports_of(path) if 'for_mm' in n], path
+
+
+LIKE_THE_CORE = 'import torch\n\nfrom mmdet_ema.core import errors\n\n{}\n'
+
+
+@pytest.mark.parametrize('name', FRAMEWORKS)
+def test_an_import_is_caught(name, tmp_path):
+    """A module like the core that imports a framework is caught."""
+    path = tmp_path / 'like_the_core.py'
+    path.write_text(LIKE_THE_CORE.format(f'import {name}'))
+    assert [name] == strangers(path, ['core'])
+
+
+@pytest.mark.parametrize('name', ['mmengine', 'numpy'])
+def test_an_import_is_caught_at_run_time(name, tmp_path):
+    """A module like the core that imports a framework does not import."""
+    path = tmp_path / 'like_the_core.py'
+    path.write_text(LIKE_THE_CORE.format(f'import {name}'))
+    run = import_alone('like_the_core', tmp_path)
+    assert 0 != run.returncode
+    assert f'{name} is blocked' in run.stderr
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        'def f():\n    from mmengine.hooks import Hook',
+        'try:\n    import mmcv\nexcept ImportError:\n    mmcv = None',
+        'from mmdet_ema.hooks import options',
+        'import mmdet_ema.frameworks',
+    ],
+)
+def test_a_hidden_import_is_caught(line, tmp_path):
+    """An import in a function or a ``try`` is caught in the source."""
+    path = tmp_path / 'like_the_core.py'
+    path.write_text(LIKE_THE_CORE.format(line))
+    assert 1 == len(strangers(path, ['core']))
+
+
+def test_a_clean_module_passes(tmp_path):
+    """A module like the core passes both proofs."""
+    path = tmp_path / 'like_the_core.py'
+    path.write_text(LIKE_THE_CORE.format('import math'))
+    assert [] == strangers(path, ['core'])
+    run = import_alone('like_the_core', tmp_path)
+    assert 0 == run.returncode, run.stderr
