@@ -288,11 +288,13 @@ def check_device(
     if device is None:
         return None
     try:
-        torch.empty(0, device=device)
+        found = torch.empty(0, device=device).device
+        reason = 'it holds no values' if found.type == 'meta' else ''
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+    if reason:
         raise OptionError(
             f'device={device!r} cannot be used here ({reason}); use None, '
             f"'cpu' or a device of this machine."
-        ) from None
+        )
     return torch.device(device)

@@ -12,7 +12,7 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-# torch adds these to float32 without a converted copy; 8-bit floats it does not
+# torch adds these to float32 without a converted copy, but no 8-bit floats
 _PROMOTED = (torch.float16, torch.bfloat16)
 
 
