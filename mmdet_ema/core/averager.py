@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 import torch
@@ -12,6 +13,7 @@ from mmdet_ema.core.check import check_choice, check_count, check_flag
 from mmdet_ema.core.errors import NonFiniteError, OptionError
 from mmdet_ema.core.finite import all_finite, first_nonfinite
 from mmdet_ema.core.horizon import decay_over
+from mmdet_ema.core.kernels import Rule
 from mmdet_ema.core.ranks import all_agree
 from mmdet_ema.core.schedule_spec import (
     ScheduleSpec,
@@ -46,6 +48,8 @@ class WeightAverager:
         device: Where the averages live; None for where the parameters are.
         nonfinite: What to do with NaN and Inf: 'skip' the step, 'raise', or
             'ignore'. Defaults to 'skip'.
+        rule: Updates one average in place, given the raw tensor and the step
+            n, in the place of the schedule: slow. Defaults to None.
         **options: Options of a schedule given by name (``decay``, ``tau``).
 
     Raises:
@@ -72,6 +76,7 @@ class WeightAverager:
         update_buffers: bool = True,
         device: Union[str, torch.device, None] = None,
         nonfinite: str = 'skip',
+        rule: Optional[Rule] = None,
         **options: Any,
     ):
         self.schedule = build_schedule(schedule, **options)
@@ -80,6 +85,7 @@ class WeightAverager:
         self.nonfinite = check_choice('nonfinite', nonfinite, NONFINITE)
         check_flag('update_buffers', update_buffers)
         self.model = model
+        self.rule = rule
         self.num_steps = 0
         self.num_updates = 0
         self.num_skipped = 0
@@ -88,8 +94,10 @@ class WeightAverager:
 
     @property
     def decay(self) -> float:
-        """Decay d(n) of the last step; 0 before the first."""
+        """Decay d(n) of the last step; 0 before the first, NaN for a rule."""
         n = self.num_steps
+        if self.rule is not None:
+            return math.nan
         return check_decay(self.schedule, n) if n else 0.0
 
     @property
@@ -250,8 +258,11 @@ class WeightAverager:
             raise RuntimeError(f'{method}() inside applied(): leave it first.')
 
     def _average_until(self, step: int) -> None:
-        first = self._averaged_steps + 1
-        self._store.update(decay_over(self.schedule, first, step))
+        if self.rule is not None:
+            self._store.update_by(self.rule, step)
+        else:
+            first = self._averaged_steps + 1
+            self._store.update(decay_over(self.schedule, first, step))
         self._averaged_steps = step
         self.num_updates += 1
 

@@ -7,7 +7,7 @@ twin; ``tests/core/test_kernels.py`` steps both, for every dtype.
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ def reference_update(average: Tensor, raw: Tensor, decay: float) -> None:
     average.lerp_(raw.to(average), 1 - decay)
 
 
+Rule = Callable[[Tensor, Tensor, int], None]
+"""Updates one average in place, given the raw tensor and the step n."""
+
+
 class UpdatePlan:
     """Pairs of averages and raw tensors, grouped once for fast updates.
 
@@ -53,6 +57,7 @@ class UpdatePlan:
     """
 
     def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
+        self._pairs = list(zip(averages, raws))
         self._same: List[Tuple[List[Tensor], List[Tensor]]] = []
         self._mixed: List[Tuple[List[Tensor], List[Tensor]]] = []
         for pair in _group(averages, raws):
@@ -71,6 +76,16 @@ class UpdatePlan:
         for averages, raws in self._mixed:
             near = _alike(raws, averages, raws[0].dtype)
             _lerp_mixed(averages, near, decay)
+
+    def update_by(self, rule: Rule, step: int) -> None:
+        """Let a rule update every pair, one by one: the slow path.
+
+        Args:
+            rule: Called with an average, its raw tensor and the step.
+            step: The step, from 1.
+        """
+        for average, raw in self._pairs:
+            rule(average, raw.detach().to(average), step)
 
 
 class CopyPlan:

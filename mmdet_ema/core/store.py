@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmdet_ema.core.errors import CheckpointError
 from mmdet_ema.core.exchange import Exchange
-from mmdet_ema.core.kernels import CopyPlan, UpdatePlan, average_dtype
+from mmdet_ema.core.kernels import CopyPlan, Rule, UpdatePlan, average_dtype
 from mmdet_ema.core.ranks import broadcast, reduce_mean, world_size
 from mmdet_ema.core.selection import Entry, Role, select
 from mmdet_ema.core.watch import Watch
@@ -47,6 +47,10 @@ class AverageStore:
     def update(self, decay: float) -> None:
         """Average every averaged tensor with this decay."""
         self._updates.update(decay)
+
+    def update_by(self, rule: Rule, step: int) -> None:
+        """Let a rule update every averaged tensor."""
+        self._updates.update_by(rule, step)
 
     def copy(self) -> None:
         """Copy every copied buffer."""

@@ -22,7 +22,13 @@ from mmdet_ema.hooks import weight_choice
 from mmdet_ema.hooks.facts import RunFacts
 from mmdet_ema.hooks.options import HookOptions
 from mmdet_ema.hooks.planning import check_begin, has_begun, planned_steps
-from mmdet_ema.hooks.report import changes, comparable, describe, warnings
+from mmdet_ema.hooks.report import (
+    changes,
+    comparable,
+    describe,
+    describe_rule,
+    warnings,
+)
 from mmdet_ema.hooks.stepping import StepCounter
 from mmdet_ema.version import __version__
 
@@ -193,6 +199,7 @@ class EMALifecycle:
             update_buffers=self.options.update_buffers,
             device=self.options.device,
             nonfinite=self.options.nonfinite,
+            rule=self.options.rule,
         )
 
     def _resumed(self, model: nn.Module) -> WeightAverager:
@@ -208,9 +215,12 @@ class EMALifecycle:
         assert self._schedule is not None
         counts = count_roles(select(model, self.options.update_buffers))
         interval = self.options.interval
-        text = describe(self._schedule, interval, done, planned, counts)
+        if self.options.rule is None:
+            text = describe(self._schedule, interval, done, planned, counts)
+            found = warnings(self._schedule, interval, planned)
+        else:
+            text, found = describe_rule(self._schedule.name, counts), []
         self._log.info(text)
-        found = warnings(self._schedule, interval, planned)
         found += [f'EMA: {line}' for line in self.options.no_effect]
         before = self._pending.meta if self._pending else {}
         found.append(changes(before, self._compared))

@@ -120,6 +120,16 @@ def family_schedule(
     return Schedule(name, function, options, decay)
 
 
+def is_family(ema_type: Any) -> bool:
+    """Return whether ``ema_type`` names one of OpenMMLab's own classes.
+
+    Args:
+        ema_type: A name, with or without scope, or a class.
+    """
+    name = getattr(ema_type, '__name__', ema_type)
+    return isinstance(name, str) and name.rpartition('.')[2] in _FAMILIES
+
+
 def _family_name(ema_type: Any) -> str:
     if ema_type is None:
         return 'ExponentialMovingAverage'

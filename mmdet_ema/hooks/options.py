@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 
 from mmdet_ema.core.averager import NONFINITE, check_device
 from mmdet_ema.core.check import check_choice, check_count, check_flag
 from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.kernels import Rule
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.core.schedules import Schedule
 from mmdet_ema.hooks.openmmlab_words import check_words
-from mmdet_ema.hooks.schedule_choice import choose_family, choose_native
+from mmdet_ema.hooks.schedule_choice import (
+    choose_family,
+    choose_native,
+    choose_rule,
+)
 
 EVALUATE = ('ema', 'raw', 'both')
 NAMES = (
@@ -51,6 +56,7 @@ class HookOptions:
         nonfinite: What is done with NaN and Inf.
         strict_load: Whether a missing average is an error on resume.
         no_effect: Options that were given and change nothing.
+        rule: Updates one average in the place of the schedule.
     """
 
     schedule_for: Callable[[int], Schedule]
@@ -64,6 +70,11 @@ class HookOptions:
     nonfinite: str
     strict_load: bool
     no_effect: Tuple[str, ...] = ()
+    rule: Optional[Rule] = None
+
+
+FindRule = Callable[[Any, Mapping[str, Any]], Optional[Rule]]
+"""Finds a user's averaging class by ``ema_type`` and its options."""
 
 
 def parse_options(
@@ -82,9 +93,13 @@ def parse_options(
     ema_type: Any = None,
     momentum: Optional[float] = None,
     gamma: Optional[float] = None,
-    **unknown: Any,
+    find_rule: Optional[FindRule] = None,
+    **more: Any,
 ) -> HookOptions:
     """Check the options of a hook; see ``EMAHook`` for what they mean.
+
+    ``find_rule`` finds averaging classes of the user in the framework, and
+    whatever else is given are options of such a class.
 
     Returns:
         The checked options.
@@ -93,13 +108,18 @@ def parse_options(
         OptionError: If an option is unknown, out of range or contradicts
             another one.
     """
-    _refuse_unknown(unknown)
+    own = {'momentum': momentum, 'gamma': gamma, 'interval': interval, **more}
+    rule = find_rule(ema_type, own) if find_rule and ema_type else None
+    if rule is None:
+        _refuse_unknown(more)
     interval = check_count('interval', interval, 1)
     _check_begin(begin_iter, begin_epoch)
     words = check_words(decay, tau, schedule, ema_type, momentum, gamma)
     if update_buffers is None:
         update_buffers = not words
-    if ema_type is not None or (words and schedule is None):
+    if rule is not None:
+        choice = choose_rule(getattr(ema_type, '__name__', ema_type), rule)
+    elif ema_type is not None or (words and schedule is None):
         choice = choose_family(ema_type, decay, momentum, gamma, interval)
     else:
         choice = choose_native(schedule, decay, tau, momentum)
@@ -115,6 +135,7 @@ def parse_options(
         nonfinite=check_choice('nonfinite', nonfinite, NONFINITE),
         strict_load=check_flag('strict_load', strict_load),
         no_effect=choice.no_effect,
+        rule=choice.rule,
     )
 
 

@@ -43,11 +43,31 @@ def describe(
             f'effective window {_steps(window(last))}',
             f'  share of the initial weights left then: '
             f'{initial_share(schedule, planned):.3g}',
-            f'  tensors: {counts["averaged"]} averaged, '
-            f'{counts["copied"]} copied, {counts["shared"]} frozen',
-            f'  memory of the averages: {counts["bytes"] / 2**20:.1f} MiB',
+            *_tensors(counts),
         ]
     )
+
+
+def describe_rule(name: str, counts: Mapping[str, int]) -> str:
+    """Say what a user's averaging class will do.
+
+    Args:
+        name: Name of the class.
+        counts: Tensors a role and bytes, as the averager counts them.
+
+    Returns:
+        Lines of text.
+    """
+    first = f'EMA: {name} by its own avg_func: slow, one call a tensor'
+    return '\n'.join([first, *_tensors(counts)])
+
+
+def _tensors(counts: Mapping[str, int]) -> List[str]:
+    return [
+        f'  tensors: {counts["averaged"]} averaged, '
+        f'{counts["copied"]} copied, {counts["shared"]} frozen',
+        f'  memory of the averages: {counts["bytes"] / 2**20:.1f} MiB',
+    ]
 
 
 def warnings(schedule: Schedule, interval: int, planned: int) -> List[str]:

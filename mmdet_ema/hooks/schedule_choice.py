@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from mmdet_ema.core.errors import OptionError
+from mmdet_ema.core.kernels import Rule
 from mmdet_ema.core.schedule_spec import (
     ScheduleSpec,
     build_schedule,
@@ -28,11 +29,13 @@ class ScheduleChoice:
         make: Makes it, given the steps that are planned.
         phase: Which step of an interval updates.
         no_effect: Sentences on options that change nothing.
+        rule: Updates one average in the place of the schedule.
     """
 
     make: Maker
     phase: int = 0
     no_effect: Tuple[str, ...] = ()
+    rule: Optional[Rule] = None
 
 
 def choose_native(
@@ -107,6 +110,23 @@ def choose_family(
     if schedule.limit is None:
         unused = [_unused(word, f'ema_type {ema_type!r}') for word in words]
     return ScheduleChoice(_always(schedule), 1, tuple(unused))
+
+
+def choose_rule(name: str, rule: Rule) -> ScheduleChoice:
+    """Choose a user's own rule.
+
+    Args:
+        name: What to call it.
+        rule: Updates one average in place.
+
+    Returns:
+        The choice.
+    """
+    return ScheduleChoice(_always(Schedule(name, _no_decay)), 1, (), rule)
+
+
+def _no_decay(n: int) -> float:
+    raise AssertionError('a rule has no decay')
 
 
 def _as_option(word: str, value: float) -> Tuple[str, float]:

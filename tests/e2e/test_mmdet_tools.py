@@ -165,7 +165,7 @@ def test_deployed_weights_are_the_averages(tools, trained):
 
 PEER = """
 _base_.custom_hooks[0] = dict(
-    type='mmengine.hooks.ema_hook.EMAHook', ema_type='mmdet.ExpMomentumEMA',
+    type='MMEngineEMAHook', ema_type='mmdet.ExpMomentumEMA',
     momentum=0.01, gamma=50, update_buffers=True, priority=49)
 train_cfg = dict(max_epochs=1)
 """

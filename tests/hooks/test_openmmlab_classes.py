@@ -5,9 +5,12 @@ import copy
 import mmdet.models  # noqa: F401  registers ExpMomentumEMA
 import pytest
 import torch
+from mmengine.hooks import EMAHook as PeerHook
 from mmengine.hooks import Hook
-from mmengine.registry import MODELS
+from mmengine.model import BaseAveragedModel, ExponentialMovingAverage
+from mmengine.registry import HOOKS, MODELS
 
+import mmdet_ema
 from tests.hooks.toy import Run, ToyModel
 
 
@@ -88,3 +91,68 @@ def test_defaults_under_openmmlabs_words():
     assert parse_options(ema_type='ExpMomentumEMA').schedule_for(1)(
         10**6
     ) == pytest.approx(0.9998)
+
+
+@MODELS.register_module()
+class HalfWay(BaseAveragedModel):
+    """A user's own class, with a weight of its own."""
+
+    def __init__(self, model, pull=0.5, **kwargs):
+        super().__init__(model, **kwargs)
+        self.pull = pull
+
+    def avg_func(self, averaged_param, source_param, steps):
+        weight = self.pull / (1 + int(steps))
+        averaged_param.lerp_(source_param, weight)
+
+
+@pytest.mark.parametrize('interval', [1, 3])
+def test_users_own_class_goes_through_its_avg_func(tmp_path, interval):
+    """A subclass with its own ``avg_func`` and options gives its numbers."""
+    options = dict(pull=0.25, interval=interval, update_buffers=True)
+    beside = Beside(type='HalfWay', **options)
+    hook = dict(type='EMAHook', ema_type='HalfWay', **options)
+    run = Run(tmp_path, hook, beside, model=untied(), max_epochs=5).train()
+    weights = run.load('epoch_5.pth')['state_dict']
+    expected = beside.peer.module.state_dict()
+    different = [
+        key
+        for key, value in weights.items()
+        if 'num_batches' not in key and not torch.equal(value, expected[key])
+    ]
+    assert different == []
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'EMA: HalfWay by its own avg_func: slow' in log
+
+
+def test_class_that_updates_in_its_own_way_is_refused():
+    """Only an ``avg_func`` can be used; the message says what to do."""
+
+    class Own(BaseAveragedModel):
+        def update_parameters(self, model):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match='overrides update_parameters'):
+        HOOKS.build(dict(type='EMAHook', ema_type=Own))
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        PeerHook,
+        'mmengine.hooks.EMAHook',
+        'mmengine.hooks.ema_hook.EMAHook',
+    ],
+)
+def test_new_style_configs_build_our_hook(kind):
+    """``type=EMAHook`` as a class of mmengine builds ours, options too."""
+    config = dict(type=kind, ema_type=ExponentialMovingAverage, momentum=0.1)
+    hook = HOOKS.build(config)
+    assert type(hook) is mmdet_ema.EMAHook
+    assert config['type'] is kind
+
+
+def test_mmengines_own_hook_is_there_under_another_name():
+    """``MMEngineEMAHook`` builds the framework's own."""
+    hook = HOOKS.build(dict(type='MMEngineEMAHook'))
+    assert type(hook) is PeerHook

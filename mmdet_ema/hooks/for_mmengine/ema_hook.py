@@ -17,6 +17,7 @@ from mmdet_ema.hooks.for_mmengine.plain_checkpoint import (
 )
 from mmdet_ema.hooks.for_mmengine.raw_evaluation import RawEvaluation
 from mmdet_ema.hooks.for_mmengine.run_log import RunLog
+from mmdet_ema.hooks.for_mmengine.user_classes import find_rule
 from mmdet_ema.hooks.lifecycle import EMALifecycle
 from mmdet_ema.hooks.loop_guard import guard_loop
 from mmdet_ema.hooks.options import parse_options
@@ -59,6 +60,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         momentum (float, optional): OpenMMLab's word: ``1 - decay``.
         gamma (float, optional): OpenMMLab's word: constant of the ramp of
             ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
+        **more: Options of an averaging class of your own, where ``ema_type``
+            names one (a subclass of mmengine's ``BaseAveragedModel``).
 
     Raises:
         OptionError: If an option is unknown, out of range or contradicts
@@ -87,7 +90,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         ema_type: Any = None,
         momentum: Optional[float] = None,
         gamma: Optional[float] = None,
-        **unknown: Any,
+        **more: Any,
     ):
         options = parse_options(
             decay=decay,
@@ -104,7 +107,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             ema_type=ema_type,
             momentum=momentum,
             gamma=gamma,
-            **unknown,
+            find_rule=find_rule,
+            **more,
         )
         self._log = RunLog()
         self._life = EMALifecycle(options, self._log)

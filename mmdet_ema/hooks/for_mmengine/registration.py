@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
 from mmengine.logging import print_log
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, build_from_cfg
 
 from mmdet_ema.hooks.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.hooks.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.version import __version__
 
+_NAMES = ('mmengine.hooks.EMAHook', 'mmengine.hooks.ema_hook.EMAHook')
+
 
 def register() -> None:
     """Register the hook in mmengine's root registry; say so in one line.
 
-    The registries of mmdet, mmdet3d and mmseg fall back to the root's.
+    The registries of mmdet, mmdet3d and mmseg fall back to the root's. The
+    framework's own hook stays there as ``MMEngineEMAHook``.
     """
     HOOKS.register_module(name='EMAHook', module=EMAHook, force=True)
+    HOOKS.register_module(
+        name='MMEngineEMAHook', module=MMEngineEMAHook, force=True
+    )
+    HOOKS.build_func = _build
     allow_framework_types()
     print_log(
         f"mmdet_ema {__version__}: dict(type='EMAHook') builds "
-        f'{EMAHook.__module__}.EMAHook in place of mmengine.hooks.EMAHook.',
+        f'{EMAHook.__module__}.EMAHook in place of mmengine.hooks.EMAHook '
+        f"(which is 'MMEngineEMAHook' now).",
         logger='current',
     )
+
+
+def _build(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build a hook; new-style configs name the class, not the registry."""
+    kind = cfg.get('type') if isinstance(cfg, dict) else None
+    if kind is MMEngineEMAHook or (isinstance(kind, str) and kind in _NAMES):
+        cfg = {**cfg, 'type': EMAHook}
+    return build_from_cfg(cfg, *args, **kwargs)

@@ -25,9 +25,9 @@ class RunLog:
     def scalars(self, runner: Any, averager: Optional[WeightAverager]) -> None:
         """Record decay, distance and skipped steps of a training step."""
         hub = runner.message_hub
-        hub.update_scalar(
-            'train/ema_decay', averager.decay if averager else 0.0
-        )
+        decay = averager.decay if averager else 0.0
+        if math.isfinite(decay):
+            hub.update_scalar('train/ema_decay', decay)
         distance = averager.distance() if averager else 0.0
         if math.isfinite(distance):
             hub.update_scalar('train/ema_distance', distance)
