@@ -1,0 +1,1 @@
+"""The command line, ``mmdet-ema``: one small module a command."""

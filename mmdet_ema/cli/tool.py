@@ -1,0 +1,95 @@
+"""Find and run a framework's own tool, with an edited config."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any, Callable, List
+from unittest import mock
+
+from mmdet_ema.core.errors import OptionError, did_you_mean
+
+SCOPES = ('mmdet', 'mmdet3d')
+
+
+def run_tool(
+    name: str,
+    config: str,
+    arguments: List[str],
+    edit: Callable[[Any], None],
+) -> None:
+    """Run ``tools/<name>.py`` of the framework that a config belongs to.
+
+    The tool runs in this process and reads the config as it always does; what
+    it gets is edited before it goes on.
+
+    Args:
+        name: 'train' or 'test'.
+        config: Path of the config file.
+        arguments: What follows the config on the tool's command line.
+        edit: Edits the loaded config in place.
+
+    Raises:
+        OptionError: If the config or the tool cannot be found.
+    """
+    from mmengine.config import Config
+
+    tool = find_tool(_scope(Config, config), name)
+    read = Config.fromfile
+
+    def read_and_edit(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        cfg = read(filename, *args, **kwargs)
+        if str(filename) == config:
+            edit(cfg)
+        return cfg
+
+    argv = [str(tool), config, *arguments]
+    edited = mock.patch.object(Config, 'fromfile', read_and_edit)
+    with edited, mock.patch.object(sys, 'argv', argv):
+        runpy.run_path(str(tool), run_name='__main__')
+
+
+def find_tool(scope: str, name: str) -> Path:
+    """Return the path of a tool inside an installed framework.
+
+    Args:
+        scope: 'mmdet' or 'mmdet3d'.
+        name: 'train' or 'test'.
+
+    Returns:
+        The path.
+
+    Raises:
+        OptionError: If the framework or its tools are not installed.
+    """
+    spec = importlib.util.find_spec(scope)
+    places = spec.submodule_search_locations if spec else None
+    if not places:
+        raise OptionError(
+            f'the config belongs to {scope}, which is not installed; install '
+            f'it (pip install {scope}).'
+        )
+    tool = Path(places[0]) / '.mim' / 'tools' / f'{name}.py'
+    if not tool.is_file():
+        raise OptionError(
+            f'{scope} is installed without its tools (no {tool}); install the '
+            f'released package, or run tools/{name}.py of your clone.'
+        )
+    return tool
+
+
+def _scope(kind: Any, config: str) -> str:
+    if not os.path.isfile(config):
+        raise OptionError(f'there is no config file {config!r}.')
+    scope = kind.fromfile(config).get('default_scope')
+    if scope not in SCOPES:
+        near = did_you_mean(str(scope), SCOPES)
+        raise OptionError(
+            f'{config!r} has default_scope={scope!r}; mmdet-ema runs the '
+            f'tools of {" and ".join(SCOPES)}.{near} For another framework '
+            f'add custom_imports and EMAHook to the config, and run its tool.'
+        )
+    return str(scope)

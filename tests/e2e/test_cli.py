@@ -1,0 +1,149 @@
+"""``mmdet-ema train`` and ``test``, on a real detector."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.e2e.conftest import environment
+
+pytestmark = pytest.mark.e2e
+
+
+def cli(tools, *words, status=0):
+    """Run the command line; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'mmdet_ema', *map(str, words)],
+        cwd=tools.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def without_hook(tools, name, epochs=1):
+    """Write the small config with neither the import nor the hook."""
+    extra = (
+        'del _base_.custom_hooks[0]\n'
+        '_base_.custom_hooks[0].update(switch_epoch=1)\n'
+        "custom_imports = dict(imports=['math'], _delete_=True)\n"
+        f'train_cfg = dict(max_epochs={epochs})\n'
+    )
+    text = tools.config(name, '').read_text()
+    text = text.replace('_base_.custom_hooks[1].update(switch_epoch=2)\n', '')
+    path = tools.folder / f'{name}.py'
+    path.write_text(text + extra)
+    return path
+
+
+@pytest.fixture(scope='module')
+def trained(tools):
+    """Train an untouched config by the command line."""
+    config = without_hook(tools, 'untouched')
+    work_dir = tools.folder / 'cli'
+    words = ('--decay', 0.99, '--tau', 50, '--work-dir', work_dir)
+    log = cli(tools, 'train', config, *words)
+    return config, work_dir, log
+
+
+def test_untouched_config_equals_one_with_the_hook(tools, trained):
+    """EMA from the command line is EMA from the config, bit for bit."""
+    _, work_dir, _ = trained
+    hook = (
+        '_base_.custom_hooks.append('
+        "dict(type='EMAHook', decay=0.99, tau=50))\n"
+        "custom_imports = dict(imports=['mmdet_ema'], _delete_=True)\n"
+    )
+    config = without_hook(tools, 'with_hook')
+    config.write_text(config.read_text() + hook)
+    tools.run('train', config, tools.folder / 'with_hook')
+    left, right = (
+        torch.load(folder / 'epoch_1.pth', weights_only=True)
+        for folder in (work_dir, tools.folder / 'with_hook')
+    )
+    for part in ('state_dict', 'ema_state_dict'):
+        assert left[part].keys() == right[part].keys()
+        for name, value in left[part].items():
+            assert torch.equal(value, right[part][name])
+
+
+def test_other_hooks_are_kept(trained):
+    """The config's own hooks still run."""
+    _, _, log = trained
+    assert 'PipelineSwitchHook' in log
+    assert 'EMA: exponential(decay=0.99, tau=50.0)' in log
+
+
+def test_dumped_config_is_tested_by_the_framework_alone(tools, trained):
+    """The config in the work folder imports the package by itself."""
+    _, work_dir, _ = trained
+    metrics = tools.test(
+        work_dir / 'untouched.py', work_dir / 'epoch_1.pth', 'dumped'
+    )
+    assert 'coco/bbox_mAP' in metrics
+
+
+@pytest.mark.parametrize('weights', ['ema', 'raw', 'both'])
+def test_weights_are_chosen(tools, trained, weights):
+    """``--weights`` tests what it says, on an untouched config."""
+    config, work_dir, _ = trained
+    out = tools.folder / f'cli_{weights}'
+    file = work_dir / 'epoch_1.pth'
+    words = ('--weights', weights, '--work-dir', out)
+    log = cli(tools, 'test', config, file, *words)
+    sets = {
+        'ema': 'evaluating the averages (n=4)',
+        'raw': 'evaluating the raw weights (n=4)',
+        'both': 'evaluating the averages and the raw weights (n=4)',
+    }
+    assert sets[weights] in log
+    (path,) = out.glob('*/*.json')
+    names = set(json.loads(path.read_text()))
+    assert ('raw/coco/bbox_mAP' in names) == (weights == 'both')
+
+
+def test_file_without_raw_weights_is_one_clear_line(tools, trained):
+    """``--weights raw`` on a file with one set of weights says so."""
+    config, work_dir, _ = trained
+    weights = torch.load(work_dir / 'epoch_1.pth', weights_only=True)
+    plain = tools.folder / 'plain.pth'
+    torch.save(dict(state_dict=weights['state_dict'], meta={}), plain)
+    log = cli(tools, 'test', config, plain, '--weights', 'raw', status=2)
+    last = log.strip().splitlines()[-1]
+    assert last.startswith("mmdet-ema: error: evaluate='raw' needs raw")
+
+
+def test_options_beside_a_hook_of_the_config_are_refused(tools):
+    """``--decay`` for a config with an EMA hook is one clear line."""
+    config = tools.config('own_hook')
+    log = cli(tools, 'train', config, '--decay', 0.9, status=2)
+    last = log.strip().splitlines()[-1]
+    assert last.startswith('mmdet-ema: error: --decay 0.9: the config has an')
+
+
+def test_unknown_scope_is_refused(tools):
+    """A config of another framework is one clear line."""
+    config = tools.folder / 'scope.py'
+    config.write_text("default_scope = 'mmdte'\n")
+    log = cli(tools, 'train', config, status=2)
+    last = log.strip().splitlines()[-1]
+    assert "has default_scope='mmdte'" in last
+    assert "Did you mean 'mmdet'" in last
+
+
+def test_missing_config_is_refused(tools):
+    """A config that is not there is named."""
+    log = cli(tools, 'train', 'nothing.py', status=2)
+    assert "there is no config file 'nothing.py'" in log
+
+
+@pytest.mark.parametrize('command', [(), ('train',), ('test',)])
+def test_help_has_examples(tools, command):
+    """Help says what there is, and shows how."""
+    text = cli(tools, *command, '--help')
+    assert 'usage: mmdet-ema' in text
+    assert ('examples:' in text) == bool(command)
