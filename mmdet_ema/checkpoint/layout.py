@@ -23,6 +23,7 @@ META = 'ema_meta'
 STEPS = 'steps'
 PREFIX = 'module.'
 FORMAT_VERSION = 1
+_ROLES = {WEIGHTS: 'average', EMA: 'raw'}
 
 
 @dataclass
@@ -71,11 +72,10 @@ def pack(
     for name, value in live.items():
         ema[PREFIX + name] = host(raws.get(name, value))
         live[name] = host(averages.get(name, value))
-    roles = {WEIGHTS: 'average', EMA: 'raw'}
     checkpoint[EMA] = ema
     checkpoint[META] = {
         'format_version': FORMAT_VERSION,
-        'roles': roles,
+        'roles': dict(_ROLES),
         'steps': steps,
         **meta,
     }
@@ -109,9 +109,10 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
             f'{WEIGHTS!r} or {META!r} of the checkpoint is no dict; the file '
             f'is damaged. Take another checkpoint.'
         )
-    _check_version(meta)
+    _check_meta(meta)
     raws = {k[len(PREFIX) :]: v for k, v in ema.items() if _is_raw(k)}
-    return EMAPart(dict(weights), raws, read_count(ema, STEPS), dict(meta))
+    averages = {_plain_name(k, raws): v for k, v in weights.items()}
+    return EMAPart(averages, raws, read_count(ema, STEPS), dict(meta))
 
 
 def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
@@ -120,10 +121,20 @@ def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
     Args:
         checkpoint: The checkpoint, changed in place.
         part: Its EMA part.
+
+    Raises:
+        CheckpointError: If it lacks the raw weights of some tensors.
     """
     weights = checkpoint[WEIGHTS]
+    missing = [name for name in part.averages if name not in part.raws]
+    if missing:
+        raise CheckpointError(
+            f'the checkpoint holds no raw weights of {len(missing)} tensors '
+            f'({", ".join(missing[:3])}); training cannot resume from it, '
+            f"nor can they be evaluated. Use load_from, or evaluate='ema'."
+        )
     replaced = OrderedDict(
-        (k, part.raws.get(k, v)) for k, v in weights.items()
+        (name, part.raws[_plain_name(name, part.raws)]) for name in weights
     )
     if hasattr(weights, '_metadata'):
         replaced._metadata = weights._metadata  # type: ignore[attr-defined]
@@ -134,7 +145,19 @@ def _is_raw(key: str) -> bool:
     return key.startswith(PREFIX)
 
 
-def _check_version(meta: Mapping[str, Any]) -> None:
+def _plain_name(name: str, names: Mapping[str, Any]) -> str:
+    """Strip the prefix of a wrapper, as the framework does when it loads."""
+    short = name[len(PREFIX) :] if name.startswith(PREFIX) else name
+    return name if name in names else short
+
+
+def _check_meta(meta: Mapping[str, Any]) -> None:
+    roles = meta.get('roles', _ROLES)
+    if roles != _ROLES:
+        raise CheckpointError(
+            f'{META} has roles={roles!r}, this mmdet_ema reads {_ROLES}; the '
+            f'file is damaged, or install a newer one.'
+        )
     version = meta.get('format_version', FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(

@@ -36,17 +36,21 @@ def read_structure(path: str) -> Mapping[str, Any]:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f'there is no file {path!r}; {_WRITE}.')
-    if _is_legacy(path) or _is_unsafe_chosen():
+    if _is_legacy(path):
+        if not _is_unsafe_chosen():
+            _load(path, mmap=False)
         return {}
     if not _is_torch_zip(path):
         raise CheckpointError(_why_not(path))
-    return _check_mapping(path, _load(path))
+    if _is_unsafe_chosen():
+        return {}
+    return _check_mapping(path, _load(path, mmap=True))
 
 
-def _load(path: str) -> Any:
+def _load(path: str, mmap: bool) -> Any:
     try:
         return torch.load(
-            path, map_location='meta', mmap=True, weights_only=True
+            path, map_location='meta', mmap=mmap, weights_only=True
         )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -89,11 +93,18 @@ def _is_legacy(path: str) -> bool:
     return b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19' in head
 
 
+def _is_whole_zip(path: str) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except Exception:  # damaged bytes can raise anything
+        return False
+
+
 def _why_not(path: str) -> str:
     size = os.path.getsize(path)
     with open(path, 'rb') as file:
         begins_as_zip = file.read(2) == b'PK'
-    if begins_as_zip and not zipfile.is_zipfile(path):
+    if begins_as_zip and not _is_whole_zip(path):
         return (
             f'{path!r} ({size} bytes) is cut off: its writer was stopped or '
             f'the copy is not complete; take an earlier checkpoint.'
@@ -102,7 +113,11 @@ def _why_not(path: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    found = re.search(r'GLOBAL (\S+)', str(error))
+    """Return what is wrong; never torch's advice to load unsafely."""
+    text = str(error)
+    found = re.search(r'(?:GLOBAL|class|global:?) ([\w.]+\.[\w.]+)', text)
     if found:
         return found.group(1)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [x.strip() for x in text.splitlines() if x.strip()]
+    told = [x for x in lines if 'weights_only' not in x and len(x) < 200]
+    return (told or [type(error).__name__])[-1]

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ema.core.check import check_choice, check_count, check_flag
-from mmdet_ema.core.errors import NonFiniteError, OptionError
+from mmdet_ema.core.errors import (
+    CheckpointError,
+    NonFiniteError,
+    OptionError,
+)
 from mmdet_ema.core.finite import all_finite, first_nonfinite
 from mmdet_ema.core.horizon import decay_over
 from mmdet_ema.core.kernels import Rule
@@ -23,6 +27,7 @@ from mmdet_ema.core.schedule_spec import (
 from mmdet_ema.core.state import read_count, read_tensors
 from mmdet_ema.core.store import AverageStore
 
+_LONGEST_INTERVAL = 100_000
 NONFINITE = ('skip', 'raise', 'ignore')
 
 
@@ -79,6 +84,8 @@ class WeightAverager:
         rule: Optional[Rule] = None,
         **options: Any,
     ):
+        if not isinstance(model, nn.Module):
+            raise OptionError(f'model={model!r} is no torch.nn.Module.')
         self.schedule = build_schedule(schedule, **options)
         self.interval = check_count('interval', interval, 1)
         self.phase = check_count('phase', phase, 0)
@@ -206,7 +213,7 @@ class WeightAverager:
 
     def first_nonfinite(self) -> Optional[str]:
         """Return the first tensor of the model that holds NaN or Inf."""
-        return first_nonfinite(self._store.taken_in(due=True))
+        return first_nonfinite(self._store.taken_in(due=True)[0])
 
     def counts(self) -> Dict[str, int]:
         """Return tensors per role, and ``'bytes'`` that the averages take."""
@@ -245,13 +252,21 @@ class WeightAverager:
             RuntimeError: If the model holds the averages just now.
         """
         self._refuse_inside('load_state_dict')
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f'{state!r} is no state of an average.')
         steps = read_count(state, 'num_steps')
         updates = read_count(state, 'num_updates', steps)
         skipped = read_count(state, 'num_skipped', 0)
         averaged = read_count(state, 'averaged_steps', steps)
+        averaged = self._plausible(averaged, steps)
         self._store.load(read_tensors(state, 'averages'), strict)
         self.num_steps, self.num_updates = steps, updates
         self.num_skipped, self._averaged_steps = skipped, averaged
+
+    def _plausible(self, averaged: int, steps: int) -> int:
+        """Return the last averaged step, or where it must have been."""
+        pending = steps - averaged
+        return averaged if 0 <= pending < _LONGEST_INTERVAL else steps
 
     def _refuse_inside(self, method: str) -> None:
         if self.is_applied:
@@ -269,8 +284,8 @@ class WeightAverager:
     def _is_acceptable(self, due: bool) -> bool:
         if self.nonfinite == 'ignore':
             return True
-        entries = self._store.taken_in(due)
-        if all_agree(all_finite([t for e in entries for t in e.parts])):
+        entries, tensors = self._store.taken_in(due)
+        if all_agree(all_finite(tensors)):
             return True
         if self.nonfinite == 'raise':
             where = first_nonfinite(entries) or 'a tensor of another rank'

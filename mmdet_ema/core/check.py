@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, Sequence
 
 from mmdet_ema.core.errors import OptionError, did_you_mean
@@ -36,18 +37,19 @@ def check_number(
         OptionError: If the value is no finite number or out of range.
     """
     allowed = _interval(low, high, low_open, high_open)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise OptionError(
             f'{name}={value!r} is not a number; use one in {allowed}.'
         )
-    above = value > low if low_open else value >= low
-    below = value < high if high_open else value <= high
-    if not (above and below and _is_finite(value)):
+    number = _as_float(value)
+    above = number > low if low_open else number >= low
+    below = number < high if high_open else number <= high
+    if not (math.isfinite(number) and above and below):
         raise OptionError(
             f'{name}={value!r} is out of range; use a number in '
             f'{allowed}.{" " + hint if hint else ""}'
         )
-    return float(value)
+    return number
 
 
 def check_count(name: str, value: Any, least: int, hint: str = '') -> int:
@@ -65,7 +67,7 @@ def check_count(name: str, value: Any, least: int, hint: str = '') -> int:
     Raises:
         OptionError: If the value is no int or too small.
     """
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < least:
         raise OptionError(
             f'{name}={value!r} is out of range; use a whole number of at '
@@ -117,11 +119,11 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     return value
 
 
-def _is_finite(value: float) -> bool:
+def _as_float(value: numbers.Real) -> float:
     try:
-        return math.isfinite(value)
+        return float(value)
     except OverflowError:  # an int beyond the floats
-        return False
+        return math.inf
 
 
 def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
+import numbers
 from typing import Any, Callable, Dict, Mapping, Tuple, Union
 
 from mmdet_ema.core import schedules
@@ -29,7 +31,8 @@ def build_schedule(spec: ScheduleSpec, **options: Any) -> Schedule:
 
     Args:
         spec: A name of :data:`SCHEDULES`, ``dict(type=name, **its options)``,
-            or a callable from n = 1, 2, ... to a decay in [0, 1].
+            a callable from n = 1, 2, ... to a decay in [0, 1], or the dotted
+            path of one (``'my_package.my_schedule'``).
         **options: Options for the named schedule; those in a dict win.
 
     Returns:
@@ -47,6 +50,8 @@ def build_schedule(spec: ScheduleSpec, **options: Any) -> Schedule:
     if callable(spec):
         _refuse_options(spec, options)
         return spec if isinstance(spec, Schedule) else _from_callable(spec)
+    if isinstance(spec, str) and '.' in spec:
+        return build_schedule(_imported(spec), **options)
     name, own = split_spec(spec)
     return make_schedule(name, {**options, **own})
 
@@ -133,13 +138,35 @@ def check_decay(schedule: Schedule, n: int) -> float:
     Raises:
         OptionError: If the schedule does not return a number in [0, 1].
     """
-    decay = schedule(n)
-    if isinstance(decay, (int, float)) and 0 <= decay <= 1:
+    try:
+        decay = schedule(n)
+    except OptionError:
+        raise
+    except Exception as error:
+        raise OptionError(
+            f'schedule {schedule} failed for n = {n} '
+            f'({type(error).__name__}: {error}).'
+        ) from error
+    if isinstance(decay, numbers.Real) and 0 <= decay <= 1:
         return float(decay)
     raise OptionError(
         f'schedule {schedule} returned {decay!r} for n = {n}; it must return '
         f'a decay in [0, 1].'
     )
+
+
+def _imported(path: str) -> Callable[[int], float]:
+    module, _, name = path.rpartition('.')
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OptionError(
+            f'schedule={path!r} cannot be imported ({error}); give the path '
+            f'of a callable n -> decay, or a name: {", ".join(SCHEDULES)}.'
+        ) from None
+    if not callable(function):
+        raise OptionError(f'schedule={path!r} is {function!r}, no callable.')
+    return function  # type: ignore[no-any-return]
 
 
 def _refuse_options(spec: object, options: Mapping[str, Any]) -> None:

@@ -23,7 +23,8 @@ class Role(enum.Enum):
     AVERAGED = 'averaged'
     """Trainable parameters, and float buffers unless told otherwise."""
     COPIED = 'copied'
-    """Integer and boolean buffers; float buffers that are not averaged."""
+    """Integer and boolean buffers; float buffers that are not averaged; what
+    holds NaN or Inf from the start, which no average can leave."""
     SHARED = 'shared'
     """Frozen parameters: average and raw are the same tensor."""
 
@@ -239,15 +240,14 @@ def _make_entry(group: List[_Named], update_buffers: bool) -> Entry:
     owners = tuple(
         t for t in parameters.values() if isinstance(t, nn.Parameter)
     )
+    if owners and not any(owner.requires_grad for owner in owners):
+        return Entry(raw, Role.SHARED, labels, owners)
     floating = raw.is_floating_point() or raw.is_complex()
-    if owners:
-        trained = any(owner.requires_grad for owner in owners)
-        role = Role.AVERAGED if trained else Role.SHARED
-        return Entry(raw, role, labels, owners, floating)
     finite = floating and all(
         bool(torch.isfinite(label.of(raw.detach())).all()) for label in labels
     )
-    role = Role.AVERAGED if finite and update_buffers else Role.COPIED
+    averaged = finite and (bool(owners) or update_buffers)
+    role = Role.AVERAGED if averaged else Role.COPIED
     return Entry(raw, role, labels, owners, finite)
 
 

@@ -65,8 +65,8 @@ class AverageStore:
         """Swap the raw values back into the model."""
         self._exchange.swap_out()
 
-    def taken_in(self, due: bool) -> List[Entry]:
-        """Return the float entries that a step reads.
+    def taken_in(self, due: bool) -> Tuple[List[Entry], List[Tensor]]:
+        """Return the float entries that a step reads, and their tensors.
 
         Args:
             due: Whether the step updates averages, not only copies.
@@ -218,8 +218,9 @@ class AverageStore:
         raws = [entries[i].raw for i in self._averages]
         self._exchange = Exchange(list(self._averages.values()), raws)
         gated = [e for e in entries if e.gated and e.role is not Role.SHARED]
-        self._gated = gated
-        self._gated_copies = [e for e in gated if e.role is Role.COPIED]
+        copies = [e for e in gated if e.role is Role.COPIED]
+        self._gated = gated, [t for e in gated for t in e.parts]
+        self._gated_copies = copies, [t for e in copies for t in e.parts]
 
     def _pairs(self, role: Role) -> Tuple[List[Tensor], List[Tensor]]:
         chosen = [i for i in self._averages if self._entries[i].role is role]

@@ -17,6 +17,7 @@ class RunFacts:
         accumulation: Iterations to one optimizer step.
         batch_size: Samples that one process takes in an iteration.
         world_size: Number of processes.
+        validates: Whether it has a validation.
     """
 
     iteration: int
@@ -26,6 +27,7 @@ class RunFacts:
     accumulation: int = 1
     batch_size: int = 1
     world_size: int = 1
+    validates: bool = True
 
     @property
     def iters_per_epoch(self) -> int:

@@ -7,7 +7,7 @@ training starts, after initialisation and after any load.
 
 from __future__ import annotations
 
-from typing import Any, Dict, MutableMapping, Optional, Sequence
+from typing import Any, Dict, Mapping, MutableMapping, Optional, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,10 +21,16 @@ from mmdet_ema.core.store import count_roles
 from mmdet_ema.hooks import weight_choice
 from mmdet_ema.hooks.facts import RunFacts
 from mmdet_ema.hooks.options import HookOptions
-from mmdet_ema.hooks.planning import check_begin, has_begun, planned_steps
+from mmdet_ema.hooks.planning import (
+    check_begin,
+    has_begun,
+    planned_steps,
+    unused,
+)
 from mmdet_ema.hooks.report import (
     changes,
     comparable,
+    copied_parameters,
     describe,
     describe_rule,
     warnings,
@@ -47,10 +53,17 @@ class EMALifecycle:
         self.options = options
         self.averager: Optional[WeightAverager] = None
         self._log = log
-        self._pending: Optional[EMAPart] = None
+        self._resume_part: Optional[EMAPart] = None
+        self._shown_part: Optional[EMAPart] = None
+        self._shown: Optional[WeightAverager] = None
         self._steps: Optional[StepCounter] = None
         self._schedule: Optional[Schedule] = None
         self._compared: Dict[str, Any] = {}
+
+    @property
+    def evaluated(self) -> Optional[WeightAverager]:
+        """The averager whose averages an evaluation shows."""
+        return self._shown if self.averager is None else self.averager
 
     def start(
         self,
@@ -69,17 +82,11 @@ class EMALifecycle:
             OptionError: If the average would start after the end.
         """
         check_begin(self.options, facts)
-        done = self._pending.steps if self._pending else 0
-        planned = planned_steps(self.options, facts, done)
-        self._schedule = self.options.schedule_for(planned)
-        self._compared = comparable(
-            self._schedule,
-            self.options.interval,
-            facts.batch_size * facts.accumulation,
-            facts.world_size,
-        )
-        self._report(model, done, planned)
-        self.averager = self._resumed(model) if self._pending else None
+        self._shown = self._shown_part = None
+        before = self._resume_part.meta if self._resume_part else {}
+        self._plan(facts)
+        self._resume_if_asked(model)
+        self._report(model, facts, before)
         self.finish()
         self._steps = StepCounter(optimizers, self._thaw)
 
@@ -98,8 +105,16 @@ class EMALifecycle:
             iteration: Iterations done.
             epoch: Epochs done.
         """
+        if self.averager is not None and self.averager.is_applied:
+            self._log.warning(
+                'EMA: an evaluation left the averages in the model; training '
+                'goes on from the raw weights.'
+            )
+            self.averager.restore()
+        self._resume_if_asked(model)
         if self.averager is None and has_begun(self.options, iteration, epoch):
-            self.averager = self._make(model)
+            assert self._schedule is not None
+            self.averager = self._make(model, self._schedule)
 
     def after_iteration(self, iteration: int) -> bool:
         """Update the average if there was a step since the last call.
@@ -119,7 +134,11 @@ class EMALifecycle:
         try:
             return self.averager.update()
         except NonFiniteError as error:
-            raise NonFiniteError(f'iteration {iteration}: {error}') from None
+            k = self.options.interval
+            seen = '' if k == 1 else f' (weights are seen every {k} steps)'
+            raise NonFiniteError(
+                f'iteration {iteration}{seen}: {error}'
+            ) from None
 
     def finish(self) -> None:
         """Stop listening to the optimizers; the average stays."""
@@ -137,17 +156,19 @@ class EMALifecycle:
         Args:
             model: The model, unwrapped.
         """
-        if self.averager is None and self._pending is not None:
-            self._schedule = self.options.schedule_for(self._pending.steps)
-            self.averager = self._resumed(model)
+        self._resume_if_asked(model)
+        if self._shown_part is not None:
+            part, self._shown_part = self._shown_part, None
+            schedule = self.options.schedule_for(part.steps)
+            self._shown = self._from_part(model, schedule, part)
         self.synchronize()
-        if self.averager is not None and self.options.evaluate != 'raw':
-            self.averager.apply()
+        if self.evaluated is not None and self.options.evaluate != 'raw':
+            self.evaluated.apply()
 
     def leave_evaluation(self) -> None:
         """Put the raw weights back; safe to call at any time."""
-        if self.averager is not None:
-            self.averager.restore()
+        if self.evaluated is not None:
+            self.evaluated.restore()
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint its EMA part, in place.
@@ -169,19 +190,20 @@ class EMALifecycle:
     def resume(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Go on from a checkpoint; see ``weight_choice.for_resume``."""
         strict = self.options.strict_load
-        self._pending = weight_choice.for_resume(
+        self._resume_part = weight_choice.for_resume(
             checkpoint, model, strict, self._log
         )
+        self.averager = None
 
     def fine_tune(self, checkpoint: Checkpoint) -> None:
         """Start anew from a checkpoint's weights."""
-        self.averager = self._pending = None
+        self.averager = self._resume_part = None
         weight_choice.for_fine_tuning(checkpoint, self._log)
 
     def choose(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Evaluate a checkpoint; see ``weight_choice.for_evaluation``."""
-        self.averager = None
-        self._pending = weight_choice.for_evaluation(
+        self.averager = self._resume_part = self._shown = None
+        self._shown_part = weight_choice.for_evaluation(
             checkpoint, model, self.options.evaluate, self._log
         )
 
@@ -189,11 +211,35 @@ class EMALifecycle:
         if self.averager is not None:
             self.averager.thaw()
 
-    def _make(self, model: nn.Module) -> WeightAverager:
-        assert self._schedule is not None
+    def _plan(self, facts: RunFacts) -> None:
+        """Fix the schedule; it may need to know how long the run is."""
+        planned = planned_steps(self.options, facts, self._done())
+        self._schedule = self.options.schedule_for(planned)
+        if self.averager is not None:
+            self.averager.schedule = self._schedule
+        self._compared = comparable(
+            self._schedule,
+            self.options.interval,
+            facts.batch_size * facts.accumulation,
+            facts.world_size,
+        )
+
+    def _done(self) -> int:
+        """Return the steps that the average has seen before this training."""
+        if self.averager is not None:
+            return self.averager.num_steps
+        return self._resume_part.steps if self._resume_part else 0
+
+    def _resume_if_asked(self, model: nn.Module) -> None:
+        if self._resume_part is not None:
+            part, self._resume_part = self._resume_part, None
+            schedule = self._schedule or self.options.schedule_for(part.steps)
+            self.averager = self._from_part(model, schedule, part)
+
+    def _make(self, model: nn.Module, schedule: Schedule) -> WeightAverager:
         return WeightAverager(
             model,
-            self._schedule,
+            schedule,
             interval=self.options.interval,
             phase=self.options.phase,
             update_buffers=self.options.update_buffers,
@@ -202,27 +248,31 @@ class EMALifecycle:
             rule=self.options.rule,
         )
 
-    def _resumed(self, model: nn.Module) -> WeightAverager:
-        part, self._pending = self._pending, None
-        assert part is not None
-        averager = self._make(model)
+    def _from_part(
+        self, model: nn.Module, schedule: Schedule, part: EMAPart
+    ) -> WeightAverager:
+        averager = self._make(model, schedule)
         averages = part.tensors(part.averages)
         state = {**part.meta, 'num_steps': part.steps, 'averages': averages}
         averager.load_state_dict(state, strict=False)
         return averager
 
-    def _report(self, model: nn.Module, done: int, planned: int) -> None:
+    def _report(
+        self, model: nn.Module, facts: RunFacts, before: Mapping[str, Any]
+    ) -> None:
         assert self._schedule is not None
-        counts = count_roles(select(model, self.options.update_buffers))
-        interval = self.options.interval
+        entries = select(model, self.options.update_buffers)
+        done = self._done()
+        planned = planned_steps(self.options, facts, done)
+        counts, phase = count_roles(entries), self.options.phase
+        plan = (self._schedule, self.options.interval)
         if self.options.rule is None:
-            text = describe(self._schedule, interval, done, planned, counts)
-            found = warnings(self._schedule, interval, planned)
+            self._log.info(describe(*plan, done, planned, counts, phase))
+            found = warnings(*plan, planned, phase)
         else:
-            text, found = describe_rule(self._schedule.name, counts), []
-        self._log.info(text)
-        found += [f'EMA: {line}' for line in self.options.no_effect]
-        before = self._pending.meta if self._pending else {}
-        found.append(changes(before, self._compared))
+            self._log.info(describe_rule(self._schedule.name, counts))
+            found = []
+        found += [f'EMA: {x}' for x in unused(self.options, facts, done)]
+        found += [copied_parameters(entries), changes(before, self._compared)]
         for line in filter(None, found):
             self._log.warning(line)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import List
+
 from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.facts import RunFacts
 from mmdet_ema.hooks.options import HookOptions
@@ -39,6 +41,28 @@ def planned_steps(options: HookOptions, facts: RunFacts, done: int) -> int:
     # the framework steps at the last iteration too, whatever is left over
     total = -(-facts.max_iters // facts.accumulation)
     return done + total - first // facts.accumulation
+
+
+def unused(options: HookOptions, facts: RunFacts, done: int) -> List[str]:
+    """List the options that change nothing in this run.
+
+    Args:
+        options: Options of the hook.
+        facts: The run as planned.
+        done: Steps that the average has seen already.
+
+    Returns:
+        A sentence each.
+    """
+    found = list(options.no_effect)
+    if done and (options.begin_iter or options.begin_epoch):
+        name = 'begin_iter' if options.begin_iter else 'begin_epoch'
+        found.append(f'{name} has no effect: the average has begun already.')
+    if options.evaluate == 'both' and not facts.validates:
+        found.append(
+            "evaluate='both' has no effect: this run has no validation."
+        )
+    return found
 
 
 def check_begin(options: HookOptions, facts: RunFacts) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Sequence
 
 from mmdet_ema.core.horizon import decay_over, initial_share, window
 from mmdet_ema.core.schedules import Schedule
+from mmdet_ema.core.selection import Entry, Role
 
 _LARGE_SHARE = 0.05
 
@@ -17,6 +18,7 @@ def describe(
     done: int,
     planned: int,
     counts: Mapping[str, int],
+    phase: int = 0,
 ) -> str:
     """Say what the average will be.
 
@@ -26,6 +28,7 @@ def describe(
         done: Steps that the average has seen already (above 0 on resume).
         planned: Steps that it will have seen at the end of the run.
         counts: Tensors a role and bytes, as the averager counts them.
+        phase: Which step of an interval updates. Defaults to 0.
 
     Returns:
         Lines of text.
@@ -34,6 +37,7 @@ def describe(
         OptionError: If the schedule returns no decay in [0, 1].
     """
     last = decay_over(schedule, max(planned, 1), max(planned, 1))
+    averaged = _last_update(interval, phase, planned)
     start = f', {done} of them done' if done else ''
     return '\n'.join(
         [
@@ -42,7 +46,7 @@ def describe(
             f'  at the last step: decay {last:.6g}, '
             f'effective window {_steps(window(last))}',
             f'  share of the initial weights left then: '
-            f'{initial_share(schedule, planned):.3g}',
+            f'{initial_share(schedule, averaged):.3g}',
             *_tensors(counts),
         ]
     )
@@ -70,23 +74,44 @@ def _tensors(counts: Mapping[str, int]) -> List[str]:
     ]
 
 
-def warnings(schedule: Schedule, interval: int, planned: int) -> List[str]:
+def warnings(
+    schedule: Schedule, interval: int, planned: int, phase: int = 0
+) -> List[str]:
     """List what makes the average other than the options promise.
 
     Args:
         schedule: The schedule.
         interval: Steps between updates.
         planned: Steps that the average will have seen at the end.
+        phase: Which step of an interval updates. Defaults to 0.
 
     Returns:
         A sentence each, with what to do; empty if all is well.
     """
     found = [
         _unsaturated(schedule, planned),
-        _cold(schedule, planned),
+        _cold(schedule, planned, _last_update(interval, phase, planned)),
         _rare(interval, planned),
     ]
     return [text for text in found if text]
+
+
+def copied_parameters(entries: Sequence[Entry]) -> str:
+    """Name trainable parameters that cannot be averaged.
+
+    Args:
+        entries: The entries of a model.
+
+    Returns:
+        A sentence; empty if there are none.
+    """
+    names = [e.name for e in entries if e.parameters and e.role is Role.COPIED]
+    if not names:
+        return ''
+    return (
+        f'EMA: {", ".join(names[:3])} ({len(names)} parameters) held NaN or '
+        f'Inf before training; they are copied, not averaged.'
+    )
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -151,15 +176,27 @@ def _rounded_down(value: float) -> float:
     return math.floor(value / unit) * unit
 
 
-def _cold(schedule: Schedule, planned: int) -> str:
-    share = initial_share(schedule, planned)
-    if planned < 1 or share <= _LARGE_SHARE:
+def _cold(schedule: Schedule, planned: int, averaged: int) -> str:
+    share = initial_share(schedule, averaged)
+    if averaged < 1 or share <= _LARGE_SHARE:
         return ''
     return (
         f'EMA: {share:.0%} of the average will still be the initial weights '
-        f'after {planned} steps of {schedule}. Lower decay, or use a ramp '
-        f"(schedule='exponential')."
+        f'after {planned} steps of {schedule}. {_warmer(schedule)}'
     )
+
+
+def _warmer(schedule: Schedule) -> str:
+    if 'half_life' in schedule.options:
+        return 'Lower half_life.'
+    if 'decay' in schedule.options:
+        return "Lower decay, or use a ramp (schedule='exponential')."
+    return "Use a ramp (schedule='exponential')."
+
+
+def _last_update(interval: int, phase: int, planned: int) -> int:
+    """Return the last step up to ``planned`` that updates the average."""
+    return max(planned - (planned - phase) % interval, 0)
 
 
 def _rare(interval: int, planned: int) -> str:

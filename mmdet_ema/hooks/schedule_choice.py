@@ -61,7 +61,7 @@ def choose_native(
     spec = 'exponential' if spec is None else spec
     words = {'decay': decay, 'tau': tau, 'momentum': momentum}
     given = {k: v for k, v in words.items() if v is not None}
-    if callable(spec):
+    if callable(spec) or (isinstance(spec, str) and '.' in spec):
         unused = tuple(_unused(w, 'a callable schedule') for w in given)
         return ScheduleChoice(_always(build_schedule(spec)), 0, unused)
     name, own = split_spec(spec)

@@ -7,7 +7,7 @@ purpose, in place, before the framework loads it.
 
 from __future__ import annotations
 
-from typing import Any, MutableMapping, Optional
+from typing import Any, Mapping, MutableMapping, Optional
 
 import torch
 from torch import nn
@@ -51,7 +51,8 @@ def for_resume(
         return None
     _check_fits(part, model, strict, log)
     put_raw(checkpoint, part)
-    return part if part.steps else None
+    begun = part.steps > 0 or 'num_steps' in part.meta
+    return part if begun else None
 
 
 def for_fine_tuning(checkpoint: Checkpoint, log: Any) -> None:
@@ -61,7 +62,7 @@ def for_fine_tuning(checkpoint: Checkpoint, log: Any) -> None:
         checkpoint: The checkpoint.
         log: Where lines go.
     """
-    part = unpack(checkpoint)
+    part = _if_readable(checkpoint, log)
     origin = 'weights' if part is None else f'averages (n={part.steps})'
     log.info(f'EMA: the average starts from the {origin} of the checkpoint.')
 
@@ -84,17 +85,27 @@ def for_evaluation(
     Raises:
         CheckpointError: If raw weights are asked for and there are none.
     """
-    part = unpack(checkpoint)
+    needed = evaluate != 'ema'
+    part = unpack(checkpoint) if needed else _if_readable(checkpoint, log)
     if part is None:
         _check_single(evaluate, log)
         return None
     log.info(f'EMA: evaluating {_SETS[evaluate]} (n={part.steps}).')
-    if evaluate != 'ema':
+    if needed:
         put_raw(checkpoint, part)
     if evaluate != 'both':
         return None
     _check_fits(part, model, False, log)
     return part
+
+
+def _if_readable(checkpoint: Checkpoint, log: Any) -> Optional[EMAPart]:
+    """Return the EMA part where ``state_dict`` is all that is needed."""
+    try:
+        return unpack(checkpoint)
+    except CheckpointError as error:
+        log.warning(f'EMA: the EMA part is left out: {error}')
+        return None
 
 
 def _check_single(evaluate: str, log: Any) -> None:
@@ -113,17 +124,38 @@ def _check_fits(
     state = model.state_dict().items()
     shapes = {k: v for k, v in state if isinstance(v, torch.Tensor)}
     try:
-        check_fit(shapes, part.tensors(part.averages), strict)
-        check_fit(shapes, part.tensors(part.raws), strict)
+        for half in (part.averages, part.raws):
+            _check_kinds(shapes, half)
+            check_fit(shapes, part.tensors(half), strict)
     except CheckpointError as error:
         raise CheckpointError(
             f'the EMA part of the checkpoint does not fit: {error} To start '
             f'a new training from this file, use load_from without resume.'
         ) from None
     missing = [name for name in shapes if name not in part.averages]
+    if shapes and len(missing) == len(shapes):
+        raise CheckpointError(
+            'no tensor of the model is in the EMA part of the checkpoint; it '
+            'belongs to another model.'
+        )
     if missing:
         log.warning(
             f'EMA: {len(missing)} tensors of the model are not in the '
             f'checkpoint ({", ".join(missing[:3])}); their average starts '
             f'from the weights that they have.'
         )
+
+
+def _check_kinds(shapes: Mapping[str, Any], half: Mapping[str, Any]) -> None:
+    """Check that tensors are tensors, and floats floats."""
+    for name, present in shapes.items():
+        value = half.get(name, present)
+        kind = getattr(value, 'dtype', None)
+        if kind is None or (
+            kind.is_floating_point != present.dtype.is_floating_point
+        ):
+            raise CheckpointError(
+                f'{name} is {type(value).__name__} of {kind}, the model has '
+                f'{present.dtype} there; the file is damaged, or belongs to '
+                f'another model.'
+            )

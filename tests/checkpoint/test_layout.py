@@ -184,13 +184,14 @@ def test_put_raw():
     model.load_state_dict(checkpoint['state_dict'])
 
 
-def test_put_raw_keeps_what_has_no_raw_value():
-    """A name without a raw value keeps what it has."""
+def test_put_raw_refuses_what_has_no_raw_value():
+    """A name without a raw value is named; nothing is changed."""
     checkpoint = dict(
         state_dict=dict(a=1, b=2), ema_state_dict={'steps': 1, 'module.a': 3}
     )
-    put_raw(checkpoint, unpack(checkpoint))
-    assert dict(a=3, b=2) == checkpoint['state_dict']
+    with pytest.raises(CheckpointError, match=r'1 tensors \(b\)'):
+        put_raw(checkpoint, unpack(checkpoint))
+    assert dict(a=1, b=2) == checkpoint['state_dict']
 
 
 def test_unpack_changes_nothing():

@@ -1,8 +1,12 @@
 """Which weights validation and test run on."""
 
+import tempfile
+import threading
+
 import pytest
 import torch
 from mmengine.evaluator import Evaluator
+from mmengine.model import BaseTTAModel
 
 from tests.hooks.toy import Run, Score, ToyModel, loader, same, state_of
 
@@ -156,3 +160,92 @@ def test_file_without_ema_part_is_tested_as_it_is(tmp_path):
     weights = torch.load(path, weights_only=False)['state_dict']
     metrics = a_tester(tmp_path / 'b', path, 'ema').runner.test()
     assert metrics == pytest.approx({'score': score(weights)}, rel=1e-5)
+
+
+class FolderScore(Score):
+    """Keeps a temporary folder, as the panoptic metric does."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = f'{self.folder.name}/scores.txt'
+
+    def process(self, data_batch, data_samples):
+        super().process(data_batch, data_samples)
+        with open(self.path, 'w') as file:
+            file.write('\n'.join(map(str, self.results)))
+
+    def compute_metrics(self, results):
+        with open(self.path) as file:
+            return dict(score=sum(float(line) for line in file))
+
+    def __del__(self):
+        self.folder.cleanup()
+
+
+def test_both_with_a_metric_that_owns_a_folder(tmp_path):
+    """Each set of weights has a folder of its own, at every validation."""
+    hook = dict(EMA, evaluate='both')
+    run = Run(tmp_path / 'a', hook, metric=FolderScore(), max_epochs=3)
+    run.train()
+    plain = Run(tmp_path / 'b', hook, max_epochs=3).train()
+    for name in ('val/score', 'val/raw/score'):
+        # the folder keeps sixteen digits of each score
+        assert run.scalar(name) == pytest.approx(plain.scalar(name), rel=1e-12)
+
+
+def test_both_with_a_metric_that_cannot_be_copied(tmp_path):
+    """Such a metric is refused by name before anything happens."""
+    metric = Score()
+    metric.lock = threading.Lock()
+    run = Run(tmp_path, dict(EMA, evaluate='both'), metric=metric)
+    with pytest.raises(ValueError, match='Score, which cannot be copied'):
+        run.train()
+    assert run.records == []
+
+
+class Augmented(BaseTTAModel):
+    """Test-time augmentation with a single view."""
+
+    def merge_preds(self, data_samples_list):
+        return [samples[0] for samples in data_samples_list]
+
+    def test_step(self, data):
+        return self.module.test_step(data)
+
+
+@pytest.mark.parametrize('evaluate', ['ema', 'raw', 'both'])
+def test_test_time_augmentation_uses_the_chosen_weights(tmp_path, evaluate):
+    """Through a TTA model each set has the metrics that it has alone."""
+    path, _, _ = trained(tmp_path / 'a')
+    plain = a_tester(tmp_path / 'b', path, evaluate).runner.test()
+    run = a_tester(tmp_path / 'c', path, evaluate)
+    run.runner.model = Augmented(run.model)
+    assert run.runner.test() == plain
+
+
+def test_raw_weights_of_a_bare_state_dict_are_refused(tmp_path):
+    """A file that is a state_dict holds one set of weights."""
+    torch.save(state_of(ToyModel()), tmp_path / 'bare.pth')
+    run = a_tester(tmp_path / 'b', tmp_path / 'bare.pth', 'raw')
+    with pytest.raises(ValueError, match="evaluate='raw' needs raw weights"):
+        run.runner.test()
+
+
+def test_raw_weights_that_are_missing_are_refused(tmp_path):
+    """An EMA part without raw weights never passes averages off as raw."""
+    path, _, _ = trained(tmp_path / 'a')
+    saved = torch.load(path, weights_only=True)
+    saved['ema_state_dict'] = {'steps': saved['ema_state_dict']['steps']}
+    torch.save(saved, path)
+    run = a_tester(tmp_path / 'b', path, 'raw')
+    with pytest.raises(ValueError, match='no raw weights of 14 tensors'):
+        run.runner.test()
+
+
+def test_late_hook_with_both_is_warned_of(tmp_path):
+    """A priority after the logger's comes too late for raw metrics."""
+    hook = dict(EMA, evaluate='both', priority='LOWEST')
+    Run(tmp_path, hook, max_epochs=1).train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert "EMA: with priority='LOWEST' the hook comes after" in log

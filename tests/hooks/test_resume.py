@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from mmengine.hooks import EMAHook as PeerHook
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
 from tests import oracle
@@ -234,3 +235,143 @@ def test_resume_of_frozen_weights_shares_them_in_the_file(tmp_path):
     right = saved['ema_state_dict']['module.frozen.weight']
     assert left.data_ptr() == right.data_ptr()
     assert same({'x': left}, {'x': state_of(run.model)['frozen.weight']}) == []
+
+
+class SanityCheck(Hook):
+    """Validates once before training starts."""
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner):
+        runner.val_loop.run()
+
+
+def test_validation_before_a_resumed_training_keeps_the_average(tmp_path):
+    """A sanity check of the loaded weights does not use the average up."""
+    whole = Run(tmp_path / 'whole', EMA, max_epochs=4).train()
+    Run(tmp_path / 'part', EMA, max_epochs=2).train()
+    resumed = Run(
+        tmp_path / 'part', EMA, SanityCheck(), max_epochs=4, resume=True
+    ).train()
+    left, right = (r.load('epoch_4.pth') for r in (whole, resumed))
+    assert ema_equal(left, right) == []
+
+
+def test_training_twice_in_one_process_goes_on(tmp_path):
+    """A second ``train()`` of one runner keeps average and n."""
+    run = Run(tmp_path, EMA, max_epochs=2).train()
+    run.runner.train_loop._max_epochs = 4
+    run.runner.train_loop._max_iters = 16
+    start = run.recorder.start
+    run.train()
+    saved = run.load('epoch_4.pth')
+    assert saved['ema_state_dict']['steps'] == 16
+    values = [r['head.weight'].double().numpy() for r in run.records]
+    expected = oracle.average(
+        start['head.weight'], values, lambda n: oracle.ramp(n, 0.9, 3)
+    )
+    found = saved['state_dict']['head.weight']
+    assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
+
+
+def test_fine_tuning_from_a_foreign_ema_part(tmp_path):
+    """``load_from`` needs ``state_dict`` alone; a strange part is left out."""
+    weights = state_of(ToyModel())
+    torch.save(
+        dict(state_dict=weights, ema_state_dict={'x': torch.ones(1)}),
+        tmp_path / 'foreign.pth',
+    )
+    options = dict(max_epochs=1, load_from=str(tmp_path / 'foreign.pth'))
+    run = Run(tmp_path / 'run', EMA, **options).train()
+    assert same(run.recorder.start, weights) == []
+    assert 'the EMA part is left out' in log_of(run)
+
+
+def test_names_with_a_wrappers_prefix_resume(tmp_path):
+    """``module.`` before the names of ``state_dict`` is no part of them."""
+    whole = Run(tmp_path / 'whole', EMA, max_epochs=2).train()
+    Run(tmp_path / 'part', EMA, max_epochs=1).train()
+    path = tmp_path / 'part' / 'epoch_1.pth'
+    saved = torch.load(path, weights_only=True)
+    named = {f'module.{k}': v for k, v in saved['state_dict'].items()}
+    torch.save(dict(saved, state_dict=named), path)
+    resumed = Run(tmp_path / 'part', EMA, max_epochs=2, resume=True).train()
+    left, right = (r.load('epoch_2.pth') for r in (whole, resumed))
+    assert ema_equal(left, right) == []
+
+
+def test_resume_before_the_first_step_is_exact(tmp_path):
+    """With n = 0, in the middle of an accumulation, buffers go on too."""
+    by_iter = dict(type='CheckpointHook', by_epoch=False, interval=1)
+    run = Run(
+        tmp_path,
+        EMA,
+        accumulative_counts=3,
+        hooks=dict(checkpoint=by_iter),
+        train_cfg=dict(by_epoch=False, max_iters=4, val_interval=9),
+    ).train()
+    first = run.load('iter_1.pth')
+    assert first['ema_state_dict']['steps'] == 0
+    resumed = Run(
+        tmp_path / 'again',
+        EMA,
+        accumulative_counts=3,
+        hooks=dict(checkpoint=by_iter),
+        train_cfg=dict(by_epoch=False, max_iters=4, val_interval=9),
+        resume=True,
+        load_from=str(tmp_path / 'iter_1.pth'),
+    ).train()
+    left = run.load('iter_2.pth')['state_dict']['norm.running_mean']
+    right = resumed.load('iter_2.pth')['state_dict']['norm.running_mean']
+    assert torch.equal(left, right)
+
+
+class LoadAgain(Hook):
+    """Goes back to a file in the third epoch."""
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 2:
+            runner.load_checkpoint(f'{runner.work_dir}/epoch_1.pth')
+
+
+def test_file_loaded_in_a_resumed_training_brings_its_average(tmp_path):
+    """Raw weights and average go back together."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    run = Run(tmp_path, LoadAgain(), EMA, max_epochs=3, resume=True).train()
+    assert run.load('epoch_3.pth')['ema_state_dict']['steps'] == 8
+
+
+def test_average_shown_by_hand_does_not_leak_into_training(tmp_path):
+    """Loading a file by hand, under 'both', then training starts anew."""
+    Run(tmp_path / 'a', EMA, max_epochs=2).train()
+    hook = dict(EMA, evaluate='both')
+    run = Run(tmp_path / 'b', hook, max_epochs=1)
+    run.runner.load_checkpoint(str(tmp_path / 'a' / 'epoch_2.pth'))
+    run.train()
+    assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
+
+
+@pytest.mark.parametrize(
+    'value', ['text', torch.ones(2, 4, dtype=torch.long)], ids=['str', 'int']
+)
+def test_damaged_raw_weights_are_refused(tmp_path, value):
+    """A raw weight that is no float tensor is named."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    path = tmp_path / 'epoch_1.pth'
+    saved = torch.load(path, weights_only=True)
+    saved['ema_state_dict']['module.head.weight'] = value
+    torch.save(saved, path)
+    run = Run(tmp_path, EMA, max_epochs=2, resume=True)
+    with pytest.raises(ValueError, match=r'head\.weight is'):
+        run.train()
+
+
+def test_implausible_counters_do_not_hang_the_run(tmp_path):
+    """A counter of 2**40 steps is one product, not 10**12 of them."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    path = tmp_path / 'epoch_1.pth'
+    saved = torch.load(path, weights_only=True)
+    saved['ema_state_dict']['steps'] = torch.tensor(2**40)
+    torch.save(saved, path)
+    run = Run(tmp_path, EMA, max_epochs=2, resume=True).train()
+    assert run.load('epoch_2.pth')['ema_state_dict']['steps'] == 2**40 + 4

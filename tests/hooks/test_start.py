@@ -1,5 +1,8 @@
 """What the hook says at the start, and what it refuses."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -142,9 +145,6 @@ def test_hook_of_the_package_is_built_from_any_scope():
 
 def test_import_says_so_in_one_line():
     """Importing the package logs one INFO line about the hook."""
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, '-c', 'import mmdet_ema'],
         capture_output=True,
@@ -193,3 +193,58 @@ def test_cosine_takes_the_planned_steps(tmp_path):
     hook = dict(type='EMAHook', schedule='cosine')
     log = log_of(Run(tmp_path, hook, train_dataloader=loader(32)).train())
     assert 'cosine(total_steps=16' in log
+
+
+def half_way(n):
+    """A schedule that a config file can name."""
+    return n / (n + 20)
+
+
+def test_schedule_by_its_path(tmp_path):
+    """``schedule='module.function'`` works from a classic config file."""
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
+    config = tmp_path / 'config.py'
+    path = 'tests.hooks.test_start.half_way'
+    config.write_text(
+        f"custom_hooks = [dict(type='EMAHook', schedule={path!r})]\n"
+    )
+    cfg = Config.fromfile(config)
+    assert path in cfg.pretty_text
+    run = Run(tmp_path / 'run', dict(cfg.custom_hooks[0])).train()
+    assert run.scalar('train/ema_decay')[-1] == 8 / 28
+    assert isinstance(run.runner, Runner)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(schedule='no.such.thing'), "'no.such.thing' cannot be imported"),
+        (dict(schedule='math.pi'), 'no callable'),
+        (dict(schedule=lambda n: 1 / 0), 'failed for n = 1 .ZeroDivision'),
+    ],
+)
+def test_bad_callables_are_refused(options, message):
+    """What cannot be imported or fails is named."""
+    with pytest.raises(ValueError, match=message):
+        HOOKS.build(dict(type='EMAHook', **options))
+
+
+def test_numpy_numbers_are_numbers():
+    """Options and schedules may be NumPy scalars."""
+    options = dict(decay=np.float32(0.5), interval=np.int64(2))
+    HOOKS.build(dict(type='EMAHook', **options))
+    HOOKS.build(dict(type='EMAHook', schedule=lambda n: np.float64(0.5)))
+
+
+def test_priority_may_be_given_to_the_class():
+    """``EMAHook(priority=49)`` is what ``dict(priority=49)`` is."""
+    assert mmdet_ema.EMAHook(priority=49).priority == 49
+
+
+def test_share_counts_the_updates_that_are_made(tmp_path):
+    """Steps after the last update of an interval take nothing in."""
+    hook = dict(type='EMAHook', schedule='constant', decay=0.5, interval=5)
+    log = log_of(Run(tmp_path, hook).train())
+    assert 'share of the initial weights left then: 0.0312' in log

@@ -92,6 +92,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         gamma: Optional[float] = None,
         **more: Any,
     ):
+        self.priority = more.pop('priority', self.priority)
         options = parse_options(
             decay=decay,
             tau=tau,
@@ -113,6 +114,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._log = RunLog()
         self._life = EMALifecycle(options, self._log)
         self._both = options.evaluate == 'both'
+        self._raws: Dict[int, RawEvaluation] = {}
         self._raw: Optional[RawEvaluation] = None
         self._trained = False
 
@@ -122,8 +124,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         path = runner_facts.local_checkpoint(runner)
         if path is not None:
             read_structure(path)
-        for loop in runner_facts.evaluation_loops(runner):
-            guard_loop(loop, self._leave_evaluation)
+        self._watch_loops(runner)
+        if self._both:
+            runner_facts.warn_of_order(runner, self, self._log)
 
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
@@ -133,8 +136,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             runner_facts.optimizers_of(runner),
             runner_facts.facts_of(runner),
         )
-        for loop in runner_facts.evaluation_loops(runner):
-            guard_loop(loop, self._leave_evaluation)
+        self._watch_loops(runner)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
@@ -214,8 +216,6 @@ class EMAHook(Hook):  # type: ignore[misc]
     def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Sort out which weights of the checkpoint go where."""
         unmake(checkpoint)
-        if 'state_dict' not in checkpoint:
-            return
         model = runner_facts.model_of(runner)
         if not runner_facts.is_training(runner) or self._trained:
             self._life.choose(checkpoint, model)
@@ -230,10 +230,25 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not taken and self._life.averager is not None:
             self._log.skipped(runner, self._life.averager)
 
+    def _watch_loops(self, runner: Any) -> None:
+        for loop in runner_facts.evaluation_loops(runner):
+            guard_loop(loop, self._leave_evaluation)
+            if self._both:
+                self._raw_of(loop)
+
+    def _raw_of(self, loop: Any) -> RawEvaluation:
+        """Return the twin of a loop; a metric is copied once a run."""
+        if id(loop) not in self._raws:
+            self._raws[id(loop)] = RawEvaluation(loop, self._life)
+        return self._raws[id(loop)]
+
     def _enter_evaluation(self, runner: Any, loop: Any) -> None:
+        if runner_facts.is_training(runner) and not self._trained:
+            self._catch_up(runner)
         self._life.enter_evaluation(runner_facts.model_of(runner))
         if self._both:
-            self._raw = RawEvaluation(loop, self._life)
+            self._raw = self._raw_of(loop)
+            self._raw.begin()
 
     def _finish_evaluation(
         self, runner: Any, mode: str, metrics: Optional[Dict[str, float]]

@@ -9,31 +9,39 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterator
 
 from mmengine.runner.amp import autocast
 
+from mmdet_ema.hooks.for_mmengine.metric_copies import copy_metric
 from mmdet_ema.hooks.lifecycle import EMALifecycle
 
 PREFIX = 'raw/'
 
 
 class RawEvaluation:
-    """One evaluation of the raw weights.
+    """Evaluations of the raw weights beside one evaluation loop.
 
     Args:
-        loop: The evaluation loop of the averages, about to run.
-        life: The lifecycle, whose averages are in the model now.
+        loop: The evaluation loop of the averages.
+        life: The lifecycle that has the averages.
+
+    Raises:
+        OptionError: If a metric of the loop cannot be copied.
     """
 
     def __init__(self, loop: Any, life: EMALifecycle):
-        self._evaluator = copy.deepcopy(loop.evaluator)
-        self._samples = len(loop.dataloader.dataset)
-        self._fp16 = getattr(loop, 'fp16', False)
+        self._loop = loop
         self._life = life
+        self._evaluator = copy.copy(loop.evaluator)
+        self._evaluator.metrics = [
+            copy_metric(metric) for metric in loop.evaluator.metrics
+        ]
+
+    def begin(self) -> None:
+        """Forget what an evaluation that was broken off has left."""
         for metric in self._evaluator.metrics:
-            _write_elsewhere(metric)
+            metric.results.clear()
 
     def process(self, step: Callable[[Any], Any], data_batch: Any) -> None:
         """Predict one batch with the raw weights.
@@ -44,7 +52,8 @@ class RawEvaluation:
                 predictions into it.
         """
         batch = copy.deepcopy(data_batch)
-        with self._raw_weights(), autocast(enabled=self._fp16):
+        fp16 = getattr(self._loop, 'fp16', False)
+        with self._raw_weights(), autocast(enabled=fp16):
             outputs = step(batch)
         self._evaluator.process(
             data_samples=_without_losses(outputs), data_batch=batch
@@ -52,12 +61,13 @@ class RawEvaluation:
 
     def metrics(self) -> Dict[str, Any]:
         """Return the metrics, each under ``raw/<name>``."""
-        found = self._evaluator.evaluate(self._samples)
+        samples = len(self._loop.dataloader.dataset)
+        found = self._evaluator.evaluate(samples)
         return {f'{PREFIX}{name}': value for name, value in found.items()}
 
     @contextlib.contextmanager
-    def _raw_weights(self) -> Any:
-        averager = self._life.averager
+    def _raw_weights(self) -> Iterator[None]:
+        averager = self._life.evaluated
         if averager is None:
             yield
             return
@@ -73,12 +83,3 @@ def _without_losses(outputs: Any) -> Any:
     last = outputs[-1] if len(outputs) else None
     keys = getattr(last, 'keys', None)
     return outputs[:-1] if keys and list(keys()) == ['loss'] else outputs
-
-
-def _write_elsewhere(metric: Any) -> None:
-    """Keep a metric that writes files from overwriting its twin's."""
-    for name in ('out_file_path', 'outfile_prefix'):
-        path = getattr(metric, name, None)
-        if isinstance(path, str):
-            stem, suffix = os.path.splitext(path)
-            setattr(metric, name, f'{stem}_raw{suffix}')

@@ -7,7 +7,7 @@ from typing import Any, List, Optional
 
 from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.hooks import EMAHook as MMEngineEMAHook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, find_latest_checkpoint
 from torch import nn
 from torch.optim import Optimizer
@@ -17,9 +17,9 @@ from mmdet_ema.hooks.facts import RunFacts
 
 
 def model_of(runner: Any) -> nn.Module:
-    """Return the model without its wrappers (DDP and the like)."""
+    """Return the model without its wrappers (DDP, test-time augmentation)."""
     model = runner.model
-    while is_model_wrapper(model):
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model  # type: ignore[no-any-return]
 
@@ -41,6 +41,7 @@ def facts_of(runner: Any) -> RunFacts:
         accumulation=min(counts, default=1),
         batch_size=_batch_size(runner.train_dataloader),
         world_size=runner.world_size,
+        validates=runner._val_loop is not None,
     )
 
 
@@ -115,6 +116,28 @@ def refuse_second(runner: Any, ours: Any) -> None:
         raise OptionError(
             f'there are {len(found)} EMA hooks: {names}. They would average '
             f"each other's weights; keep one in custom_hooks."
+        )
+
+
+def warn_of_order(runner: Any, ours: Any, log: Any) -> None:
+    """Warn if a hook that wants the raw metrics comes before ours.
+
+    Args:
+        runner: The runner.
+        ours: Our hook, which adds the metrics.
+        log: Where the line goes.
+    """
+    order = list(runner.hooks)
+    early = [
+        type(hook).__name__
+        for hook in order[: order.index(ours)]
+        if isinstance(hook, (CheckpointHook, LoggerHook))
+    ]
+    if early:
+        log.warning(
+            f'EMA: with priority={ours.priority!r} the hook comes after '
+            f'{" and ".join(early)}, too late for raw/... metrics in logs '
+            f"and save_best; use priority='NORMAL'."
         )
 
 
