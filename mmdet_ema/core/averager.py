@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ema.core.check import check_choice, check_count, check_flag
+from mmdet_ema.core.device import check_device
 from mmdet_ema.core.errors import (
     CheckpointError,
     NonFiniteError,
@@ -295,32 +296,3 @@ class WeightAverager:
             )
         self.num_skipped += 1
         return False
-
-
-def check_device(
-    device: Union[str, torch.device, None],
-) -> Optional[torch.device]:
-    """Return the device of the averages, None for the parameters' own.
-
-    Args:
-        device: What the user gave.
-
-    Returns:
-        The device.
-
-    Raises:
-        OptionError: If it is no device, or not on this machine.
-    """
-    if device is None:
-        return None
-    try:
-        found = torch.empty(0, device=device).device
-        reason = 'it holds no values' if found.type == 'meta' else ''
-    except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-    if reason:
-        raise OptionError(
-            f'device={device!r} cannot be used here ({reason}); use None, '
-            f"'cpu' or a device of this machine."
-        )
-    return torch.device(device)

@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from mmdet_ema.core.memory import (
+    NamedTensor,
+    geometry,
+    group_by_memory,
+    overlaps_itself,
+    span,
+    storage_key,
+)
 
 
 class Role(enum.Enum):
@@ -93,23 +102,22 @@ class Entry:
         return [label.of(self.raw) for label in self.labels]
 
 
-@dataclass(frozen=True)
-class _Named:
-    name: str
-    tensor: Tensor
-    saved: bool
-
-
-def select(model: nn.Module, update_buffers: bool = True) -> List[Entry]:
+def select(
+    model: nn.Module,
+    update_buffers: bool = True,
+    known: Optional[Mapping[str, bool]] = None,
+) -> List[Entry]:
     """List the unique tensors of a model with what is to be done with them.
 
     Buffers that the ``state_dict`` leaves out (``persistent=False``) are left
-    alone: they are constants or can be computed anew. Float buffers that hold
-    NaN or Inf from the start (attention masks) are copied, not averaged.
+    alone: they are constants or can be computed anew. What holds NaN or Inf
+    from the start (attention masks) is copied, not averaged.
 
     Args:
         model: The model; nothing in it is changed or copied.
         update_buffers: Whether float buffers are averaged. Defaults to True.
+        known: Whether a tensor was finite at the start, by name, where that
+            is known from then; the others are looked at now.
 
     Returns:
         The entries, in the order of the ``state_dict``.
@@ -117,23 +125,22 @@ def select(model: nn.Module, update_buffers: bool = True) -> List[Entry]:
     Raises:
         ValueError: If a parameter has no shape yet (a lazy module).
     """
-    named = _named_tensors(model)
-    groups = _group_by_memory(named)
-    return [_make_entry(group, update_buffers) for group in groups]
+    groups = group_by_memory(_named_tensors(model))
+    return [_make_entry(g, update_buffers, known or {}) for g in groups]
 
 
-def _named_tensors(model: nn.Module) -> List[_Named]:
+def _named_tensors(model: nn.Module) -> List[NamedTensor]:
     """List saved tensors that the model owns, then its other parameters."""
-    owned = {_memory(t) for t in (*model.parameters(), *model.buffers())}
+    owned = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
     state = model.state_dict(keep_vars=True)
     named = [
-        _Named(name, value, True)
+        NamedTensor(name, value, True)
         for name, value in state.items()
-        if isinstance(value, Tensor) and _memory(value) in owned
+        if isinstance(value, Tensor) and storage_key(value) in owned
     ]
     known = {id(item.tensor) for item in named}
     named += [
-        _Named(name, parameter, False)
+        NamedTensor(name, parameter, False)
         for name, parameter in model.named_parameters()
         if id(parameter) not in known
     ]
@@ -142,14 +149,7 @@ def _named_tensors(model: nn.Module) -> List[_Named]:
     return named
 
 
-def _memory(tensor: Tensor) -> object:
-    """Return a key of the storage; extra state and copies have their own."""
-    if is_lazy(tensor) or tensor.data_ptr() == 0:
-        return id(tensor)
-    return tensor.untyped_storage().data_ptr()
-
-
-def _check_materialised(item: _Named) -> None:
+def _check_materialised(item: NamedTensor) -> None:
     if is_lazy(item.tensor):
         raise ValueError(
             f'{item.name} has no shape yet (a lazy module); run one forward '
@@ -157,110 +157,43 @@ def _check_materialised(item: _Named) -> None:
         )
 
 
-def _group_by_memory(named: List[_Named]) -> List[List[_Named]]:
-    """Put names whose tensors share memory together, first name first."""
-    position = {id(item): i for i, item in enumerate(named)}
-    spaces: Dict[object, List[_Named]] = {}
-    for item in named:
-        spaces.setdefault(_address_space(item.tensor), []).append(item)
-    groups = [
-        group
-        for items in spaces.values()
-        for near in _overlapping(items)
-        for group in _interleaved(near)
-    ]
-    for group in groups:
-        group.sort(key=lambda item: position[id(item)])
-    return sorted(groups, key=lambda group: position[id(group[0])])
-
-
-def _address_space(tensor: Tensor) -> object:
-    """Return a key; only tensors of the same key can share memory."""
-    if tensor.numel() == 0 or tensor.data_ptr() == 0:
-        return id(tensor)
-    return tensor.device, tensor.dtype
-
-
-def _overlapping(items: List[_Named]) -> Iterator[List[_Named]]:
-    """Split tensors of one address space into groups that touch."""
-    group: List[_Named] = []
-    stop = 0
-    for item in sorted(items, key=lambda item: _span(item.tensor)[0]):
-        low, high = _span(item.tensor)
-        if group and low >= stop:
-            yield group
-            group = []
-        stop = max(stop, high) if group else high
-        group.append(item)
-    if group:
-        yield group
-
-
-def _interleaved(group: List[_Named]) -> List[List[_Named]]:
-    """Tell apart tensors whose spans meet but that share no element.
-
-    The columns of one matrix do so.
-    """
-    distinct = {_geometry(item.tensor): item.tensor for item in group}
-    if len(distinct) == 1:
-        return [group]
-    start = min(tensor.data_ptr() for tensor in distinct.values())
-    stop = max(_span(tensor)[1] for tensor in distinct.values())
-    size = group[0].tensor.element_size()
-    seen = torch.zeros((stop - start) // size, dtype=torch.bool)
-    for tensor in distinct.values():
-        offset = (tensor.data_ptr() - start) // size
-        view = seen.as_strided(tensor.shape, tensor.stride(), offset)
-        if bool(view.any()):
-            return [group]
-        view.fill_(True)
-    apart: Dict[object, List[_Named]] = {}
-    for item in group:
-        apart.setdefault(_geometry(item.tensor), []).append(item)
-    return list(apart.values())
-
-
-def _span(tensor: Tensor) -> Tuple[int, int]:
-    """Return the address range of a tensor in bytes, end excluded."""
-    start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start + 1
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
-    return start, start + (last + 1) * tensor.element_size()
-
-
-def _make_entry(group: List[_Named], update_buffers: bool) -> Entry:
-    geometries = {_geometry(item.tensor) for item in group}
-    if len(geometries) == 1 and not _overlaps_itself(group[0].tensor):
-        raw = _preferred(group)
-        labels = tuple(Label(item.name, item.saved) for item in group)
-    else:
-        raw, labels = _flatten(group)
-    parameters = {id(t): t for t in (item.tensor for item in group)}
+def _make_entry(
+    group: List[NamedTensor], update_buffers: bool, known: Mapping[str, bool]
+) -> Entry:
+    raw, labels = _cover(group)
     owners = tuple(
-        t for t in parameters.values() if isinstance(t, nn.Parameter)
+        {
+            id(item.tensor): item.tensor
+            for item in group
+            if isinstance(item.tensor, nn.Parameter)
+        }.values()
     )
     if owners and not any(owner.requires_grad for owner in owners):
         return Entry(raw, Role.SHARED, labels, owners)
-    floating = raw.is_floating_point() or raw.is_complex()
-    finite = floating and all(
-        bool(torch.isfinite(label.of(raw.detach())).all()) for label in labels
-    )
+    finite = known.get(labels[0].name)
+    finite = _is_finite(raw, labels) if finite is None else finite
     averaged = finite and (bool(owners) or update_buffers)
     role = Role.AVERAGED if averaged else Role.COPIED
     return Entry(raw, role, labels, owners, finite)
 
 
-def _geometry(tensor: Tensor) -> object:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+def _is_finite(raw: Tensor, labels: Tuple[Label, ...]) -> bool:
+    if not (raw.is_floating_point() or raw.is_complex()):
+        return False
+    views = (label.of(raw.detach()) for label in labels)
+    return all(bool(torch.isfinite(view).all()) for view in views)
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
-    start, stop = _span(tensor)
-    return tensor.numel() > (stop - start) // tensor.element_size()
+def _cover(group: List[NamedTensor]) -> Tuple[Tensor, Tuple[Label, ...]]:
+    """Return one tensor for a group, and what each name sees of it."""
+    first = group[0].tensor
+    same = all(geometry(i.tensor) == geometry(first) for i in group)
+    if not same or overlaps_itself(first):
+        return _flatten(group)
+    return _preferred(group), tuple(Label(i.name, i.saved) for i in group)
 
 
-def _preferred(group: List[_Named]) -> Tensor:
+def _preferred(group: List[NamedTensor]) -> Tensor:
     """Return the trainable owner if there is one: it follows ``.data``."""
     return next(
         (item.tensor for item in group if item.tensor.requires_grad),
@@ -268,11 +201,11 @@ def _preferred(group: List[_Named]) -> Tensor:
     )
 
 
-def _flatten(group: List[_Named]) -> Tuple[Tensor, Tuple[Label, ...]]:
+def _flatten(group: List[NamedTensor]) -> Tuple[Tensor, Tuple[Label, ...]]:
     """Cover different views of one memory by one flat tensor."""
     base = min((item.tensor for item in group), key=lambda t: t.data_ptr())
     start, size = base.data_ptr(), base.element_size()
-    stop = max(_span(item.tensor)[1] for item in group)
+    stop = max(span(item.tensor)[1] for item in group)
     flat = base.detach().as_strided(((stop - start) // size,), (1,))
     labels = []
     for item in group:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from mmdet_ema.core.errors import CheckpointError
 from mmdet_ema.core.exchange import Exchange
+from mmdet_ema.core.fit import check_fit, count_roles
 from mmdet_ema.core.kernels import CopyPlan, Rule, UpdatePlan, average_dtype
 from mmdet_ema.core.ranks import broadcast, reduce_mean, world_size
 from mmdet_ema.core.selection import Entry, Role, select
@@ -37,7 +36,8 @@ class AverageStore:
         self._update_buffers = update_buffers
         self._device = device
         self._averages: Dict[int, Tensor] = {}
-        self._entries = self._select()
+        self._entries: List[Entry] = []
+        self._select()
 
     @property
     def is_applied(self) -> bool:
@@ -102,7 +102,7 @@ class AverageStore:
 
     def follow(self) -> None:
         """Follow what was replaced if it shows; cheap enough for each step."""
-        if self._watch.hints():
+        if self._watch.hints() and not self._rebind():
             self.refresh()
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class AverageStore:
         if self.is_applied or not self._watch.replaced():
             return
         old = dict(self._named(self._average_of, unsaved=True))
-        self._entries = self._select()
+        self._select()
         now = dict(self._named(self._average_of, unsaved=True))
         kept = {
             name: average
@@ -180,15 +180,20 @@ class AverageStore:
         """Return tensors per role, and the bytes of all averages."""
         return count_roles(self._entries)
 
-    def _select(self) -> List[Entry]:
-        self._entries = select(self._model, self._update_buffers)
+    def _select(self) -> None:
+        known = {
+            label.name: entry.gated
+            for entry in self._entries
+            for label in entry.labels
+            if entry.role is not Role.SHARED
+        }
+        self._entries = select(self._model, self._update_buffers, known)
         self._watch = Watch(self._model)
         self._averages = {}
         for i, entry in enumerate(self._entries):
             if entry.role is not Role.SHARED:
                 self._averages[i] = self._fresh(entry)
         self._plan()
-        return self._entries
 
     def _fresh(self, entry: Entry) -> Tensor:
         raw = entry.raw.detach()
@@ -197,6 +202,24 @@ class AverageStore:
         # tensors made in inference mode could not be updated outside of it
         with torch.inference_mode(False):
             return raw.to(device=self._device, dtype=dtype, copy=True)
+
+    def _rebind(self) -> bool:
+        """Follow buffers that became other tensors of the same kind.
+
+        Some models do so in every forward pass; selecting anew would cost
+        more than the update.
+        """
+        entries = {id(entry.raw): entry for entry in self._entries}
+        pairs = self._watch.replaced_buffers()
+        if not pairs or not all(
+            _can_follow(entries.get(id(a)), b) for a, b in pairs
+        ):
+            return False
+        for old, new in pairs:
+            entries[id(old)].raw = new
+        self._watch = Watch(self._model)
+        self._plan()
+        return True
 
     def _own(self, i: int) -> None:
         self._entries[i].role = Role.AVERAGED
@@ -252,57 +275,19 @@ class AverageStore:
         return self._entries[i].raw.detach()
 
 
-def check_fit(
-    present: Mapping[str, Tensor], given: Mapping[str, Tensor], strict: bool
-) -> None:
-    """Check that given tensors fit the present ones.
-
-    Args:
-        present: Tensors of the model by name.
-        given: Tensors to be loaded by name.
-        strict: Whether all names must be the same.
-
-    Raises:
-        CheckpointError: At the first shape that differs; under ``strict``
-            also if a name is missing or unknown.
-    """
-    for name, tensor in given.items():
-        if name in present and present[name].shape != tensor.shape:
-            raise CheckpointError(
-                f'the average of {name} has shape {tuple(tensor.shape)}, the '
-                f'model needs {tuple(present[name].shape)}; it belongs to '
-                f'another model.'
-            )
-    missing = [name for name in present if name not in given]
-    unknown = [name for name in given if name not in present]
-    if strict and (missing or unknown):
-        raise CheckpointError(
-            f'the averages do not fit the model: {len(missing)} missing '
-            f'({", ".join(missing[:3])}), {len(unknown)} unknown '
-            f'({", ".join(unknown[:3])}).'
-        )
-
-
-def count_roles(entries: List[Entry]) -> Dict[str, int]:
-    """Count tensors a role and the bytes that their averages take.
-
-    Args:
-        entries: The entries of a model.
-
-    Returns:
-        Counts under 'averaged', 'copied', 'shared' and 'bytes'.
-    """
-    counts = Counter(entry.role.value for entry in entries)
-    size = 0
-    for entry in entries:
-        if entry.role is not Role.SHARED:
-            averaged = entry.role is Role.AVERAGED
-            dtype = entry.raw.dtype
-            dtype = average_dtype(dtype) if averaged else dtype
-            width = torch.empty((), dtype=dtype).element_size()
-            size += entry.raw.numel() * width
-    return {**{role.value: counts[role.value] for role in Role}, 'bytes': size}
-
-
 def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _can_follow(entry: Optional[Entry], new: Tensor) -> bool:
+    """Return whether a tensor can take the place of an entry's."""
+    if entry is None or len(entry.labels) > 1 or entry.labels[0].view:
+        return False
+    old = entry.raw
+    alike = (old.shape, old.dtype, old.device, old.stride()) == (
+        new.shape,
+        new.dtype,
+        new.device,
+        new.stride(),
+    )
+    return alike and new._base is None

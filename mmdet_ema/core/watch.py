@@ -7,7 +7,7 @@ the parameter itself. ``module.weight = nn.Parameter(...)``, ``.to(device)``,
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -39,6 +39,21 @@ class Watch:
         if _kind(self._first) != self._kind:
             return True
         return any(owner.get(k) is not t for owner, k, t in self._buffers)
+
+    def replaced_buffers(self) -> List[Tuple[Tensor, Tensor]]:
+        """Return the buffers that another tensor has taken the place of.
+
+        Returns:
+            Pairs of the old and the new tensor; empty if more than that
+            happened, or nothing did.
+        """
+        if _kind(self._first) != self._kind:
+            return []
+        changed = [(t, o.get(k)) for o, k, t in self._buffers]
+        changed = [(old, new) for old, new in changed if old is not new]
+        if any(old is None or new is None for old, new in changed):
+            return []
+        return changed  # type: ignore[return-value]
 
     def replaced(self) -> bool:
         """Return whether any tensor is another one, moved or converted."""

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from mmdet_ema.checkpoint.layout import EMAPart, pack
 from mmdet_ema.core.averager import WeightAverager
 from mmdet_ema.core.errors import NonFiniteError
+from mmdet_ema.core.fit import count_roles
 from mmdet_ema.core.schedules import Schedule
 from mmdet_ema.core.selection import select
-from mmdet_ema.core.store import count_roles
 from mmdet_ema.hooks import weight_choice
 from mmdet_ema.hooks.facts import RunFacts
 from mmdet_ema.hooks.options import HookOptions

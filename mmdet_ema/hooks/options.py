@@ -7,8 +7,9 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 
-from mmdet_ema.core.averager import NONFINITE, check_device
+from mmdet_ema.core.averager import NONFINITE
 from mmdet_ema.core.check import check_choice, check_count, check_flag
+from mmdet_ema.core.device import check_device
 from mmdet_ema.core.errors import OptionError, did_you_mean
 from mmdet_ema.core.kernels import Rule
 from mmdet_ema.core.schedule_spec import ScheduleSpec

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmdet_ema.checkpoint.layout import EMAPart, put_raw, unpack
 from mmdet_ema.core.errors import CheckpointError
-from mmdet_ema.core.store import check_fit
+from mmdet_ema.core.fit import check_fit
 
 Checkpoint = MutableMapping[str, Any]
 

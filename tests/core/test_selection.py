@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mmdet_ema.core.finite import first_nonfinite
+from mmdet_ema.core.fit import count_roles
 from mmdet_ema.core.selection import Role, select
-from mmdet_ema.core.store import count_roles
 from tests.core.models import Mixed, state_of
 from tests.core.trees import Node, memory_of, trees
 

@@ -307,3 +307,30 @@ def test_parameter_with_infinity_from_the_start_is_copied(tmp_path):
     assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
     log = next(tmp_path.glob('*/*.log')).read_text()
     assert 'low (1 parameters) held NaN or Inf before training' in log
+
+
+class Prototype(Poisoned):
+    """Replaces a buffer by a new tensor in every forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('prototype', torch.zeros(3))
+
+    def forward(self, inputs, mode='tensor'):
+        self.prototype = self.prototype * 0.9 + 1
+        return super().forward(inputs, mode)
+
+
+def test_buffer_that_is_replaced_in_every_step(tmp_path):
+    """It is averaged by the formula; a NaN step beside it is still skipped."""
+    run = Run(tmp_path, EMA, model=Prototype(), max_epochs=2).train()
+    saved = run.load('epoch_2.pth')
+    for key in ('prototype', 'head.weight'):
+        start, values = run.trace(key)
+        expected = oracle.average(
+            start, values[:2] + values[3:], lambda n: 0.9
+        )
+        # float32 rounding
+        assert oracle.relative_error(saved['state_dict'][key], expected) < 1e-6
+    assert saved['ema_state_dict']['steps'] == 7
+    assert torch.isfinite(saved['state_dict']['head.bias']).all()
