@@ -275,3 +275,25 @@ def half_life(half_life: float = 1000) -> Schedule:
             f'never move; use at most 1e15.'
         )
     return Schedule('half_life', lambda n: decay, dict(half_life=steps), decay)
+
+
+def to_the_power(schedule: Schedule, kappa: float) -> Schedule:
+    """Return the schedule ``d(n) ** kappa``.
+
+    Keeps the averaging window in samples when a step takes kappa times as
+    many (Busbridge et al. 2023, arXiv:2307.13813).
+
+    Args:
+        schedule: The schedule.
+        kappa: The exponent, above 0.
+
+    Returns:
+        The schedule; ``kappa`` is among its options.
+    """
+    limit = schedule.limit
+    return Schedule(
+        schedule.name,
+        lambda n: schedule(n) ** kappa,
+        {**schedule.options, 'kappa': kappa},
+        None if limit is None else limit**kappa,
+    )

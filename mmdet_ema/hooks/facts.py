@@ -30,6 +30,11 @@ class RunFacts:
     validates: bool = True
 
     @property
+    def samples(self) -> int:
+        """Samples that one optimizer step takes, over all processes."""
+        return self.batch_size * self.accumulation * self.world_size
+
+    @property
     def iters_per_epoch(self) -> int:
         """Iterations of one epoch, at least 1."""
         return max(self.max_iters // max(self.max_epochs, 1), 1)

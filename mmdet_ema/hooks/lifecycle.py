@@ -35,6 +35,7 @@ from mmdet_ema.hooks.report import (
     describe_rule,
     warnings,
 )
+from mmdet_ema.hooks.scaling import REFERENCE, Scaling, scaling_of
 from mmdet_ema.hooks.stepping import StepCounter
 from mmdet_ema.version import __version__
 
@@ -58,6 +59,7 @@ class EMALifecycle:
         self._shown: Optional[WeightAverager] = None
         self._steps: Optional[StepCounter] = None
         self._schedule: Optional[Schedule] = None
+        self._scaling: Optional[Scaling] = None
         self._compared: Dict[str, Any] = {}
 
     @property
@@ -84,7 +86,7 @@ class EMALifecycle:
         check_begin(self.options, facts)
         self._shown = self._shown_part = None
         before = self._resume_part.meta if self._resume_part else {}
-        self._plan(facts)
+        self._plan(facts, before)
         self._resume_if_asked(model)
         self._report(model, facts, before)
         self.finish()
@@ -211,18 +213,23 @@ class EMALifecycle:
         if self.averager is not None:
             self.averager.thaw()
 
-    def _plan(self, facts: RunFacts) -> None:
+    def _plan(self, facts: RunFacts, before: Mapping[str, Any]) -> None:
         """Fix the schedule; it may need to know how long the run is."""
         planned = planned_steps(self.options, facts, self._done())
-        self._schedule = self.options.schedule_for(planned)
+        schedule = self.options.schedule_for(planned)
+        if before or self._scaling is None:
+            applied = self.options.scale_decay
+            self._scaling = scaling_of(before, facts.samples, applied)
+        self._schedule = self._scaling.of(schedule)
         if self.averager is not None:
             self.averager.schedule = self._schedule
         self._compared = comparable(
-            self._schedule,
+            schedule,
             self.options.interval,
             facts.batch_size * facts.accumulation,
             facts.world_size,
         )
+        self._compared[REFERENCE] = self._scaling.saved
 
     def _done(self) -> int:
         """Return the steps that the average has seen before this training."""
@@ -274,5 +281,8 @@ class EMALifecycle:
             found = []
         found += [f'EMA: {x}' for x in unused(self.options, facts, done)]
         found += [copied_parameters(entries), changes(before, self._compared)]
+        if self._scaling is not None and self.options.rule is None:
+            plain = self.options.schedule_for(planned)
+            found.append(self._scaling.describe(plain))
         for line in filter(None, found):
             self._log.warning(line)

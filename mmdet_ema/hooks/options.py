@@ -34,6 +34,7 @@ NAMES = (
     'evaluate',
     'nonfinite',
     'strict_load',
+    'scale_decay',
     'ema_type',
     'momentum',
     'gamma',
@@ -56,6 +57,7 @@ class HookOptions:
         evaluate: Which weights validation and test run on.
         nonfinite: What is done with NaN and Inf.
         strict_load: Whether a missing average is an error on resume.
+        scale_decay: Whether another batch size scales the decay on resume.
         no_effect: Options that were given and change nothing.
         rule: Updates one average in the place of the schedule.
     """
@@ -70,6 +72,7 @@ class HookOptions:
     evaluate: str
     nonfinite: str
     strict_load: bool
+    scale_decay: bool = False
     no_effect: Tuple[str, ...] = ()
     rule: Optional[Rule] = None
 
@@ -91,6 +94,7 @@ def parse_options(
     evaluate: str = 'ema',
     nonfinite: str = 'skip',
     strict_load: bool = False,
+    scale_decay: bool = False,
     ema_type: Any = None,
     momentum: Optional[float] = None,
     gamma: Optional[float] = None,
@@ -135,6 +139,7 @@ def parse_options(
         evaluate=check_choice('evaluate', evaluate, EVALUATE),
         nonfinite=check_choice('nonfinite', nonfinite, NONFINITE),
         strict_load=check_flag('strict_load', strict_load),
+        scale_decay=check_flag('scale_decay', scale_decay),
         no_effect=choice.no_effect,
         rule=choice.rule,
     )

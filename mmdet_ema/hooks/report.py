@@ -10,6 +10,7 @@ from mmdet_ema.core.schedules import Schedule
 from mmdet_ema.core.selection import Entry, Role
 
 _LARGE_SHARE = 0.05
+_REPORTED = ('schedule', 'interval', 'batch_size', 'world_size')
 
 
 def describe(
@@ -127,7 +128,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     changed = [
         f'{name} {before[name]} -> {value}'
         for name, value in now.items()
-        if name in before and before[name] != value
+        if name in _REPORTED and name in before and before[name] != value
     ]
     if not changed:
         return ''

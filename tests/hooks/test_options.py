@@ -55,6 +55,7 @@ def test_defaults():
         strict_load=False,
         no_effect=(),
         rule=None,
+        scale_decay=False,
     )
     schedule = options.schedule_for(1000)
     assert 'exponential(decay=0.9999, tau=2000.0)' == str(schedule)

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import EMAHook as PeerHook
@@ -11,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
 from tests import oracle
-from tests.hooks.toy import Run, ToyModel, same, state_of
+from tests.hooks.toy import Run, ToyModel, loader, same, state_of
 
 EMA = dict(type='EMAHook', decay=0.9, tau=3)
 
@@ -207,8 +208,6 @@ def log_of(run):
 
 def test_changes_since_the_checkpoint_are_reported(tmp_path):
     """A changed schedule and batch size are named in one line."""
-    from tests.hooks.toy import loader
-
     Run(tmp_path / 'a', EMA, max_epochs=1).train()
     hook = dict(type='EMAHook', decay=0.8, tau=3)
     options = dict(
@@ -375,3 +374,27 @@ def test_implausible_counters_do_not_hang_the_run(tmp_path):
     torch.save(saved, path)
     run = Run(tmp_path, EMA, max_epochs=2, resume=True).train()
     assert run.load('epoch_2.pth')['ema_state_dict']['steps'] == 2**40 + 4
+
+
+@pytest.mark.parametrize('scale', [False, True])
+def test_another_batch_size_is_reported_and_scaled_if_told(tmp_path, scale):
+    """With half the samples a step, decay ** 0.5 keeps the window."""
+    ema = dict(type='EMAHook', schedule='constant', decay=0.9)
+    Run(tmp_path, ema, max_epochs=1).train()
+    options = dict(resume=True, train_dataloader=loader(16, batch=2))
+    hook = dict(ema, scale_decay=scale)
+    run = Run(tmp_path, hook, max_epochs=2, **options).train()
+    log = log_of(run)
+    assert 'a step takes 2 samples, not 4 as in the checkpoint' in log
+    assert 'decay ** 0.5 0.9 -> 0.948683 keeps the averaging window' in log
+    assert ('scale_decay=True uses it' in log) == (not scale)
+    decay = np.sqrt(0.9) if scale else 0.9
+    first = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)
+    _, values = run.trace('head.weight')
+    expected = oracle.average(
+        first['state_dict']['head.weight'], values, lambda n: decay
+    )
+    found = run.load('epoch_2.pth')['state_dict']['head.weight']
+    assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
+    again = Run(tmp_path, hook, max_epochs=3, **options).train()
+    assert again.scalar('train/ema_decay')[-1] == pytest.approx(decay)

@@ -55,6 +55,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             'skip' it, 'raise', or 'ignore' (take it in). Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
             is an error on resume. Defaults to False.
+        scale_decay (bool): Whether a resume with another batch size or world
+            size uses ``decay ** kappa``, which keeps the averaging window in
+            samples. Defaults to False.
         ema_type (str, optional): OpenMMLab's word: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): OpenMMLab's word: ``1 - decay``.
@@ -87,6 +90,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         evaluate: str = 'ema',
         nonfinite: str = 'skip',
         strict_load: bool = False,
+        scale_decay: bool = False,
         ema_type: Any = None,
         momentum: Optional[float] = None,
         gamma: Optional[float] = None,
@@ -105,6 +109,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             evaluate=evaluate,
             nonfinite=nonfinite,
             strict_load=strict_load,
+            scale_decay=scale_decay,
             ema_type=ema_type,
             momentum=momentum,
             gamma=gamma,
