@@ -17,6 +17,7 @@ from mmdet_ema.hooks.for_mmengine.plain_checkpoint import (
 )
 from mmdet_ema.hooks.for_mmengine.raw_evaluation import RawEvaluation
 from mmdet_ema.hooks.for_mmengine.run_log import RunLog
+from mmdet_ema.hooks.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.hooks.for_mmengine.user_classes import find_rule
 from mmdet_ema.hooks.lifecycle import EMALifecycle
 from mmdet_ema.hooks.loop_guard import guard_loop
@@ -126,6 +127,8 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is loaded or changed."""
         runner_facts.refuse_second(runner, EMAHook)
+        # whoever uses torch's safe_globals() takes ours away when leaving it
+        allow_framework_types()
         path = runner_facts.local_checkpoint(runner)
         if path is not None:
             read_structure(path)
