@@ -7,13 +7,15 @@ shown to fail where it should.
 
 import ast
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.core.models import ROOT, run_python
+import mmdet_ema
+from tests.core.models import run_python
 
 FRAMEWORKS = ('mmengine', 'mmcv', 'mmdet', 'mmdet3d', 'numpy', 'torchvision')
-PACKAGE = ROOT / 'mmdet_ema'
+PACKAGE = Path(mmdet_ema.__file__).parent
 
 HARNESS = """
 import importlib, sys
