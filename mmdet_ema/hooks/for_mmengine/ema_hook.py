@@ -123,6 +123,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._raws: Dict[int, RawEvaluation] = {}
         self._raw: Optional[RawEvaluation] = None
         self._trained = False
+        self._model: Any = None
 
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is loaded or changed."""
@@ -139,8 +140,9 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
         self._trained = False
+        self._model = runner_facts.model_of(runner)
         self._life.start(
-            runner_facts.model_of(runner),
+            self._model,
             runner_facts.optimizers_of(runner),
             runner_facts.facts_of(runner),
         )
@@ -154,8 +156,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Start the average if its time has come."""
-        model = runner_facts.model_of(runner)
-        self._life.before_iteration(model, runner.iter, runner.epoch)
+        self._life.before_iteration(self._model, runner.iter, runner.epoch)
 
     def after_train_iter(
         self,
