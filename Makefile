@@ -15,10 +15,10 @@ export CUDA_VISIBLE_DEVICES
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs clean distclean
+.PHONY: help setup demo test test-mmdet3d test-onedl lint docs clean distclean
 
 help:  ## say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' \
 		$(MAKEFILE_LIST)
 
 setup:  ## make .venv: pinned packages, mmcv's operators, this project
@@ -28,7 +28,18 @@ demo: setup  ## train and test a small detector with the EMA of its weights
 	@$(ENV)/python demo/run.py
 
 test: setup  ## run the tests
-	@$(ENV)/python -m pytest $(ARGS)
+	@$(ENV)/python -m pytest --ignore tests/mmdet3d $(ARGS)
+
+test-mmdet3d:  ## add mmdet3d to .venv and run the tests that need it
+	@$(PYTHON) -m environments.prepare mmdet3d
+	@$(ENV)/python -m pytest tests/mmdet3d $(ARGS)
+
+# the fork has mmengine's import name, so it goes before it on the path
+ONEDL := onedl-mmengine==0.10.12
+test-onedl: setup  ## run the tests of the hook on the fork onedl-mmengine
+	@test -d .onedl || { rm -rf .onedl.part; $(ENV)/pip install --quiet \
+		--no-deps --target .onedl.part $(ONEDL) && mv .onedl.part .onedl; }
+	@PYTHONPATH=$(CURDIR)/.onedl $(ENV)/python -m pytest tests/hooks $(ARGS)
 
 lint: setup  ## check style and types
 	@$(ENV)/ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 BUILD = FOLDER / 'build.txt'
+MMDET3D = FOLDER / 'mmdet3d.txt'
 OPENMMLAB = FOLDER / 'openmmlab.txt'
 RUNTIME = FOLDER / 'runtime.txt'
 TOOLS = FOLDER / 'tools.txt'

@@ -2,7 +2,8 @@
 
 Run from the repository's root as ``python3.11 -m environments.prepare``, or as
 ``make setup``. A step that is done is not done again; a run that was stopped
-is taken up where it stopped.
+is taken up where it stopped. ``python3.11 -m environments.prepare mmdet3d``
+does an extra step as well.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from .console import SetupError, complain
 
 ROOT = pins.FOLDER.parent
 PROJECT_FILES = ('pyproject.toml', 'setup.cfg', 'setup.py')
+# Done where they are asked for; mmdet3d goes on top of a certain mmdet.
+EXTRAS = {'mmdet3d': [pins.OPENMMLAB, pins.MMDET3D]}
 
 
-def main() -> int:
+def main(*extras: str) -> int:
     """Does what is not done yet.
+
+    Args:
+        *extras (str): Names of extra steps to do as well.
 
     Returns:
         int: The exit status: 0, 1 for a failure, 130 for an interruption.
@@ -30,7 +36,7 @@ def main() -> int:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
     try:
-        prepare(ROOT)
+        prepare(ROOT, *extras)
     except SetupError as error:
         complain(str(error))
         return 1
@@ -43,16 +49,17 @@ def main() -> int:
     return 0
 
 
-def prepare(root: Path) -> None:
+def prepare(root: Path, *extras: str) -> None:
     """Brings ``root/.venv`` up to date.
 
     Args:
         root (Path): The repository's root.
+        *extras (str): Names of extra steps to do as well.
 
     Raises:
         SetupError: If it cannot be done.
     """
-    wanted = digests(root)
+    wanted = digests(root, *extras)
     if not stamp.pending(root / '.venv', wanted):
         return
     # Imported here, so that a run with nothing to do takes no time.
@@ -65,17 +72,27 @@ def prepare(root: Path) -> None:
             steps.do(name)
 
 
-def digests(root: Path) -> dict[str, str]:
+def digests(root: Path, *extras: str) -> dict[str, str]:
     """Returns the digest of every step, in the order in which they are done.
 
     Args:
         root (Path): The repository's root. It counts, as an environment
             cannot be moved.
+        *extras (str): Names of extra steps; they come last.
+
+    Raises:
+        SetupError: If there is no such extra step.
     """
+    for name in extras:
+        if name not in EXTRAS:
+            raise SetupError(
+                f'there is no extra step {name!r}, only {", ".join(EXTRAS)}'
+            )
     files = {
         'packages': [pins.BUILD, pins.RUNTIME, pins.TOOLS],
         'openmmlab': [pins.OPENMMLAB],
         'project': [root / name for name in PROJECT_FILES],
+        **{name: EXTRAS[name] for name in extras},
     }
     return {k: pins.digest(v, str(root)) for k, v in files.items()}
 
@@ -85,4 +102,4 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -32,12 +32,14 @@ class Steps:
         """Does one step and records it.
 
         Args:
-            name (str): ``packages``, ``openmmlab`` or ``project``.
+            name (str): ``packages``, ``openmmlab``, ``project`` or an
+                extra one: ``mmdet3d``.
         """
         {
             'packages': self._packages,
             'openmmlab': self._openmmlab,
             'project': self._project,
+            'mmdet3d': self._mmdet3d,
         }[name]()
         done = {**stamp.read(self._venv), name: self._wanted[name]}
         stamp.write(self._venv, done)
@@ -78,6 +80,13 @@ class Steps:
                 *('--no-deps', '--no-build-isolation', '--use-pep517'),
                 *('-e', self._root),
             )
+
+    def _mmdet3d(self) -> None:
+        with step('mmdet3d and what it imports'):
+            self._install('--no-deps', '-r', pins.MMDET3D)
+        with step('trying its imports'):
+            # Not mmdet3d alone: that imports next to nothing.
+            self._python('-c', 'import mmdet3d.apis, mmdet3d.evaluation')
 
     def _refuse_foreign(self) -> None:
         if stamp.is_foreign(self._venv):

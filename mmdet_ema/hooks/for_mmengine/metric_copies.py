@@ -9,7 +9,20 @@ from typing import Any
 
 from mmdet_ema.core.errors import OptionError
 
-_FILES = ('out_file_path', 'outfile_prefix')
+_OUTPUTS = (
+    'csv_savepath',
+    'jsonfile_prefix',
+    'out_file_path',
+    'outfile_path',
+    'outfile_prefix',
+    'output_dir',
+    'pklfile_prefix',
+    'pred_dir',
+    'proposals_file',
+    'result_prefix',
+    'seg_out_dir',
+    'submission_prefix',
+)
 
 
 def copy_metric(metric: Any) -> Any:
@@ -41,19 +54,26 @@ def copy_metric(metric: Any) -> Any:
         ) from None
     for old in folders.values():
         _move_paths(twin, old.name, own[id(old)].name)
-    _rename_files(twin, {folder.name for folder in own.values()})
+    _rename_outputs(twin, {folder.name for folder in own.values()})
     return twin
 
 
 def _move_paths(metric: Any, old: str, new: str) -> None:
     for name, value in vars(metric).items():
         if isinstance(value, str) and value.startswith(old):
-            setattr(metric, name, new + value[len(old) :])
+            _set_path(metric, name, new + value[len(old) :])
 
 
-def _rename_files(metric: Any, own: Any) -> None:
-    for name in _FILES:
+def _rename_outputs(metric: Any, own: Any) -> None:
+    for name in _OUTPUTS:
         path = getattr(metric, name, None)
         if isinstance(path, str) and not path.startswith(tuple(own)):
             stem, suffix = os.path.splitext(path)
-            setattr(metric, name, f'{stem}_raw{suffix}')
+            _set_path(metric, name, f'{stem}_raw{suffix}')
+
+
+def _set_path(metric: Any, name: str, path: str) -> None:
+    """Change a path; where it was a folder, make the new one."""
+    if os.path.isdir(getattr(metric, name)):
+        os.makedirs(path, exist_ok=True)
+    setattr(metric, name, path)
