@@ -29,7 +29,14 @@ REPORT = WORK_DIR / 'ema.json'
 
 
 def main() -> None:
-    """Run the demo from start to end."""
+    """Run the demo; after Ctrl-C the next one goes on."""
+    try:
+        _demo()
+    except KeyboardInterrupt:
+        sys.exit('demo: stopped; the next one goes on from the last epoch')
+
+
+def _demo() -> None:
     start = time.monotonic()
     _say('writing the digits detection set')
     write_digits(DATA)
@@ -49,8 +56,11 @@ def _train() -> None:
     if REPORT.exists():
         shutil.rmtree(WORK_DIR)
     resume = ['--resume'] if (WORK_DIR / 'last_checkpoint').exists() else []
-    _say('training with EMAHook (about 3 minutes on two cores)')
-    _run_tool('train', CONFIG, '--work-dir', WORK_DIR, *resume)
+    if resume:
+        _say('resuming the training (augmentations differ from one in a go)')
+    else:
+        _say('training with EMAHook (about 3 minutes on two cores)')
+    _run_tool('train', 'train', CONFIG, '--work-dir', WORK_DIR, *resume)
 
 
 def _test(weights: str) -> float:
@@ -61,6 +71,7 @@ def _test(weights: str) -> float:
     choice = f'custom_hooks.0.evaluate={weights}'
     _run_tool(
         'test',
+        f'test_{weights}',
         *(CONFIG, _last_checkpoint(), '--work-dir', out),
         *('--cfg-options', choice),
     )
@@ -71,14 +82,14 @@ def _last_checkpoint() -> Path:
     return Path((WORK_DIR / 'last_checkpoint').read_text().strip())
 
 
-def _run_tool(name: str, *arguments: object) -> None:
+def _run_tool(name: str, log_name: str, *arguments: object) -> None:
     """Run one of mmdet's own tools; its output goes to a log file."""
     WORK_DIR.mkdir(parents=True, exist_ok=True)
-    log = WORK_DIR / f'{name}.log'
+    log = WORK_DIR / f'{log_name}.log'
     command = [sys.executable, str(_tool(name)), *map(str, arguments)]
     # on a busy machine waiting OpenMP threads cost more than they bring
     environment = {'OMP_NUM_THREADS': '1', **os.environ}
-    with log.open('w') as file:
+    with log.open('a') as file:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=file, stderr=file
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, List
 
+from mmdet_ema.checkpoint import read_structure
 from mmdet_ema.cli.edited_config import choose_weights
 from mmdet_ema.cli.tool import run_tool
 from mmdet_ema.hooks.options import EVALUATE
@@ -44,6 +45,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, rest: List[str]) -> None:
+    if '://' not in options.checkpoint:
+        read_structure(options.checkpoint)
     rest = [options.checkpoint, *rest]
     run_tool(
         'test',

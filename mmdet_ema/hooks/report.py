@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Dict, List, Mapping, Sequence
 
 from mmdet_ema.core.horizon import decay_over, initial_share, window
@@ -10,6 +9,8 @@ from mmdet_ema.core.schedules import Schedule
 from mmdet_ema.core.selection import Entry, Role
 
 _LARGE_SHARE = 0.05
+_SMALL_DECAY = 0.5
+_ENDLESS = 1e7
 _REPORTED = ('schedule', 'interval', 'batch_size', 'world_size')
 
 
@@ -90,7 +91,9 @@ def warnings(
         A sentence each, with what to do; empty if all is well.
     """
     found = [
+        _mixed_up(schedule),
         _unsaturated(schedule, planned),
+        _too_long(schedule, planned),
         _cold(schedule, planned, _last_update(interval, phase, planned)),
         _rare(interval, planned),
     ]
@@ -150,31 +153,53 @@ def comparable(
 def _unsaturated(schedule: Schedule, planned: int) -> str:
     if schedule.limit is None or planned < 1:
         return ''
-    last = decay_over(schedule, planned, planned)
-    if window(last) >= window(schedule.limit) / 2:
+    last = window(decay_over(schedule, planned, planned))
+    if last >= window(schedule.limit) / 2:
         return ''
     return (
         f'EMA: the ramp of {schedule} cannot saturate in {planned} steps: '
-        f'the window at the last step is {_steps(window(last))}, not '
-        f'{_steps(window(schedule.limit))}. {_faster(schedule, planned)}'
+        f'the window at the last step is {_steps(last)}, not '
+        f'{_steps(window(schedule.limit))}. {_advice(schedule, planned, last)}'
     )
 
 
-def _faster(schedule: Schedule, planned: int) -> str:
-    limit = schedule.limit or 0.0
-    if schedule.name == 'exponential' and limit > 0.5:
-        # exp(-planned / tau) <= (1 - limit) / limit keeps half the window
-        tau = planned / math.log(limit / (1 - limit))
-        if tau >= 1:
-            return f'Lower tau to {_rounded_down(tau):g} or less, or decay.'
-        return 'Lower decay.'
-    return 'Choose a faster ramp, or lower decay.'
+def _too_long(schedule: Schedule, planned: int) -> str:
+    """Warn of a ramp whose window at the end is longer than the run."""
+    if schedule.name != 'exponential' or planned < 1:
+        return ''
+    last = window(decay_over(schedule, planned, planned))
+    if last <= max(planned, 2):
+        return ''
+    return (
+        f'EMA: the window of {schedule} at the last step, {_steps(last)}, is '
+        f'longer than the run. {_advice(schedule, planned, last)}'
+    )
 
 
-def _rounded_down(value: float) -> float:
-    """Round to three digits, downwards."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return math.floor(value / unit) * unit
+def _advice(schedule: Schedule, planned: int, last: float) -> str:
+    """Advise a pair that suits the run: a window of a tenth of it."""
+    if schedule.name == 'exponential':
+        suited = max(planned // 10, 2)
+        return (
+            f'For {planned} steps take decay={1 - 1 / suited:.6g}, '
+            f'tau={max(suited // 2, 1)} (a window of {suited} steps).'
+        )
+    return (
+        f'If that is what you want, say decay={1 - 1 / last:.6g}; else choose '
+        f'a faster ramp.'
+    )
+
+
+def _mixed_up(schedule: Schedule) -> str:
+    limit = schedule.limit
+    if limit is None or limit >= _SMALL_DECAY:
+        return ''
+    return (
+        f'EMA: a decay of {limit:g} (momentum {1 - limit:g}) keeps almost '
+        f'nothing of the old average. Decay weighs the OLD average, momentum '
+        f'the NEW value: did you mean decay={1 - limit:g} '
+        f'(momentum={limit:g})?'
+    )
 
 
 def _cold(schedule: Schedule, planned: int, averaged: int) -> str:
@@ -210,9 +235,10 @@ def _rare(interval: int, planned: int) -> str:
 
 
 def _steps(value: float) -> str:
-    if math.isinf(value):
+    if value > _ENDLESS:
         return 'all steps'
-    return f'{value:.4g} steps' if value < 1e4 else f'{value:,.0f} steps'
+    number = f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+    return f'{number} steps'
 
 
 def _plural(count: int, noun: str) -> str:

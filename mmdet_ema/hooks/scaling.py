@@ -49,12 +49,13 @@ class Scaling:
         if self.kappa == 1:
             return ''
         limit = schedule.limit
-        numbers = f'{limit:g} -> {limit**self.kappa:.6g}' if limit else ''
-        done = 'is used' if self.applied else 'scale_decay=True uses it'
+        numbers = f' ({limit:g} -> {limit**self.kappa:.6g})' if limit else ''
+        done = 'it is used' if self.applied else 'scale_decay=True uses it'
         return (
             f'EMA: a step takes {self.samples} samples, not '
             f'{self.reference} as in the checkpoint; decay ** '
-            f'{self.kappa:.6g} {numbers} keeps the averaging window: {done}.'
+            f'{self.kappa:.6g}{numbers} keeps the averaging window in '
+            f'samples: {done}.'
         )
 
 

@@ -63,8 +63,11 @@ def for_fine_tuning(checkpoint: Checkpoint, log: Any) -> None:
         log: Where lines go.
     """
     part = _if_readable(checkpoint, log)
-    origin = 'weights' if part is None else f'averages (n={part.steps})'
-    log.info(f'EMA: the average starts from the {origin} of the checkpoint.')
+    origin = 'weights' if part is None else f'averages ({part.steps} steps)'
+    log.info(
+        f'EMA: the average starts anew (n = 0), from the {origin} of the '
+        f'checkpoint.'
+    )
 
 
 def for_evaluation(

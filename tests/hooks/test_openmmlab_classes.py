@@ -5,6 +5,7 @@ import copy
 import mmdet.models  # noqa: F401  registers ExpMomentumEMA
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import EMAHook as PeerHook
 from mmengine.hooks import Hook
 from mmengine.model import BaseAveragedModel, ExponentialMovingAverage
@@ -156,3 +157,21 @@ def test_mmengines_own_hook_is_there_under_another_name():
     """``MMEngineEMAHook`` builds the framework's own."""
     hook = HOOKS.build(dict(type='MMEngineEMAHook'))
     assert type(hook) is PeerHook
+
+
+LAZY = """
+from mmdet_ema import EMAHook
+from mmengine.model import ExponentialMovingAverage
+
+custom_hooks = [
+    dict(type=EMAHook, ema_type=ExponentialMovingAverage, momentum=0.1)
+]
+"""
+
+
+def test_new_style_config_file_names_our_class(tmp_path):
+    """``from mmdet_ema import EMAHook`` in a new-style config file works."""
+    path = tmp_path / 'lazy.py'
+    path.write_text(LAZY)
+    hook = HOOKS.build(Config.fromfile(path).custom_hooks[0])
+    assert type(hook) is mmdet_ema.EMAHook

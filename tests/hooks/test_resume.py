@@ -386,7 +386,7 @@ def test_another_batch_size_is_reported_and_scaled_if_told(tmp_path, scale):
     run = Run(tmp_path, hook, max_epochs=2, **options).train()
     log = log_of(run)
     assert 'a step takes 2 samples, not 4 as in the checkpoint' in log
-    assert 'decay ** 0.5 0.9 -> 0.948683 keeps the averaging window' in log
+    assert 'decay ** 0.5 (0.9 -> 0.948683) keeps the averaging window' in log
     assert ('scale_decay=True uses it' in log) == (not scale)
     decay = np.sqrt(0.9) if scale else 0.9
     first = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
@@ -27,12 +28,12 @@ def register() -> None:
     )
     HOOKS.build_func = _build
     allow_framework_types()
-    print_log(
-        f"mmdet_ema {__version__}: dict(type='EMAHook') builds "
-        f'{EMAHook.__module__}.EMAHook in place of mmengine.hooks.EMAHook '
-        f"(which is 'MMEngineEMAHook' now).",
-        logger='current',
-    )
+    if os.environ.get('RANK', '0') == '0':
+        print_log(
+            f"mmdet_ema {__version__}: dict(type='EMAHook') builds its own "
+            f"hook; mmengine's is 'MMEngineEMAHook' now.",
+            logger='current',
+        )
 
 
 def _build(cfg: Any, *args: Any, **kwargs: Any) -> Any:

@@ -143,7 +143,7 @@ def warn_of_order(runner: Any, ours: Any, log: Any) -> None:
 
 def _describe(hook: Any) -> str:
     kind = type(hook)
-    return f'{kind.__module__}.{kind.__name__} ({hook!r})'
+    return f'{kind.__module__}.{kind.__name__} (priority={hook.priority!r})'
 
 
 def _wrappers(runner: Any) -> List[Any]:
