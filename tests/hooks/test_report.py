@@ -26,7 +26,7 @@ def test_lines():
         'EMA: exponential(decay=0.9999, tau=2000.0), every step',
         '  steps: 5000 planned',
         f'  at the last step: decay {decay:.6g}, effective window '
-        f'{1 / (1 - decay):.4g} steps',
+        f'{1 / (1 - decay):.3g} steps',
         '  share of the initial weights left then: 0',
         '  tensors: 12 averaged, 3 copied, 4 frozen',
         '  memory of the averages: 5.5 MiB',
