@@ -262,13 +262,14 @@ class EMAHook(Hook):  # type: ignore[misc]
     def _finish_evaluation(
         self, runner: Any, mode: str, metrics: Optional[Dict[str, float]]
     ) -> None:
-        raw = self._raw
+        added = self._raw.metrics(metrics or {}) if self._raw else {}
         self._leave_evaluation()
-        if raw is not None and metrics is not None:
-            added = raw.metrics()
+        if added and metrics is not None:
             metrics.update(added)
             self._log.metrics(runner, mode, added)
 
     def _leave_evaluation(self) -> None:
-        self._raw = None
+        if self._raw is not None:
+            self._raw.end()
+            self._raw = None
         self._life.leave_evaluation()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, List, Mapping
 
 from mmengine.runner.amp import autocast
 
@@ -37,11 +37,26 @@ class RawEvaluation:
         self._evaluator.metrics = [
             copy_metric(metric) for metric in loop.evaluator.metrics
         ]
+        self._found: List[Dict[str, Any]] = []
 
     def begin(self) -> None:
-        """Forget what an evaluation that was broken off has left."""
+        """Evaluate the raw weights whenever the loop evaluates."""
+        self.end()
         for metric in self._evaluator.metrics:
             metric.results.clear()
+        evaluate = self._loop.evaluator.evaluate
+
+        def evaluate_both(size: int) -> Any:
+            found = evaluate(size)
+            self._found.append(self._evaluator.evaluate(size))
+            return found
+
+        self._loop.evaluator.evaluate = evaluate_both
+
+    def end(self) -> None:
+        """Leave the loop as it was; safe to call at any time."""
+        self._found = []
+        vars(self._loop.evaluator).pop('evaluate', None)
 
     def process(self, step: Callable[[Any], Any], data_batch: Any) -> None:
         """Predict one batch with the raw weights.
@@ -59,11 +74,20 @@ class RawEvaluation:
             data_samples=_without_losses(outputs), data_batch=batch
         )
 
-    def metrics(self) -> Dict[str, Any]:
-        """Return the metrics, each under ``raw/<name>``."""
-        samples = len(self._loop.dataloader.dataset)
-        found = self._evaluator.evaluate(samples)
-        return {f'{PREFIX}{name}': value for name, value in found.items()}
+    def metrics(self, final: Mapping[str, Any]) -> Dict[str, Any]:
+        """Return the metrics of the raw weights, each under ``raw/<name>``.
+
+        A loop may evaluate several times and put a word before the names,
+        as mmdet's ``TeacherStudentValLoop`` does; the same word comes here.
+
+        Args:
+            final: Metrics of the averages, as the loop has named them.
+        """
+        return {
+            f'{PREFIX}{_final_name(name, i, final)}': value
+            for i, found in enumerate(self._found)
+            for name, value in found.items()
+        }
 
     @contextlib.contextmanager
     def _raw_weights(self) -> Iterator[None]:
@@ -76,6 +100,12 @@ class RawEvaluation:
             yield
         finally:
             averager.apply()
+
+
+def _final_name(name: str, index: int, final: Mapping[str, Any]) -> str:
+    """Return what the i-th evaluation's metric is called in the end."""
+    named = [k for k in final if k == name or k.endswith(f'/{name}')]
+    return named[min(index, len(named) - 1)] if named else name
 
 
 def _without_losses(outputs: Any) -> Any:
