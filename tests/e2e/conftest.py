@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs' / 'rtmdet' / 'rtmdet_digits_1xb8-10e.py'
@@ -79,6 +80,24 @@ class Tools:
         self.run('test', config, out, checkpoint, *words)
         (path,) = out.glob('*/*.json')
         return json.loads(path.read_text())
+
+
+def load(path):
+    """Read a checkpoint as any process could."""
+    return torch.load(path, weights_only=True)
+
+
+def differing(left, right):
+    """Names that differ in a bit, in weights, EMA part or counters."""
+    names = []
+    for part in ('state_dict', 'ema_state_dict'):
+        assert left[part].keys() == right[part].keys()
+        names += [
+            name
+            for name, value in left[part].items()
+            if not torch.equal(value, right[part][name])
+        ]
+    return names
 
 
 def environment():

@@ -11,27 +11,9 @@ import time
 import pytest
 import torch
 
-from tests.e2e.conftest import environment
+from tests.e2e.conftest import differing, environment, load
 
 pytestmark = pytest.mark.e2e
-
-
-def load(path):
-    """Read a checkpoint as any process could."""
-    return torch.load(path, weights_only=True)
-
-
-def differing(left, right):
-    """Names that differ in a bit, in weights, EMA part or counters."""
-    names = []
-    for part in ('state_dict', 'ema_state_dict'):
-        assert left[part].keys() == right[part].keys()
-        names += [
-            name
-            for name, value in left[part].items()
-            if not torch.equal(value, right[part][name])
-        ]
-    return names
 
 
 def test_training_reports_logs_and_saves(trained):
