@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import re
 import zipfile
-from typing import Any, Mapping
+from typing import Any, Dict, Mapping
 
 import torch
 
@@ -49,9 +50,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
 
 def _load(path: str, mmap: bool) -> Any:
     try:
-        return torch.load(
-            path, map_location='meta', mmap=mmap, weights_only=True
-        )
+        return torch.load(path, weights_only=True, **_lazily(mmap))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f'{path!r} holds objects other than weights and plain values '
@@ -62,6 +61,13 @@ def _load(path: str, mmap: bool) -> Any:
         raise CheckpointError(
             f'{path!r} is no readable checkpoint ({_cause(error)}); {_WRITE}.'
         ) from None
+
+
+def _lazily(mmap: bool) -> Dict[str, Any]:
+    """Return options that read no tensor; torch before 2.1 has none."""
+    if 'mmap' not in inspect.signature(torch.load).parameters:
+        return {'map_location': 'cpu'}
+    return {'map_location': 'meta', 'mmap': mmap}
 
 
 def _check_mapping(path: str, content: Any) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from typing import Dict, Iterable, List, Optional, Sequence
 import torch
 from torch import Tensor
 
+from mmdet_ema.core.capabilities import norm_order
 from mmdet_ema.core.selection import Entry
 
 
@@ -23,9 +24,26 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     Returns:
         True if all elements are finite.
     """
-    if all(bool(ok) for ok in _norms_finite(tensors)):
+    verdicts = [_are_finite(norms) for norms in _norms(tensors, 2.0)]
+    if all(bool(verdict) for verdict in verdicts):
         return True
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def nonfinite_flag(tensors: Sequence[Tensor]) -> Tensor:
+    """Return, on the device, whether any element is NaN or Inf.
+
+    The host does not wait for the answer.
+
+    Args:
+        tensors: Floating point tensors of one device, at least one.
+
+    Returns:
+        A float32 scalar: 1 if there is NaN or Inf, else 0.
+    """
+    order = norm_order(tensors[0].device, tensors[0].dtype)
+    verdicts = [_are_finite(norms) for norms in _norms(tensors, order)]
+    return (~torch.stack(verdicts).all()).to(torch.float32)
 
 
 def first_nonfinite(entries: Iterable[Entry]) -> Optional[str]:
@@ -43,10 +61,15 @@ def first_nonfinite(entries: Iterable[Entry]) -> Optional[str]:
     return None
 
 
-def _norms_finite(tensors: Sequence[Tensor]) -> Iterable[Tensor]:
+def _are_finite(norms: List[Tensor]) -> Tensor:
+    return torch.isfinite(torch.stack(norms)).all()
+
+
+def _norms(tensors: Sequence[Tensor], order: float) -> Iterable[List[Tensor]]:
+    """Return norms of tensors, those of one device and dtype together."""
     groups: Dict[object, List[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    for group in groups.values():
-        norms = torch._foreach_norm(group, 2)
-        yield torch.isfinite(torch.stack(list(norms))).all()
+        if tensor.numel():
+            key = (tensor.device, tensor.dtype)
+            groups.setdefault(key, []).append(tensor)
+    return [list(torch._foreach_norm(g, order)) for g in groups.values()]

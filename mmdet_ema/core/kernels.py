@@ -7,10 +7,13 @@ twin; ``tests/core/test_kernels.py`` steps both, for every dtype.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor
+
+from mmdet_ema.core import capabilities
+from mmdet_ema.core.memory import is_dense
 
 # torch adds these to float32 without a converted copy, but no 8-bit floats
 _PROMOTED = (torch.float16, torch.bfloat16)
@@ -58,24 +61,30 @@ class UpdatePlan:
 
     def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
         self._pairs = list(zip(averages, raws))
-        self._same: List[Tuple[List[Tensor], List[Tensor]]] = []
-        self._mixed: List[Tuple[List[Tensor], List[Tensor]]] = []
-        for pair in _group(averages, raws):
-            mixed = pair[1][0].dtype in _PROMOTED
-            (self._mixed if mixed else self._same).append(pair)
+        self._groups = [
+            _strategy(*key)(*lists)
+            for key, lists in group_pairs(self._pairs, _update_key).items()
+        ]
 
-    def update(self, decay: float) -> None:
+    def can_skip(self, decay: float) -> bool:
+        """Return whether :meth:`update` can take ``skip`` for this decay.
+
+        Args:
+            decay: Weight of the old averages.
+        """
+        fused = all(isinstance(group, _Fused) for group in self._groups)
+        return decay > 0 and fused and all(g.fits() for g in self._groups)
+
+    def update(self, decay: float, skip: Optional[Tensor] = None) -> None:
         """Apply ``avg = decay * avg + (1 - decay) * raw`` to every pair.
 
         Args:
             decay: Weight of the old averages, in [0, 1].
+            skip: A float32 scalar on the device: nothing changes where it is
+                1. Only where :meth:`can_skip` says so.
         """
-        for averages, raws in self._same:
-            near = _alike(raws, averages, averages[0].dtype)
-            torch._foreach_lerp_(averages, near, 1 - decay)
-        for averages, raws in self._mixed:
-            near = _alike(raws, averages, raws[0].dtype)
-            _lerp_mixed(averages, near, decay)
+        for group in self._groups:
+            group.update(decay, skip)
 
     def update_by(self, rule: Rule, step: int) -> None:
         """Let a rule update every pair, one by one: the slow path.
@@ -97,30 +106,155 @@ class CopyPlan:
     """
 
     def __init__(self, copies: Sequence[Tensor], raws: Sequence[Tensor]):
-        self._groups = _group(copies, raws)
+        pairs = list(zip(copies, raws))
+        self._groups = list(group_pairs(pairs, _copy_key).values())
 
-    def copy(self) -> None:
-        """Copy every raw tensor."""
+    def copy(self, skip: Optional[Tensor] = None) -> None:
+        """Copy every raw tensor.
+
+        Args:
+            skip: A float32 scalar on the device: nothing changes where it is
+                1.
+        """
         for copies, raws in self._groups:
-            torch._foreach_copy_(copies, raws)
+            if skip is None:
+                copy_all(copies, raws)
+            else:
+                _copy_unless(skip, copies, raws)
 
 
-def _group(
-    averages: Sequence[Tensor], raws: Sequence[Tensor]
-) -> List[Tuple[List[Tensor], List[Tensor]]]:
-    groups: Dict[object, Tuple[List[Tensor], List[Tensor]]] = {}
-    for average, raw in zip(averages, raws):
-        key = (average.device, raw.device, average.dtype, raw.dtype)
-        pair = groups.setdefault(key, ([], []))
-        pair[0].append(average)
-        pair[1].append(raw)
-    return list(groups.values())
+class _Lerp:
+    """Tensors of one dtype, of any strides."""
+
+    def __init__(self, averages: List[Tensor], raws: List[Tensor]):
+        self.averages, self.raws = averages, raws
+
+    def fits(self) -> bool:
+        return True
+
+    def update(self, decay: float, skip: Optional[Tensor]) -> None:
+        assert skip is None
+        near = _alike(self.raws, self.averages, self.averages[0].dtype)
+        if capabilities.HAS_FOREACH_LERP:
+            torch._foreach_lerp_(self.averages, near, 1 - decay)
+        elif self.averages[0].is_cuda:
+            _add_weighted(self.averages, near, decay)
+        else:
+            for average, raw in zip(self.averages, near):
+                average.lerp_(raw, 1 - decay)
 
 
-def _lerp_mixed(
+class _Fused(_Lerp):
+    """Tensors of one dtype whose memory lies in the same order.
+
+    Where ``raw.data`` was replaced by memory in another order, the group goes
+    on the other way.
+    """
+
+    def __init__(self, averages: List[Tensor], raws: List[Tensor]):
+        super().__init__(averages, raws)
+        self._addresses = [raw.data_ptr() for raw in raws]
+        self._fits = True
+
+    def fits(self) -> bool:
+        addresses = [raw.data_ptr() for raw in self.raws]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            pairs = zip(self.averages, self.raws)
+            self._fits = all(_is_alike(a, r) for a, r in pairs)
+        return self._fits
+
+    def update(self, decay: float, skip: Optional[Tensor]) -> None:
+        # where the raw tensor weighs more, lerp_ starts from it instead
+        if skip is None and (decay <= 0.5 or not self.fits()):
+            super().update(decay, None)
+        else:
+            weight = 1 - decay
+            capabilities.fused_lerp(self.averages, self.raws, weight, skip)
+
+
+class _Mixed(_Lerp):
+    """Half-precision tensors and their float32 averages."""
+
+    def update(self, decay: float, skip: Optional[Tensor]) -> None:
+        assert skip is None
+        near = _alike(self.raws, self.averages, self.raws[0].dtype)
+        _add_weighted(self.averages, near, decay)
+
+
+def copy_all(
+    targets: List[Tensor], sources: List[Tensor], wait: bool = True
+) -> None:
+    """Copy tensors.
+
+    Args:
+        targets: Where to.
+        sources: Where from, of the same shapes.
+        wait: Whether to wait where a GPU copies to pinned host memory.
+            Defaults to True.
+    """
+    if capabilities.HAS_FOREACH_COPY:
+        torch._foreach_copy_(targets, sources, non_blocking=not wait)
+        return
+    for target, source in zip(targets, sources):
+        target.copy_(source, non_blocking=not wait)
+
+
+def group_pairs(
+    pairs: Sequence[Tuple[Tensor, Tensor]],
+    key_of: Callable[[Tensor, Tensor], Tuple[object, ...]],
+) -> Dict[Tuple[object, ...], Tuple[List[Tensor], List[Tensor]]]:
+    """Put pairs of tensors that a multi-tensor call can take together.
+
+    Args:
+        pairs: The pairs; empty tensors are left out.
+        key_of: Equal for pairs that go together.
+
+    Returns:
+        The left and the right tensors by key.
+    """
+    groups: Dict[Tuple[object, ...], Tuple[List[Tensor], List[Tensor]]] = {}
+    for left, right in pairs:
+        if left.numel():
+            lists = groups.setdefault(key_of(left, right), ([], []))
+            lists[0].append(left)
+            lists[1].append(right)
+    return groups
+
+
+def _copy_key(copy: Tensor, raw: Tensor) -> Tuple[object, ...]:
+    return copy.device, raw.device, copy.dtype, raw.dtype
+
+
+def _update_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
+    fused = _is_alike(average, raw) and capabilities.can_fuse(
+        raw.device, raw.dtype
+    )
+    return (*_copy_key(average, raw), fused)
+
+
+def _strategy(*key: object) -> Type[_Lerp]:
+    raw_dtype, fused = key[3], key[4]
+    if fused:
+        return _Fused
+    return _Mixed if raw_dtype in _PROMOTED else _Lerp
+
+
+def _is_alike(average: Tensor, raw: Tensor) -> bool:
+    """Return whether two tensors lie in memory in the same order."""
+    return (
+        average.device == raw.device
+        and average.dtype == raw.dtype
+        and average.shape == raw.shape
+        and average.stride() == raw.stride()
+        and is_dense(raw)
+    )
+
+
+def _add_weighted(
     averages: List[Tensor], raws: List[Tensor], decay: float
 ) -> None:
-    """Average tensors of another dtype without converting them first.
+    """Average tensors, of another dtype too, without converted copies.
 
     For d >= 0.5 as ``(avg + w / d * raw) * (1 - w)`` with ``w = 1 - d``, not
     as ``avg * d + w * raw``: float32 rounds d = 0.9999 by up to 3e-8, which
@@ -133,6 +267,18 @@ def _lerp_mixed(
     else:
         torch._foreach_add_(averages, raws, alpha=weight / decay)
         torch._foreach_add_(averages, averages, alpha=-weight)
+
+
+def _copy_unless(
+    skip: Tensor, copies: List[Tensor], raws: List[Tensor]
+) -> None:
+    """Copy where ``skip`` is not 1; what is copied is a few small buffers."""
+    old = torch.cat([copy.reshape(-1) for copy in copies])
+    new = torch.cat([raw.reshape(-1) for raw in raws])
+    kept = torch.where(skip > 0, old, new)
+    parts = kept.split([copy.numel() for copy in copies])
+    shaped = [part.view(copy.shape) for part, copy in zip(parts, copies)]
+    copy_all(copies, shaped)
 
 
 def _alike(

@@ -117,7 +117,9 @@ def storage_key(tensor: Tensor) -> object:
     """
     if is_lazy(tensor) or tensor.data_ptr() == 0:
         return id(tensor)
-    return tensor.untyped_storage().data_ptr()
+    # torch before 2.0 has no untyped_storage()
+    storage = getattr(tensor, 'untyped_storage', tensor.storage)()
+    return storage.data_ptr()
 
 
 def geometry(tensor: Tensor) -> object:
@@ -137,3 +139,19 @@ def overlaps_itself(tensor: Tensor) -> bool:
     """
     start, stop = span(tensor)
     return tensor.numel() > (stop - start) // tensor.element_size()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor fills its memory, each element once.
+
+    Args:
+        tensor: A strided tensor.
+    """
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmdet_ema.checkpoint import read_structure
 from mmdet_ema.core import CheckpointError
-from tests.core.models import Mixed, run_python
+from tests.core.models import FLOAT8, Mixed, run_python
 
 
 @pytest.fixture(autouse=True)
@@ -90,12 +90,12 @@ print(shape.numel(), (after - before) // 1024)
         torch.eye(3).to_sparse(),
         torch.ones(2, dtype=torch.complex64),
         torch.ones(2, dtype=torch.bfloat16),
-        torch.ones(2).to(torch.float8_e4m3fn),
+        *(torch.ones(2).to(x) for x in FLOAT8[:1]),
         torch.nn.Parameter(torch.ones(2)),
         torch.arange(6.0).reshape(2, 3).t(),
         torch.tensor(1.0).expand(4),
     ],
-    ids=['sparse', 'complex', 'bf16', 'fp8', 'parameter', 'view', 'expanded'],
+    ids=lambda value: f'{value.dtype}-{tuple(value.shape)}',
 )
 def test_kinds_of_tensors(tmp_path, value):
     """Every kind of tensor that torch reads is read."""

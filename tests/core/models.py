@@ -9,6 +9,12 @@ import torch
 from torch import nn
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# torch before 2.1 has none
+FLOAT8 = [
+    getattr(torch, name)
+    for name in ('float8_e4m3fn', 'float8_e5m2')
+    if hasattr(torch, name)
+]
 
 
 class Mixed(nn.Module):

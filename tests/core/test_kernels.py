@@ -11,7 +11,7 @@ from mmdet_ema.core.kernels import (
     average_dtype,
     reference_update,
 )
-from tests.core.models import raw_bytes
+from tests.core.models import FLOAT8, raw_bytes
 
 DECAYS = (0.0, 0.0005, 0.3, 0.5, 0.9, 0.9999, 1.0)
 NARROW = (torch.bfloat16, torch.float16)
@@ -245,8 +245,7 @@ def test_copy_plan_is_exact():
     [
         (torch.float16, torch.float32),
         (torch.bfloat16, torch.float32),
-        (torch.float8_e4m3fn, torch.float32),
-        (torch.float8_e5m2, torch.float32),
+        *((dtype, torch.float32) for dtype in FLOAT8),
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
         (torch.complex64, torch.complex64),
@@ -261,9 +260,7 @@ def test_average_dtype(dtype, expected):
     assert expected == average_dtype(dtype)
 
 
-@pytest.mark.parametrize(
-    'dtype', [torch.float8_e4m3fn, torch.float8_e5m2], ids=str
-)
+@pytest.mark.parametrize('dtype', FLOAT8, ids=str)
 def test_eight_bits(dtype):
     """8-bit floats are averaged in float32, as ``average_dtype`` says."""
     raw = torch.tensor([0.5, 2.0, -4.0]).to(dtype)
@@ -295,4 +292,4 @@ def test_handful_of_calls(many, decay):
     with CountCalls() as count:
         plan.update(decay)
     assert len(count.calls) <= 3, count.calls
-    assert all(name.startswith('_foreach') for name in count.calls)
+    assert all(n.startswith(('_foreach', '_fused')) for n in count.calls)
