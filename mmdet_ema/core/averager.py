@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 import torch
@@ -11,24 +12,19 @@ from torch import Tensor, nn
 
 from mmdet_ema.core.check import check_choice, check_count, check_flag
 from mmdet_ema.core.device import check_device
-from mmdet_ema.core.errors import (
-    CheckpointError,
-    NonFiniteError,
-    OptionError,
-)
-from mmdet_ema.core.finite import all_finite, first_nonfinite
+from mmdet_ema.core.errors import NonFiniteError, OptionError
+from mmdet_ema.core.finite import first_nonfinite
 from mmdet_ema.core.horizon import decay_over
 from mmdet_ema.core.kernels import Rule
-from mmdet_ema.core.ranks import all_agree
 from mmdet_ema.core.schedule_spec import (
     ScheduleSpec,
     build_schedule,
     check_decay,
 )
-from mmdet_ema.core.state import read_count, read_tensors
+from mmdet_ema.core.state import Progress, read_progress, read_tensors
+from mmdet_ema.core.step_plan import Step
 from mmdet_ema.core.store import AverageStore
 
-_LONGEST_INTERVAL = 100_000
 NONFINITE = ('skip', 'raise', 'ignore')
 
 
@@ -52,6 +48,11 @@ class WeightAverager:
         update_buffers: Whether float buffers are averaged (else copied).
             Defaults to True.
         device: Where the averages live; None for where the parameters are.
+            With 'cpu' and a model on a GPU, a thread averages beside the
+            training.
+        overlap: Whether an update runs beside what follows it, up to
+            :meth:`before_step`, which then has to be called before every
+            optimizer step. Defaults to False.
         nonfinite: What to do with NaN and Inf: 'skip' the step, 'raise', or
             'ignore'. Defaults to 'skip'.
         rule: Updates one average in place, given the raw tensor and the step
@@ -81,6 +82,7 @@ class WeightAverager:
         phase: int = 0,
         update_buffers: bool = True,
         device: Union[str, torch.device, None] = None,
+        overlap: bool = False,
         nonfinite: str = 'skip',
         rule: Optional[Rule] = None,
         **options: Any,
@@ -94,11 +96,27 @@ class WeightAverager:
         check_flag('update_buffers', update_buffers)
         self.model = model
         self.rule = rule
-        self.num_steps = 0
-        self.num_updates = 0
-        self.num_skipped = 0
-        self._averaged_steps = 0
-        self._store = AverageStore(model, update_buffers, check_device(device))
+        self.overlap = check_flag('overlap', overlap)
+        self.announces_steps = self.overlap
+        self._progress = self._before = Progress()
+        self._store = AverageStore(
+            model, update_buffers, check_device(device), self.overlap
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were taken in."""
+        return self._settled().steps
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the averages."""
+        return self._settled().updates
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps that were left out because of NaN or Inf."""
+        return self._settled().skipped
 
     @property
     def decay(self) -> float:
@@ -118,23 +136,35 @@ class WeightAverager:
         """Take in the weights after an optimizer step.
 
         Returns:
-            False if the step was skipped because of NaN or Inf, else True.
+            False if the step was skipped because of NaN or Inf. True if not,
+            or if that is not known yet: on a GPU, and with ``overlap``, it
+            shows in :attr:`num_skipped`.
 
         Raises:
             NonFiniteError: If there is NaN or Inf under ``'raise'``.
             RuntimeError: If the model holds the averages just now.
         """
         self._refuse_inside('update')
+        self._settle()
         self._store.follow()
-        step = self.num_steps + 1
-        due = step % self.interval == self.phase % self.interval
-        if not self._is_acceptable(due):
-            return False
-        self._store.copy()
-        if due:
-            self._average_until(step)
-        self.num_steps = step
-        return True
+        step, after = self._next_step()
+        intake = self._store.intake
+        intake.start(step)
+        self._before, self._progress = self._progress, after
+        if not self.announces_steps:
+            intake.release()
+        hurry = self.nonfinite == 'raise' or self.rule is not None
+        return self._settle() if hurry or intake.is_settled else True
+
+    def before_step(self) -> None:
+        """Let an optimizer change the weights; call it before its step.
+
+        Needed with ``overlap``; also gives an average to parameters that were
+        frozen and are trainable now.
+        """
+        self._store.intake.release()
+        if self._store.can_thaw:
+            self.thaw()
 
     def thaw(self) -> None:
         """Average parameters that were frozen and are trainable now.
@@ -145,10 +175,12 @@ class WeightAverager:
             RuntimeError: If the model holds the averages just now.
         """
         self._refuse_inside('thaw')
+        self._settle()
         self._store.thaw()
 
     def refresh(self) -> None:
         """Follow tensors of the model that were replaced or moved."""
+        self._settle()
         self._store.refresh()
 
     def synchronize(self) -> None:
@@ -156,11 +188,13 @@ class WeightAverager:
 
         Call it on all ranks together, before evaluating or saving.
         """
+        self._settle()
         self._store.synchronize()
 
     def apply(self) -> None:
         """Put the averages into the model until :meth:`restore`."""
         if not self.is_applied:
+            self._settle()
             self._store.apply()
 
     def restore(self) -> None:
@@ -196,6 +230,7 @@ class WeightAverager:
         Args:
             stored: Whether to leave out frozen parameters. Defaults to False.
         """
+        self._settle()
         return self._store.named_averages(stored)
 
     def named_raws(self) -> Iterator[Tuple[str, Tensor]]:
@@ -210,11 +245,12 @@ class WeightAverager:
 
         The L2 norms run over all elements; 0 for a model without any.
         """
+        self._settle()
         return self._store.distance()
 
     def first_nonfinite(self) -> Optional[str]:
         """Return the first tensor of the model that holds NaN or Inf."""
-        return first_nonfinite(self._store.taken_in(due=True)[0])
+        return first_nonfinite(self._store.gated())
 
     def counts(self) -> Dict[str, int]:
         """Return tensors per role, and ``'bytes'`` that the averages take."""
@@ -230,11 +266,12 @@ class WeightAverager:
 
     def progress(self) -> Dict[str, int]:
         """Return the counters of :meth:`state_dict`."""
+        progress = self._settled()
         return {
-            'num_steps': self.num_steps,
-            'num_updates': self.num_updates,
-            'num_skipped': self.num_skipped,
-            'averaged_steps': self._averaged_steps,
+            'num_steps': progress.steps,
+            'num_updates': progress.updates,
+            'num_skipped': progress.skipped,
+            'averaged_steps': progress.averaged,
         }
 
     def load_state_dict(
@@ -253,46 +290,48 @@ class WeightAverager:
             RuntimeError: If the model holds the averages just now.
         """
         self._refuse_inside('load_state_dict')
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f'{state!r} is no state of an average.')
-        steps = read_count(state, 'num_steps')
-        updates = read_count(state, 'num_updates', steps)
-        skipped = read_count(state, 'num_skipped', 0)
-        averaged = read_count(state, 'averaged_steps', steps)
-        averaged = self._plausible(averaged, steps)
+        self._settle()
+        progress = read_progress(state)
         self._store.load(read_tensors(state, 'averages'), strict)
-        self.num_steps, self.num_updates = steps, updates
-        self.num_skipped, self._averaged_steps = skipped, averaged
-
-    def _plausible(self, averaged: int, steps: int) -> int:
-        """Return the last averaged step, or where it must have been."""
-        pending = steps - averaged
-        return averaged if 0 <= pending < _LONGEST_INTERVAL else steps
+        self._progress = progress
 
     def _refuse_inside(self, method: str) -> None:
         if self.is_applied:
             raise RuntimeError(f'{method}() inside applied(): leave it first.')
 
-    def _average_until(self, step: int) -> None:
-        if self.rule is not None:
-            self._store.update_by(self.rule, step)
-        else:
-            first = self._averaged_steps + 1
-            self._store.update(decay_over(self.schedule, first, step))
-        self._averaged_steps = step
-        self.num_updates += 1
+    def _next_step(self) -> Tuple[Step, Progress]:
+        """Return the next step, and the counters once it is taken in."""
+        now, gated = self._progress, self.nonfinite != 'ignore'
+        number = now.steps + 1
+        if number % self.interval != self.phase % self.interval:
+            return Step(number, gated=gated), replace(now, steps=number)
+        decay = None
+        if self.rule is None:
+            decay = decay_over(self.schedule, now.averaged + 1, number)
+        after = replace(
+            now, steps=number, updates=now.updates + 1, averaged=number
+        )
+        return Step(number, decay, self.rule, gated), after
 
-    def _is_acceptable(self, due: bool) -> bool:
-        if self.nonfinite == 'ignore':
+    def _settled(self) -> Progress:
+        self._settle()
+        return self._progress
+
+    def _settle(self) -> bool:
+        """Wait for the step that is under way; return whether it counts."""
+        if not self._store.intake.is_open:
             return True
-        entries, tensors = self._store.taken_in(due)
-        if all_agree(all_finite(tensors)):
+        before, after = self._before, self._progress
+        # what raises here leaves the counters as before the step
+        self._progress = before
+        if self._store.intake.join():
+            self._progress = after
             return True
         if self.nonfinite == 'raise':
-            where = first_nonfinite(entries) or 'a tensor of another rank'
+            where = self.first_nonfinite() or 'a tensor of another rank'
             raise NonFiniteError(
                 f'{where} holds NaN or Inf after a step; the average was '
-                f'left as it was after {self.num_steps} steps.'
+                f'left as it was after {before.steps} steps.'
             )
-        self.num_skipped += 1
+        self._progress = replace(before, skipped=before.skipped + 1)
         return False

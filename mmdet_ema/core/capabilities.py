@@ -37,7 +37,7 @@ def fused_lerp(
         weight: Weight of the raw tensors.
         skip: A float32 scalar on their device; nothing changes where it is 1.
     """
-    torch._fused_sgd_(  # type: ignore[attr-defined]
+    torch._fused_sgd_(
         averages,
         raws,
         [],

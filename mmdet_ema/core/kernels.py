@@ -7,12 +7,13 @@ twin; ``tests/core/test_kernels.py`` steps both, for every dtype.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Callable, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor
 
 from mmdet_ema.core import capabilities
+from mmdet_ema.core.copying import group_pairs, placement
 from mmdet_ema.core.memory import is_dense
 
 # torch adds these to float32 without a converted copy, but no 8-bit floats
@@ -97,32 +98,6 @@ class UpdatePlan:
             rule(average, raw.detach().to(average), step)
 
 
-class CopyPlan:
-    """Pairs of tensors that are copied exactly, grouped once.
-
-    Args:
-        copies: Where to; changed in place.
-        raws: Where from, in the same order, of the same shapes and dtypes.
-    """
-
-    def __init__(self, copies: Sequence[Tensor], raws: Sequence[Tensor]):
-        pairs = list(zip(copies, raws))
-        self._groups = list(group_pairs(pairs, _copy_key).values())
-
-    def copy(self, skip: Optional[Tensor] = None) -> None:
-        """Copy every raw tensor.
-
-        Args:
-            skip: A float32 scalar on the device: nothing changes where it is
-                1.
-        """
-        for copies, raws in self._groups:
-            if skip is None:
-                copy_all(copies, raws)
-            else:
-                _copy_unless(skip, copies, raws)
-
-
 class _Lerp:
     """Tensors of one dtype, of any strides."""
 
@@ -182,55 +157,11 @@ class _Mixed(_Lerp):
         _add_weighted(self.averages, near, decay)
 
 
-def copy_all(
-    targets: List[Tensor], sources: List[Tensor], wait: bool = True
-) -> None:
-    """Copy tensors.
-
-    Args:
-        targets: Where to.
-        sources: Where from, of the same shapes.
-        wait: Whether to wait where a GPU copies to pinned host memory.
-            Defaults to True.
-    """
-    if capabilities.HAS_FOREACH_COPY:
-        torch._foreach_copy_(targets, sources, non_blocking=not wait)
-        return
-    for target, source in zip(targets, sources):
-        target.copy_(source, non_blocking=not wait)
-
-
-def group_pairs(
-    pairs: Sequence[Tuple[Tensor, Tensor]],
-    key_of: Callable[[Tensor, Tensor], Tuple[object, ...]],
-) -> Dict[Tuple[object, ...], Tuple[List[Tensor], List[Tensor]]]:
-    """Put pairs of tensors that a multi-tensor call can take together.
-
-    Args:
-        pairs: The pairs; empty tensors are left out.
-        key_of: Equal for pairs that go together.
-
-    Returns:
-        The left and the right tensors by key.
-    """
-    groups: Dict[Tuple[object, ...], Tuple[List[Tensor], List[Tensor]]] = {}
-    for left, right in pairs:
-        if left.numel():
-            lists = groups.setdefault(key_of(left, right), ([], []))
-            lists[0].append(left)
-            lists[1].append(right)
-    return groups
-
-
-def _copy_key(copy: Tensor, raw: Tensor) -> Tuple[object, ...]:
-    return copy.device, raw.device, copy.dtype, raw.dtype
-
-
 def _update_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
     fused = _is_alike(average, raw) and capabilities.can_fuse(
         raw.device, raw.dtype
     )
-    return (*_copy_key(average, raw), fused)
+    return (*placement(average, raw), fused)
 
 
 def _strategy(*key: object) -> Type[_Lerp]:
@@ -267,18 +198,6 @@ def _add_weighted(
     else:
         torch._foreach_add_(averages, raws, alpha=weight / decay)
         torch._foreach_add_(averages, averages, alpha=-weight)
-
-
-def _copy_unless(
-    skip: Tensor, copies: List[Tensor], raws: List[Tensor]
-) -> None:
-    """Copy where ``skip`` is not 1; what is copied is a few small buffers."""
-    old = torch.cat([copy.reshape(-1) for copy in copies])
-    new = torch.cat([raw.reshape(-1) for raw in raws])
-    kept = torch.where(skip > 0, old, new)
-    parts = kept.split([copy.numel() for copy in copies])
-    shaped = [part.view(copy.shape) for part, copy in zip(parts, copies)]
-    copy_all(copies, shaped)
 
 
 def _alike(

@@ -34,6 +34,25 @@ def all_agree(local: bool) -> bool:
     return bool(votes.item())
 
 
+def can_agree_on_device() -> bool:
+    """Return whether ranks can agree without the host waiting for it."""
+    return world_size() == 1 or dist.get_backend() == 'nccl'
+
+
+def raise_flag(flag: Tensor) -> Tensor:
+    """Set a flag on every rank where it is set on one.
+
+    Args:
+        flag: A scalar on the device, 0 or 1.
+
+    Returns:
+        The same scalar.
+    """
+    if world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag
+
+
 @torch.no_grad()
 def reduce_mean(tensors: Sequence[Tensor]) -> None:
     """Replace float tensors by their mean over the ranks, in place."""

@@ -97,9 +97,13 @@ class Entry:
     @property
     def parts(self) -> List[Tensor]:
         """What the names see; a flat entry may span memory of nobody."""
+        return self.parts_of(self.raw)
+
+    def parts_of(self, tensor: Tensor) -> List[Tensor]:
+        """Return what the names see of a tensor of the entry's shape."""
         if self.labels[0].view is None:
-            return [self.raw]
-        return [label.of(self.raw) for label in self.labels]
+            return [tensor]
+        return [label.of(tensor) for label in self.labels]
 
 
 def select(

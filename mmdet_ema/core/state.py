@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Optional
 
 from torch import Tensor
 
 from mmdet_ema.core.errors import CheckpointError
+
+_LONGEST_INTERVAL = 100_000
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counters of an average.
+
+    Attributes:
+        steps: Steps that were taken in.
+        updates: Updates of the averages.
+        skipped: Steps that were left out because of NaN or Inf.
+        averaged: The step of the last update.
+    """
+
+    steps: int = 0
+    updates: int = 0
+    skipped: int = 0
+    averaged: int = 0
+
+
+def read_progress(state: Any) -> Progress:
+    """Return the counters of a saved state.
+
+    Args:
+        state: The state; counters left out of it are derived.
+
+    Returns:
+        The counters.
+
+    Raises:
+        CheckpointError: If it is no such state.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f'{state!r} is no state of an average.')
+    steps = read_count(state, 'num_steps')
+    averaged = read_count(state, 'averaged_steps', steps)
+    if not 0 <= steps - averaged < _LONGEST_INTERVAL:
+        averaged = steps
+    return Progress(
+        steps,
+        updates=read_count(state, 'num_updates', steps),
+        skipped=read_count(state, 'num_skipped', 0),
+        averaged=averaged,
+    )
 
 
 def read_count(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mmdet_ema.core.exchange import Exchange
 from mmdet_ema.core.fit import check_fit, count_roles
-from mmdet_ema.core.kernels import CopyPlan, Rule, UpdatePlan, average_dtype
+from mmdet_ema.core.intake import Intake
+from mmdet_ema.core.kernels import average_dtype
 from mmdet_ema.core.ranks import broadcast, reduce_mean, world_size
 from mmdet_ema.core.selection import Entry, Role, select
 from mmdet_ema.core.watch import Watch
@@ -24,6 +25,7 @@ class AverageStore:
         model: The model.
         update_buffers: Whether float buffers are averaged.
         device: Where the averages live; None for where the tensors are.
+        overlap: Whether steps are taken in beside the training.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class AverageStore:
         model: nn.Module,
         update_buffers: bool,
         device: Optional[torch.device] = None,
+        overlap: bool = False,
     ):
         self._model = model
         self._update_buffers = update_buffers
         self._device = device
+        self.intake = Intake(overlap)
         self._averages: Dict[int, Tensor] = {}
         self._entries: List[Entry] = []
         self._select()
@@ -43,18 +47,6 @@ class AverageStore:
     def is_applied(self) -> bool:
         """Whether the model holds the averages."""
         return self._exchange.swapped
-
-    def update(self, decay: float) -> None:
-        """Average every averaged tensor with this decay."""
-        self._updates.update(decay)
-
-    def update_by(self, rule: Rule, step: int) -> None:
-        """Let a rule update every averaged tensor."""
-        self._updates.update_by(rule, step)
-
-    def copy(self) -> None:
-        """Copy every copied buffer."""
-        self._copies.copy()
 
     def apply(self) -> None:
         """Swap the averages into the model."""
@@ -65,13 +57,15 @@ class AverageStore:
         """Swap the raw values back into the model."""
         self._exchange.swap_out()
 
-    def taken_in(self, due: bool) -> Tuple[List[Entry], List[Tensor]]:
-        """Return the float entries that a step reads, and their tensors.
+    def gated(self) -> List[Entry]:
+        """Return the entries in which NaN or Inf means a bad step."""
+        averaged = [self._entries[i] for i in self._averages]
+        return [entry for entry in averaged if entry.gated]
 
-        Args:
-            due: Whether the step updates averages, not only copies.
-        """
-        return self._gated if due else self._gated_copies
+    @property
+    def can_thaw(self) -> bool:
+        """Whether a parameter that was frozen is trainable now."""
+        return bool(self._thawed())
 
     def synchronize(self) -> None:
         """Make the averages of buffers the same on every rank.
@@ -90,11 +84,7 @@ class AverageStore:
 
     def thaw(self) -> None:
         """Give an average to parameters that are trainable by now."""
-        thawed = [
-            i
-            for i in self._frozen
-            if any(p.requires_grad for p in self._entries[i].parameters)
-        ]
+        thawed = self._thawed()
         for i in thawed:
             self._own(i)
         if thawed:
@@ -201,7 +191,9 @@ class AverageStore:
         dtype = average_dtype(raw.dtype) if averaged else raw.dtype
         # tensors made in inference mode could not be updated outside of it
         with torch.inference_mode(False):
-            return raw.to(device=self._device, dtype=dtype, copy=True)
+            average = raw.to(device=self._device, dtype=dtype, copy=True)
+            offloaded = raw.is_cuda and average.device.type == 'cpu'
+            return average.pin_memory() if offloaded else average
 
     def _rebind(self) -> bool:
         """Follow buffers that became other tensors of the same kind.
@@ -235,20 +227,18 @@ class AverageStore:
         self._frozen = [
             i for i, entry in enumerate(entries) if entry.role is Role.SHARED
         ]
-        self._updates = UpdatePlan(*self._pairs(Role.AVERAGED))
-        self._copies = CopyPlan(*self._pairs(Role.COPIED))
+        owned = [entries[i] for i in self._averages]
+        averages, raws = list(self._averages.values()), [e.raw for e in owned]
         self._position = {i: k for k, i in enumerate(self._averages)}
-        raws = [entries[i].raw for i in self._averages]
-        self._exchange = Exchange(list(self._averages.values()), raws)
-        gated = [e for e in entries if e.gated and e.role is not Role.SHARED]
-        copies = [e for e in gated if e.role is Role.COPIED]
-        self._gated = gated, [t for e in gated for t in e.parts]
-        self._gated_copies = copies, [t for e in copies for t in e.parts]
+        self._exchange = Exchange(averages, raws)
+        self.intake.plan(owned, averages)
 
-    def _pairs(self, role: Role) -> Tuple[List[Tensor], List[Tensor]]:
-        chosen = [i for i in self._averages if self._entries[i].role is role]
-        averages = [self._averages[i] for i in chosen]
-        return averages, [self._entries[i].raw for i in chosen]
+    def _thawed(self) -> List[int]:
+        return [
+            i
+            for i in self._frozen
+            if any(p.requires_grad for p in self._entries[i].parameters)
+        ]
 
     def _named(
         self,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmdet_ema.core.copying import CopyPlan
 from mmdet_ema.core.kernels import (
-    CopyPlan,
     UpdatePlan,
     average_dtype,
     reference_update,
