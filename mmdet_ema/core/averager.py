@@ -119,6 +119,11 @@ class WeightAverager:
         return self._settled().skipped
 
     @property
+    def known_skipped(self) -> int:
+        """Steps that were left out, as far as is known without waiting."""
+        return self._progress.skipped
+
+    @property
     def decay(self) -> float:
         """Decay d(n) of the last step; 0 before the first, NaN for a rule."""
         n = self.num_steps
@@ -145,7 +150,7 @@ class WeightAverager:
             RuntimeError: If the model holds the averages just now.
         """
         self._refuse_inside('update')
-        self._settle()
+        self.settle()
         self._store.follow()
         step, after = self._next_step()
         intake = self._store.intake
@@ -154,7 +159,7 @@ class WeightAverager:
         if not self.announces_steps:
             intake.release()
         hurry = self.nonfinite == 'raise' or self.rule is not None
-        return self._settle() if hurry or intake.is_settled else True
+        return self.settle() if hurry or intake.is_settled else True
 
     def before_step(self) -> None:
         """Let an optimizer change the weights; call it before its step.
@@ -175,12 +180,12 @@ class WeightAverager:
             RuntimeError: If the model holds the averages just now.
         """
         self._refuse_inside('thaw')
-        self._settle()
+        self.settle()
         self._store.thaw()
 
     def refresh(self) -> None:
         """Follow tensors of the model that were replaced or moved."""
-        self._settle()
+        self.settle()
         self._store.refresh()
 
     def synchronize(self) -> None:
@@ -188,13 +193,13 @@ class WeightAverager:
 
         Call it on all ranks together, before evaluating or saving.
         """
-        self._settle()
+        self.settle()
         self._store.synchronize()
 
     def apply(self) -> None:
         """Put the averages into the model until :meth:`restore`."""
         if not self.is_applied:
-            self._settle()
+            self.settle()
             self._store.apply()
 
     def restore(self) -> None:
@@ -230,7 +235,7 @@ class WeightAverager:
         Args:
             stored: Whether to leave out frozen parameters. Defaults to False.
         """
-        self._settle()
+        self.settle()
         return self._store.named_averages(stored)
 
     def named_raws(self) -> Iterator[Tuple[str, Tensor]]:
@@ -245,7 +250,7 @@ class WeightAverager:
 
         The L2 norms run over all elements; 0 for a model without any.
         """
-        self._settle()
+        self.settle()
         return self._store.distance()
 
     def first_nonfinite(self) -> Optional[str]:
@@ -290,7 +295,7 @@ class WeightAverager:
             RuntimeError: If the model holds the averages just now.
         """
         self._refuse_inside('load_state_dict')
-        self._settle()
+        self.settle()
         progress = read_progress(state)
         self._store.load(read_tensors(state, 'averages'), strict)
         self._progress = progress
@@ -314,11 +319,18 @@ class WeightAverager:
         return Step(number, decay, self.rule, gated), after
 
     def _settled(self) -> Progress:
-        self._settle()
+        self.settle()
         return self._progress
 
-    def _settle(self) -> bool:
-        """Wait for the step that is under way; return whether it counts."""
+    def settle(self) -> bool:
+        """Wait for the step that is under way, if there is one.
+
+        Returns:
+            False if it was skipped because of NaN or Inf, else True.
+
+        Raises:
+            NonFiniteError: If there was NaN or Inf under ``'raise'``.
+        """
         if not self._store.intake.is_open:
             return True
         before, after = self._before, self._progress

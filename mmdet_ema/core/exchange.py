@@ -10,13 +10,18 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from mmdet_ema.core.copying import copy_all, group_pairs, placement
+
 Pair = Tuple[Tensor, Tensor]
+_Trade = Tuple[List[Tensor], List[Tensor], List[Tensor]]
+# elements: as small tensors are swapped in few calls, large ones one by one
+_SCRATCH = 2**20
 
 
 class Exchange:
     """Swaps averages and raw tensors in place.
 
-    Where dtype is the same the two trade places, one tensor at a time, so no
+    Where dtype is the same the two trade places, some tensors at a time, so no
     second copy of the model is needed. A raw tensor of lower precision cannot
     hold its float32 average: there the raw values are set aside meanwhile.
     All memory is taken before anything is changed, and kept for the way back.
@@ -29,7 +34,7 @@ class Exchange:
     def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
         self._pairs = list(zip(averages, raws))
         self._same = [(a, r) for a, r in self._pairs if a.dtype == r.dtype]
-        self._scratch: Dict[object, Tensor] = {}
+        self._trades: List[_Trade] = []
         self._aside: Dict[int, Tensor] = {}
         self.swapped = False
 
@@ -39,7 +44,7 @@ class Exchange:
         assert not self.swapped
         with deferred_interrupts():
             aside = {i: raw.detach().clone() for i, raw in self._narrow()}
-            self._scratch = _scratch_for(self._same)
+            self._trades = list(_trades(self._same))
             self._trade()
             for i, raw in self._narrow():
                 raw.copy_(self._pairs[i][0])
@@ -53,7 +58,7 @@ class Exchange:
             self._trade()
             for i, raw in self._narrow():
                 raw.copy_(self._aside[i])
-            self._aside, self._scratch, self.swapped = {}, {}, False
+            self._aside, self._trades, self.swapped = {}, [], False
 
     def average(self, index: int) -> Tensor:
         """Return the tensor that holds the average of a pair now."""
@@ -74,24 +79,35 @@ class Exchange:
                 yield i, raw
 
     def _trade(self) -> None:
-        for average, raw in self._same:
-            scratch = self._scratch[average.device, average.dtype]
-            held = scratch[: average.numel()].view(average.shape)
-            held.copy_(average)
-            average.copy_(raw)
-            raw.copy_(held)
+        for averages, raws, held in self._trades:
+            copy_all(held, averages)
+            copy_all(averages, raws)
+            copy_all(raws, held)
 
 
-def _scratch_for(pairs: Sequence[Pair]) -> Dict[object, Tensor]:
-    """Allocate room for the largest tensor of each device and dtype."""
-    sizes: Dict[Tuple[torch.device, torch.dtype], int] = {}
-    for average, _ in pairs:
-        key = (average.device, average.dtype)
-        sizes[key] = max(sizes.get(key, 0), average.numel())
-    return {
-        (device, dtype): torch.empty(size, device=device, dtype=dtype)
-        for (device, dtype), size in sizes.items()
-    }
+def _trades(pairs: Sequence[Pair]) -> Iterator[_Trade]:
+    """Split pairs into trades that share a scratch; allocate all of it."""
+    for averages, raws in group_pairs(pairs, placement).values():
+        device, dtype = averages[0].device, averages[0].dtype
+        sizes = [average.numel() for average in averages]
+        room = max(max(sizes), min(sum(sizes), _SCRATCH))
+        scratch = torch.empty(room, device=device, dtype=dtype)
+        for chunk in _chunks(sizes, room):
+            chosen = averages[chunk]
+            parts = torch.split(scratch[: sum(sizes[chunk])], sizes[chunk])
+            held = [p.view(a.shape) for p, a in zip(parts, chosen)]
+            yield chosen, raws[chunk], held
+
+
+def _chunks(sizes: Sequence[int], room: int) -> Iterator[slice]:
+    """Cut a row of sizes into runs that fit into a room."""
+    start = taken = 0
+    for i, size in enumerate(sizes):
+        if taken + size > room:
+            yield slice(start, i)
+            start, taken = i, 0
+        taken += size
+    yield slice(start, len(sizes))
 
 
 @contextlib.contextmanager

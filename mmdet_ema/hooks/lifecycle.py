@@ -53,6 +53,7 @@ class EMALifecycle:
     def __init__(self, options: HookOptions, log: Any):
         self.options = options
         self.averager: Optional[WeightAverager] = None
+        self.last_iteration = 0
         self._log = log
         self._resume_part: Optional[EMAPart] = None
         self._shown_part: Optional[EMAPart] = None
@@ -90,7 +91,7 @@ class EMALifecycle:
         self._resume_if_asked(model)
         self._report(model, facts, before)
         self.finish()
-        self._steps = StepCounter(optimizers, self._thaw)
+        self._steps = StepCounter(optimizers, self._before_step)
 
     def before_epoch(self) -> None:
         """Follow tensors that were replaced since the last epoch."""
@@ -125,7 +126,8 @@ class EMALifecycle:
             iteration: The iteration that ends, from 1.
 
         Returns:
-            False if the step was skipped because of NaN or Inf, else True.
+            False if a step turned out to be skipped because of NaN or Inf:
+            that of ``last_iteration``; else True.
 
         Raises:
             NonFiniteError: If there is NaN or Inf under ``'raise'``.
@@ -133,8 +135,12 @@ class EMALifecycle:
         stepped = self._steps is not None and self._steps.take()
         if self.averager is None or not stepped:
             return True
+        known = self.averager.known_skipped
         try:
-            return self.averager.update()
+            if self.averager.settle():
+                self.last_iteration = iteration
+            self.averager.update()
+            return self.averager.known_skipped == known
         except NonFiniteError as error:
             k = self.options.interval
             seen = '' if k == 1 else f' (weights are seen every {k} steps)'
@@ -146,6 +152,8 @@ class EMALifecycle:
         """Stop listening to the optimizers; the average stays."""
         if self._steps is not None:
             self._steps.detach()
+        if self.averager is not None:
+            self.averager.settle()
 
     def synchronize(self) -> None:
         """Agree on the averages of buffers; call it on all ranks."""
@@ -209,9 +217,9 @@ class EMALifecycle:
             checkpoint, model, self.options.evaluate, self._log
         )
 
-    def _thaw(self) -> None:
+    def _before_step(self) -> None:
         if self.averager is not None:
-            self.averager.thaw()
+            self.averager.before_step()
 
     def _plan(self, facts: RunFacts, before: Mapping[str, Any]) -> None:
         """Fix the schedule; it may need to know how long the run is."""
@@ -244,16 +252,19 @@ class EMALifecycle:
             self.averager = self._from_part(model, schedule, part)
 
     def _make(self, model: nn.Module, schedule: Schedule) -> WeightAverager:
-        return WeightAverager(
+        averager = WeightAverager(
             model,
             schedule,
             interval=self.options.interval,
             phase=self.options.phase,
             update_buffers=self.options.update_buffers,
             device=self.options.device,
+            overlap=self.options.overlap,
             nonfinite=self.options.nonfinite,
             rule=self.options.rule,
         )
+        averager.announces_steps = True
+        return averager
 
     def _from_part(
         self, model: nn.Module, schedule: Schedule, part: EMAPart

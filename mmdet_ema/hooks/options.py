@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -16,6 +16,7 @@ from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.core.schedules import Schedule
 from mmdet_ema.hooks.openmmlab_words import check_words
 from mmdet_ema.hooks.schedule_choice import (
+    ScheduleChoice,
     choose_family,
     choose_native,
     choose_rule,
@@ -31,6 +32,7 @@ NAMES = (
     'begin_epoch',
     'update_buffers',
     'device',
+    'overlap',
     'evaluate',
     'nonfinite',
     'strict_load',
@@ -54,6 +56,7 @@ class HookOptions:
         begin_epoch: First epoch that counts, from 1 (0 is 1).
         update_buffers: Whether float buffers are averaged.
         device: Where the averages live; None for where the parameters are.
+        overlap: Whether an update runs beside the next forward pass.
         evaluate: Which weights validation and test run on.
         nonfinite: What is done with NaN and Inf.
         strict_load: Whether a missing average is an error on resume.
@@ -69,6 +72,7 @@ class HookOptions:
     begin_epoch: int
     update_buffers: bool
     device: Optional[torch.device]
+    overlap: bool
     evaluate: str
     nonfinite: str
     strict_load: bool
@@ -91,6 +95,7 @@ def parse_options(
     begin_epoch: int = 0,
     update_buffers: Optional[bool] = None,
     device: Union[str, torch.device, None] = None,
+    overlap: bool = False,
     evaluate: str = 'ema',
     nonfinite: str = 'skip',
     strict_load: bool = False,
@@ -99,12 +104,14 @@ def parse_options(
     momentum: Optional[float] = None,
     gamma: Optional[float] = None,
     find_rule: Optional[FindRule] = None,
+    choice: Optional[ScheduleChoice] = None,
     **more: Any,
 ) -> HookOptions:
     """Check the options of a hook; see ``EMAHook`` for what they mean.
 
     ``find_rule`` finds averaging classes of the user in the framework, and
-    whatever else is given are options of such a class.
+    whatever else is given are options of such a class. ``choice`` is a
+    schedule that an adapter has chosen by words of its own.
 
     Returns:
         The checked options.
@@ -116,13 +123,15 @@ def parse_options(
     own = {'momentum': momentum, 'gamma': gamma, 'interval': interval, **more}
     rule = find_rule(ema_type, own) if find_rule and ema_type else None
     if rule is None:
-        _refuse_unknown(more)
+        refuse_unknown(more)
     interval = check_count('interval', interval, 1)
     _check_begin(begin_iter, begin_epoch)
     words = check_words(decay, tau, schedule, ema_type, momentum, gamma)
     if update_buffers is None:
         update_buffers = not words
-    if rule is not None:
+    if choice is not None:
+        pass
+    elif rule is not None:
         choice = choose_rule(getattr(ema_type, '__name__', ema_type), rule)
     elif ema_type is not None or (words and schedule is None):
         choice = choose_family(ema_type, decay, momentum, gamma, interval)
@@ -136,6 +145,7 @@ def parse_options(
         begin_epoch=begin_epoch,
         update_buffers=check_flag('update_buffers', update_buffers),
         device=check_device(device),
+        overlap=check_flag('overlap', overlap),
         evaluate=check_choice('evaluate', evaluate, EVALUATE),
         nonfinite=check_choice('nonfinite', nonfinite, NONFINITE),
         strict_load=check_flag('strict_load', strict_load),
@@ -145,11 +155,25 @@ def parse_options(
     )
 
 
-def _refuse_unknown(unknown: Dict[str, Any]) -> None:
+def refuse_unknown(
+    unknown: Mapping[str, Any],
+    hook: str = 'EMAHook',
+    names: Sequence[str] = NAMES,
+) -> None:
+    """Refuse options that a hook does not have.
+
+    Args:
+        unknown: Their values by name.
+        hook: Name of the hook. Defaults to 'EMAHook'.
+        names: The options that it has.
+
+    Raises:
+        OptionError: If there are any.
+    """
     for name, value in unknown.items():
         raise OptionError(
-            f'EMAHook has no option {name!r} (given: {name}={value!r}); it '
-            f'takes {", ".join(NAMES)}.{did_you_mean(name, NAMES)}'
+            f'{hook} has no option {name!r} (given: {name}={value!r}); it '
+            f'takes {", ".join(names)}.{did_you_mean(name, names)}'
         )
 
 

@@ -512,10 +512,20 @@ class WatchNew(TorchDispatchMode):
 
 
 def test_no_second_copy():
-    """A swap holds a tensor or two beside the model, not a second model."""
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
+    """A swap holds 4 MiB beside the model, not a second model."""
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(20)))
     averager = WeightAverager(model)
     with WatchNew() as watch:
         averager.apply()
         averager.restore()
-    assert 64 * 64 * 4 <= watch.most <= 3 * 64 * 64 * 4
+    assert 512 * 512 * 4 <= watch.most <= 4 * 2**20
+
+
+def test_scratch_of_a_large_tensor():
+    """A tensor larger than 4 MiB is swapped through one of its size."""
+    model = nn.Sequential(nn.Linear(2048, 1024), nn.Linear(1024, 2048))
+    averager = WeightAverager(model)
+    with WatchNew() as watch:
+        averager.apply()
+        averager.restore()
+    assert 2048 * 1024 * 4 == watch.most

@@ -49,6 +49,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             OpenMMLab's words is given.
         device (str, optional): Where the averages live: None for where the
             parameters are, 'cpu' for host memory. Defaults to None.
+        overlap (bool): Whether an update runs beside the next forward and
+            backward pass, on a stream (or, without a GPU, a thread) of its
+            own; the numbers are the same. Nothing but the optimizer may
+            change parameters then. Defaults to False.
         evaluate (str): Weights that validation and test run on: 'ema', 'raw'
             or 'both' (one pass over the data; the metrics of the raw weights
             come under ``raw/<name>``). Defaults to 'ema'.
@@ -88,6 +92,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         begin_epoch: int = 0,
         update_buffers: Optional[bool] = None,
         device: Union[str, torch.device, None] = None,
+        overlap: bool = False,
         evaluate: str = 'ema',
         nonfinite: str = 'skip',
         strict_load: bool = False,
@@ -107,6 +112,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             begin_epoch=begin_epoch,
             update_buffers=update_buffers,
             device=device,
+            overlap=overlap,
             evaluate=evaluate,
             nonfinite=nonfinite,
             strict_load=strict_load,
@@ -237,7 +243,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Update now; other hooks may save before our turn comes."""
         taken = self._life.after_iteration(runner.iter + 1)
         if not taken and self._life.averager is not None:
-            self._log.skipped(runner, self._life.averager)
+            iteration = self._life.last_iteration
+            self._log.skipped(runner, self._life.averager, iteration)
 
     def _watch_loops(self, runner: Any) -> None:
         for loop in runner_facts.evaluation_loops(runner):

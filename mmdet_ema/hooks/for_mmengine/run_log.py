@@ -34,13 +34,21 @@ class RunLog:
         skipped = averager.num_skipped if averager else 0
         hub.update_scalar('train/ema_skipped', skipped)
 
-    def skipped(self, runner: Any, averager: WeightAverager) -> None:
-        """Record a skipped step; warn at the 1st, 10th, 100th, ... one."""
-        count = averager.num_skipped
+    def skipped(
+        self, runner: Any, averager: WeightAverager, iteration: int
+    ) -> None:
+        """Record a skipped step; warn at the 1st, 10th, 100th, ... one.
+
+        Args:
+            runner: The runner.
+            averager: The averager that skipped it.
+            iteration: The iteration of that step, from 1.
+        """
+        count = averager.known_skipped
         runner.message_hub.update_scalar('train/ema_skipped', count)
         if math.log10(count).is_integer():
             self.warning(
-                f'EMA: iteration {runner.iter + 1} left NaN or Inf in '
+                f'EMA: iteration {iteration} left NaN or Inf in '
                 f'{averager.first_nonfinite()}; the step was not averaged '
                 f'({count} skipped so far).'
             )
