@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core.copying import CopyPlan
-from mmdet_ema.core.finite import all_finite, nonfinite_flag
+from mmdet_ema.core.finite import FiniteCheck, all_finite
 from mmdet_ema.core.kernels import Rule, UpdatePlan
 from mmdet_ema.core.ranks import all_agree, can_agree_on_device, raise_flag
 from mmdet_ema.core.selection import Entry, Role
@@ -90,7 +90,7 @@ class StepPlan:
         copied = [row for row in rows if row[0].role is Role.COPIED]
         updated = [row for row in rows if row[0].role is Role.AVERAGED]
         self._entries = list(entries)
-        self._gated = _gated(rows), _gated(copied)
+        self._checks = [FiniteCheck(_gated(x)) for x in (copied, rows)]
         self._copies = CopyPlan(*_columns(copied))
         self._updates = UpdatePlan(*_columns(updated))
         if deferred is None:
@@ -120,9 +120,9 @@ class StepPlan:
         Returns:
             Whether it was finite.
         """
-        gated = self._gated[0 if step.updates else 1] if step.gated else []
-        flag = self._flag(step, gated)
-        if flag is None and step.gated and not all_agree(all_finite(gated)):
+        check = self._checks[step.updates]
+        flag = self._flag(step, check)
+        if flag is None and step.gated and not all_agree(check.passes()):
             return False
         self._copies.copy(flag)
         if step.rule is not None:
@@ -131,15 +131,15 @@ class StepPlan:
             self._updates.update(step.decay, flag)
         return True if flag is None else DeviceVerdict(flag)
 
-    def _flag(self, step: Step, gated: List[Tensor]) -> Optional[Tensor]:
+    def _flag(self, step: Step, check: FiniteCheck) -> Optional[Tensor]:
         """Return the verdict as a scalar on the device, where that can be."""
-        if not (self._deferred and gated):
+        if not (step.gated and self._deferred and check):
             return None
         if step.rule is not None or not can_agree_on_device():
             return None
         if step.decay is not None and not self._updates.can_skip(step.decay):
             return None
-        return raise_flag(nonfinite_flag(gated))
+        return raise_flag(check.flag())
 
 
 _Row = Tuple[Entry, Tensor, Tensor]
