@@ -333,12 +333,16 @@ class WeightAverager:
         """
         if not self._store.intake.is_open:
             return True
-        before, after = self._before, self._progress
-        # what raises here leaves the counters as before the step
-        self._progress = before
-        if self._store.intake.join():
-            self._progress = after
+        before = self._before
+        try:
+            finite = self._store.intake.join()
+        except Exception:
+            # what fails leaves the counters as before the step
+            self._progress = before
+            raise
+        if finite:
             return True
+        self._progress = before
         if self.nonfinite == 'raise':
             where = self.first_nonfinite() or 'a tensor of another rank'
             raise NonFiniteError(

@@ -8,6 +8,7 @@ weights change, :meth:`join` before the averages are looked at.
 from __future__ import annotations
 
 import concurrent.futures
+import os
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
@@ -109,9 +110,7 @@ class Worker(Inline):
 
     def __init__(self, gpu: Optional[torch.device], reads_raws: bool):
         self._gpu, self._reads_raws = gpu, reads_raws
-        self._pool = concurrent.futures.ThreadPoolExecutor(
-            1, thread_name_prefix='mmdet_ema'
-        )
+        self._pool, self._process = _one_thread(), os.getpid()
         self._future: Optional[concurrent.futures.Future[Any]] = None
         self._copied: Optional[torch.cuda.Event] = None
         if gpu is not None:
@@ -124,6 +123,9 @@ class Worker(Inline):
         else:
             self._copied = self._copy(snapshot)
         copied, threads = self._copied, torch.get_num_threads()
+        if self._process != os.getpid():
+            # a forked process inherits no thread
+            self._pool, self._process = _one_thread(), os.getpid()
         self._future = self._pool.submit(_run, job, copied, threads)
 
     def release(self) -> None:
@@ -181,6 +183,12 @@ def _room_for(raw: Tensor, device: Optional[torch.device]) -> Tensor:
         if stride is None:
             return room.view(raw.shape)
         return room.as_strided(raw.shape, stride)
+
+
+def _one_thread() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(
+        1, thread_name_prefix='mmdet_ema'
+    )
 
 
 @torch.no_grad()

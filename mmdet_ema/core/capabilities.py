@@ -102,8 +102,10 @@ def _try_fused(kind: Any) -> bool:
 
 
 def _try_max_norm(kind: Any) -> bool:
-    values = (math.nan, math.inf, -math.inf, 1e30, -3.0)
-    row = [torch.tensor([0.5, value], **kind) for value in values]
+    largest = torch.finfo(kind['dtype']).max
+    values = (math.nan, math.inf, -math.inf, largest, -3.0)
+    # long enough for vectorised code, which is another path
+    row = [torch.tensor([0.5, value] * 64, **kind) for value in values]
     norms = torch._foreach_norm(row, math.inf)
     finite = [math.isfinite(norm) for norm in torch.stack(list(norms))]
     return finite == [False, False, False, True, True]

@@ -60,10 +60,10 @@ class FiniteCheck:
         Returns:
             A float32 scalar: 1 if there is NaN or Inf, else 0.
         """
-        groups = _by_kind(self._tensors)
-        first = self._tensors[0]
-        order = norm_order(first.device, first.dtype)
-        verdicts = [_are_finite(group, order) for group in groups]
+        verdicts = [
+            _are_finite(group, norm_order(group[0].device, group[0].dtype))
+            for group in _by_kind(self._tensors)
+        ]
         return (~torch.stack(verdicts).all()).to(torch.float32)
 
     def _on_host(self) -> Iterable[Tensor]:

@@ -94,9 +94,14 @@ class Intake:
         """
         if not self.is_open:
             return True
+        try:
+            if self._verdict is None:
+                self._verdict = self._background.join()
+        except Exception:
+            self.is_open = False
+            raise
+        # a Ctrl-C while waiting leaves the step open: it is still under way
         self.is_open = False
-        if self._verdict is None:
-            self._verdict = self._background.join()
         return bool(self._verdict)
 
     def _choose_background(

@@ -128,13 +128,13 @@ class _Fused(_Lerp):
 
     def __init__(self, averages: List[Tensor], raws: List[Tensor]):
         super().__init__(averages, raws)
-        self._addresses = [raw.data_ptr() for raw in raws]
+        self._places = _places(raws)
         self._fits = True
 
     def fits(self) -> bool:
-        addresses = [raw.data_ptr() for raw in self.raws]
-        if addresses != self._addresses:
-            self._addresses = addresses
+        places = _places(self.raws)
+        if places != self._places:
+            self._places = places
             pairs = zip(self.averages, self.raws)
             self._fits = all(_is_alike(a, r) for a, r in pairs)
         return self._fits
@@ -169,6 +169,12 @@ def _strategy(*key: object) -> Type[_Lerp]:
     if fused:
         return _Fused
     return _Mixed if raw_dtype in _PROMOTED else _Lerp
+
+
+def _places(tensors: List[Tensor]) -> Tuple[List[int], List[object]]:
+    """Return addresses and strides, which ``.data = ...`` changes."""
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    return addresses, [tensor.stride() for tensor in tensors]
 
 
 def _is_alike(average: Tensor, raw: Tensor) -> bool:

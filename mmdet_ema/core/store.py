@@ -7,6 +7,7 @@ from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from mmdet_ema.core.distance import relative_distance
 from mmdet_ema.core.exchange import Exchange
 from mmdet_ema.core.fit import check_fit, count_roles
 from mmdet_ema.core.intake import Intake
@@ -148,23 +149,13 @@ class AverageStore:
                     label.write(self._averages[i], average)
         self._plan()
 
-    @torch.no_grad()
     def distance(self) -> float:
         """Return ``||average - raw|| / ||raw||`` over trained parameters."""
-        gaps, sizes = [], []
-        for i, entry in enumerate(self._entries):
-            if i in self._averages and entry.parameters:
-                average = self._average_of(i)
-                wide = torch.promote_types(average.dtype, torch.float64)
-                average, raw = average.to(wide), self._raw_of(i).to(wide)
-                gap = average - raw.to(average.device)
-                gaps.append(torch.linalg.vector_norm(gap).cpu())
-                sizes.append(torch.linalg.vector_norm(raw).cpu())
-        if not sizes:
-            return 0.0
-        size = float(torch.linalg.vector_norm(torch.stack(sizes)))
-        distance = float(torch.linalg.vector_norm(torch.stack(gaps)))
-        return distance / size if size else 0.0
+        return relative_distance(
+            (self._average_of(i), self._raw_of(i))
+            for i, entry in enumerate(self._entries)
+            if i in self._averages and entry.parameters
+        )
 
     def counts(self) -> Dict[str, int]:
         """Return tensors per role, and the bytes of all averages."""
