@@ -7,11 +7,12 @@ the parameter itself. ``module.weight = nn.Parameter(...)``, ``.to(device)``,
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+_NUM_PROBES = 8
 _Owned = Tuple[Dict[str, Optional[Tensor]], str, Optional[Tensor]]
 
 
@@ -26,17 +27,17 @@ class Watch:
         self._model = model
         self._seen = [_identity(tensor) for _, _, tensor in _owned(model)]
         self._buffers = list(_replaceable_buffers(model))
-        first = next(model.parameters(), None)
-        self._first, self._kind = first, _kind(first)
+        self._probes = _probes(model)
 
     def hints(self) -> bool:
         """Return whether something seems to be replaced; cheap.
 
         Looks at the buffers of modules other than torch's normalisation
-        layers, which change theirs in place, and at whether the whole model
-        went to another device or dtype.
+        layers, which change theirs in place, and at some of the parameters:
+        whether the whole model was replaced, or went to another device or
+        dtype.
         """
-        if _kind(self._first) != self._kind:
+        if self._is_converted():
             return True
         return any(owner.get(k) is not t for owner, k, t in self._buffers)
 
@@ -47,13 +48,19 @@ class Watch:
             Pairs of the old and the new tensor; empty if more than that
             happened, or nothing did.
         """
-        if _kind(self._first) != self._kind:
+        if self._is_converted():
             return []
         changed = [(t, o.get(k)) for o, k, t in self._buffers]
         changed = [(old, new) for old, new in changed if old is not new]
         if any(old is None or new is None for old, new in changed):
             return []
         return changed  # type: ignore[return-value]
+
+    def _is_converted(self) -> bool:
+        return any(
+            owner.get(name) is not tensor or _kind(tensor) != kind
+            for owner, name, tensor, kind in self._probes
+        )
 
     def replaced(self) -> bool:
         """Return whether any tensor is another one, moved or converted."""
@@ -77,6 +84,13 @@ def _owned(model: nn.Module) -> Iterator[_Owned]:
             yield module._parameters, name, parameter  # type: ignore[misc]
         for name, buffer in module._buffers.items():
             yield module._buffers, name, buffer
+
+
+def _probes(model: nn.Module) -> List[Tuple[Any, ...]]:
+    """Return some parameters, spread over the model."""
+    owned = [x for x in _owned(model) if isinstance(x[2], nn.Parameter)]
+    chosen = owned[:: max(len(owned) // _NUM_PROBES, 1)]
+    return [(*item, _kind(item[2])) for item in chosen]
 
 
 def _replaceable_buffers(model: nn.Module) -> Iterator[_Owned]:
