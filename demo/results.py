@@ -1,4 +1,4 @@
-"""Read what a demo run measured from the files that mmengine wrote."""
+"""What a demo run measured, and the files that it is read from."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterator
-
-METRIC = 'coco/bbox_mAP'
+from typing import Any, Iterable
 
 
 @dataclass(frozen=True)
@@ -34,40 +32,24 @@ class Results:
     decay: list[tuple[int, float]]
     test: dict[str, float]
 
+    @classmethod
+    def of(
+        cls,
+        validations: Iterable[Validation],
+        decay: Iterable[tuple[int, float]],
+        test: dict[str, float],
+    ) -> Results:
+        """Return the results of a training run, resumed or not.
 
-def read_results(work_dir: Path, test: dict[str, float]) -> Results:
-    """Read the scalars of a training run, resumed or not.
-
-    Args:
-        work_dir: Folder of the run.
-        test: mAP of each set of weights, from :func:`read_test`.
-
-    Returns:
-        The results.
-    """
-    validations: dict[int, Validation] = {}
-    decay: dict[int, float] = {}
-    for line in _scalars(work_dir):
-        if METRIC in line:
-            pair = line[METRIC], line[f'raw/{METRIC}']
-            validations[line['step']] = Validation(line['step'], *pair)
-        if 'ema_decay' in line:
-            decay[line['step']] = line['ema_decay']
-    ordered = [validations[epoch] for epoch in sorted(validations)]
-    return Results(ordered, sorted(decay.items()), test)
-
-
-def read_test(work_dir: Path) -> float:
-    """Read the mAP that ``tools/test.py`` wrote.
-
-    Args:
-        work_dir: Its ``--work-dir``.
-
-    Returns:
-        The mAP.
-    """
-    (path,) = work_dir.glob('*/*.json')
-    return float(json.loads(path.read_text())[METRIC])
+        Args:
+            validations: In the order in which they were logged; what was done
+                again counts.
+            decay: Pairs of optimizer step and decay, in that order too.
+            test: mAP of each set of weights.
+        """
+        last = {point.epoch: point for point in validations}
+        ordered = [last[epoch] for epoch in sorted(last)]
+        return cls(ordered, sorted(dict(decay).items()), test)
 
 
 def write_json(results: Results, path: Path) -> None:
@@ -82,7 +64,14 @@ def write_json(results: Results, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _scalars(work_dir: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(work_dir.glob('2*/vis_data/scalars.json')):
-        for line in path.read_text().splitlines():
-            yield json.loads(line)
+def read_lines(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Read logs of one JSON dict a line, in the order of their names.
+
+    Args:
+        files: The logs.
+
+    Returns:
+        All lines.
+    """
+    texts = [path.read_text() for path in sorted(files)]
+    return [json.loads(line) for text in texts for line in text.splitlines()]

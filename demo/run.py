@@ -1,107 +1,82 @@
 """The whole path: data, training, two tests, a table and a picture.
 
-mmdet's own tools do the work: ``tools/train.py`` trains with ``EMAHook``,
-``tools/test.py`` tests the last checkpoint with the EMA weights, then with the
-raw ones. Everything is written below ``work_dirs/demo``.
+The tools of the installed mmdet do the work, 3 or 2: ``tools/train.py`` trains
+with ``EMAHook``, ``tools/test.py`` tests the last checkpoint with the EMA
+weights, then with the raw ones. Everything is written below ``work_dirs``.
 
 Usage: python demo/run.py
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import importlib.metadata
 import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 from digits import write_digits
+from framework import ROOT, Framework
 from picture import draw
-from results import Results, read_results, read_test, write_json
+from results import Results, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / 'configs' / 'rtmdet' / 'rtmdet_digits_1xb8-10e.py'
-WORK_DIR = ROOT / 'work_dirs' / 'demo'
 DATA = ROOT / 'data' / 'digits'
-REPORT = WORK_DIR / 'ema.json'
 
 
 def main() -> None:
     """Run the demo; after Ctrl-C the next one goes on."""
     try:
-        _demo()
+        _demo(_framework())
     except KeyboardInterrupt:
         sys.exit('demo: stopped; the next one goes on from the last epoch')
 
 
-def _demo() -> None:
+def _framework() -> Framework:
+    """Return the installed generation of mmdet."""
+    version = importlib.metadata.version('mmdet')
+    if version.startswith('2.'):
+        from with_mmdet2 import Mmdet2
+
+        return Mmdet2()
+    from with_mmdet3 import Mmdet3
+
+    return Mmdet3()
+
+
+def _demo(framework: Framework) -> None:
     start = time.monotonic()
+    picture = framework.work_dir / 'ema.png'
+    report = framework.work_dir / 'ema.json'
     _say('writing the digits detection set')
     write_digits(DATA)
-    _train()
-    scores = {weights: _test(weights) for weights in ('ema', 'raw')}
-    results = read_results(WORK_DIR, scores)
-    draw(results, WORK_DIR / 'ema.png')
-    write_json(results, REPORT)
+    if report.exists():
+        shutil.rmtree(framework.work_dir)
+    _train(framework)
+    results = framework.results(_test(framework))
+    draw(results, picture)
+    write_json(results, report)
     print(f'\n{_table(results)}\n')
     _say(f'done in {time.monotonic() - start:.0f} s')
-    for path in (_last_checkpoint(), WORK_DIR / 'ema.png', REPORT):
+    for path in (framework.last_checkpoint(), picture, report):
         print(f'  {path.relative_to(ROOT)}')
 
 
-def _train() -> None:
+def _train(framework: Framework) -> None:
     """Train; go on where an interrupted demo stopped."""
-    if REPORT.exists():
-        shutil.rmtree(WORK_DIR)
-    resume = ['--resume'] if (WORK_DIR / 'last_checkpoint').exists() else []
+    resume = framework.last_checkpoint() is not None
     if resume:
-        _say('resuming the training (augmentations differ from one in a go)')
+        _say('resuming the training (random numbers differ from one in a go)')
     else:
-        _say('training with EMAHook (about 3 minutes on two cores)')
-    _run_tool('train', 'train', CONFIG, '--work-dir', WORK_DIR, *resume)
+        _say(f'training with EMAHook (about {framework.minutes} on two cores)')
+    framework.train(resume)
 
 
-def _test(weights: str) -> float:
-    """Test one set of weights of the last checkpoint; return the mAP."""
-    _say(f'testing the {weights} weights')
-    out = WORK_DIR / f'test_{weights}'
-    shutil.rmtree(out, ignore_errors=True)
-    choice = f'custom_hooks.0.evaluate={weights}'
-    _run_tool(
-        'test',
-        f'test_{weights}',
-        *(CONFIG, _last_checkpoint(), '--work-dir', out),
-        *('--cfg-options', choice),
-    )
-    return read_test(out)
-
-
-def _last_checkpoint() -> Path:
-    return Path((WORK_DIR / 'last_checkpoint').read_text().strip())
-
-
-def _run_tool(name: str, log_name: str, *arguments: object) -> None:
-    """Run one of mmdet's own tools; its output goes to a log file."""
-    WORK_DIR.mkdir(parents=True, exist_ok=True)
-    log = WORK_DIR / f'{log_name}.log'
-    command = [sys.executable, str(_tool(name)), *map(str, arguments)]
-    # on a busy machine waiting OpenMP threads cost more than they bring
-    environment = {'OMP_NUM_THREADS': '1', **os.environ}
-    with log.open('a') as file:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=file
-        )
-    if done.returncode:
-        tail = '\n'.join(log.read_text().splitlines()[-15:])
-        sys.exit(f'{tail}\n\ntools/{name}.py failed; the whole log: {log}')
-
-
-def _tool(name: str) -> Path:
-    """Return the path of a tool inside the installed mmdet."""
-    (package,) = importlib.util.find_spec('mmdet').submodule_search_locations
-    return Path(package) / '.mim' / 'tools' / f'{name}.py'
+def _test(framework: Framework) -> dict[str, float]:
+    """Test both sets of weights of the last checkpoint."""
+    scores = {}
+    for weights in ('ema', 'raw'):
+        _say(f'testing the {weights} weights')
+        scores[weights] = framework.test(weights)
+    return scores
 
 
 def _table(results: Results) -> str:

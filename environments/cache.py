@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,14 +25,15 @@ def cache_folder() -> Path:
     return Path(shared).expanduser().resolve() / 'mmdet_ema'
 
 
-def key(torch: str) -> str:
+def key(python: str, torch: str) -> str:
     """Returns what a compiled wheel is good for, as a folder's name.
 
     Args:
-        torch (str): The version of torch, such as ``2.13.0``.
+        python (str): The version of Python, such as ``3.11.7``.
+        torch (str): What torch it is compiled against, such as ``2.13.0``.
     """
-    python = 'cp{}{}'.format(*sys.version_info[:2])
-    return f'{python}-torch{torch}-{platform.machine()}'
+    tag = 'cp{}{}'.format(*python.split('.')[:2])
+    return f'{tag}-torch{torch}-{platform.machine()}'
 
 
 def find(folder: Path, name: str, version: str) -> Path | None:
@@ -44,7 +44,8 @@ def find(folder: Path, name: str, version: str) -> Path | None:
         name (str): The package.
         version (str): Its version.
     """
-    for wheel in sorted(folder.glob(f'{name}-{version}-*.whl')):
+    stem = name.replace('-', '_')
+    for wheel in sorted(folder.glob(f'{stem}-{version}-*.whl')):
         if is_sound(wheel):
             return wheel
         say(f'{wheel} is broken; it is built again')

@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import sys
-import sysconfig
 from pathlib import Path
 
 from .console import SetupError
+from .generation import Generation
+from .interpreter import Interpreter
 
-TESTED_PYTHON = (3, 11)
+TESTED_PYTHON = '3.11'
 GIBIBYTE = 2**30
 BYTES_PER_JOB = 3 * GIBIBYTE // 2
 
 
-def check_python() -> None:
+def check_python(python: Interpreter, generation: Generation) -> None:
     """Refuses a Python that the pinned versions were not tested with.
 
+    Args:
+        python (Interpreter): The Python.
+        generation (Generation): What it is for.
+
     Raises:
-        SetupError: If this is another Python, or one without ensurepip.
+        SetupError: If it is another Python, or one that lacks something.
     """
-    if sys.version_info[:2] != TESTED_PYTHON:
+    if not python.version.startswith(f'{TESTED_PYTHON}.'):
         raise SetupError(
-            f'this is Python {sys.version.split()[0]} ({sys.executable}); the '
+            f'this is Python {python.version} ({python.executable}); the '
             'pinned versions were tested with Python 3.11: install it and run '
-            'again with PYTHON=python3.11'
+            f'again with {generation.variable}=python3.11'
         )
-    if importlib.util.find_spec('ensurepip') is None:
+    if not python.ensurepip:
         raise SetupError(
-            'this Python cannot make virtual environments (no ensurepip): '
-            'install python3.11-venv'
+            f'{python.executable} cannot make virtual environments (no '
+            'ensurepip): install python3.11-venv'
         )
+    _check_packages(python, generation)
 
 
-def check_compiler() -> None:
+def _check_packages(python: Interpreter, generation: Generation) -> None:
+    for name, start in generation.system_packages.items():
+        version = python.package_version(name)
+        if not version.startswith(start):
+            raise SetupError(
+                f'{python.executable} has {version or "no"} {name}, but '
+                f'{start}* is needed: {generation.advice}'
+            )
+
+
+def check_compiler(python: Interpreter) -> None:
     """Refuses a machine that cannot compile mmcv's operators.
 
+    Args:
+        python (Interpreter): The Python that the operators are for.
+
     Raises:
-        SetupError: If a C++ compiler or Python's headers are missing.
+        SetupError: If a C++ compiler or headers are missing.
     """
     compiler = os.environ.get('CXX') or 'c++'
     if shutil.which(compiler.split()[0]) is None:
@@ -47,11 +64,18 @@ def check_compiler() -> None:
             f'no C++ compiler ({compiler}), and mmcv has to be compiled: '
             'install g++ (Debian, Ubuntu: build-essential)'
         )
-    header = Path(sysconfig.get_path('include')) / 'Python.h'
+    _check_header(Path(python.headers, 'Python.h'), 'python3.11-dev')
+    if 'torch' in python.packages:
+        torch = Path(python.packages['torch'][1])
+        header = torch / 'include' / 'torch' / 'extension.h'
+        _check_header(header, 'libtorch-dev')
+
+
+def _check_header(header: Path, package: str) -> None:
     if not header.is_file():
         raise SetupError(
             f'no {header}, and mmcv has to be compiled: install the headers '
-            'of this Python (Debian, Ubuntu: python3.11-dev)'
+            f'(Debian, Ubuntu: {package})'
         )
 
 

@@ -1,4 +1,4 @@
-"""Compiles mmcv with its operators, once for all clones.
+"""Compiles mmcv, or mmcv-full, with its operators, once for all clones.
 
 mmcv is unpacked into the cache and built there in its own folder, so that the
 object files and ninja's log outlive a build that was stopped: the next one
@@ -18,6 +18,8 @@ from pathlib import Path
 
 from . import cache, commands, machine, pins
 from .console import SetupError, say
+from .generation import Generation
+from .interpreter import Interpreter
 from .lock import held
 
 BUILD_GIBIBYTES = 1.0
@@ -32,14 +34,24 @@ class Operators:
     """mmcv's wheel: found in the cache, or compiled into it.
 
     Args:
-        venv (Path): The environment that compiles; torch is in it.
+        generation (Generation): Which mmcv.
+        python (Interpreter): The Python that it is for.
+        venv (Path): The environment that compiles; it sees torch.
         log (Path): The file for what the compiler says.
     """
 
-    def __init__(self, venv: Path, log: Path) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        python: Interpreter,
+        venv: Path,
+        log: Path,
+    ) -> None:
+        self._generation, self._python = generation, python
         self._venv, self._log = venv, log
-        self._version = pins.pinned(pins.OPENMMLAB, 'mmcv')
-        self._key = cache.key(pins.pinned(pins.BUILD, 'torch'))
+        self._name = generation.compiled
+        self._version = generation.compiled_version()
+        self._key = cache.key(python.version, _torch(generation, python))
         self._wheels = cache.cache_folder() / 'wheels' / self._key
         self._build = cache.cache_folder() / 'build' / self._key
 
@@ -50,7 +62,7 @@ class Operators:
             SetupError: If a compiler or disk space is missing.
         """
         if self._find() is None:
-            machine.check_compiler()
+            machine.check_compiler(self._python)
             machine.check_disk(self._build, BUILD_GIBIBYTES)
 
     def wheel(self) -> Path:
@@ -63,14 +75,15 @@ class Operators:
             return self._find() or self._compile()
 
     def _find(self) -> Path | None:
-        return cache.find(self._wheels, 'mmcv', self._version)
+        return cache.find(self._wheels, self._name, self._version)
 
     def _compile(self) -> Path:
         source = self._source()
         jobs = machine.compile_jobs()
         say(
-            f'compiling mmcv {self._version}, once: 77 files, {jobs} at a '
-            'time; 6 minutes at best, about 20 on two slow cores'
+            f'compiling {self._name} {self._version}, once: '
+            f'{self._generation.sources} files, {jobs} at a time; '
+            f'{self._generation.pace}'
         )
         with Progress(source, self._log) as progress:
             self._pip(
@@ -82,7 +95,8 @@ class Operators:
         return self._keep()
 
     def _keep(self) -> Path:
-        built = cache.find(self._build / 'wheels', 'mmcv', self._version)
+        folder = self._build / 'wheels'
+        built = cache.find(folder, self._name, self._version)
         if built is None:
             raise SetupError(f'no wheel came out of the build ({self._log})')
         kept = cache.store(built, self._wheels)
@@ -91,16 +105,16 @@ class Operators:
         return kept
 
     def _source(self) -> Path:
-        source = self._build / f'mmcv-{self._version}'
+        source = self._build / f'{self._name}-{self._version}'
         if not source.exists():
             self._unpack(self._download(), source)
         return source
 
     def _download(self) -> Path:
         folder = self._build / 'download'
-        package = f'mmcv=={self._version}'
+        package = f'{self._name}=={self._version}'
         self._pip(['download', '--no-binary=:all:', '-d', folder, package])
-        return next(folder.glob(f'mmcv-{self._version}.tar.gz'))
+        return folder / f'{self._name}-{self._version}.tar.gz'
 
     def _unpack(self, archive: Path, source: Path) -> None:
         temporary = self._build / 'unpacked'
@@ -145,6 +159,13 @@ class Operators:
             'MMCV_WITH_OPS': '1',
             'NINJA_STATUS': '[%f/%t] ',
         }
+
+
+def _torch(generation: Generation, python: Interpreter) -> str:
+    if 'torch' in generation.system_packages:
+        # It fits that system's libraries alone.
+        return f'{python.package_version("torch")}-{python.system}'
+    return pins.pinned(generation.file('build'), 'torch')
 
 
 class Progress:

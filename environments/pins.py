@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-BUILD = FOLDER / 'build.txt'
-MMDET3D = FOLDER / 'mmdet3d.txt'
-OPENMMLAB = FOLDER / 'openmmlab.txt'
-RUNTIME = FOLDER / 'runtime.txt'
-TOOLS = FOLDER / 'tools.txt'
 # To be raised when the steps of the set-up change.
 RECIPE = 1
 
@@ -34,20 +28,16 @@ def pinned(file: Path, package: str) -> str:
     raise ValueError(f'{file} has no line "{package}==VERSION"')
 
 
-def python_version() -> str:
-    """Returns the running Python's version, such as ``3.11.7``."""
-    return '.'.join(map(str, sys.version_info[:3]))
-
-
-def digest(files: Iterable[Path], *more: str) -> str:
+def digest(python: str, files: Iterable[Path], *more: str) -> str:
     """Returns a hash of the recipe, the Python version and the files.
 
     Args:
+        python (str): The version of Python, such as ``3.11.7``.
         files (Iterable[Path]): Their names and contents count; a file that is
             not there counts as an empty one.
         *more (str): Other texts that count.
     """
-    total = hashlib.sha256(f'{RECIPE} {python_version()}'.encode())
+    total = hashlib.sha256(f'{RECIPE} {python}'.encode())
     for file in files:
         content = file.read_bytes() if file.is_file() else b''
         total.update(f'\0{file.name}\0{len(content)}\0'.encode() + content)

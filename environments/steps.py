@@ -4,71 +4,80 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
-from . import commands, machine, pins, stamp
+from . import commands, machine, stamp
 from .console import SetupError, step
+from .generation import Generation
+from .interpreter import Interpreter
 from .operators import Operators
-
-VENV_GIBIBYTES = 3.0
 
 
 class Steps:
-    """The steps that make ``root/.venv``.
+    """The steps that make the environment of one generation.
 
     Args:
         root (Path): The repository's root.
+        generation (Generation): What to make.
+        python (Interpreter): The Python that it is made with.
         wanted (dict[str, str]): The digest of every step.
     """
 
-    def __init__(self, root: Path, wanted: dict[str, str]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        generation: Generation,
+        python: Interpreter,
+        wanted: dict[str, str],
+    ) -> None:
         self._root, self._wanted = root, wanted
-        self._venv = root / '.venv'
+        self._generation, self._base = generation, python
+        self._venv = root / generation.venv
         self._log = self._venv / 'setup.log'
-        self._operators = Operators(self._venv, self._log)
+        self._operators = Operators(generation, python, self._venv, self._log)
 
     def do(self, name: str) -> None:
         """Does one step and records it.
 
         Args:
             name (str): ``packages``, ``openmmlab``, ``project`` or an
-                extra one: ``mmdet3d``.
+                extra one, such as ``mmdet3d``.
         """
-        {
-            'packages': self._packages,
-            'openmmlab': self._openmmlab,
-            'project': self._project,
-            'mmdet3d': self._mmdet3d,
-        }[name]()
+        if name in self._generation.extras:
+            self._extra(name)
+        else:
+            {
+                'packages': self._packages,
+                'openmmlab': self._openmmlab,
+                'project': self._project,
+            }[name]()
         done = {**stamp.read(self._venv), name: self._wanted[name]}
         stamp.write(self._venv, done)
 
     def _packages(self) -> None:
-        machine.check_python()
+        machine.check_python(self._base, self._generation)
         self._refuse_foreign()
-        machine.check_disk(self._root, VENV_GIBIBYTES)
+        machine.check_disk(self._root, self._generation.gibibytes)
         self._operators.check()
         with step(f'new environment {self._venv}'):
             self._remake()
-        with step('torch, tools and other pinned packages'):
-            self._install(
-                *('-r', pins.BUILD, '-r', pins.RUNTIME, '-r', pins.TOOLS)
-            )
+        with step('tools and other pinned packages'):
+            files = self._generation.package_files()
+            self._install(*(word for file in files for word in ('-r', file)))
 
     def _openmmlab(self) -> None:
         self._operators.check()
         wheel = self._operators.wheel()
-        with step('mmcv, mmdet and mmengine'):
+        with step(f'{self._generation.compiled}, mmdet and mmengine'):
             # Else pip keeps an installed mmcv of the same version.
             force = ('--no-deps', '--force-reinstall')
-            self._install(*force, wheel, '-r', pins.OPENMMLAB)
+            self._install(*force, wheel, '-r', self._file('openmmlab'))
         with step('trying the imports'):
             self._try_imports(wheel)
 
     def _try_imports(self, wheel: Path) -> None:
         try:
-            self._python('-c', 'import mmcv.ops, mmdet')
+            self._python('-c', f'import {self._generation.imports}')
         except SetupError as error:
             raise SetupError(
                 f'{error}; if mmcv is at fault, delete {wheel} and run again'
@@ -81,12 +90,14 @@ class Steps:
                 *('-e', self._root),
             )
 
-    def _mmdet3d(self) -> None:
-        with step('mmdet3d and what it imports'):
-            self._install('--no-deps', '-r', pins.MMDET3D)
+    def _extra(self, name: str) -> None:
+        with step(f'{name} and what it imports'):
+            self._install('--no-deps', '-r', self._file(name))
         with step('trying its imports'):
-            # Not mmdet3d alone: that imports next to nothing.
-            self._python('-c', 'import mmdet3d.apis, mmdet3d.evaluation')
+            self._python('-c', f'import {self._generation.extras[name]}')
+
+    def _file(self, name: str) -> Path:
+        return self._generation.file(name)
 
     def _refuse_foreign(self) -> None:
         if stamp.is_foreign(self._venv):
@@ -96,7 +107,7 @@ class Steps:
             )
 
     def _remake(self) -> None:
-        old = self._venv.with_name('.venv-old')
+        old = self._venv.with_name(f'{self._venv.name}-old')
         shutil.rmtree(old, ignore_errors=True)
         # Moved first: a removal that is stopped leaves no half environment.
         if self._venv.exists():
@@ -107,10 +118,10 @@ class Steps:
         self._make()
 
     def _make(self) -> None:
-        # The running Python may be the one of the environment just removed.
-        python = getattr(sys, '_base_executable', sys.executable)
+        system = ['--system-site-packages']
+        options = system if self._generation.system_packages else []
         commands.run(
-            [python, '-I', '-m', 'venv', self._venv],
+            [self._base.executable, '-I', '-m', 'venv', *options, self._venv],
             log=self._log,
             environment=commands.clean_environment(self._venv),
         )
