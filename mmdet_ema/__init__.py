@@ -1,6 +1,6 @@
 """Exponential moving average (EMA) of weights for OpenMMLab detectors.
 
-Importing the package registers ``EMAHook`` with the framework that is
+Importing the package registers ``EMAHook`` with the frameworks that are
 installed; ``custom_imports = dict(imports=['mmdet_ema'])`` does so from a
 config. Without a framework there is :class:`WeightAverager` alone.
 """
@@ -38,7 +38,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     if _hook is None:
         raise ImportError(
-            'EMAHook needs mmengine; install it (pip install mmengine) or use '
-            'mmdet_ema.WeightAverager in a plain PyTorch loop.'
+            'EMAHook needs mmengine or mmcv 1.7; install one of them (pip '
+            'install mmengine) or use mmdet_ema.WeightAverager in a plain '
+            'PyTorch loop.'
         )
     return _hook

@@ -1,20 +1,47 @@
-"""Find the framework that is installed."""
+"""Find the frameworks that are installed."""
 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Optional
+import os
+from typing import Any, List, Optional
 
 
 def load_hook() -> Optional[Any]:
-    """Register and return the hook of the installed framework.
+    """Register the hook of every framework that is installed.
 
     Returns:
-        The class; None if no framework is installed. A framework that is
-        there but does not import raises its own error.
+        The class for mmcv 1.x where that is installed, else the one for
+        mmengine; None if no framework is. A framework that is there but does
+        not import raises its own error.
     """
-    if not _is_installed('mmengine'):
-        return None
+    hooks: List[Any] = []
+    if has_mmcv1():
+        hooks.append(_load_for_mmcv1())
+    if has_mmengine():
+        hooks.append(_load_for_mmengine())
+    return hooks[0] if hooks else None
+
+
+def has_mmcv1() -> bool:
+    """Return whether mmcv 1.x is installed; mmcv 2 has no runners."""
+    return _has('mmcv', 'runner')
+
+
+def has_mmengine() -> bool:
+    """Return whether mmengine is installed."""
+    return _has('mmengine')
+
+
+def _load_for_mmcv1() -> Any:
+    from mmdet_ema.hooks.for_mmcv1.ema_hook import EMAHook
+    from mmdet_ema.hooks.for_mmcv1.registration import register
+
+    register()
+    return EMAHook
+
+
+def _load_for_mmengine() -> Any:
     from mmdet_ema.hooks.for_mmengine.ema_hook import EMAHook
     from mmdet_ema.hooks.for_mmengine.registration import register
 
@@ -22,8 +49,13 @@ def load_hook() -> Optional[Any]:
     return EMAHook
 
 
-def _is_installed(name: str) -> bool:
+def _has(package: str, part: str = '') -> bool:
+    """Return whether a package with a part is installed; import nothing."""
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return False
+    if spec is None:
+        return False
+    folders = spec.submodule_search_locations or []
+    return any(os.path.isdir(os.path.join(path, part)) for path in folders)

@@ -7,6 +7,7 @@ from typing import Any, List, Mapping, Optional
 from mmdet_ema.core.errors import OptionError
 
 PACKAGE = 'mmdet_ema'
+EMA_HOOKS = ('EMAHook', 'ExpMomentumEMAHook', 'LinearMomentumEMAHook')
 
 
 def add_ema(cfg: Any, options: Mapping[str, Any]) -> None:
@@ -48,7 +49,7 @@ def choose_weights(cfg: Any, weights: Optional[str]) -> None:
 def ema_hooks(cfg: Any) -> List[Any]:
     """Return the EMA hooks in a config, as dicts."""
     hooks = cfg.get('custom_hooks') or []
-    return [hook for hook in hooks if _kind(hook) == 'EMAHook']
+    return [hook for hook in hooks if _kind(hook) in EMA_HOOKS]
 
 
 def import_package(cfg: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any, List
 
-from mmdet_ema.checkpoint import read_structure
 from mmdet_ema.cli.edited_config import choose_weights
+from mmdet_ema.cli.generations import installed
 from mmdet_ema.cli.tool import run_tool
 from mmdet_ema.hooks.options import EVALUATE
 
@@ -45,12 +45,26 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, rest: List[str]) -> None:
+    generation = installed()
     if '://' not in options.checkpoint:
-        read_structure(options.checkpoint)
-    rest = [options.checkpoint, *rest]
+        generation.check(options.checkpoint)
+    if generation.reading_raw is None:
+        _run_tool(options, rest)
+        return
+    # the tool of mmdet 2 builds no hook and tests one set of weights
+    if options.weights in ('raw', 'both'):
+        print('mmdet-ema: testing the raw weights', flush=True)
+        with generation.reading_raw():
+            _run_tool(options, rest)
+    if options.weights != 'raw':
+        print('mmdet-ema: testing the EMA weights', flush=True)
+        _run_tool(options, rest)
+
+
+def _run_tool(options: argparse.Namespace, rest: List[str]) -> None:
     run_tool(
         'test',
         options.config,
-        rest,
+        [options.checkpoint, *rest],
         lambda cfg: choose_weights(cfg, options.weights),
     )

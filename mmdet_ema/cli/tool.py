@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, Callable, List
 from unittest import mock
 
+from mmdet_ema.cli.generations import Generation, installed
 from mmdet_ema.core.errors import OptionError, did_you_mean
-
-SCOPES = ('mmdet', 'mmdet3d')
 
 
 def run_tool(
@@ -35,10 +34,9 @@ def run_tool(
     Raises:
         OptionError: If the config or the tool cannot be found.
     """
-    from mmengine.config import Config
-
-    tool = find_tool(_scope(Config, config), name)
-    read = Config.fromfile
+    generation = installed()
+    tool = find_tool(_scope(generation, config), name)
+    read = generation.config.fromfile
 
     def read_and_edit(filename: Any, *args: Any, **kwargs: Any) -> Any:
         cfg = read(filename, *args, **kwargs)
@@ -47,7 +45,7 @@ def run_tool(
         return cfg
 
     argv = [str(tool), config, *arguments]
-    edited = mock.patch.object(Config, 'fromfile', read_and_edit)
+    edited = mock.patch.object(generation.config, 'fromfile', read_and_edit)
     with edited, mock.patch.object(sys, 'argv', argv):
         runpy.run_path(str(tool), run_name='__main__')
 
@@ -81,15 +79,17 @@ def find_tool(scope: str, name: str) -> Path:
     return tool
 
 
-def _scope(kind: Any, config: str) -> str:
+def _scope(generation: Generation, config: str) -> str:
     if not os.path.isfile(config):
         raise OptionError(f'there is no config file {config!r}.')
-    scope = kind.fromfile(config).get('default_scope')
-    if scope not in SCOPES:
-        near = did_you_mean(str(scope), SCOPES)
+    cfg = generation.config.fromfile(config)
+    scope = cfg.get('default_scope', generation.default_scope)
+    if scope not in generation.scopes:
+        near = did_you_mean(str(scope), generation.scopes)
         raise OptionError(
             f'{config!r} has default_scope={scope!r}; mmdet-ema runs the '
-            f'tools of {" and ".join(SCOPES)}.{near} For another framework '
-            f'add custom_imports and EMAHook to the config, and run its tool.'
+            f'tools of {" and ".join(generation.scopes)}.{near} For another '
+            f'framework add custom_imports and EMAHook to the config, and run '
+            f'its tool.'
         )
     return str(scope)

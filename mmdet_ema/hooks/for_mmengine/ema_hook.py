@@ -22,6 +22,7 @@ from mmdet_ema.hooks.for_mmengine.user_classes import find_rule
 from mmdet_ema.hooks.lifecycle import EMALifecycle
 from mmdet_ema.hooks.loop_guard import guard_loop
 from mmdet_ema.hooks.options import parse_options
+from mmdet_ema.optim.nominal import scale_weight_decay
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -147,11 +148,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Get ready; every weight is initialised and loaded by now."""
         self._trained = False
         self._model = runner_facts.model_of(runner)
-        self._life.start(
-            self._model,
-            runner_facts.optimizers_of(runner),
-            runner_facts.facts_of(runner),
-        )
+        facts = runner_facts.facts_of(runner)
+        optimizers = runner_facts.optimizers_of(runner)
+        self._life.start(self._model, optimizers, facts)
+        scale_weight_decay(optimizers, facts.samples, self._log)
         self._watch_loops(runner)
 
     def before_train_epoch(self, runner: Any) -> None:

@@ -11,6 +11,7 @@ from mmengine.registry import HOOKS, build_from_cfg
 
 from mmdet_ema.hooks.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.hooks.for_mmengine.safe_globals import allow_framework_types
+from mmdet_ema.optim.for_mmengine import register as register_optim
 from mmdet_ema.version import __version__
 
 _NAMES = ('mmengine.hooks.EMAHook', 'mmengine.hooks.ema_hook.EMAHook')
@@ -27,6 +28,7 @@ def register() -> None:
         name='MMEngineEMAHook', module=MMEngineEMAHook, force=True
     )
     HOOKS.build_func = _build
+    register_optim()
     allow_framework_types()
     if os.environ.get('RANK', '0') == '0':
         print_log(

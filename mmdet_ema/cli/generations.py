@@ -1,0 +1,82 @@
+"""The two generations of the framework, as far as the command line goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any, Callable, ContextManager, Optional, Tuple
+
+from mmdet_ema.checkpoint.layout import put_raw, unpack
+from mmdet_ema.checkpoint.structure import read_structure
+from mmdet_ema.core.errors import CheckpointError, OptionError
+from mmdet_ema.frameworks import has_mmcv1, has_mmengine
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the commands have to know of a generation.
+
+    Attributes:
+        config: Its class of configs.
+        scopes: The frameworks whose tools can be run.
+        default_scope: The framework of a config that does not say.
+        check: Looks at a checkpoint before anything is done.
+        reading_raw: While it is entered, the tools read raw weights; None
+            where the hook sees to that.
+    """
+
+    config: Any
+    scopes: Tuple[str, ...]
+    default_scope: Optional[str]
+    check: Callable[[str], Any]
+    reading_raw: Optional[Callable[[], ContextManager[None]]]
+
+
+def installed() -> Generation:
+    """Return the generation that is installed; mmcv 1.x before mmengine.
+
+    Raises:
+        OptionError: If there is none.
+    """
+    if has_mmcv1():
+        from mmcv import Config
+
+        return Generation(
+            Config, ('mmdet',), 'mmdet', _check_exists, _reading_raw
+        )
+    if has_mmengine():
+        from mmengine.config import Config
+
+        scopes = ('mmdet', 'mmdet3d')
+        return Generation(Config, scopes, None, read_structure, None)
+    raise OptionError(
+        'neither mmengine nor mmcv 1.7 is installed; install mmdet with '
+        'what it needs (pip install mmdet mmengine).'
+    )
+
+
+def _check_exists(path: str) -> None:
+    if not os.path.isfile(path):
+        raise CheckpointError(f'there is no checkpoint {path!r}.')
+
+
+@contextlib.contextmanager
+def _reading_raw() -> Any:
+    from mmdet_ema.hooks.for_mmcv1.loading import reading_through
+
+    with reading_through(_take_raw):
+        yield
+
+
+def _take_raw(checkpoint: Any) -> None:
+    from mmdet_ema.checkpoint.mmcv1 import take_message
+
+    take_message(checkpoint)
+    part = unpack(checkpoint)
+    if part is None:
+        raise CheckpointError(
+            'the checkpoint holds one set of weights and no EMA part, so '
+            'there are no raw weights to test; leave out --weights.'
+        )
+    put_raw(checkpoint, part)

@@ -1,0 +1,1 @@
+"""The adapter of mmcv 1.7 (mmdet 2)."""

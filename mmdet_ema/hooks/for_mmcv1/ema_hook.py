@@ -1,0 +1,293 @@
+"""``EMAHook`` for the runners of mmcv 1.x: forwards to the lifecycle."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, Iterator, Optional, Union
+
+import torch
+from mmcv.runner import Hook
+
+from mmdet_ema.checkpoint.mmcv1 import drop, iteration_of, put_iteration
+from mmdet_ema.checkpoint.mmcv1_buffers import convert_buffers
+from mmdet_ema.core.schedule_spec import ScheduleSpec
+from mmdet_ema.hooks.for_mmcv1 import runner_facts
+from mmdet_ema.hooks.for_mmcv1.run_log import RunLog
+from mmdet_ema.hooks.for_mmcv1.saving import with_ema_part
+from mmdet_ema.hooks.for_mmcv1.watching import watch
+from mmdet_ema.hooks.for_mmcv1.words import parse_words
+from mmdet_ema.hooks.lifecycle import EMALifecycle
+from mmdet_ema.hooks.planning import check_begin
+from mmdet_ema.optim.nominal import scale_weight_decay
+
+
+class EMAHook(Hook):  # type: ignore[misc]
+    """Exponential moving average of the weights, during training.
+
+    Evaluations, ``val`` in the workflow and the ``state_dict`` of checkpoints
+    use the averages; training goes on from the raw weights, which are in the
+    checkpoint too. Update n is ``avg = d * avg + (1 - d) * raw`` with, by
+    default, ``d = decay * (1 - exp(-n / tau))`` (YOLOv5's ramp). Any priority
+    will do: a step that is not averaged yet is so before anything is
+    evaluated, saved or logged.
+
+    Args:
+        decay (float): Weight of the old average at the end of the ramp, in
+            [0, 1). Defaults to 0.9999.
+        tau (float): Constant of the ramp in updates. Defaults to 2000.
+        schedule (str | dict | Callable): Name, ``dict(type=name, **options)``
+            or callable n -> decay. Defaults to 'exponential'.
+        interval (int): Optimizer steps between updates; the averaging window
+            does not change with it. Defaults to 1.
+        begin_iter (int): First iteration that is averaged, counted from 1.
+            Defaults to 0, from the start.
+        begin_epoch (int): First epoch that is averaged, counted from 1.
+            Defaults to 0, from the start.
+        update_buffers (bool): Whether float buffers (BatchNorm statistics)
+            are averaged; else copied. Defaults to True, or to what the hook
+            does whose words are given.
+        device (str, optional): Where the averages live: None for where the
+            parameters are, 'cpu' for host memory. Defaults to None.
+        evaluate (str): Weights that evaluations run on: 'ema', 'raw' or
+            'both' (twice; the metrics of the raw weights come under
+            ``raw/<name>``). Defaults to 'ema'.
+        nonfinite (str): What to do with a step that leaves NaN or Inf:
+            'skip' it, 'raise', or 'ignore' (take it in). Defaults to 'skip'.
+        strict_load (bool): Whether an average that is missing in a checkpoint
+            is an error on resume. Defaults to False.
+        scale_decay (bool): Whether a resume with another batch size or world
+            size uses ``decay ** kappa``, which keeps the averaging window in
+            samples. Defaults to False.
+        overlap (bool): Whether an update runs beside the next forward and
+            backward pass, on a stream (or, without a GPU, a thread) of its
+            own; the numbers are the same. Nothing but the optimizer may
+            change parameters then. Defaults to False.
+        ema_type (str, optional): mmengine's word: name of an averaging
+            class, for its numbers and mmengine's defaults.
+        momentum (float, optional): OpenMMLab's word: ``1 - decay``. Alone it
+            means mmcv's hook, with its warm-up.
+        gamma (float, optional): mmengine's word: constant of the ramp of
+            ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
+        warm_up (int, optional): mmcv's word, for
+            ``d = min(1 - momentum, n / (warm_up + n - 1))``.
+        resume_from (str, optional): mmcv's word: a checkpoint that the run
+            resumes from.
+        total_iter (float, optional): mmdet 2's word: constant of the
+            exponential ramp.
+        skip_buffers (bool, optional): mmdet 2's word: not
+            ``update_buffers``.
+
+    Raises:
+        OptionError: If an option is unknown, out of range or contradicts
+            another one (a ``ValueError``).
+
+    Example:
+        >>> custom_imports = dict(imports=['mmdet_ema'])
+        >>> custom_hooks = [dict(type='EMAHook', decay=0.9998, tau=2000)]
+    """
+
+    _words = 'EMAHook'
+
+    def __init__(
+        self,
+        *,
+        decay: Optional[float] = None,
+        tau: Optional[float] = None,
+        schedule: Optional[ScheduleSpec] = None,
+        interval: int = 1,
+        begin_iter: int = 0,
+        begin_epoch: int = 0,
+        update_buffers: Optional[bool] = None,
+        device: Union[str, torch.device, None] = None,
+        evaluate: str = 'ema',
+        nonfinite: str = 'skip',
+        strict_load: bool = False,
+        scale_decay: bool = False,
+        overlap: bool = False,
+        ema_type: Any = None,
+        momentum: Optional[float] = None,
+        gamma: Optional[float] = None,
+        warm_up: Optional[int] = None,
+        resume_from: Optional[str] = None,
+        total_iter: Optional[float] = None,
+        skip_buffers: Optional[bool] = None,
+        **unknown: Any,
+    ):
+        given = dict(
+            decay=decay,
+            tau=tau,
+            schedule=schedule,
+            interval=interval,
+            begin_iter=begin_iter,
+            begin_epoch=begin_epoch,
+            update_buffers=update_buffers,
+            device=device,
+            evaluate=evaluate,
+            nonfinite=nonfinite,
+            strict_load=strict_load,
+            scale_decay=scale_decay,
+            overlap=overlap,
+            ema_type=ema_type,
+            momentum=momentum,
+            gamma=gamma,
+            warm_up=warm_up,
+            total_iter=total_iter,
+            skip_buffers=skip_buffers,
+            **unknown,
+        )
+        options = parse_words(self._words, given)
+        self.evaluates_both = options.evaluate == 'both'
+        self._resume_from = resume_from
+        self._log = RunLog()
+        self._life = EMALifecycle(options, self._log)
+        self._started = False
+        self._iteration = self._saved_iteration = 0
+
+    def before_run(self, runner: Any) -> None:
+        """Check what can be checked before anything is changed."""
+        self._log.logger = runner.logger
+        runner_facts.refuse_second(runner)
+        check_begin(self._life.options, runner_facts.facts_of(runner))
+        watch(runner, self)
+        self._resume(runner)
+        self._started = False
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Follow tensors that were replaced."""
+        watch(runner, self)
+        self._start(runner)
+        self._life.before_epoch()
+
+    def before_train_iter(self, runner: Any) -> None:
+        """Start the average if its time has come."""
+        self._start(runner)
+        self.catch_up()
+        self._iteration = runner.iter + 1
+        model = runner_facts.model_of(runner)
+        self._life.before_iteration(model, runner.iter, runner.epoch)
+
+    def after_train_iter(self, runner: Any) -> None:
+        """Update the average if the optimizer stepped."""
+        self.catch_up()
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Agree between the ranks; a checkpoint may be written now."""
+        self.agree()
+
+    def after_run(self, runner: Any) -> None:
+        """Stop listening to the optimizers."""
+        self.catch_up()
+        self._life.finish()
+
+    def after_read_checkpoint(
+        self, runner: Any, checkpoint: Any, filename: str, resumes: bool
+    ) -> None:
+        """Sort out which weights of a checkpoint go where.
+
+        Args:
+            runner: The runner, which loads it next.
+            checkpoint: What was read, changed in place.
+            filename: Name of the file.
+            resumes: Whether training resumes from it.
+        """
+        self._log.logger = runner.logger
+        model = runner_facts.model_of(runner)
+        tied = runner_facts.tied_names(model)
+        found = convert_buffers(checkpoint, tied, filename)
+        if found is not None:
+            self._log.info(found.line)
+        if found is not None and found.warning:
+            self._log.warning(found.warning)
+        drop(checkpoint, runner_facts.unsaved_names(model))
+        self._saved_iteration = iteration_of(checkpoint)
+        if resumes:
+            self._life.resume(checkpoint, model)
+        else:
+            self._life.fine_tune(checkpoint)
+
+    def after_resume(self, runner: Any) -> None:
+        """Go on after the iteration that was saved.
+
+        ``IterBasedRunner`` would train it a second time.
+
+        Args:
+            runner: The runner, which has resumed.
+        """
+        if runner.max_epochs is None and self._saved_iteration:
+            runner._iter = runner._inner_iter = self._saved_iteration
+        self._iteration = runner.iter
+
+    @contextlib.contextmanager
+    def evaluating(self, runner: Any) -> Iterator[None]:
+        """Evaluate the averages in the body, if they are to be evaluated.
+
+        Args:
+            runner: The runner.
+        """
+        self._start(runner)
+        self.catch_up()
+        try:
+            self._life.enter_evaluation(runner_facts.model_of(runner))
+            yield
+        finally:
+            self._life.leave_evaluation()
+
+    @contextlib.contextmanager
+    def saving(self, runner: Any) -> Iterator[None]:
+        """Save the averages in the body, with the raw weights beside.
+
+        Args:
+            runner: The runner.
+        """
+        self._start(runner)
+        self.catch_up()
+        model = runner_facts.model_of(runner)
+        with with_ema_part(runner, model, self._save):
+            yield
+
+    def catch_up(self) -> None:
+        """Average a step now; other hooks may come before our turn."""
+        taken = self._life.after_iteration(self._iteration)
+        if not taken and self._life.averager is not None:
+            iteration = self._life.last_iteration
+            self._log.skipped(self._life.averager, iteration)
+
+    def agree(self) -> None:
+        """Agree between the ranks; call it on all of them."""
+        self.catch_up()
+        self._life.synchronize()
+
+    def log_training(self, log: Callable[[Any], Any], runner: Any) -> Any:
+        """Let a logger log a training step, with decay and distance.
+
+        Args:
+            log: The ``log`` of a logger hook.
+            runner: The runner.
+        """
+        return self._log.with_scalars(log, runner, self._life.averager)
+
+    def _save(self, checkpoint: Any) -> None:
+        self._life.save(checkpoint)
+        put_iteration(checkpoint, self._iteration)
+
+    def _start(self, runner: Any) -> None:
+        """Get ready; every weight is initialised and loaded by now."""
+        if self._started:
+            return
+        self._started = True
+        facts = runner_facts.facts_of(runner)
+        optimizers = runner_facts.optimizers_of(runner)
+        self._life.start(runner_facts.model_of(runner), optimizers, facts)
+        scale_weight_decay(optimizers, facts.samples, self._log)
+
+    def _resume(self, runner: Any) -> None:
+        """Resume as mmcv's hook does, unless the run has resumed already."""
+        if self._resume_from is None:
+            return
+        if runner.iter:
+            self._log.warning(
+                f'EMA: resume_from={self._resume_from!r} has no effect: the '
+                f'run has resumed from another checkpoint already.'
+            )
+        else:
+            runner.resume(self._resume_from)

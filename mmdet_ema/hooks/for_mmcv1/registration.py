@@ -1,0 +1,65 @@
+"""Make ``dict(type='EMAHook')`` build our hook, whatever came first."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Callable
+
+from mmcv.runner import HOOKS
+from mmcv.utils import get_logger
+
+from mmdet_ema.hooks.for_mmcv1.ema_hook import EMAHook
+from mmdet_ema.hooks.for_mmcv1.loading import watch_loading
+from mmdet_ema.hooks.for_mmcv1.mmdet_hooks import (
+    ExpMomentumEMAHook,
+    LinearMomentumEMAHook,
+)
+from mmdet_ema.hooks.for_mmcv1.wrapping import wrap_once
+from mmdet_ema.optim.for_mmcv1 import register as register_optim
+from mmdet_ema.version import __version__
+
+_OURS = {
+    'EMAHook': (EMAHook, 'MMCVEMAHook'),
+    'ExpMomentumEMAHook': (ExpMomentumEMAHook, 'MMDetExpMomentumEMAHook'),
+    'LinearMomentumEMAHook': (
+        LinearMomentumEMAHook,
+        'MMDetLinearMomentumEMAHook',
+    ),
+}
+
+
+def register() -> None:
+    """Register the hooks in mmcv's registry; say so in one line.
+
+    mmcv's own hook and mmdet 2's stay there under names of their own; mmdet's
+    get theirs also where mmdet is imported after us.
+    """
+    for name, (ours, spare) in _OURS.items():
+        theirs = HOOKS.get(name)
+        if theirs not in (None, ours):
+            HOOKS.register_module(name=spare, module=theirs, force=True)
+        HOOKS.register_module(name=name, module=ours, force=True)
+    wrap_once(HOOKS, '_register_module', _register)
+    watch_loading()
+    register_optim()
+    if os.environ.get('RANK', '0') == '0':
+        get_logger('mmdet_ema').info(
+            f"mmdet_ema {__version__}: dict(type='EMAHook'), "
+            f"'ExpMomentumEMAHook' and 'LinearMomentumEMAHook' build its own "
+            f"hooks; mmcv's is 'MMCVEMAHook' now, mmdet's are "
+            f"'MMDetExpMomentumEMAHook' and 'MMDetLinearMomentumEMAHook'."
+        )
+
+
+def _register(
+    register: Callable[..., Any],
+    module: Any,
+    module_name: Any = None,
+    force: bool = False,
+) -> Any:
+    """Register a class; mmdet's EMA hooks do not meet ours."""
+    name = module.__name__
+    mmdets = module.__module__.startswith('mmdet.') and name in _OURS
+    if mmdets and module_name in (None, name):
+        module_name, force = _OURS[name][1], True
+    return register(module=module, module_name=module_name, force=force)

@@ -1,0 +1,92 @@
+"""Checkpoints of mmcv with the averages in them.
+
+mmcv writes ``meta``, ``state_dict`` and ``optimizer``, and nothing else: what
+a hook wants to find again goes into ``meta['hook_msgs']``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from typing import Any, Callable, Dict, Iterator
+
+import mmcv
+from mmcv.fileio.file_client import HardDiskBackend
+from mmcv.runner.checkpoint import get_state_dict
+
+from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message
+
+
+@contextlib.contextmanager
+def with_ema_part(
+    runner: Any, model: Any, save: Callable[[Dict[str, Any]], None]
+) -> Iterator[None]:
+    """Make what the runner saves in the body hold the averages.
+
+    ``state_dict`` gets the averages without a swap, so it does not matter
+    which weights the model holds; the EMA part goes into the runner's meta
+    and out again.
+
+    Args:
+        runner: The runner.
+        model: Its model, unwrapped.
+        save: Gives a checkpoint its EMA part, in place.
+    """
+    checkpoint = {'state_dict': get_state_dict(model)}
+    save(checkpoint)
+    weights, before = checkpoint['state_dict'], runner.meta
+    if before is None:
+        runner.meta = {}
+    messages = runner.meta.setdefault('hook_msgs', {})
+    handle = model._register_state_dict_hook(_replace_by(weights))
+    try:
+        put_message(messages, checkpoint)
+        with _whole_files():
+            yield
+    finally:
+        handle.remove()
+        messages.pop(MESSAGE, None)
+        runner.meta = before
+
+
+def _replace_by(weights: Dict[str, Any]) -> Callable[..., None]:
+    def replace(module: Any, state: Any, prefix: str, metadata: Any) -> None:
+        for name in state:
+            if name in weights:
+                state[name] = weights[name]
+
+    return replace
+
+
+@contextlib.contextmanager
+def _whole_files() -> Iterator[None]:
+    """Write files under a temporary name and move them into place."""
+    put = HardDiskBackend.put
+    HardDiskBackend.put = _put_whole
+    try:
+        yield
+    finally:
+        HardDiskBackend.put = put
+
+
+def _put_whole(backend: Any, content: bytes, path: Any) -> None:
+    path = os.path.realpath(path)
+    folder, name = os.path.split(path)
+    mmcv.mkdir_or_exist(folder)
+    handle, temporary = tempfile.mkstemp('.tmp', f'{name}.', folder)
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content)
+        os.chmod(temporary, _usual_mode())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _usual_mode() -> int:
+    """Return the mode of a new file; ``mkstemp`` makes private ones."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -1,0 +1,141 @@
+"""What kind of parameter a parameter is: by its module, name and shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterator, Set, Tuple
+
+from torch import nn
+
+WEIGHT, NORM, BIAS, OTHER = KINDS = ('weight', 'norm', 'bias', 'other')
+
+NORM_TYPES: Tuple[type, ...] = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+"""What OpenMMLab's constructors call a normalization layer."""
+
+# known by their type, for FSDP shards them into vectors
+_WEIGHT_TYPES: Tuple[type, ...] = (
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.Linear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+)
+_WEIGHT_WORDS = {'weight', 'weights', 'kernel'}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter and where it is.
+
+    Attributes:
+        name: Full name, as ``named_parameters`` gives it.
+        path: Name of the module.
+        leaf: Name in the module.
+        module: The module that holds it.
+        tensor: The parameter.
+        in_dcn: Whether the module is a child of a deformable convolution.
+    """
+
+    name: str
+    path: str
+    leaf: str
+    module: nn.Module
+    tensor: nn.Parameter
+    in_dcn: bool
+
+    @property
+    def kind(self) -> str:
+        """'weight', 'norm', 'bias' or 'other'."""
+        return kind_of(self)
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it belongs to a normalization layer."""
+        return isinstance(self.module, NORM_TYPES)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether it belongs to a depthwise convolution."""
+        module = self.module
+        return (
+            isinstance(module, nn.Conv2d)
+            and module.in_channels == module.groups
+        )
+
+
+def walk(model: nn.Module, dcn_types: Tuple[type, ...]) -> Iterator[Named]:
+    """Yield every parameter once, in the order of the module tree.
+
+    A tied parameter comes under the first of its names.
+
+    Args:
+        model: The model.
+        dcn_types: Classes of deformable convolutions.
+
+    Yields:
+        The parameters, frozen ones too.
+    """
+    yield from _walk(model, '', False, dcn_types, set())
+
+
+def kind_of(parameter: Named) -> str:
+    """Return the kind of a parameter.
+
+    * ``'bias'``: its name is ``bias``, begins with ``bias_`` or ends with
+      ``_bias``. Those of normalization layers too; those of the offset layer
+      of a deformable convolution not, they are ``'other'``.
+    * ``'norm'``: the other parameters of normalization layers.
+    * ``'weight'``: ``weight`` or ``kernel`` is a word of its name, and it
+      has two dimensions at least or its module is one of torch's:
+      convolutions, linear layers, embeddings, attention, recurrent layers.
+    * ``'other'``: position tables, class tokens, scales, slopes, ...
+
+    Args:
+        parameter: The parameter.
+    """
+    words = _leaf_word(parameter.name).split('_')
+    if words[0] == BIAS or words[-1] == BIAS:
+        return OTHER if parameter.in_dcn else BIAS
+    if parameter.is_norm:
+        return NORM
+    known = isinstance(parameter.module, _WEIGHT_TYPES)
+    matrix = known or parameter.tensor.dim() > 1
+    if matrix and not _WEIGHT_WORDS.isdisjoint(words):
+        return WEIGHT
+    named_norm = 'norm' in type(parameter.module).__name__.lower()
+    return NORM if named_norm and 'weight' in words else OTHER
+
+
+def _walk(
+    module: nn.Module,
+    path: str,
+    in_dcn: bool,
+    dcn_types: Tuple[type, ...],
+    seen: Set[int],
+) -> Iterator[Named]:
+    for leaf, tensor in module.named_parameters(recurse=False):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            name = _join(path, leaf)
+            yield Named(name, path, leaf, module, tensor, in_dcn)
+    is_dcn = isinstance(module, dcn_types)
+    for name, child in module.named_children():
+        yield from _walk(child, _join(path, name), is_dcn, dcn_types, seen)
+
+
+def _join(path: str, name: str) -> str:
+    return f'{path}.{name}' if path else name
+
+
+def _leaf_word(name: str) -> str:
+    """Return the name that says what it is, without indices and wrappers."""
+    parts = name.split('.')
+    if 'parametrizations' in parts[-3:-2]:
+        return parts[-2]
+    while len(parts) > 1 and parts[-1].isdigit():
+        parts.pop()
+    return parts[-1]

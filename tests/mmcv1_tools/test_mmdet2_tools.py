@@ -1,0 +1,222 @@
+"""``tools/train.py``, resuming and ``tools/test.py`` of mmdet 2."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests import oracle
+from tests.e2e.conftest import ROOT, environment
+from tests.mmcv1_tools.conftest import EPOCHS, RECORD, STEPS, differing, load
+
+pytestmark = pytest.mark.e2e
+
+# a float32 average takes one rounding of 6e-8 a step
+TOLERANCE = STEPS * 6e-8
+NO_HOOK = 'custom_hooks = []\ncustom_imports = None\n'
+OPTIMIZER = """
+custom_hooks.append(dict(type='BiasWarmupHook', priority='NORMAL'))
+optimizer = dict(constructor='EMAOptimizerConstructor')
+"""
+
+
+def last(work_dir):
+    """Read the last checkpoint of a training."""
+    return load(work_dir / f'epoch_{EPOCHS}.pth')
+
+
+def numpy(rows):
+    """Recorded weights in float64, one row a step."""
+    return {name: row.numpy().astype(np.float64) for name, row in rows.items()}
+
+
+def check_against_the_formula(saved, rows):
+    """Compare a file with what NumPy makes of the recorded weights."""
+    for name, row in numpy(rows).items():
+        expected = oracle.average(
+            row[0], row[1:], lambda n: oracle.ramp(n, 0.9, 5)
+        )
+        found = saved['state_dict'][name].numpy()
+        assert oracle.relative_error(found, expected) <= TOLERANCE, name
+        raw = saved['ema_state_dict'][f'module.{name}'].numpy()
+        assert np.array_equal(raw, row[-1]), name
+
+
+def test_plain_keys_are_the_averages(trained):
+    """The plain keys hold the formula's average, the EMA part the raw."""
+    _, work_dir, _ = trained
+    rows = torch.load(work_dir / 'recorded.pt')
+    assert all(len(row) == STEPS + 1 for row in rows.values())
+    saved = last(work_dir)
+    assert saved['ema_state_dict']['steps'] == STEPS
+    check_against_the_formula(saved, rows)
+
+
+def test_averages_have_left_the_raw_weights(trained):
+    """Averages and raw weights differ, or the comparison says nothing."""
+    _, work_dir, _ = trained
+    saved = last(work_dir)
+    name = 'bbox_head.atss_cls.weight'
+    average = saved['state_dict'][name]
+    raw = saved['ema_state_dict'][f'module.{name}']
+    assert (average - raw).abs().max() > 1e-4
+
+
+def test_file_has_no_key_beside_the_model(trained):
+    """No ``ema_*`` key is in ``state_dict``: it is what the model has."""
+    _, work_dir, _ = trained
+    weights = last(work_dir)['state_dict']
+    assert [name for name in weights if 'ema_' in name] == []
+    names = {name for name, _ in torch.load(work_dir / 'recorded.pt').items()}
+    counters = {n for n in weights if n.endswith('num_batches_tracked')}
+    assert set(weights) == names | counters
+
+
+def test_file_deploys_as_it_is(tools, trained):
+    """Without the package ``tools/test.py`` tests the averages, silently."""
+    _, work_dir, _ = trained
+    config = tools.config('plain', NO_HOOK)
+    file = work_dir / f'epoch_{EPOCHS}.pth'
+    metrics, printed = tools.test(config, file, 'plain')
+    assert 'unexpected key' not in printed
+    assert 'missing keys' not in printed
+    assert 'mmdet_ema' not in printed
+    assert {k: metrics[k] for k in validation(work_dir)} == validation(
+        work_dir
+    )
+
+
+def validation(work_dir, prefix=''):
+    """Metrics of the last validation, as they were logged."""
+    (path,) = work_dir.glob('*.log.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    (line,) = [x for x in lines if x.get('mode') == 'val'][-1:]
+    names = ('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75')
+    return {name: line[prefix + name] for name in names}
+
+
+def test_raw_weights_of_a_file_can_be_tested(tools, trained):
+    """A file of the raw weights gets the raw metrics of the validation."""
+    config, work_dir, _ = trained
+    raw = tools.folder / 'raw.pth'
+    file = work_dir / f'epoch_{EPOCHS}.pth'
+    script = ROOT / 'demo' / 'raw_weights.py'
+    subprocess.run([sys.executable, script, file, raw], check=True)
+    metrics, printed = tools.test(config, raw, 'raw')
+    expected = validation(work_dir, 'raw/')
+    assert 'unexpected key' not in printed
+    assert {name: metrics[name] for name in expected} == expected
+
+
+def test_training_reports_and_logs(trained):
+    """The report, the decay and the raw metrics are in the log."""
+    _, work_dir, log = trained
+    assert 'EMA: exponential(decay=0.9, tau=5' in log
+    assert f'steps: {STEPS} planned' in log
+    (path,) = work_dir.glob('*.log.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    train = [line for line in lines if line.get('mode') == 'train']
+    found = [line['ema_decay'] for line in train]
+    expected = [oracle.ramp(n, 0.9, 5) for n in range(1, STEPS + 1)]
+    # the log has five digits
+    assert np.allclose(found, expected, rtol=0, atol=1e-5)
+    assert sum('raw/bbox_mAP' in line for line in lines) == EPOCHS
+
+
+@pytest.mark.parametrize('how', ['--resume-from', '--auto-resume'])
+def test_resumed_training_equals_the_uninterrupted_one(tools, trained, how):
+    """4 epochs at once equal 2 and, resumed either way, 2 more."""
+    config, whole, _ = trained
+    part = tools.folder / f'part{how}'
+    short = tools.config(f'short{how}', RECORD, epochs=2)
+    tools.train(short, part)
+    file = [part / 'epoch_2.pth'] if how == '--resume-from' else []
+    log = tools.train(config, part, how, *file)
+    assert 'unexpected key' not in log
+    left, right = last(whole), last(part)
+    assert differing(left, right) == []
+    assert left['ema_meta'] == right['ema_meta']
+
+
+def test_killed_training_resumes_exactly(tools, trained):
+    """A process killed in its third epoch goes on as if it had not been."""
+    config, whole, _ = trained
+    work_dir = tools.folder / 'killed'
+    words = ('--seed', 0, '--gpu-ids', 0)
+    process = subprocess.Popen(
+        tools.command('train', config, work_dir, *words),
+        cwd=tools.folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not (work_dir / 'epoch_2.pth').exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (work_dir / f'epoch_{EPOCHS}.pth').exists()
+    tools.train(config, work_dir, '--auto-resume')
+    assert differing(last(whole), last(work_dir)) == []
+
+
+def test_half_written_files_are_never_resumed(trained):
+    """Nothing but whole checkpoints is left in the folder of a training."""
+    _, work_dir, _ = trained
+    names = {path.name for path in work_dir.glob('*.pth*')}
+    epochs = {f'epoch_{n}.pth' for n in range(1, EPOCHS + 1)}
+    assert names == {*epochs, 'latest.pth'}
+
+
+ITERATIONS = """
+runner = dict(_delete_=True, type='IterBasedRunner', max_iters={iterations})
+evaluation = dict(interval=4)
+checkpoint_config = dict(by_epoch=False, interval=4)
+workflow = [('train', 1)]
+"""
+
+
+def train_iterations(tools, name, iterations):
+    """Train, or go on, for a number of iterations; return the folder."""
+    settings = RECORD + ITERATIONS.format(iterations=iterations)
+    config = tools.config(f'{name}_{iterations}', settings)
+    tools.train(config, tools.folder / name, '--auto-resume')
+    return tools.folder / name
+
+
+def test_iterations_instead_of_epochs(tools):
+    """IterBasedRunner's file holds averages, resumed or not the same.
+
+    mmcv alone counts one iteration too few in such a file, and repeats it.
+    """
+    whole = train_iterations(tools, 'iterations', STEPS)
+    train_iterations(tools, 'iterations_in_parts', STEPS // 2)
+    part = train_iterations(tools, 'iterations_in_parts', STEPS)
+    left, right = (load(x / f'iter_{STEPS}.pth') for x in (whole, part))
+    check_against_the_formula(left, torch.load(whole / 'recorded.pt'))
+    assert left['ema_state_dict']['steps'] == STEPS
+    assert differing(left, right) == []
+
+
+def test_hook_and_optimizer_constructor_in_one_config(tools):
+    """One ``custom_imports`` is enough for hook and constructor."""
+    work_dir = tools.folder / 'optimizer'
+    config = tools.config('optimizer', RECORD + OPTIMIZER)
+    log = tools.train(config, work_dir)
+    assert 'EMA: exponential(decay=0.9, tau=5' in log
+    saved = last(work_dir)
+    check_against_the_formula(saved, torch.load(work_dir / 'recorded.pt'))
+    decays = {
+        weight_decay
+        for group in saved['optimizer']['param_groups']
+        for weight_decay in [group['weight_decay']]
+    }
+    # 0.05 is meant for 64 samples a step; these steps have 4
+    assert decays == {0.0, 0.05 * 4 / 64}

@@ -1,0 +1,70 @@
+"""What kind of parameter a parameter is."""
+
+import torch
+from torch import nn
+
+from mmdet_ema.optim.kinds import walk
+from tests.optim.models import KINDS, Tied, Zoo
+
+
+class Deformable(nn.Conv2d):
+    """Stands for a deformable convolution with its offset layer."""
+
+    def __init__(self):
+        super().__init__(4, 4, 3)
+        self.conv_offset = nn.Conv2d(4, 18, 3)
+
+
+def kinds(model, *dcn_types):
+    """Return the kind of each parameter by name."""
+    return {p.name: p.kind for p in walk(model, dcn_types)}
+
+
+def test_kinds():
+    """Every sort of parameter has the kind that was written down by hand."""
+    assert KINDS == kinds(Zoo())
+
+
+def test_names_are_torch_s():
+    """Names and order are those of named_parameters, tied ones once."""
+    for model in (Zoo(), Tied(), nn.Linear(2, 2)):
+        named = [name for name, _ in model.named_parameters()]
+        assert sorted(named) == sorted(p.name for p in walk(model, ()))
+
+
+def test_tied_once():
+    """A tied tensor comes once, under the first of its names."""
+    found = list(walk(Tied(), ()))
+    assert len(found) == len({id(p.tensor) for p in found})
+    names = [p.name for p in found]
+    assert 'first.weight' in names
+    assert 'second.weight' not in names
+    assert 'shared.0.weight' not in names
+
+
+def test_a_table_of_biases_is_no_bias():
+    """Neither a position table nor a plural counts as a bias."""
+    model = nn.Module()
+    model.attention_biases = nn.Parameter(torch.zeros(4, 9))
+    model.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
+    assert {'other'} == set(kinds(model).values())
+
+
+def test_offsets_of_deformable_convolutions():
+    """The bias of an offset layer is none of the biases that are warmed."""
+    expected = {
+        'weight': 'weight',
+        'bias': 'bias',
+        'conv_offset.weight': 'weight',
+        'conv_offset.bias': 'other',
+    }
+    assert expected == kinds(Deformable(), Deformable)
+    assert 'bias' == kinds(Deformable())['conv_offset.bias']
+
+
+def test_vectors_named_weight():
+    """One dimension is too few for a weight that is decayed."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(4))
+    model.other_weight = nn.Parameter(torch.zeros(4, 1))
+    assert {'weight': 'other', 'other_weight': 'weight'} == kinds(model)
