@@ -71,8 +71,10 @@ def _reading_raw() -> Any:
 
 def _take_raw(checkpoint: Any) -> None:
     from mmdet_ema.checkpoint.mmcv1 import take_message
+    from mmdet_ema.checkpoint.mmcv1_buffers import convert_buffers
 
     take_message(checkpoint)
+    convert_buffers(checkpoint)
     part = unpack(checkpoint)
     if part is None:
         raise CheckpointError(

@@ -12,7 +12,8 @@ from mmdet_ema.hooks.options import EVALUATE
 
 _EPILOG = """\
 Every other option goes to the framework's tools/test.py as it is: --work-dir,
---out, --tta, --cfg-options, ... CONFIG and CHECKPOINT come first.
+--out, --tta, --cfg-options, ... (mmdet 2: --eval bbox). CONFIG and CHECKPOINT
+come first. Under mmdet 2, 'both' runs the tool twice.
 
 examples:
   mmdet-ema test CONFIG work_dirs/a/epoch_12.pth
