@@ -1,0 +1,1 @@
+"""Benchmarks: the average beside its peers, in one run."""
