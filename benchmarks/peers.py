@@ -52,10 +52,10 @@ class _Ours(Peer):
 
 
 def ours(model: nn.Module, **options: Any) -> Peer:
-    """``mmdet_ema.WeightAverager`` as it is by default."""
+    """``mmdet_ema.WeightAverager``, where its ramp has come to its end."""
     from mmdet_ema import WeightAverager
 
-    averager = WeightAverager(model, decay=DECAY, **options)
+    averager = WeightAverager(model, 'constant', decay=DECAY, **options)
     return _Ours(
         averager.update, averager, lambda: dict(averager.named_averages())
     )
@@ -151,7 +151,7 @@ LABELS = {
     'ours': 'mmdet_ema',
     'ours-ignore': "mmdet_ema, `nonfinite='ignore'`",
     'ours-host': "mmdet_ema, `device='cpu'`",
-    'ours-overlap': 'mmdet_ema, `overlap=True`',
+    'ours-overlap': 'mmdet_ema, `overlap=True`: what the training waits for',
     'mmengine': 'mmengine `ExponentialMovingAverage`',
     'mmengine-buffers': 'mmengine, `update_buffers=True`',
     'mmdet': 'mmdet `ExpMomentumEMA`',

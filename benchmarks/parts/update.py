@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Dict
 
 from benchmarks import peers
-from benchmarks.caches import prepare_for
-from benchmarks.clocks import count_syncs
+from benchmarks.caches import Prepare, prepare_for
+from benchmarks.clocks import Call, count_syncs
 from benchmarks.competitors import in_order, make_all, time_calls
 from benchmarks.figures import Case, Figure
 from benchmarks.modules import build_module, change
@@ -31,7 +31,7 @@ def measure(case: Case, limits: Limits) -> Dict[str, Figure]:
     model = build_module(records, case.device)
     made, failed = make_all(case.competitors, lambda n: peers.make(n, model))
     change(model)
-    prepare = prepare_for(case.setting, case.device)
+    prepare = _settled(prepare_for(case.setting, case.device), made)
     calls = {name: peer.update for name, peer in made.items()}
     # a point of a curve needs fewer rounds than a row of the tables
     enough = limits if case.part == 'update' else limits.shorter(0.3, 5)
@@ -39,6 +39,19 @@ def measure(case: Case, limits: Limits) -> Dict[str, Figure]:
     if case.device != 'cpu':
         _count_syncs(made, figures)
     return in_order(case, figures, failed)
+
+
+def _settled(prepare: Prepare, made: Dict[str, peers.Peer]) -> Prepare:
+    """Let no update of before run beside one that is timed."""
+
+    def settled(call: Call) -> None:
+        for peer in made.values():
+            peer.settle()
+        prepare(call)
+        for peer in made.values():
+            peer.settle()
+
+    return settled
 
 
 def _count_syncs(

@@ -13,7 +13,7 @@ from benchmarks.loading import (
 )
 from benchmarks.modules import build_module
 from benchmarks.shapes import records_of
-from tests.oracle import ramp, relative_error
+from tests.oracle import relative_error
 
 UPDATES_OF_MAKE = 3
 STEPS = 4
@@ -23,10 +23,6 @@ TOLERANCE = 1e-6
 
 def constant(n):
     return 0.9998
-
-
-def of_ours(n):
-    return ramp(n, decay=0.9998)
 
 
 def of_mmdet(n):
@@ -40,10 +36,10 @@ def of_ema_pytorch(n):
 
 
 DECAYS = {
-    'ours': of_ours,
-    'ours-ignore': of_ours,
-    'ours-host': of_ours,
-    'ours-overlap': of_ours,
+    'ours': constant,
+    'ours-ignore': constant,
+    'ours-host': constant,
+    'ours-overlap': constant,
     'mmengine': constant,
     'mmengine-buffers': constant,
     'mmdet': of_mmdet,

@@ -32,7 +32,7 @@ def test_update_has_every_model_thread_and_cache():
 
 def test_update_has_every_competitor():
     """Both classes of OpenMMLab, both ways; torch, two packages, the floor."""
-    expected = set(PEERS) - {'ours-host', 'ours-overlap'}
+    expected = set(PEERS) - {'ours-host'}
 
     assert all(expected == set(case.competitors) for case in cases('update'))
 
