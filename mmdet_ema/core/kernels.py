@@ -19,6 +19,9 @@ from mmdet_ema.core.memory import is_dense
 # torch adds these to float32 without a converted copy, but no 8-bit floats
 _PROMOTED = (torch.float16, torch.bfloat16)
 
+# updates in which every vector is looked at once
+_TURNS = 16
+
 
 def average_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which a tensor of ``dtype`` is averaged.
@@ -123,21 +126,25 @@ class _Fused(_Lerp):
     """Tensors of one dtype whose memory lies in the same order.
 
     Where ``raw.data`` was replaced by memory in another order, the group goes
-    on the other way.
+    on the other way. Matrices and larger are looked at in every update,
+    vectors in turns: to look at hundreds of biases would cost more than to
+    average them.
     """
 
     def __init__(self, averages: List[Tensor], raws: List[Tensor]):
         super().__init__(averages, raws)
-        self._places = _places(raws)
-        self._fits = True
+        pairs = list(zip(averages, raws))
+        wide = [pair for pair in pairs if pair[1].dim() > 1]
+        rest = [pair for pair in pairs if pair[1].dim() <= 1]
+        self._turns = [_Places(rest[i::_TURNS]) for i in range(_TURNS)]
+        self._always = _Places(wide)
+        self._turn = 0
 
     def fits(self) -> bool:
-        places = _places(self.raws)
-        if places != self._places:
-            self._places = places
-            pairs = zip(self.averages, self.raws)
-            self._fits = all(_is_alike(a, r) for a, r in pairs)
-        return self._fits
+        self._turn = (self._turn + 1) % _TURNS
+        self._always.look()
+        self._turns[self._turn].look()
+        return all(places.alike for places in (self._always, *self._turns))
 
     def update(self, decay: float, skip: Optional[Tensor]) -> None:
         # where the raw tensor weighs more, lerp_ starts from it instead
@@ -146,6 +153,25 @@ class _Fused(_Lerp):
         else:
             weight = 1 - decay
             capabilities.fused_lerp(self.averages, self.raws, weight, skip)
+
+
+class _Places:
+    """Pairs of which it is known whether they lie in memory alike."""
+
+    def __init__(self, pairs: List[Tuple[Tensor, Tensor]]):
+        self._pairs = pairs
+        self._raws = [raw for _, raw in pairs]
+        self._seen = self._now()
+        self.alike = True
+
+    def look(self) -> None:
+        now = self._now()
+        if now != self._seen:
+            self._seen = now
+            self.alike = all(_is_alike(*pair) for pair in self._pairs)
+
+    def _now(self) -> List[object]:
+        return [(raw.data_ptr(), raw.stride()) for raw in self._raws]
 
 
 class _Mixed(_Lerp):
@@ -169,12 +195,6 @@ def _strategy(*key: object) -> Type[_Lerp]:
     if fused:
         return _Fused
     return _Mixed if raw_dtype in _PROMOTED else _Lerp
-
-
-def _places(tensors: List[Tensor]) -> Tuple[List[int], List[object]]:
-    """Return addresses and strides, which ``.data = ...`` changes."""
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    return addresses, [tensor.stride() for tensor in tensors]
 
 
 def _is_alike(average: Tensor, raw: Tensor) -> bool:
