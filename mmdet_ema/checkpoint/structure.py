@@ -14,6 +14,8 @@ import torch
 from mmdet_ema.core.errors import CheckpointError
 
 _UNSAFE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+# what torch 1.13 says to the opcode of a Python float
+_NO_FLOATS = 'Unsupported operand 71'
 _WRITE = 'give the path of a .pth file that a training run wrote'
 
 
@@ -29,7 +31,8 @@ def read_structure(path: str) -> Mapping[str, Any]:
     Returns:
         The checkpoint, its tensors on the ``meta`` device. Empty for a file
         in torch's format before 1.6, which cannot be read in parts, and where
-        ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` says to load unsafely.
+        ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` says to load unsafely, or torch
+        is so old (1.13) that it refuses every file with a float in it.
 
     Raises:
         CheckpointError: If the file is missing, cut off, no checkpoint, or
@@ -52,6 +55,8 @@ def _load(path: str, mmap: bool) -> Any:
     try:
         return torch.load(path, weights_only=True, **_lazily(mmap))
     except pickle.UnpicklingError as error:
+        if _NO_FLOATS in str(error):
+            return {}
         raise CheckpointError(
             f'{path!r} holds objects other than weights and plain values '
             f'({_cause(error)}), which could run code when read. If you trust '

@@ -53,7 +53,7 @@ class EMALifecycle:
     def __init__(self, options: HookOptions, log: Any):
         self.options = options
         self.averager: Optional[WeightAverager] = None
-        self.last_iteration = 0
+        self.last_iteration = self._taken_in = self._noted = 0
         self._log = log
         self._resume_part: Optional[EMAPart] = None
         self._shown_part: Optional[EMAPart] = None
@@ -133,14 +133,16 @@ class EMALifecycle:
             NonFiniteError: If there is NaN or Inf under ``'raise'``.
         """
         stepped = self._steps is not None and self._steps.take()
-        if self.averager is None or not stepped:
+        if self.averager is None:
             return True
-        known = self.averager.known_skipped
+        if not stepped:
+            return self._note_skips()
         try:
-            if self.averager.settle():
-                self.last_iteration = iteration
+            self.averager.settle()
+            fine = self._note_skips()
+            self._taken_in = iteration
             self.averager.update()
-            return self.averager.known_skipped == known
+            return self._note_skips() and fine
         except NonFiniteError as error:
             k = self.options.interval
             seen = '' if k == 1 else f' (weights are seen every {k} steps)'
@@ -217,6 +219,15 @@ class EMALifecycle:
             checkpoint, model, self.options.evaluate, self._log
         )
 
+    def _note_skips(self) -> bool:
+        """Return whether no skipped step has come to light since the last."""
+        assert self.averager is not None
+        known = self.averager.known_skipped
+        if known == self._noted:
+            return True
+        self._noted, self.last_iteration = known, self._taken_in
+        return False
+
     def _before_step(self) -> None:
         if self.averager is not None:
             self.averager.before_step()
@@ -264,6 +275,7 @@ class EMALifecycle:
             rule=self.options.rule,
         )
         averager.announces_steps = True
+        self._noted = 0
         return averager
 
     def _from_part(
@@ -273,6 +285,7 @@ class EMALifecycle:
         averages = part.tensors(part.averages)
         state = {**part.meta, 'num_steps': part.steps, 'averages': averages}
         averager.load_state_dict(state, strict=False)
+        self._noted = averager.known_skipped
         return averager
 
     def _report(

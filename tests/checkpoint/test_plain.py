@@ -1,5 +1,7 @@
 """Plain values: there and back, and readable anywhere."""
 
+import io
+import pickle
 import sys
 from collections import OrderedDict, defaultdict, namedtuple
 from fractions import Fraction
@@ -259,6 +261,23 @@ print(value['history'], len(value['plain']), value['array']['tensor'].tolist())
 """
 
 
+def reads_floats():
+    """Return whether torch reads more than integers and text safely."""
+    file = io.BytesIO()
+    torch.save(0.5, file)
+    file.seek(0)
+    try:
+        return 0.5 == torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+
+
+READS_FLOATS = reads_floats()
+TOO_OLD = 'torch before 2.0 reads no float with weights_only=True'
+LATER = (float, complex, bytes, set, torch.device, torch.dtype)
+
+
+@pytest.mark.skipif(not READS_FLOATS, reason=TOO_OLD)
 def test_file(tmp_path):
     """A plain file loads with ``weights_only=True`` in a bare process."""
     value = {
@@ -280,6 +299,8 @@ def test_file(tmp_path):
 def test_what_is_plain_loads(value, tmp_path):
     """Everything that is not foreign loads with ``weights_only=True``."""
     assert [] == foreign(value)
+    if isinstance(value, LATER) and not READS_FLOATS:
+        pytest.skip(TOO_OLD)
     torch.save({'a': value}, tmp_path / 'a.pth')
     found = torch.load(tmp_path / 'a.pth', weights_only=True)['a']
     assert type(value) is type(found)

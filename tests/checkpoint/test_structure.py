@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from inspect import signature
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from hypothesis import strategies as st
 from mmdet_ema.checkpoint import read_structure
 from mmdet_ema.core import CheckpointError
 from tests.core.models import FLOAT8, Mixed, run_python
+
+# torch before 2.1 cannot leave the data of a file where it is
+LAZY = 'mmap' in signature(torch.load).parameters
+# torch before 2.6 reads anything unless told otherwise
+READS_SAFELY = hasattr(torch.serialization, 'safe_globals')
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +63,7 @@ def test_structure(tmp_path):
     found = structure['state_dict']
     assert list(expected['state_dict']) == list(found)
     for name, value in expected['state_dict'].items():
-        assert 'meta' == found[name].device.type
+        assert LAZY == ('meta' == found[name].device.type)
         assert (value.shape, value.dtype) == (
             found[name].shape,
             found[name].dtype,
@@ -253,8 +259,9 @@ def test_unsafe_was_not_chosen(tmp_path, monkeypatch, value):
     """A value that torch does not take for a yes chooses nothing."""
     path = write(tmp_path / 'a.pth', dict(trap=zipfile.Path))
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', value)
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(path)
+    if READS_SAFELY:
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path)
     message_of(path)
 
 
@@ -307,3 +314,11 @@ def test_damaged_bytes(tmp_path, flips):
         refused = str(error)
     assert not refused or repr(str(path)) in refused
     assert '\n' not in refused
+
+
+def test_old_torch_that_reads_no_floats(tmp_path):
+    """A file with a float is not refused, nor read where torch cannot."""
+    path = tmp_path / 'float.pth'
+    torch.save({'state_dict': {}, 'lr': 0.1}, path)
+    expected = {'state_dict': {}, 'lr': 0.1}
+    assert read_structure(str(path)) in ({}, expected)

@@ -15,6 +15,18 @@ FLOAT8 = [
     for name in ('float8_e4m3fn', 'float8_e5m2')
     if hasattr(torch, name)
 ]
+# torch before 2.5 has it under cuda only
+OutOfMemoryError = getattr(
+    torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError
+)
+
+
+def storage_of(tensor):
+    """Return the storage of a tensor, in bytes."""
+    if hasattr(tensor, 'untyped_storage'):
+        return tensor.untyped_storage()
+    # before torch 2.0
+    return tensor.storage().untyped()
 
 
 class Mixed(nn.Module):

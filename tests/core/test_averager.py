@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdet_ema.core import NonFiniteError, OptionError, WeightAverager
+from mmdet_ema.core import (
+    NonFiniteError,
+    OptionError,
+    WeightAverager,
+    capabilities,
+)
 from tests import oracle
 from tests.core.models import (
     Mixed,
@@ -558,7 +563,13 @@ def calls_of(layers, **options):
 
 
 def test_calls_of_an_update():
-    """The calls of an update do not grow with the model."""
+    """The calls of an update do not grow with the model.
+
+    Before torch 2.0 there is no call for many tensors on the host.
+    """
+    if not capabilities.HAS_FOREACH_LERP:
+        assert {'lerp_'} == set(calls_of(100, nonfinite='ignore'))
+        return
     assert ['_foreach_lerp_'] == calls_of(1, nonfinite='ignore')
     assert ['_foreach_lerp_'] == calls_of(100, nonfinite='ignore')
     assert len(calls_of(1)) == len(calls_of(100)) <= 10

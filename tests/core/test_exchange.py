@@ -1,25 +1,30 @@
 """Averages in and out of the model, bit for bit, whatever happens."""
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdet_ema.core import WeightAverager
+from mmdet_ema.core import WeightAverager, exchange
 from mmdet_ema.core.exchange import Exchange, deferred_interrupts
 from tests.core.models import (
     Mixed,
+    OutOfMemoryError,
     averages_of,
     bits_of,
     perturb,
     raw_bytes,
     state_of,
+    storage_of,
 )
 
 
@@ -297,7 +302,7 @@ def interrupt():
 
 
 def out_of_memory():
-    raise torch.OutOfMemoryError('out of memory')
+    raise OutOfMemoryError('out of memory')
 
 
 def calls_of_swap(names=None):
@@ -436,7 +441,7 @@ def test_out_of_memory_while_swapping_in():
         model, averager, averages = averaged()
         bits = bits_of(model)
         strike = StrikeAt(number, out_of_memory, ALLOCATING)
-        with strike, pytest.raises(torch.OutOfMemoryError):
+        with strike, pytest.raises(OutOfMemoryError):
             averager.apply()
         check_raw(model, averager, bits, averages)
 
@@ -448,7 +453,7 @@ def test_memory_that_stays_out():
         model, averager, averages = averaged()
         bits = bits_of(model)
         strike = StrikeAt(number, out_of_memory, ALLOCATING, forever=True)
-        with strike, pytest.raises(torch.OutOfMemoryError):
+        with strike, pytest.raises(OutOfMemoryError):
             averager.apply()
         check_raw(model, averager, bits, averages)
 
@@ -462,7 +467,7 @@ def test_out_of_memory_while_swapping_out():
         averager.apply()
         inside = bits_of(model)
         strike = StrikeAt(number, out_of_memory, ALLOCATING)
-        with strike, pytest.raises(torch.OutOfMemoryError):
+        with strike, pytest.raises(OutOfMemoryError):
             averager.restore()
         assert averager.is_applied is True
         assert inside == bits_of(model)
@@ -496,13 +501,13 @@ class WatchNew(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {
-            item.untyped_storage().data_ptr()
+            storage_of(item).data_ptr()
             for item in args
             if isinstance(item, torch.Tensor)
         }
         found = func(*args, **(kwargs or {}))
         if isinstance(found, torch.Tensor):
-            storage = found.untyped_storage()
+            storage = storage_of(found)
             if storage.data_ptr() not in known:
                 weak = StorageWeakRef(storage)
                 self.made[weak.cdata] = weak, storage.nbytes()
@@ -529,3 +534,89 @@ def test_scratch_of_a_large_tensor():
         averager.apply()
         averager.restore()
     assert 2048 * 1024 * 4 == watch.most
+
+
+class Layouts(nn.Module):
+    """Tied, strided, zero-sized, integer and low-precision tensors."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        whole = torch.randn(6, 40)
+        self.last = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.tied = nn.Conv2d(3, 4, 3)
+        self.tied.weight = self.last.weight
+        self.turned = nn.Parameter(torch.randn(5, 7).t())
+        self.same = nn.Parameter(self.turned.detach().t())
+        self.sliced = nn.Parameter(whole[:, 3:9])
+        self.beside = nn.Parameter(whole[:, 20:])
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.scalar = nn.Parameter(torch.tensor(-0.0))
+        self.low = nn.Parameter(torch.randn(33).half())
+        self.wide = nn.Parameter(torch.randn(9, dtype=torch.float64))
+        self.register_buffer('row', torch.randn(1, 5).expand(4, 5))
+        self.register_buffer('counts', torch.arange(20))
+        self.register_buffer('mask', torch.rand(3) > 0.5)
+
+
+def moved():
+    """Return such a model, averaged after its weights moved."""
+    model = Layouts()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    with torch.no_grad():
+        for entry in averager._store._entries:
+            raw = entry.raw
+            raw.copy_(~raw if raw.dtype == torch.bool else raw * 3)
+    averager.update()
+    return model, averager, averages_of(averager)
+
+
+@pytest.mark.parametrize('room', [1, 7, 64, 2**20])
+def test_chunks_of_every_layout(monkeypatch, room):
+    """However small the scratch: averages go in and raw weights come back."""
+    monkeypatch.setattr(exchange, '_SCRATCH', room)
+    model, averager, averages = moved()
+    bits = bits_of(model)
+    places = [t.data_ptr() for t in model.state_dict().values()]
+    for _ in range(2):
+        with averager.applied():
+            for name, value in model.state_dict().items():
+                expected = averages[name].to(value.dtype)
+                assert torch.equal(expected, value), name
+        assert bits == bits_of(model)
+    check_raw(model, averager, bits, averages)
+    assert places == [t.data_ptr() for t in model.state_dict().values()]
+
+
+def test_interrupts_between_chunks(monkeypatch):
+    """Ctrl-C at any call of a swap in many pieces leaves it whole."""
+    monkeypatch.setattr(exchange, '_SCRATCH', 7)
+    for number in itertools.count(1):
+        model, averager, averages = moved()
+        bits, strike = bits_of(model), StrikeAt(number, interrupt)
+        try:
+            with strike:
+                averager.apply()
+        except KeyboardInterrupt:
+            assert averager.is_applied
+            for name, value in model.state_dict().items():
+                assert torch.equal(averages[name].to(value.dtype), value)
+        else:
+            break
+        averager.restore()
+        check_raw(model, averager, bits, averages)
+    assert number > 20
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    extra=st.integers(0, 100),
+)
+def test_chunks_cover_all_and_fit(sizes, extra):
+    """Chunks follow each other without a gap; each fits, none is empty."""
+    room = max(sizes) + extra
+    chunks = [sizes[chunk] for chunk in exchange._chunks(sizes, room)]
+    assert sizes == list(itertools.chain(*chunks))
+    assert all(chunks)
+    assert max(map(sum, chunks)) <= room

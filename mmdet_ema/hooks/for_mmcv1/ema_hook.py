@@ -178,6 +178,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Stop listening to the optimizers."""
         self.catch_up()
         self._life.finish()
+        self.catch_up()  # of a skip that came to light just now
 
     def after_read_checkpoint(
         self, runner: Any, checkpoint: Any, filename: str, resumes: bool

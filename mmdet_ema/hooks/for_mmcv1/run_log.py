@@ -54,9 +54,11 @@ class RunLog:
         """
         count = averager.known_skipped
         if math.log10(count).is_integer():
+            # later, the weight may have recovered
+            where = averager.first_nonfinite() or 'the weights'
             self.warning(
                 f'EMA: iteration {iteration} left NaN or Inf in '
-                f'{averager.first_nonfinite()}; the step was not averaged '
+                f'{where}; the step was not averaged '
                 f'({count} skipped so far).'
             )
 

@@ -185,6 +185,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
         self._life.finish()
+        self._catch_up(runner)
         self._trained = True
 
     def before_val_epoch(self, runner: Any) -> None:

@@ -47,9 +47,11 @@ class RunLog:
         count = averager.known_skipped
         runner.message_hub.update_scalar('train/ema_skipped', count)
         if math.log10(count).is_integer():
+            # later, the weight may have recovered
+            where = averager.first_nonfinite() or 'the weights'
             self.warning(
                 f'EMA: iteration {iteration} left NaN or Inf in '
-                f'{averager.first_nonfinite()}; the step was not averaged '
+                f'{where}; the step was not averaged '
                 f'({count} skipped so far).'
             )
 
