@@ -105,6 +105,19 @@ def environment():
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 
+def cli(tools, *words, status=0):
+    """Run the command line; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'mmdet_ema', *map(str, words)],
+        cwd=tools.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
 @pytest.fixture(scope='session')
 def tools(tmp_path_factory):
     """Tools over a small digits set."""

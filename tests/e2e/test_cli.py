@@ -1,28 +1,13 @@
 """``mmdet-ema train`` and ``test``, on a real detector."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.e2e.conftest import environment
+from tests.e2e.conftest import cli
 
 pytestmark = pytest.mark.e2e
-
-
-def cli(tools, *words, status=0):
-    """Run the command line; return what it printed."""
-    done = subprocess.run(
-        [sys.executable, '-m', 'mmdet_ema', *map(str, words)],
-        cwd=tools.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 def without_hook(tools, name, epochs=1):

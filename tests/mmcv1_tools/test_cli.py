@@ -1,29 +1,14 @@
 """``mmdet-ema train`` and ``test`` with the tools of mmdet 2."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.e2e.conftest import environment
+from tests.e2e.conftest import cli
 from tests.mmcv1_tools.conftest import EPOCHS, differing, load
 from tests.mmcv1_tools.test_mmdet2_tools import NO_HOOK, validation
 
 pytestmark = pytest.mark.e2e
-
-
-def cli(tools, *words, status=0):
-    """Run the command line; return what it printed."""
-    done = subprocess.run(
-        [sys.executable, '-m', 'mmdet_ema', *map(str, words)],
-        cwd=tools.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 def test_untouched_config_equals_one_with_the_hook(tools, trained):

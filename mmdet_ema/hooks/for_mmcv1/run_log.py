@@ -7,6 +7,7 @@ import math
 from typing import Any, Callable, Dict, Optional, Tuple
 
 from mmdet_ema.core.averager import WeightAverager
+from mmdet_ema.hooks.skips import describe_skip
 
 
 class RunLog:
@@ -52,15 +53,9 @@ class RunLog:
             averager: The averager that skipped it.
             iteration: The iteration of that step, from 1.
         """
-        count = averager.known_skipped
-        if math.log10(count).is_integer():
-            # later, the weight may have recovered
-            where = averager.first_nonfinite() or 'the weights'
-            self.warning(
-                f'EMA: iteration {iteration} left NaN or Inf in '
-                f'{where}; the step was not averaged '
-                f'({count} skipped so far).'
-            )
+        line = describe_skip(averager, iteration)
+        if line is not None:
+            self.warning(line)
 
     def _scalars_of(
         self, runner: Any, averager: Optional[WeightAverager]

@@ -9,6 +9,7 @@ from typing import Any, Mapping, Optional
 from mmengine.logging import print_log
 
 from mmdet_ema.core.averager import WeightAverager
+from mmdet_ema.hooks.skips import describe_skip
 
 
 class RunLog:
@@ -46,14 +47,9 @@ class RunLog:
         """
         count = averager.known_skipped
         runner.message_hub.update_scalar('train/ema_skipped', count)
-        if math.log10(count).is_integer():
-            # later, the weight may have recovered
-            where = averager.first_nonfinite() or 'the weights'
-            self.warning(
-                f'EMA: iteration {iteration} left NaN or Inf in '
-                f'{where}; the step was not averaged '
-                f'({count} skipped so far).'
-            )
+        line = describe_skip(averager, iteration)
+        if line is not None:
+            self.warning(line)
 
     def metrics(
         self, runner: Any, mode: str, metrics: Mapping[str, Any]
