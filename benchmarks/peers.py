@@ -6,8 +6,9 @@ of OpenMMLab also the way they are by default, where buffers are copied.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -172,14 +173,24 @@ def make(name: str, model: nn.Module) -> Peer:
     Returns:
         The average, with its first updates, where peers copy, behind it.
     """
-    # mmengine reports every registration
-    logging.disable(logging.INFO)
-    peer = PEERS[name](model)
+    with _quiet():
+        peer = PEERS[name](model)
     for _ in range(3):
         peer.before_step()
         peer.update()
     peer.settle()
     return peer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what mmengine reports of every registration."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _of_module(

@@ -47,7 +47,7 @@ class Exchange:
             self._trades = list(_trades(self._same))
             self._trade()
             for i, raw in self._narrow():
-                raw.copy_(self._pairs[i][0])
+                raw.data.copy_(self._pairs[i][0])
             self._aside, self.swapped = aside, True
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class Exchange:
         with deferred_interrupts():
             self._trade()
             for i, raw in self._narrow():
-                raw.copy_(self._aside[i])
+                raw.data.copy_(self._aside[i])
             self._aside, self._trades, self.swapped = {}, [], False
 
     def average(self, index: int) -> Tensor:
@@ -80,9 +80,12 @@ class Exchange:
 
     def _trade(self) -> None:
         for averages, raws, held in self._trades:
+            # .data: an evaluation between forward and backward pass does not
+            # count as a change of what autograd has saved
+            live = [raw.data for raw in raws]
             copy_all(held, averages)
-            copy_all(averages, raws)
-            copy_all(raws, held)
+            copy_all(averages, live)
+            copy_all(live, held)
 
 
 def _trades(pairs: Sequence[Pair]) -> Iterator[_Trade]:

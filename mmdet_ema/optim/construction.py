@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mmdet_ema.core.check import check_number
 from mmdet_ema.core.ranks import world_size
 from mmdet_ema.optim.groups import group_parameters, param_groups
 from mmdet_ema.optim.nominal import (
@@ -18,6 +20,7 @@ from mmdet_ema.optim.nominal import (
 from mmdet_ema.optim.paramwise import parse_paramwise
 from mmdet_ema.optim.rules import Dialect
 from mmdet_ema.optim.table import describe_groups
+from mmdet_ema.optim.without_effect import without_effect
 
 
 class Construction:
@@ -42,13 +45,15 @@ class Construction:
     ):
         self._options = parse_paramwise(paramwise_cfg)
         self._dialect, self._log = dialect, log
-        self._lr = optimizer_cfg.get('lr')
-        self._weight_decay = optimizer_cfg.get('weight_decay')
+        self._lr = _base(optimizer_cfg, 'lr')
+        self._weight_decay = _base(optimizer_cfg, 'weight_decay')
 
     def param_groups(
         self, model: nn.Module, dcn_types: Tuple[type, ...]
     ) -> List[Dict[str, Any]]:
         """Return the groups as an optimizer takes them.
+
+        Warns of options that have no effect on this model.
 
         Args:
             model: The model.
@@ -57,6 +62,9 @@ class Construction:
         groups = group_parameters(
             model, self._options, self._dialect, dcn_types
         )
+        parameters = [p for group in groups for p in group.parameters]
+        for line in without_effect(self._options, parameters):
+            self._log.warning(line)
         return param_groups(groups, self._lr, self._weight_decay)
 
     def finish(self, optimizer: Optimizer, accumulation: int) -> None:
@@ -83,6 +91,14 @@ class Construction:
             scale_weight_decay([optimizer], samples, self._log)
         elif is_waiting(optimizer):
             remind(optimizer, self._log)
+
+
+def _base(optimizer_cfg: Mapping[str, Any], name: str) -> Any:
+    """Return what factors multiply: a number, a tensor, or None."""
+    value = optimizer_cfg.get(name)
+    if value is not None and not isinstance(value, Tensor):
+        check_number(f'optimizer.{name}', value, 0, math.inf)
+    return value
 
 
 def _decay(group: Dict[str, Any]) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Iterator, Set, Tuple
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 WEIGHT, NORM, BIAS, OTHER = KINDS = ('weight', 'norm', 'bias', 'other')
 
@@ -25,6 +27,8 @@ _WEIGHT_TYPES: Tuple[type, ...] = (
     nn.RNNBase,
 )
 _WEIGHT_WORDS = {'weight', 'weights', 'kernel'}
+# LayerNorm2d and RMSNorm, but not NormedConv2d: that has a norm, it is none
+_NORM_CLASS = re.compile(r'norm(alization)?_?(\d+d?)?$', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ def kind_of(parameter: Named) -> str:
     * ``'bias'``: its name is ``bias``, begins with ``bias_`` or ends with
       ``_bias``. Those of normalization layers too; those of the offset layer
       of a deformable convolution not, they are ``'other'``.
-    * ``'norm'``: the other parameters of normalization layers.
+    * ``'norm'``: the other parameters of torch's normalization layers; the
+      weight, of any shape, of a class whose name ends with ``Norm``
+      (``RMSNorm``, ``LayerNorm2d``); magnitudes of weight normalization.
     * ``'weight'``: ``weight`` or ``kernel`` is a word of its name, and it
       has two dimensions at least or its module is one of torch's:
       convolutions, linear layers, embeddings, attention, recurrent layers.
@@ -102,12 +108,33 @@ def kind_of(parameter: Named) -> str:
         return OTHER if parameter.in_dcn else BIAS
     if parameter.is_norm:
         return NORM
-    known = isinstance(parameter.module, _WEIGHT_TYPES)
-    matrix = known or parameter.tensor.dim() > 1
-    if matrix and not _WEIGHT_WORDS.isdisjoint(words):
+    if _WEIGHT_WORDS.isdisjoint(words):
+        return OTHER
+    if _is_magnitude(parameter):
+        return NORM
+    if isinstance(parameter.module, _WEIGHT_TYPES):
         return WEIGHT
-    named_norm = 'norm' in type(parameter.module).__name__.lower()
-    return NORM if named_norm and 'weight' in words else OTHER
+    if _is_named_norm(parameter):
+        return NORM
+    return WEIGHT if parameter.tensor.dim() > 1 else OTHER
+
+
+def _is_named_norm(parameter: Named) -> bool:
+    """Return whether a class that is none of torch's says it is a norm."""
+    name = type(parameter.module).__name__
+    vector = parameter.tensor.dim() < 2
+    return bool(_NORM_CLASS.search(name)) or (
+        vector and 'norm' in name.lower()
+    )
+
+
+def _is_magnitude(parameter: Named) -> bool:
+    """Return whether it is the g of ``g * v / |v|``, the weight."""
+    module, leaf = parameter.module, parameter.leaf
+    if isinstance(module, ParametrizationList):
+        first = type(module[0]).__name__  # torch 1.13 has no such class
+        return leaf == 'original0' and first == '_WeightNorm'
+    return leaf.endswith('_g') and hasattr(module, f'{leaf[:-1]}v')
 
 
 def _walk(

@@ -8,7 +8,7 @@ side with both.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterable, Mapping, Optional, Tuple
 
 from torch import nn
 
@@ -77,8 +77,9 @@ def settings_of(
         dialect: The framework's order of rules.
     """
     default = options.default_decay(parameter.kind)
-    custom = _custom(parameter, options.custom_keys)
-    if custom is not None:
+    key = key_of(parameter, options.custom_keys)
+    if key is not None:
+        custom = dict(options.custom_keys[key])
         lr_mult = custom.pop('lr_mult', 1.0)
         return Settings(lr_mult, custom.pop('decay_mult', default), custom)
     decay = _decay_mult(parameter, options.multipliers, dialect)
@@ -88,13 +89,19 @@ def settings_of(
     )
 
 
-def _custom(
-    parameter: Named, keys: Mapping[str, Mapping[str, Any]]
-) -> Optional[Dict[str, Any]]:
-    """Return the options of the longest key that is part of the name."""
+def key_of(parameter: Named, keys: Iterable[str]) -> Optional[str]:
+    """Return the longest key that is part of a parameter's name.
+
+    Args:
+        parameter: The parameter.
+        keys: The custom keys.
+
+    Returns:
+        The key that decides; None if none is part of the name.
+    """
     name = f'{parameter.path}.{parameter.leaf}'
     matches = sorted(key for key in keys if key in name)
-    return dict(keys[max(matches, key=len)]) if matches else None
+    return max(matches, key=len) if matches else None
 
 
 def _lr_mult(parameter: Named, given: Mapping[str, float]) -> float:

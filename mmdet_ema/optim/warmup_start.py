@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence
+from typing import Any, List, Mapping, Optional, Sequence
 
 from torch.optim import Optimizer
 
@@ -19,7 +19,7 @@ def start_warmup(
     max_iters: int,
     samples: int,
     log: Any,
-    others: Sequence[str] = (),
+    others: Optional[Mapping[str, Sequence[str]]] = None,
 ) -> WarmSteps:
     """Scale the weight decay, say what the warm-up will do, and begin.
 
@@ -30,7 +30,8 @@ def start_warmup(
         max_iters: Iterations of the run.
         samples: Samples that one optimizer step takes, over all processes.
         log: Has ``info(text)`` and ``warning(text)``.
-        others: Schedulers that warm up as well, in words. Defaults to ().
+        others: 'lr' or 'momentum' -> schedulers that warm it up as well, in
+            words. Defaults to None.
 
     Returns:
         The running warm-up.
@@ -40,7 +41,7 @@ def start_warmup(
     groups = [g for o in optimizers for g in o.param_groups]
     if length:
         log.info(_describe(options, groups, length))
-    for line in _warnings(groups, length, max_iters, others):
+    for line in _warnings(groups, length, max_iters, others or {}):
         log.warning(line)
     return WarmSteps(optimizers, options, length)
 
@@ -57,7 +58,10 @@ def _describe(options: WarmupOptions, groups: List[Any], length: int) -> str:
 
 
 def _warnings(
-    groups: List[Any], length: int, max_iters: int, others: Sequence[str]
+    groups: List[Any],
+    length: int,
+    max_iters: int,
+    others: Mapping[str, Sequence[str]],
 ) -> List[str]:
     if not length:
         return []
@@ -73,9 +77,10 @@ def _warnings(
             f'iterations; lower warmup_epochs and min_iters, or give '
             f'warmup_iters={max(max_iters // 10, 1)}.'
         )
-    if others:
-        found.append(
-            f'BiasWarmupHook: {" and ".join(others)} warms up the lr as well, '
-            f'so that it rises twice as slowly at first; remove one of them.'
-        )
+    found += [
+        f'BiasWarmupHook: {" and ".join(names)} warms up the {value} as well, '
+        f'so that both act on it; remove one of them.'
+        for value, names in others.items()
+        if names
+    ]
     return found

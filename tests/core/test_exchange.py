@@ -620,3 +620,17 @@ def test_chunks_cover_all_and_fit(sizes, extra):
     assert sizes == list(itertools.chain(*chunks))
     assert all(chunks)
     assert max(map(sum, chunks)) <= room
+
+
+def test_swap_between_forward_and_backward():
+    """A swap there and back leaves the gradients as they would have been."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    inputs = torch.randn(2, 3, requires_grad=True)
+    model.first(inputs).sum().backward()
+    expected, inputs.grad = inputs.grad.clone(), None
+    loss = model.first(inputs).sum()
+    with averager.applied():
+        pass
+    loss.backward()
+    assert torch.equal(expected, inputs.grad)

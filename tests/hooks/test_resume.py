@@ -398,3 +398,13 @@ def test_another_batch_size_is_reported_and_scaled_if_told(tmp_path, scale):
     assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
     again = Run(tmp_path, hook, max_epochs=3, **options).train()
     assert again.scalar('train/ema_decay')[-1] == pytest.approx(decay)
+
+
+def test_file_of_the_older_framework_is_refused(tmp_path):
+    """A file of mmcv 1.x cannot resume; one line says what can be done."""
+    meta = dict(epoch=1, iter=4, hook_msgs=dict(EMAHook={}))
+    weights = ToyModel().state_dict()
+    torch.save(dict(meta=meta, state_dict=weights), tmp_path / 'old.pth')
+    run = Run(tmp_path, EMA, load_from=str(tmp_path / 'old.pth'), resume=True)
+    with pytest.raises(ValueError, match=r'written by mmcv 1\.x'):
+        run.train()

@@ -25,6 +25,8 @@ KINDS = {
     'image_norm.weight': 'norm',
     'image_norm.bias': 'bias',
     'own_norm.weight': 'norm',
+    'wide_norm.weight': 'norm',
+    'wide_norm.bias': 'bias',
     'normed.weight': 'weight',
     'slope.weight': 'other',
     'scale.scale': 'other',
@@ -42,6 +44,15 @@ class RMSNorm(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
+
+
+class LayerNorm2d(nn.Module):
+    """A norm over channels whose parameters have four dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 4, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, 4, 1, 1))
 
 
 class NormedLinear(nn.Linear):
@@ -79,6 +90,7 @@ class Zoo(nn.Module):
         self.queries = nn.Embedding(5, 4)
         self.image_norm = nn.LayerNorm((4, 8, 8))
         self.own_norm = RMSNorm()
+        self.wide_norm = LayerNorm2d()
         self.normed = NormedLinear(4, 4, bias=False)
         self.slope = nn.PReLU()
         self.scale = Scale()

@@ -1,5 +1,6 @@
 """What kind of parameter a parameter is."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -68,3 +69,71 @@ def test_vectors_named_weight():
     model.weight = nn.Parameter(torch.zeros(4))
     model.other_weight = nn.Parameter(torch.zeros(4, 1))
     assert {'weight': 'other', 'other_weight': 'weight'} == kinds(model)
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape', 'kind'),
+    [
+        ('LayerNorm2d', (1, 4, 1, 1), 'norm'),
+        ('LayerNorm_3D', (4, 8, 8), 'norm'),
+        ('SwitchNormalization', (4, 1), 'norm'),
+        ('RMSNorm', (4,), 'norm'),
+        ('NormedHead', (4,), 'norm'),
+        ('NormedHead', (4, 4), 'weight'),
+        ('LayerNormLinear', (4, 4), 'weight'),
+        ('Head', (4, 4), 'weight'),
+    ],
+)
+def test_norms_by_the_name_of_their_class(name, shape, kind):
+    """A class whose name ends with norm is one, whatever the shape."""
+    module = type(name, (nn.Module,), {})()
+    module.weight = nn.Parameter(torch.ones(shape))
+    assert {'weight': kind} == kinds(module)
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm. is deprecated')
+@pytest.mark.parametrize(
+    ('layer', 'name'),
+    [
+        (nn.Linear(3, 4), 'weight'),
+        (nn.Conv2d(3, 4, 1), 'weight'),
+        (nn.LSTM(3, 4), 'weight_hh_l0'),
+    ],
+)
+def test_magnitudes_of_weight_normalization(layer, name):
+    """The magnitude of a normalized weight is a norm, its direction not."""
+    found = kinds(nn.utils.weight_norm(layer, name))
+    assert 'norm' == found[f'{name}_g']
+    assert 'weight' == found[f'{name}_v']
+    assert 1 == list(found.values()).count('norm')
+
+
+def test_magnitudes_of_parametrized_weights():
+    """The same for the parametrization that replaced it in torch 2."""
+    utils = nn.utils.parametrizations
+    if not hasattr(utils, 'weight_norm'):
+        pytest.skip('torch before 2.1')
+    found = kinds(utils.weight_norm(nn.Linear(3, 4)))
+    expected = {
+        'bias': 'bias',
+        'parametrizations.weight.original0': 'norm',
+        'parametrizations.weight.original1': 'weight',
+    }
+    assert expected == found
+
+
+class Sum(nn.Module):
+    """A weight as the sum of two."""
+
+    def forward(self, left, right):
+        return left + right
+
+    def right_inverse(self, weight):
+        return weight / 2, weight / 2
+
+
+def test_other_parametrizations_have_no_magnitude():
+    """The first of two summands of a weight is a weight."""
+    layer = nn.Linear(3, 4, bias=False)
+    nn.utils.parametrize.register_parametrization(layer, 'weight', Sum())
+    assert ['weight', 'weight'] == list(kinds(layer).values())

@@ -223,7 +223,7 @@ def test_wrong_options(options, value, remedy):
     assert remedy in str(error.value)
 
 
-def start(optimizer, log, max_iters=100000, others=(), **options):
+def start(optimizer, log, max_iters=100000, others=None, **options):
     """Start a warm-up with 500 iterations an epoch."""
     return start_warmup(
         [optimizer],
@@ -239,7 +239,7 @@ def start(optimizer, log, max_iters=100000, others=(), **options):
 def test_what_is_said_at_the_start():
     """The start says length and values, once, and warns of nothing."""
     log = Lines()
-    start(optimizer_of(), log)
+    start(optimizer_of(), log, others=dict(lr=[], momentum=[]))
     assert [] == log.warnings
     assert 1 == len(log.infos)
     assert '1500 iterations; lr of biases from 0.1' in log.infos[0]
@@ -257,16 +257,19 @@ def test_warnings_at_the_start():
     log = Lines()
     model = nn.Linear(2, 2)
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
-    start(plain, log, max_iters=2000, others=['LinearLR(end=500)'])
-    assert 3 == len(log.warnings)
+    others = dict(lr=['LinearLR(end=500)'], momentum=['LinearMomentum'])
+    start(plain, log, max_iters=2000, others=others)
+    assert 4 == len(log.warnings)
     assert "constructor='EMAOptimizerConstructor'" in log.warnings[0]
     assert '1500 of the 2000 iterations' in log.warnings[1]
     assert 'warmup_iters=200' in log.warnings[1]
     assert 'LinearLR(end=500) warms up the lr as well' in log.warnings[2]
+    assert 'LinearMomentum warms up the momentum as well' in log.warnings[3]
 
 
 def test_no_warm_up_is_silent():
     """A warm-up of no length says nothing."""
     log = Lines()
-    start(optimizer_of(), log, max_iters=10, others=['x'], warmup_epochs=0)
+    others = dict(lr=['x'])
+    start(optimizer_of(), log, max_iters=10, others=others, warmup_epochs=0)
     assert [] == log.infos + log.warnings

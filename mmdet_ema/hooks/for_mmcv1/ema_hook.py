@@ -8,14 +8,21 @@ from typing import Any, Callable, Iterator, Optional, Union
 import torch
 from mmcv.runner import Hook
 
-from mmdet_ema.checkpoint.mmcv1 import drop, iteration_of, put_iteration
+from mmdet_ema.checkpoint.layout import EMA
+from mmdet_ema.checkpoint.mmcv1 import (
+    MESSAGE,
+    drop,
+    iteration_of,
+    put_iteration,
+    take_message,
+)
 from mmdet_ema.checkpoint.mmcv1_buffers import convert_buffers
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmcv1 import runner_facts
 from mmdet_ema.hooks.for_mmcv1.run_log import RunLog
 from mmdet_ema.hooks.for_mmcv1.saving import with_ema_part
 from mmdet_ema.hooks.for_mmcv1.watching import watch
-from mmdet_ema.hooks.for_mmcv1.words import parse_words
+from mmdet_ema.hooks.for_mmcv1.words import check_path, parse_words
 from mmdet_ema.hooks.lifecycle import EMALifecycle
 from mmdet_ema.hooks.planning import check_begin
 from mmdet_ema.optim.nominal import scale_weight_decay
@@ -137,11 +144,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         )
         options = parse_words(self._words, given)
         self.evaluates_both = options.evaluate == 'both'
-        self._resume_from = resume_from
+        self._resume_from = check_path('resume_from', resume_from)
         self._log = RunLog()
         self._life = EMALifecycle(options, self._log)
         self._started = False
-        self._iteration = self._saved_iteration = 0
+        self._iteration = self._trained = self._saved_iteration = 0
 
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is changed."""
@@ -150,6 +157,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         check_begin(self._life.options, runner_facts.facts_of(runner))
         watch(runner, self)
         self._resume(runner)
+        self._take_late(runner)
         self._started = False
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -163,12 +171,23 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._start(runner)
         self.catch_up()
         self._iteration = runner.iter + 1
+        # a runner without mmcv's OptimizerHook steps before any hook
+        alone = not runner_facts.has_optimizer_hook(runner)
+        self._trained = self._iteration if alone else runner.iter
         model = runner_facts.model_of(runner)
         self._life.before_iteration(model, runner.iter, runner.epoch)
 
     def after_train_iter(self, runner: Any) -> None:
         """Update the average if the optimizer stepped."""
         self.catch_up()
+
+    def after_optimizer(self, runner: Any) -> None:
+        """Note that the optimizer's turn of this iteration is over.
+
+        Args:
+            runner: The runner.
+        """
+        self._trained = runner.iter + 1
 
     def after_train_epoch(self, runner: Any) -> None:
         """Agree between the ranks; a checkpoint may be written now."""
@@ -193,12 +212,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         """
         self._log.logger = runner.logger
         model = runner_facts.model_of(runner)
-        tied = runner_facts.tied_names(model)
-        found = convert_buffers(checkpoint, tied, filename)
-        if found is not None:
-            self._log.info(found.line)
-        if found is not None and found.warning:
-            self._log.warning(found.warning)
+        self._convert(checkpoint, model, filename)
         drop(checkpoint, runner_facts.unsaved_names(model))
         self._saved_iteration = iteration_of(checkpoint)
         if resumes:
@@ -216,7 +230,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         """
         if runner.max_epochs is None and self._saved_iteration:
             runner._iter = runner._inner_iter = self._saved_iteration
-        self._iteration = runner.iter
+        self._iteration = self._trained = runner.iter
 
     @contextlib.contextmanager
     def evaluating(self, runner: Any) -> Iterator[None]:
@@ -232,6 +246,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             yield
         finally:
             self._life.leave_evaluation()
+
+    def show_raw(self) -> None:
+        """Put the raw weights back, if the averages are in the model."""
+        self._life.leave_evaluation()
 
     @contextlib.contextmanager
     def saving(self, runner: Any) -> Iterator[None]:
@@ -267,9 +285,36 @@ class EMAHook(Hook):  # type: ignore[misc]
         """
         return self._log.with_scalars(log, runner, self._life.averager)
 
+    def _take_late(self, runner: Any) -> None:
+        """Take our part of a file that a runner has loaded without us.
+
+        That is one made before the package was imported.
+        """
+        messages = (runner.meta or {}).get('hook_msgs', {})
+        if MESSAGE not in messages:
+            return
+        model = runner_facts.model_of(runner)
+        checkpoint = dict(state_dict=model.state_dict(), meta=runner.meta)
+        take_message(checkpoint)
+        self.after_read_checkpoint(runner, checkpoint, '', True)
+        model.load_state_dict(checkpoint['state_dict'])
+        self.after_resume(runner)
+
+    def _convert(self, checkpoint: Any, model: Any, filename: str) -> None:
+        """Turn a file of another hook into one of ours."""
+        owned = [x for x in model.state_dict() if x.startswith('ema_')]
+        if EMA in checkpoint or owned:
+            return
+        tied = runner_facts.tied_names(model)
+        found = convert_buffers(checkpoint, tied, filename)
+        if found is not None:
+            self._log.info(found.line)
+        if found is not None and found.warning:
+            self._log.warning(found.warning)
+
     def _save(self, checkpoint: Any) -> None:
         self._life.save(checkpoint)
-        put_iteration(checkpoint, self._iteration)
+        put_iteration(checkpoint, self._trained)
 
     def _start(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""

@@ -56,8 +56,10 @@ def evaluate_with(ema: Any, hook: Any, evaluate: Evaluate, runner: Any) -> Any:
         return evaluate(runner)
     if getattr(hook, 'broadcast_bn_buffer', False):
         broadcast_statistics(runner)
-    both = ema.evaluates_both
-    raw = _raw_metrics(hook, evaluate, runner) if both else {}
+    raw: Dict[str, Any] = {}
+    if ema.evaluates_both:
+        ema.show_raw()
+        raw = _raw_metrics(hook, evaluate, runner)
     with ema.evaluating(runner), _best_by(hook, raw):
         result = evaluate(runner)
     runner.log_buffer.output.update(raw)

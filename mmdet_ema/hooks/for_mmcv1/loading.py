@@ -20,7 +20,7 @@ from mmdet_ema.checkpoint.layout import put_raw, unpack
 from mmdet_ema.checkpoint.mmcv1 import take_message
 from mmdet_ema.core.errors import CheckpointError
 from mmdet_ema.hooks.for_mmcv1.ema_hook import EMAHook
-from mmdet_ema.hooks.for_mmcv1.runner_facts import ema_hook_of
+from mmdet_ema.hooks.for_mmcv1.runner_facts import ema_hook_of, note_loader
 from mmdet_ema.hooks.for_mmcv1.wrapping import wrap_once
 
 _RESUMES = '_mmdet_ema_resumes'
@@ -37,6 +37,19 @@ def _init(
     init(runner, *args, **kwargs)
     wrap_once(runner, 'load_checkpoint', functools.partial(_load, runner))
     wrap_once(runner, 'resume', functools.partial(_resume, runner))
+    wrap_once(runner, 'run', functools.partial(_run, runner))
+
+
+def _run(
+    runner: Any,
+    run: Callable[..., Any],
+    loaders: Any,
+    workflow: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    note_loader(runner, loaders, workflow)
+    return run(loaders, workflow, *args, **kwargs)
 
 
 def _resume(

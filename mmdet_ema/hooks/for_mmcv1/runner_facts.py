@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Set
 
 import torch.distributed as dist
 from mmcv.parallel import is_module_wrapper
-from mmcv.runner import EvalHook
+from mmcv.runner import EvalHook, OptimizerHook
 from mmcv.runner.checkpoint import get_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.facts import RunFacts
 
+_LOADER = '_mmdet_ema_loader'
 _OTHERS = ('EMAHook', 'BaseEMAHook')
 
 
@@ -46,6 +47,11 @@ def facts_of(runner: Any) -> RunFacts:
         world_size=runner.world_size,
         validates=any(isinstance(hook, EvalHook) for hook in runner.hooks),
     )
+
+
+def has_optimizer_hook(runner: Any) -> bool:
+    """Return whether one of mmcv's hooks calls the optimizer."""
+    return any(isinstance(hook, OptimizerHook) for hook in runner.hooks)
 
 
 def ema_hook_of(runner: Any, ours: Any) -> Optional[Any]:
@@ -112,8 +118,22 @@ def _describe(hook: Any) -> str:
     return f'{kind.__module__}.{kind.__name__} (priority={hook.priority!r})'
 
 
+def note_loader(runner: Any, loaders: Any, workflow: Any) -> None:
+    """Note which data the runner trains on, before it calls any hook.
+
+    Args:
+        runner: The runner.
+        loaders: Its data loaders.
+        workflow: What is done with each, as ``('train', 1)``.
+    """
+    pairs = zip(loaders, workflow)
+    found = [loader for loader, (mode, _) in pairs if mode == 'train']
+    setattr(runner, _LOADER, found[0] if found else None)
+
+
 def _batch_size(runner: Any) -> int:
-    loader = getattr(runner, 'data_loader', None)
+    loader = getattr(runner, _LOADER, None)
+    loader = getattr(runner, 'data_loader', None) if loader is None else loader
     loader = getattr(loader, '_dataloader', loader)
     size = getattr(loader, 'batch_size', None)
     if size is None:

@@ -52,9 +52,11 @@ def with_ema_part(
 
 def _replace_by(weights: Dict[str, Any]) -> Callable[..., None]:
     def replace(module: Any, state: Any, prefix: str, metadata: Any) -> None:
+        # a wrapped model saves its names with the wrapper's before them
         for name in state:
-            if name in weights:
-                state[name] = weights[name]
+            plain = name[len(prefix) :]
+            if name.startswith(prefix) and plain in weights:
+                state[name] = weights[plain]
 
     return replace
 

@@ -8,7 +8,12 @@ from __future__ import annotations
 import functools
 from typing import Any, Callable
 
-from mmcv.runner import CheckpointHook, EvalHook, LoggerHook
+from mmcv.runner import (
+    CheckpointHook,
+    EvalHook,
+    LoggerHook,
+    OptimizerHook,
+)
 
 from mmdet_ema.hooks.for_mmcv1.evaluation import check_best, evaluate_with
 from mmdet_ema.hooks.for_mmcv1.wrapping import wrap_once
@@ -32,6 +37,10 @@ def watch(runner: Any, ema: Any) -> None:
             check_best(hook, ema.evaluates_both)
             evaluate = functools.partial(evaluate_with, ema, hook)
             wrap_once(hook, '_do_evaluate', evaluate)
+            _watch_overrides(hook, ema)
+        elif isinstance(hook, OptimizerHook):
+            stepping = functools.partial(_step, ema)
+            wrap_once(hook, 'after_train_iter', stepping)
         elif isinstance(hook, CheckpointHook):
             checkpoint = functools.partial(_save_on_one_rank, ema)
             wrap_once(hook, '_save_checkpoint', checkpoint)
@@ -39,6 +48,27 @@ def watch(runner: Any, ema: Any) -> None:
             after_iter = functools.partial(_after_iter, ema)
             wrap_once(hook, 'after_train_iter', after_iter)
             wrap_once(hook, 'log', functools.partial(_log, ema, hook))
+
+
+def _watch_overrides(hook: Any, ema: Any) -> None:
+    """Watch an evaluation hook that evaluates in a way of its own."""
+    name = 'after_train_epoch' if hook.by_epoch else 'after_train_iter'
+    if getattr(type(hook), name) is not getattr(EvalHook, name):
+        wrap_once(hook, name, functools.partial(_evaluate, ema, hook))
+
+
+def _evaluate(
+    ema: Any, hook: Any, evaluate: Callable[[Any], Any], runner: Any
+) -> Any:
+    if not hook._should_evaluate(runner):
+        return evaluate(runner)
+    with ema.evaluating(runner):
+        return evaluate(runner)
+
+
+def _step(ema: Any, step: Callable[[Any], Any], runner: Any) -> Any:
+    step(runner)
+    ema.after_optimizer(runner)
 
 
 def _val(

@@ -9,7 +9,7 @@ with ``interval``.
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Optional
 
 from mmdet_ema.core.check import check_count, check_flag, check_number
 from mmdet_ema.core.errors import OptionError
@@ -142,3 +142,24 @@ def _update_buffers(
     if kind is None or 'update_buffers' in given:
         return {}
     return {'update_buffers': kind == _EXP or hook == _LINEAR}
+
+
+def check_path(name: str, value: Any) -> Optional[str]:
+    """Return an option that names a file, None if it is left out.
+
+    Args:
+        name: Name of the option.
+        value: What the user gave.
+
+    Returns:
+        The path or URL.
+
+    Raises:
+        OptionError: If it is no text, or empty.
+    """
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise OptionError(
+        f'{name}={value!r} is no path of a checkpoint; give one as a string, '
+        f'or leave {name} out.'
+    )

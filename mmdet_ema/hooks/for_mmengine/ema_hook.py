@@ -12,6 +12,7 @@ from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmengine import runner_facts
 from mmdet_ema.hooks.for_mmengine.plain_checkpoint import (
     make_plain,
+    refuse_foreign,
     strip_wrapper,
     unmake,
 )
@@ -236,6 +237,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not runner_facts.is_training(runner) or self._trained:
             self._life.choose(checkpoint, model)
         elif runner._resume:
+            refuse_foreign(checkpoint)
             self._life.resume(checkpoint, model)
         else:
             self._life.fine_tune(checkpoint)

@@ -15,6 +15,7 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from mmdet_ema.checkpoint.plain import Codec, foreign, from_plain, to_plain
+from mmdet_ema.core.errors import CheckpointError
 
 _WEIGHTS = ('state_dict', 'ema_state_dict')
 
@@ -34,6 +35,24 @@ def make_plain(checkpoint: MutableMapping[str, Any], log: Any) -> None:
         log.warning(
             f'EMA: the checkpoint holds {", ".join(left)}; reading it needs '
             f'these types allow-listed (torch.serialization.add_safe_globals).'
+        )
+
+
+def refuse_foreign(checkpoint: MutableMapping[str, Any]) -> None:
+    """Refuse to resume from a file of mmcv 1.x.
+
+    Args:
+        checkpoint: What was read.
+
+    Raises:
+        CheckpointError: If mmcv's runner wrote it; mmengine would stop at
+            ``message_hub`` later, with the weights loaded.
+    """
+    meta = checkpoint.get('meta')
+    if isinstance(meta, dict) and 'hook_msgs' in meta:
+        raise CheckpointError(
+            'the checkpoint was written by mmcv 1.x, which mmengine cannot '
+            'resume; use load_from without resume to start from its weights.'
         )
 
 

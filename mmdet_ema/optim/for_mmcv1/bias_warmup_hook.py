@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from mmcv.runner.hooks import Hook, LrUpdaterHook
+from mmcv.runner.hooks.momentum_updater import MomentumUpdaterHook
 
 from mmdet_ema.hooks.for_mmcv1.runner_facts import facts_of, optimizers_of
 from mmdet_ema.optim.for_mmcv1.run_log import RunLog
 from mmdet_ema.optim.warm_steps import WarmSteps
 from mmdet_ema.optim.warmup import parse_warmup
 from mmdet_ema.optim.warmup_start import start_warmup
+
+_UPDATERS = {'lr': LrUpdaterHook, 'momentum': MomentumUpdaterHook}
 
 
 class BiasWarmupHook(Hook):  # type: ignore[misc]
@@ -80,11 +83,14 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
             self._steps = None
 
 
-def _other_warmups(runner: Any) -> List[str]:
-    """Name hooks that warm up the learning rate and are not done."""
-    return [
-        f'lr_config(warmup={hook.warmup!r})'
-        for hook in runner.hooks
-        if isinstance(hook, LrUpdaterHook) and hook.warmup is not None
-        if hook.warmup_iters is None or hook.warmup_iters > runner.iter
-    ]
+def _other_warmups(runner: Any) -> Dict[str, List[str]]:
+    """Name hooks that warm up the same values and are not done."""
+    return {
+        value: [
+            f'{value}_config(warmup={hook.warmup!r})'
+            for hook in runner.hooks
+            if isinstance(hook, updater) and hook.warmup is not None
+            if hook.warmup_iters is None or hook.warmup_iters > runner.iter
+        ]
+        for value, updater in _UPDATERS.items()
+    }

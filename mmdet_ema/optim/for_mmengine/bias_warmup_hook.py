@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from mmengine.hooks import Hook
 
@@ -12,7 +12,8 @@ from mmdet_ema.optim.warm_steps import WarmSteps
 from mmdet_ema.optim.warmup import parse_warmup
 from mmdet_ema.optim.warmup_start import start_warmup
 
-_RISING = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
+_RISING = ('Linear', 'Constant', 'QuadraticWarmup')
+_ENDINGS = {'lr': 'LR', 'momentum': 'Momentum'}
 
 
 class BiasWarmupHook(Hook):  # type: ignore[misc]
@@ -92,14 +93,18 @@ def _length(dataloader: Any) -> Optional[int]:
         return None
 
 
-def _other_warmups(runner: Any) -> List[str]:
-    """Name schedulers that raise the learning rate from the start."""
+def _other_warmups(runner: Any) -> Dict[str, List[str]]:
+    """Name schedulers that raise the same values from the start."""
     schedulers = runner.param_schedulers or []
     if isinstance(schedulers, dict):
         schedulers = [s for several in schedulers.values() for s in several]
-    return [
-        f'{type(s).__name__}(end={s.end})'
-        for s in schedulers
-        if type(s).__name__ in _RISING and s.begin == 0
-        if s.end > (runner.epoch if s.by_epoch else runner.iter)
-    ]
+    return {
+        value: [
+            f'{type(s).__name__}(end={s.end})'
+            for s in schedulers
+            if type(s).__name__ in [f'{word}{ending}' for word in _RISING]
+            if s.begin == 0
+            if s.end > (runner.epoch if s.by_epoch else runner.iter)
+        ]
+        for value, ending in _ENDINGS.items()
+    }

@@ -182,6 +182,17 @@ def test_what_the_log_says(tmp_path):
     assert momentum == recorded['step_momentum']
 
 
+def test_warm_up_of_the_momentum(tmp_path):
+    """A momentum_config that warms up as well is warned of."""
+    lines = Lines()
+    steps = dict(policy='step', step=[1], warmup='linear', warmup_iters=5)
+    trained = make(tmp_path, WARMUP, logger=quiet(lines), momentum=steps)
+    trained.train()
+    text = "momentum_config(warmup='linear') warms up the momentum as well"
+    assert 1 == sum(text in line for line in lines.lines)
+    assert not any('warms up the lr' in line for line in lines.lines)
+
+
 def test_beside_the_ema_hook(tmp_path):
     """The EMA hook beside it averages, and the run is the same."""
     ema = dict(type='EMAHook', decay=0.9, tau=5)

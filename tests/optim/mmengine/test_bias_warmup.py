@@ -166,6 +166,19 @@ def test_what_the_log_says(tmp_path, caplog):
         assert seen(runner, column)[group] == history
 
 
+def test_warm_up_of_the_momentum(tmp_path, caplog):
+    """A scheduler that warms up the momentum as well is warned of."""
+    linear = dict(
+        type='LinearMomentum', start_factor=0.5, by_epoch=False, end=5
+    )
+    runner = make(tmp_path, WARMUP, param_scheduler=[linear])
+    runner.logger.addHandler(caplog.handler)
+    runner.train()
+    text = 'LinearMomentum(end=5) warms up the momentum as well'
+    assert 1 == caplog.text.count(text)
+    assert 'warms up the lr' not in caplog.text
+
+
 def test_beside_the_ema_hook(tmp_path):
     """The EMA hook beside it averages, and the run is the same."""
     ema = dict(type='EMAHook', decay=0.9, tau=5)
