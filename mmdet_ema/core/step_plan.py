@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core.copying import CopyPlan
-from mmdet_ema.core.finite import FiniteCheck, all_finite
+from mmdet_ema.core.finite import FiniteCheck
 from mmdet_ema.core.kernels import Rule, UpdatePlan
 from mmdet_ema.core.ranks import all_agree, can_agree_on_device, raise_flag
 from mmdet_ema.core.selection import Entry, Role
@@ -89,8 +89,8 @@ class StepPlan:
         rows = list(zip(entries, averages, sources))
         copied = [row for row in rows if row[0].role is Role.COPIED]
         updated = [row for row in rows if row[0].role is Role.AVERAGED]
-        self._entries = list(entries)
-        self._checks = [FiniteCheck(_gated(x)) for x in (copied, rows)]
+        self._checks = _checks(rows)
+        self._live_checks = _checks([(e, a, e.raw) for e, a, _ in rows])
         self._copies = CopyPlan(*_columns(copied))
         self._updates = UpdatePlan(*_columns(updated))
         if deferred is None:
@@ -103,13 +103,7 @@ class StepPlan:
         Args:
             step: The step.
         """
-        entries = [
-            entry
-            for entry in self._entries
-            if step.updates or entry.role is Role.COPIED
-        ]
-        rows = [(entry, entry.raw, entry.raw) for entry in entries]
-        return all_agree(all_finite(_gated(rows)))
+        return all_agree(self._live_checks[step.updates].passes())
 
     def take_in(self, step: Step) -> Verdict:
         """Take a step into the averages, unless it holds NaN or Inf.
@@ -143,6 +137,12 @@ class StepPlan:
 
 
 _Row = Tuple[Entry, Tensor, Tensor]
+
+
+def _checks(rows: Sequence[_Row]) -> List[FiniteCheck]:
+    """Return the check of a step that only copies, and of an update."""
+    copied = [row for row in rows if row[0].role is Role.COPIED]
+    return [FiniteCheck(_gated(chosen)) for chosen in (copied, rows)]
 
 
 def _columns(rows: Sequence[_Row]) -> Tuple[List[Tensor], List[Tensor]]:

@@ -147,7 +147,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._resume_from = check_path('resume_from', resume_from)
         self._log = RunLog()
         self._life = EMALifecycle(options, self._log)
-        self._started = False
+        self._started = self._steps_alone = False
         self._iteration = self._trained = self._saved_iteration = 0
 
     def before_run(self, runner: Any) -> None:
@@ -172,8 +172,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self.catch_up()
         self._iteration = runner.iter + 1
         # a runner without mmcv's OptimizerHook steps before any hook
-        alone = not runner_facts.has_optimizer_hook(runner)
-        self._trained = self._iteration if alone else runner.iter
+        self._trained = runner.iter + int(self._steps_alone)
         model = runner_facts.model_of(runner)
         self._life.before_iteration(model, runner.iter, runner.epoch)
 
@@ -321,6 +320,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self._started:
             return
         self._started = True
+        self._steps_alone = not runner_facts.has_optimizer_hook(runner)
         facts = runner_facts.facts_of(runner)
         optimizers = runner_facts.optimizers_of(runner)
         self._life.start(runner_facts.model_of(runner), optimizers, facts)
