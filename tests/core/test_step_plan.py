@@ -334,3 +334,20 @@ def test_decay_of_zero(on_device):
     model.weight.data.fill_(2)
     assert averager.update() is True
     assert torch.equal(model.weight, averages_of(averager)['weight'])
+
+
+@pytest.mark.parametrize('bad', BAD, ids=str)
+@pytest.mark.parametrize('where', ['conv.weight', 'norm.running_var'])
+def test_raw_tensors_are_looked_at_beside_what_was_copied(where, bad):
+    """``is_finite`` sees the model's own tensors, not copies of them."""
+    model = Wide()
+    entries = [e for e in select(model) if e.role is not Role.SHARED]
+    copies = [entry.raw.detach().clone() for entry in entries]
+    plan = StepPlan(entries, [c.clone() for c in copies], copies)
+    update, between = Step(1, decay=0.5), Step(1)
+    assert plan.is_finite(update)
+    assert plan.is_finite(between)
+    with torch.no_grad():
+        model.state_dict()[where][0] = bad
+    assert not plan.is_finite(update)
+    assert plan.is_finite(between)
