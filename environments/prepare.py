@@ -21,7 +21,12 @@ from .generation import GENERATIONS, MMENGINE, Generation
 from .interpreter import Interpreter
 
 ROOT = pins.FOLDER.parent
-PROJECT_FILES = ('pyproject.toml', 'setup.cfg', 'setup.py')
+PROJECT_FILES = (
+    'pyproject.toml',
+    'setup.cfg',
+    'setup.py',
+    'mmdet_ema/core/native/kernels.c',
+)
 
 
 def main(*words: str) -> int:

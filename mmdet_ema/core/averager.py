@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 import torch
@@ -309,12 +308,12 @@ class WeightAverager:
         now, gated = self._progress, self.nonfinite != 'ignore'
         number = now.steps + 1
         if number % self.interval != self.phase % self.interval:
-            return Step(number, gated=gated), replace(now, steps=number)
+            return Step(number, gated=gated), now._replace(steps=number)
         decay = None
         if self.rule is None:
             decay = decay_over(self.schedule, now.averaged + 1, number)
-        after = replace(
-            now, steps=number, updates=now.updates + 1, averaged=number
+        after = now._replace(
+            steps=number, updates=now.updates + 1, averaged=number
         )
         return Step(number, decay, self.rule, gated), after
 
@@ -349,5 +348,5 @@ class WeightAverager:
                 f'{where} holds NaN or Inf after a step; the average was '
                 f'left as it was after {before.steps} steps.'
             )
-        self._progress = replace(before, skipped=before.skipped + 1)
+        self._progress = before._replace(skipped=before.skipped + 1)
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Optional, Sequence
 
 import torch
@@ -69,7 +68,7 @@ class Intake:
             if not self._steps.is_finite(step):
                 self.is_open, self._verdict = True, False
                 return
-            step = replace(step, gated=False)
+            step = step._replace(gated=False)
         job = functools.partial(self._steps.take_in, step)
         self._background.start(self._snapshot, job)
         self.is_open, self._verdict = True, None

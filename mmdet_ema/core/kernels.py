@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmdet_ema.core import capabilities
 from mmdet_ema.core.copying import group_pairs, placement
-from mmdet_ema.core.memory import is_dense
+from mmdet_ema.core.memory import is_alike
 
 # torch adds these to float32 without a converted copy, but no 8-bit floats
 _PROMOTED = (torch.float16, torch.bfloat16)
@@ -168,7 +168,7 @@ class _Places:
         now = self._now()
         if now != self._seen:
             self._seen = now
-            self.alike = all(_is_alike(*pair) for pair in self._pairs)
+            self.alike = all(is_alike(*pair) for pair in self._pairs)
 
     def _now(self) -> List[object]:
         return [(raw.data_ptr(), raw.stride()) for raw in self._raws]
@@ -184,7 +184,7 @@ class _Mixed(_Lerp):
 
 
 def _update_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
-    fused = _is_alike(average, raw) and capabilities.can_fuse(
+    fused = is_alike(average, raw) and capabilities.can_fuse(
         raw.device, raw.dtype
     )
     return (*placement(average, raw), fused)
@@ -195,17 +195,6 @@ def _strategy(*key: object) -> Type[_Lerp]:
     if fused:
         return _Fused
     return _Mixed if raw_dtype in _PROMOTED else _Lerp
-
-
-def _is_alike(average: Tensor, raw: Tensor) -> bool:
-    """Return whether two tensors lie in memory in the same order."""
-    return (
-        average.device == raw.device
-        and average.dtype == raw.dtype
-        and average.shape == raw.shape
-        and average.stride() == raw.stride()
-        and is_dense(raw)
-    )
 
 
 def _add_weighted(

@@ -155,3 +155,19 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def is_alike(average: Tensor, raw: Tensor) -> bool:
+    """Return whether two tensors lie in memory in the same order, densely.
+
+    Args:
+        average: A strided tensor.
+        raw: Another one.
+    """
+    return (
+        average.device == raw.device
+        and average.dtype == raw.dtype
+        and average.shape == raw.shape
+        and average.stride() == raw.stride()
+        and is_dense(raw)
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 from torch import Tensor
 
@@ -12,8 +11,7 @@ from mmdet_ema.core.errors import CheckpointError
 _LONGEST_INTERVAL = 100_000
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """Counters of an average.
 
     Attributes:

@@ -1,27 +1,33 @@
 """What one optimizer step does to the averages, planned once.
 
-A step reads the weights twice: once to see whether they hold NaN or Inf, once
-to average them. The first cannot be left out, nor be done on the way: what is
-written into an average cannot be taken out again to the last bit.
+Whether the weights hold NaN or Inf has to be known before an average is
+written that cannot be taken back. So a step reads the weights twice, once to
+look and once to average; where compiled kernels can take back what they wrote,
+to the last bit, they do both at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from mmdet_ema.core.copying import CopyPlan
 from mmdet_ema.core.finite import FiniteCheck
+from mmdet_ema.core.guarded import GuardedUpdate
 from mmdet_ema.core.kernels import Rule, UpdatePlan
-from mmdet_ema.core.ranks import all_agree, can_agree_on_device, raise_flag
+from mmdet_ema.core.native.update import can_update
+from mmdet_ema.core.ranks import (
+    all_agree,
+    can_agree_on_device,
+    raise_flag,
+    world_size,
+)
 from mmdet_ema.core.selection import Entry, Role
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """An optimizer step, as the averages see it.
 
     Attributes:
@@ -91,11 +97,19 @@ class StepPlan:
         updated = [row for row in rows if row[0].role is Role.AVERAGED]
         self._checks = _checks(rows)
         self._live_checks = _checks([(e, a, e.raw) for e, a, _ in rows])
-        self._copies = CopyPlan(*_columns(copied))
-        self._updates = UpdatePlan(*_columns(updated))
         if deferred is None:
             deferred = _on_one_gpu([*averages, *sources])
         self._deferred = deferred
+        guarded = [] if deferred else list(filter(_can_guard, updated))
+        kept = {id(row[0]) for row in guarded}
+        self._guarded = GuardedUpdate(*_columns(guarded))
+        self._rest_check = FiniteCheck(
+            _gated([row for row in rows if id(row[0]) not in kept])
+        )
+        self._copies = CopyPlan(*_columns(copied))
+        self._updates = UpdatePlan(
+            *_columns([row for row in updated if id(row[0]) not in kept])
+        )
 
     def is_finite(self, step: Step) -> bool:
         """Look at the raw tensors themselves; wait for all ranks.
@@ -114,9 +128,8 @@ class StepPlan:
         Returns:
             Whether it was finite.
         """
-        check = self._checks[step.updates]
-        flag = self._flag(step, check)
-        if flag is None and step.gated and not all_agree(check.passes()):
+        flag = self._flag(step, self._checks[step.updates])
+        if flag is None and not self._take_in_guarded(step):
             return False
         self._copies.copy(flag)
         if step.rule is not None:
@@ -124,6 +137,24 @@ class StepPlan:
         elif step.decay is not None:
             self._updates.update(step.decay, flag)
         return True if flag is None else DeviceVerdict(flag)
+
+    def _take_in_guarded(self, step: Step) -> bool:
+        """Update the averages that can be taken back; return the verdict.
+
+        It is one for all tensors, and for all ranks.
+        """
+        if step.decay is not None and (not step.gated or world_size() == 1):
+            if step.gated and not self._rest_check.passes():
+                return False
+            return self._guarded.update(step.decay, step.gated)
+        check = self._checks[step.updates]
+        if step.gated and not all_agree(check.passes()):
+            return False
+        if step.rule is not None:
+            self._guarded.update_by(step.rule, step.number)
+        elif step.decay is not None:
+            self._guarded.update(step.decay, gated=False)
+        return True
 
     def _flag(self, step: Step, check: FiniteCheck) -> Optional[Tensor]:
         """Return the verdict as a scalar on the device, where that can be."""
@@ -151,6 +182,13 @@ def _columns(rows: Sequence[_Row]) -> Tuple[List[Tensor], List[Tensor]]:
 
 def _gated(rows: Sequence[_Row]) -> List[Tensor]:
     return [p for e, _, source in rows if e.gated for p in e.parts_of(source)]
+
+
+def _can_guard(row: _Row) -> bool:
+    """Return whether a row's raw tensor is what is looked at, no more."""
+    entry, average, source = row
+    whole = entry.labels[0].view is None
+    return whole and entry.gated and can_update(average, source)
 
 
 def _on_one_gpu(tensors: Sequence[Tensor]) -> bool:

@@ -1,0 +1,332 @@
+/* The update of float32 averages in host memory, in one reading of them.
+ *
+ * A step that holds NaN or Inf must leave every average as it was, bit for
+ * bit, but whether it does is known only when all weights have been read. So
+ * what is written is made sure to be revocable: beside each new average,
+ * `earlier` works out the old one from it. Almost always it gets the same
+ * bits; a line in which it does not is kept in a log. To take a step back is
+ * to go through `earlier`, and to put back what the log holds.
+ *
+ * Where the weight of the new value is large, most lines would go to the log:
+ * there, and where a log is full, the weights are read once more instead.
+ *
+ * No memory is allocated here, and no header of Python or torch is needed.
+ */
+
+#include <fenv.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* In elements; AHEAD in tensors. */
+enum { LINE = 16, BLOCK = 4 * LINE, FORESEEN = 128, AHEAD = 4 };
+
+/* Above it more than a few lines in a hundred would go to the log. */
+static const float REVOCABLE = 1.0f / 512;
+
+/* A line as it was. */
+typedef struct {
+  float *where;
+  int64_t count;
+  float old[LINE];
+} Kept;
+
+/* A run of elements, all tensors laid end to end: what a thread takes. */
+typedef struct {
+  int64_t begin, end, done;
+  Kept *log;
+  int64_t kept;
+} Part;
+
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+/* Made once for many updates; see update.py. */
+typedef struct {
+  float *const *averages;
+  const float *const *raws;
+  const int64_t *starts; /* of each tensor, and the end of the last */
+  int64_t num_tensors;
+  Part *parts;
+  int64_t num_parts;
+  int64_t room; /* of each log, in lines */
+} Plan;
+
+typedef enum { WRITE_REVOCABLY, INSPECT, WRITE, REVOKE } Phase;
+
+typedef struct {
+  const Plan *plan;
+  Phase phase;
+  float weight;  /* of the raw values */
+  int64_t taken; /* parts that a thread has taken */
+  int nonfinite; /* whether NaN or Inf was met */
+} Job;
+
+typedef union {
+  float value;
+  uint32_t bits;
+} Word;
+
+/* One rounding of the difference, one of the rest: as torch's lerp. */
+INLINE float later(float average, float raw, float weight) {
+  return __builtin_fmaf(weight, raw - average, average);
+}
+
+INLINE float earlier(float average, float raw, float weight) {
+  return __builtin_fmaf(-weight / (1.0f - weight), raw - average, average);
+}
+
+/* From the raw value, where that weighs more. */
+INLINE float mostly_raw(float average, float raw, float weight) {
+  return __builtin_fmaf(weight - 1.0f, raw - average, raw);
+}
+
+INLINE int are_finite(const float *raw, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; i++) {
+    Word word = {.value = raw[i]};
+    uint32_t exponent = word.bits & 0x7f800000u;
+    largest = exponent > largest ? exponent : largest;
+  }
+  return largest < 0x7f800000u;
+}
+
+/* Work out new averages; return 0 if the old ones follow from them.
+ * From NaN or Inf nothing follows: they lead to NaN, which equals nothing. */
+INLINE uint32_t renew(float *restrict new, const float *restrict average,
+                      const float *restrict raw, float weight,
+                      int64_t count) {
+  uint32_t differing = 0;
+  for (int64_t i = 0; i < count; i++) {
+    Word old = {.value = average[i]}, back;
+    new[i] = later(average[i], raw[i], weight);
+    back.value = earlier(new[i], raw[i], weight);
+    differing |= (back.bits ^ old.bits) | (back.value != back.value);
+  }
+  return differing;
+}
+
+/* Write up to a line; return 0 if it holds NaN or Inf, or the log is full. */
+INLINE int write_line(Job *job, Part *part, float *average, const float *raw,
+                      int64_t count) {
+  float new[LINE];
+  uint32_t differing = renew(new, average, raw, job->weight, count);
+  if (!are_finite(raw, count)) {
+    __atomic_store_n(&job->nonfinite, 1, __ATOMIC_RELAXED);
+    return 0;
+  }
+  if (differing) {
+    if (part->kept == job->plan->room) return 0;
+    Kept *kept = &part->log[part->kept++];
+    kept->where = average;
+    kept->count = count;
+    memcpy(kept->old, average, count * sizeof(float));
+  }
+  memcpy(average, new, count * sizeof(float));
+  return 1;
+}
+
+/* Return how many elements were written before it had to stop. */
+INLINE int64_t write_revocably(Job *job, Part *part, float *average,
+                               const float *raw, int64_t count) {
+  int64_t i = 0;
+  while (i < count) {
+    int64_t stop = count - i < BLOCK ? count : i + BLOCK;
+    float new[BLOCK];
+    if (stop - i == BLOCK &&
+        !renew(new, average + i, raw + i, job->weight, BLOCK)) {
+      memcpy(average + i, new, sizeof new);
+      i = stop;
+      continue;
+    }
+    for (; i < stop; i += LINE) {
+      int64_t length = stop - i < LINE ? stop - i : LINE;
+      if (!write_line(job, part, average + i, raw + i, length)) return i;
+    }
+    i = stop;
+  }
+  return count;
+}
+
+INLINE int64_t inspect(Job *job, const float *raw, int64_t count) {
+  if (!are_finite(raw, count))
+    __atomic_store_n(&job->nonfinite, 1, __ATOMIC_RELAXED);
+  return count;
+}
+
+INLINE int64_t write(float *restrict average, const float *restrict raw,
+                     float weight, int64_t count) {
+  if (weight < 0.5f)
+    for (int64_t i = 0; i < count; i++)
+      average[i] = later(average[i], raw[i], weight);
+  else
+    for (int64_t i = 0; i < count; i++)
+      average[i] = mostly_raw(average[i], raw[i], weight);
+  return count;
+}
+
+INLINE int64_t revoke(float *restrict average, const float *restrict raw,
+                      float weight, int64_t count) {
+  for (int64_t i = 0; i < count; i++)
+    average[i] = earlier(average[i], raw[i], weight);
+  return count;
+}
+
+INLINE int64_t advance(Job *job, Part *part, float *average, const float *raw,
+                       int64_t count) {
+  switch (job->phase) {
+  case WRITE_REVOCABLY:
+    return write_revocably(job, part, average, raw, count);
+  case INSPECT:
+    return inspect(job, raw, count);
+  case WRITE:
+    return write(average, raw, job->weight, count);
+  default:
+    return revoke(average, raw, job->weight, count);
+  }
+}
+
+/* Return the tensor that an element belongs to. */
+static int64_t tensor_of(const Plan *plan, int64_t element) {
+  int64_t low = 0, high = plan->num_tensors;
+  while (high - low > 1) {
+    int64_t middle = low + (high - low) / 2;
+    if (plan->starts[middle] <= element)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+/* Fetch the beginning of a tensor that is soon to come: on short ones the
+ * processor's own foresight starts too late. */
+INLINE void foresee(const Plan *plan, int64_t tensor) {
+  if (tensor >= plan->num_tensors) return;
+  const float *average = plan->averages[tensor], *raw = plan->raws[tensor];
+  int64_t count = plan->starts[tensor + 1] - plan->starts[tensor];
+  for (int64_t i = 0; i < count && i < FORESEEN; i += LINE) {
+    __builtin_prefetch(average + i, 1);
+    __builtin_prefetch(raw + i, 0);
+  }
+}
+
+/* Go through elements until something stops it; return where it stopped. */
+INLINE int64_t walk(Job *job, Part *part, int64_t at, int64_t end) {
+  const Plan *plan = job->plan;
+  int64_t tensor = at < end ? tensor_of(plan, at) : 0;
+  for (; at < end; tensor++) {
+    int64_t offset = at - plan->starts[tensor];
+    int64_t stop = plan->starts[tensor + 1];
+    foresee(plan, tensor + AHEAD);
+    int64_t count = (stop < end ? stop : end) - at;
+    int64_t passed = advance(job, part, plan->averages[tensor] + offset,
+                             plan->raws[tensor] + offset, count);
+    at += passed;
+    if (passed < count) break;
+    if (job->phase <= INSPECT &&
+        __atomic_load_n(&job->nonfinite, __ATOMIC_RELAXED))
+      break;
+  }
+  return at;
+}
+
+INLINE void run_part(Job *job, Part *part) {
+  switch (job->phase) {
+  case INSPECT:
+    walk(job, part, part->done, part->end);
+    break;
+  case REVOKE:
+    walk(job, part, part->begin, part->done);
+    for (int64_t i = 0; i < part->kept; i++) {
+      Kept *kept = &part->log[i];
+      memcpy(kept->where, kept->old, kept->count * sizeof(float));
+    }
+    break;
+  default:
+    part->done = walk(job, part, part->done, part->end);
+  }
+}
+
+typedef void (*RunPart)(Job *, Part *);
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) static void
+run_part_avx2(Job *job, Part *part) {
+  run_part(job, part);
+}
+static RunPart fitting(void) {
+  __builtin_cpu_init();
+  /* Wider vectors gain nothing: memory is the limit. */
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+             ? run_part_avx2
+             : 0; /* without a fused multiply-add it is slow */
+}
+#elif defined(__aarch64__)
+static void run_part_neon(Job *job, Part *part) { run_part(job, part); }
+static RunPart fitting(void) { return run_part_neon; }
+#else
+static RunPart fitting(void) { return 0; }
+#endif
+
+static void work(void *argument) {
+  Job *job = argument;
+  int64_t parts = job->plan->num_parts, i;
+  RunPart run = fitting();
+  fenv_t environment;
+  /* Rounding and subnormal numbers as by default: in each thread, so that
+   * one can take back what another wrote. */
+  fegetenv(&environment);
+  fesetenv(FE_DFL_ENV);
+  while ((i = __atomic_fetch_add(&job->taken, 1, __ATOMIC_RELAXED)) < parts)
+    /* The last is written first: it was read last, and may be in the cache. */
+    run(job, &job->plan->parts[job->phase == WRITE ? parts - 1 - i : i]);
+  fesetenv(&environment);
+}
+
+static void run(Job *job, Phase phase, Parallel parallel, unsigned threads) {
+  job->phase = phase;
+  job->taken = 0;
+  if (parallel && threads > 1)
+    parallel(work, job, threads, 0);
+  else
+    work(job);
+}
+
+static int is_done(const Plan *plan) {
+  for (int64_t i = 0; i < plan->num_parts; i++)
+    if (plan->parts[i].done < plan->parts[i].end) return 0;
+  return 1;
+}
+
+/* Return the number of this interface, 0 where the processor cannot be
+ * served. It changes with every struct and function; library.py knows it. */
+int mmdet_ema_interface(void) { return fitting() ? 1 : 0; }
+
+/* Return 1, or 0 if nothing was changed because of NaN or Inf.
+ * `parallel` is GOMP_parallel or null. */
+int mmdet_ema_update(const Plan *plan, float weight, int gated,
+                     Parallel parallel, unsigned threads) {
+  Job job = {.plan = plan, .weight = weight};
+  for (int64_t i = 0; i < plan->num_parts; i++) {
+    plan->parts[i].done = plan->parts[i].begin;
+    plan->parts[i].kept = 0;
+  }
+  if (gated && weight <= REVOCABLE)
+    run(&job, WRITE_REVOCABLY, parallel, threads);
+  if (gated && !job.nonfinite && !is_done(plan))
+    run(&job, INSPECT, parallel, threads);
+  if (job.nonfinite) {
+    run(&job, REVOKE, parallel, threads);
+    return 0;
+  }
+  if (!is_done(plan)) run(&job, WRITE, parallel, threads);
+  return 1;
+}
+
+/* Copy runs of bytes that do not overlap. */
+void mmdet_ema_copy(void *const *targets, const void *const *sources,
+                    const int64_t *sizes, int64_t count) {
+  for (int64_t i = 0; i < count; i++) memcpy(targets[i], sources[i], sizes[i]);
+}

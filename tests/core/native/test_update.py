@@ -1,0 +1,353 @@
+"""The compiled update: torch's bits, and nothing written of a bad step."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmdet_ema.core.native import library
+from mmdet_ema.core.native import update as native_update
+from mmdet_ema.core.native.update import NativeUpdate, can_update
+from tests.core.models import raw_bytes
+
+pytestmark = pytest.mark.skipif(
+    library.library() is None,
+    reason='not built here, or not for this processor',
+)
+
+NAN, INF = float('nan'), float('inf')
+# at and around 1 / 512 the way of guarding changes, at 0.5 the formula
+WEIGHTS = (0.0, 1e-9, 2e-4, 1 / 512, 2.0**-8, 0.3, 0.4999999, 0.5, 0.9, 1.0)
+REVOCABLE = (0.0, 1e-9, 2e-4, 1 / 512)
+# lines of 16, blocks of 64 and parts of 2**18 elements, and one more or less
+SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 79, 80, 127, 128, 129, 1000)
+MANY = (*SIZES, 2**18 - 1, 2**18, 2**18 + 1, 300_007)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(sizes, generator, spread=1.0):
+    return [torch.randn(n, generator=generator) * spread for n in sizes]
+
+
+def bits(tensors):
+    return [raw_bytes(tensor) for tensor in tensors]
+
+
+def logged(update):
+    """Return how many lines each part has in its log."""
+    return update._parts.view(-1, 5)[:, 4].tolist()
+
+
+def step(update, averages, raws, weight, gated=True):
+    """Take a step that is finite; compare it with torch's bits."""
+    twins = [average.clone() for average in averages]
+    assert update.fits()
+    assert update.update(weight, gated)
+    for twin, raw in zip(twins, raws):
+        twin.lerp_(raw.detach(), weight)
+    same = bits(twins) == bits(averages)
+    # before torch 2.0 the sign of a zero differs where nothing is kept
+    assert same or (weight == 1 and all_equal(twins, averages)), weight
+
+
+def all_equal(lefts, rights):
+    pairs = zip(lefts, rights)
+    return all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in pairs)
+
+
+@pytest.mark.parametrize('gated', [True, False])
+def test_thousand_steps(gated):
+    """Each of 1000 random steps has the bits of ``lerp_``.
+
+    Some raw values stay near their averages, some jump by a million.
+    """
+    generator, choices = seeded(), np.random.default_rng(0)
+    raws = draw(SIZES, generator)
+    averages = [raw.clone() for raw in raws]
+    update = NativeUpdate(averages, raws)
+    for _ in range(1000):
+        for raw in raws:
+            spread = float(choices.choice([0.0, 1e-6, 0.1, 1.0, 1e6]))
+            raw.add_(torch.randn(raw.shape, generator=generator) * spread)
+        weight = float(choices.choice([*WEIGHTS, choices.random()]))
+        step(update, averages, raws, weight, gated)
+
+
+@pytest.mark.parametrize('weight', WEIGHTS)
+def test_formula(weight):
+    """One step is the formula in double precision, to two roundings."""
+    raws = draw(MANY, seeded(1))
+    averages = draw(MANY, seeded(2))
+    before = [average.double().numpy() for average in averages]
+    update = NativeUpdate(averages, raws)
+    assert update.update(weight, gated=True)
+    for old, raw, average in zip(before, raws, averages):
+        expected = (1 - weight) * old + weight * raw.double().numpy()
+        largest = np.maximum(np.abs(old), np.abs(raw.numpy()))
+        # one rounding of the difference of two such numbers, one of the
+        # weight times it, one of the sum: each half a unit, 2**-24
+        bound = 4 * 2.0**-24 * largest
+        assert (np.abs(average.numpy() - expected) <= bound).all()
+
+
+@pytest.mark.parametrize('bad', [NAN, INF, -INF])
+@pytest.mark.parametrize('weight', WEIGHTS[1:])
+def test_bad_step_changes_nothing(weight, bad):
+    """Wherever NaN or Inf is, no bit of any average changes."""
+    raws, averages = draw(SIZES, seeded(3)), draw(SIZES, seeded(4))
+    update = NativeUpdate(averages, raws)
+    before = bits(averages)
+    for raw in raws:
+        for place in {0, 1, 15, 16, 63, 64, len(raw) // 2, len(raw) - 1}:
+            if place < len(raw):
+                kept, raw[place] = raw[place].item(), bad
+                assert not update.update(weight, gated=True)
+                assert before == bits(averages)
+                raw[place] = kept
+    step(update, averages, raws, weight)
+
+
+@pytest.mark.parametrize('threads', [1, 2, 4])
+@pytest.mark.parametrize('weight', [2e-4, 0.3])
+def test_bad_step_of_many_parts(weight, threads):
+    """A part that ended well is taken back where a later one is bad."""
+    raws, averages = draw(MANY, seeded(3)), draw(MANY, seeded(4))
+    update = NativeUpdate(averages, raws)
+    before, number = bits(averages), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for tensor, place in ((0, 0), (-4, 7), (-1, -1), (-1, 2**18)):
+            kept = raws[tensor][place].item()
+            raws[tensor][place] = NAN
+            assert not update.update(weight, gated=True)
+            assert before == bits(averages), (tensor, place)
+            raws[tensor][place] = kept
+        step(update, averages, raws, weight)
+    finally:
+        torch.set_num_threads(number)
+
+
+def test_ungated_step_takes_everything_in():
+    """Without the gate NaN and Inf reach the averages, as in ``lerp_``."""
+    raws = [torch.tensor([1.0, NAN, INF, -INF, 2.0])]
+    averages = [torch.ones(5)]
+    update = NativeUpdate(averages, raws)
+    for weight in (2e-4, 0.9):
+        assert update.update(weight, gated=False)
+    expected = torch.tensor([False, True, True, True, False])
+    assert torch.equal(expected, ~averages[0].isfinite())
+
+
+def test_log_is_used_and_put_back():
+    """Averages that do not follow from the new ones come back as well."""
+    raws = draw(MANY, seeded(5))
+    averages = [torch.randn(n, generator=seeded(6)) * 1e-3 for n in MANY]
+    averages[-1][::2] = 0
+    averages[-2][5] = -0.0
+    update = NativeUpdate(averages, raws)
+    before = bits(averages)
+    raws[-1][-1] = NAN
+    assert not update.update(2e-4, gated=True)
+    assert before == bits(averages)
+    assert sum(logged(update)) > 100
+    raws[-1][-1] = 0.5
+    step(update, averages, raws, 2e-4)
+
+
+def test_full_log():
+    """Where no line follows, the rest is looked at first."""
+    n = 2**20
+    raws, averages = draw([n], seeded(7)), [torch.zeros(n)]
+    update = NativeUpdate(averages, raws)
+    before = bits(averages)
+    for place in (0, n // 2, n - 1):
+        kept, raws[0][place] = raws[0][place].item(), INF
+        assert not update.update(2e-4, gated=True)
+        assert before == bits(averages)
+        raws[0][place] = kept
+    room = update._plan.room
+    step(update, averages, raws, 2e-4)
+    assert [room] * len(logged(update)) == logged(update)
+
+
+def test_extreme_values():
+    """Subnormal, huge and signed zero values go by ``lerp_``, and back."""
+    special = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1e-30, 3.4e38, -3.4e38, 1.0]
+    values = torch.tensor(special)
+    average, raw = torch.meshgrid(values, values, indexing='ij')
+    average = average.flatten().repeat(3).clone()
+    raw = raw.flatten().repeat(3).clone()
+    update = NativeUpdate([average], [raw])
+    for weight in WEIGHTS:
+        before = average.clone()
+        raw[-1], kept = NAN, raw[-1].item()
+        assert not update.update(weight, gated=True)
+        assert raw_bytes(before) == raw_bytes(average)
+        raw[-1] = kept
+        step(update, [average], [raw], weight)
+        average.copy_(before)
+
+
+def test_average_that_is_not_finite():
+    """NaN in an average, of a step without the gate, hides no other."""
+    for payload in (0x7FC00000, 0x7FC00001, -1):
+        pattern = torch.tensor([payload], dtype=torch.int32)
+        average = torch.ones(200)
+        average[3:4] = pattern.view(torch.float32)
+        raw = torch.ones(200)
+        raw[3:4] = pattern.view(torch.float32)
+        update = NativeUpdate([average], [raw])
+        before = raw_bytes(average)
+        assert not update.update(2e-4, gated=True)
+        assert before == raw_bytes(average)
+
+
+def test_flushed_subnormal_numbers():
+    """The caller's setting for subnormal numbers plays no part."""
+    raws, averages = [torch.full((99,), 3e-39)], [torch.full((99,), 2e-39)]
+    update = NativeUpdate(averages, raws)
+    plain = [average.clone() for average in averages]
+    torch.set_flush_denormal(True)
+    try:
+        assert update.update(0.25, gated=True)
+    finally:
+        torch.set_flush_denormal(False)
+    plain[0].lerp_(raws[0], 0.25)
+    assert bits(plain) == bits(averages)
+    # ... nor is it changed
+    assert torch.tensor(1e-39).mul(2).item() > 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_values(data):
+    """Any bits in averages and weights: ``lerp_``'s, or none changed."""
+    floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    anything = st.one_of(floats, st.sampled_from([NAN, INF, 1.0, 1.0, 1.0]))
+    size = data.draw(st.integers(1, 90))
+    average = torch.tensor(
+        data.draw(st.lists(floats, min_size=size, max_size=size))
+    )
+    raw = torch.tensor(
+        data.draw(st.lists(anything, min_size=size, max_size=size))
+    )
+    weight = data.draw(st.sampled_from(WEIGHTS[1:]))
+    expected = average.clone()
+    finite = bool(raw.isfinite().all())
+    if finite:
+        expected.lerp_(raw, weight)
+    assert finite == NativeUpdate([average], [raw]).update(weight, True)
+    assert raw_bytes(expected) == raw_bytes(average)
+
+
+@pytest.mark.parametrize('threads', [2, 3, 16])
+def test_threads(threads):
+    """Any number of threads gives the bits of one."""
+    number = torch.get_num_threads()
+
+    def run(count):
+        torch.set_num_threads(count)
+        raws, averages = draw(MANY, seeded(8)), draw(MANY, seeded(9))
+        update = NativeUpdate(averages, raws)
+        for weight in (2e-4, 0.3, 0.75):
+            assert update.update(weight, gated=True)
+        return bits(averages)
+
+    try:
+        assert run(1) == run(threads)
+    finally:
+        torch.set_num_threads(number)
+
+
+def test_without_openmp(monkeypatch):
+    """Where its threads are not found, the calling thread does it all."""
+    monkeypatch.setattr(native_update, 'parallel', lambda: None)
+    number = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        raws, averages = draw(MANY, seeded(1)), draw(MANY, seeded(2))
+        step(NativeUpdate(averages, raws), averages, raws, 2e-4)
+    finally:
+        torch.set_num_threads(number)
+
+
+def test_replaced_memory_is_followed():
+    """``.data = ...`` is read at the next update, and old memory kept."""
+    raws = [torch.nn.Parameter(torch.randn(9, 7)) for _ in range(3)]
+    raws.append(torch.nn.Parameter(torch.tensor(2.0)))
+    averages = [raw.detach().clone() for raw in raws]
+    update = NativeUpdate(averages, raws)
+    with torch.no_grad():
+        for weight in (2e-4, 0.5):
+            for raw in raws:
+                raw.data = raw.data + 1
+            step(update, averages, raws, weight)
+
+
+def test_what_no_longer_fits():
+    """Another layout, dtype or size is seen before anything is read."""
+
+    def fits(replace):
+        raw = torch.nn.Parameter(torch.zeros(4, 4))
+        update = NativeUpdate([torch.zeros(4, 4)], [raw])
+        assert update.fits()
+        raw.data = replace(raw.data)
+        return update.fits()
+
+    assert fits(lambda data: data.clone())
+    assert fits(lambda data: data)
+    assert not fits(lambda data: data.t())
+    assert not fits(lambda data: torch.zeros(5, 5)[:4, :4])
+    assert not fits(lambda data: data.double())
+    assert not fits(lambda data: data.half())
+    assert not fits(lambda data: torch.zeros(3, 3))
+    assert not fits(lambda data: torch.zeros(0))
+
+
+def test_what_it_takes():
+    """Dense float32 in host memory, whose average lies in the same way."""
+    one = torch.zeros(2, 3, 4, 5)
+    last = one.contiguous(memory_format=torch.channels_last)
+    assert can_update(one.clone(), one)
+    assert can_update(last.clone(), last)
+    assert can_update(torch.zeros(()), torch.zeros(()))
+    assert not can_update(one, last)
+    assert not can_update(one[:, :, :, :4], one[:, :, :, :4])
+    assert not can_update(torch.zeros(0), torch.zeros(0))
+    for dtype in (torch.float64, torch.bfloat16, torch.complex64):
+        assert not can_update(one.to(dtype), one.to(dtype))
+    assert not can_update(one.to('meta'), one.to('meta'))
+    row = torch.zeros(1, 4).expand(3, 4)
+    assert not can_update(row, row)
+    negated = torch._neg_view(torch.zeros(3))
+    assert not can_update(negated, negated)
+
+    class Subclass(torch.Tensor):
+        pass
+
+    special = torch.zeros(3).as_subclass(Subclass)
+    assert not can_update(torch.zeros(3), special)
+
+
+@pytest.mark.parametrize('numel', [1, 15, 16, 2**18, 2**20 + 5, 2**27 + 1])
+def test_parts_cover_everything(numel):
+    """Parts follow each other, in whole lines, to the last element."""
+    bounds = native_update._bounds(numel)
+    assert 1 <= len(bounds) <= 256
+    assert 0 == bounds[0][0]
+    assert numel == bounds[-1][1]
+    for (_, stop), (start, _) in zip(bounds, bounds[1:]):
+        assert stop == start
+        assert 0 == stop % 16
+
+
+def test_struct_of_the_plan():
+    """Every field of the plan is a word, as ``kernels.c`` has it."""
+    plan = NativeUpdate([torch.zeros(3)], [torch.ones(3)])._plan
+    assert 7 * 8 == ctypes.sizeof(plan)
