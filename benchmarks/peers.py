@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.loading import load, load_file
 
 DECAY = 0.9998
+RAMP = 0.9
 
 
 class Peer:
@@ -53,10 +54,11 @@ class _Ours(Peer):
 
 
 def ours(model: nn.Module, **options: Any) -> Peer:
-    """``mmdet_ema.WeightAverager``, where its ramp has come to its end."""
+    """``mmdet_ema.WeightAverager``, by default where its ramp has ended."""
     from mmdet_ema import WeightAverager
 
-    averager = WeightAverager(model, 'constant', decay=DECAY, **options)
+    options = {'decay': DECAY, **options}
+    averager = WeightAverager(model, 'constant', **options)
     return _Ours(
         averager.update, averager, lambda: dict(averager.named_averages())
     )
@@ -133,6 +135,7 @@ def floor(model: nn.Module) -> Peer:
 PEERS: Dict[str, Callable[[nn.Module], Peer]] = {
     'floor': floor,
     'ours': ours,
+    'ours-ramp': lambda m: ours(m, decay=RAMP),
     'ours-ignore': lambda m: ours(m, nonfinite='ignore'),
     'ours-host': lambda m: ours(m, device='cpu'),
     'ours-overlap': lambda m: ours(m, overlap=True),
@@ -150,6 +153,7 @@ LABELS = {
     'update': '`WeightAverager.update()` alone',
     'floor': 'floor: flat tensors',
     'ours': 'mmdet_ema',
+    'ours-ramp': 'mmdet_ema, on the ramp (d = 0.9)',
     'ours-ignore': "mmdet_ema, `nonfinite='ignore'`",
     'ours-host': "mmdet_ema, `device='cpu'`",
     'ours-overlap': 'mmdet_ema, `overlap=True`: what the training waits for',

@@ -17,7 +17,7 @@ BYTES = tuple(2**k * 2**20 for k in range(9))
 BYTES_TENSORS = 300
 
 UPDATE = (
-    *('floor', 'ours', 'ours-ignore', 'ours-overlap'),
+    *('floor', 'ours', 'ours-ramp', 'ours-ignore', 'ours-overlap'),
     *('mmengine', 'mmengine-buffers', 'mmdet', 'mmdet-buffers'),
     *('torch', 'ema-pytorch', 'timm'),
 )

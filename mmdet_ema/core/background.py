@@ -14,7 +14,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from mmdet_ema.core.copying import copy_all
+from mmdet_ema.core.copying import CopyPlan
 from mmdet_ema.core.memory import is_dense
 
 Job = Callable[[], Any]
@@ -32,16 +32,12 @@ class Snapshot:
     def __init__(
         self, raws: Sequence[Tensor], device: Optional[torch.device] = None
     ):
-        self._raws = list(raws)
         self.copies = [_room_for(raw, device) for raw in raws]
+        self._plan = CopyPlan(self.copies, raws)
 
     def take(self) -> None:
         """Copy the present values; a GPU may still be at it afterwards."""
-        pairs = zip(self.copies, self._raws)
-        filled = [(copy, raw) for copy, raw in pairs if raw.numel()]
-        if filled:
-            copies, raws = zip(*filled)
-            copy_all(list(copies), list(raws), wait=False)
+        self._plan.copy(wait=False)
 
 
 class Inline:

@@ -29,19 +29,20 @@ class CopyPlan:
         self._groups = list(group_pairs(pairs, placement).values())
         self._rest = list(group_pairs(rest, placement).values())
 
-    def copy(self, skip: Optional[Tensor] = None) -> None:
+    def copy(self, skip: Optional[Tensor] = None, wait: bool = True) -> None:
         """Copy every raw tensor.
 
         Args:
             skip: A float32 scalar on the device: nothing changes where it is
                 1.
+            wait: See :func:`copy_all`. Defaults to True.
         """
         if skip is not None:
             for copies, raws in self._groups:
                 _copy_unless(skip, copies, raws)
             return
         for copies, raws in self._rest:
-            copy_all(copies, raws)
+            copy_all(copies, raws, wait)
         if self._native is not None and self._native.fits():
             self._native.copy()
         elif self._native is not None:

@@ -158,6 +158,16 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def is_alike(average: Tensor, raw: Tensor) -> bool:
+    """Return whether two tensors have one dtype and lie in memory alike.
+
+    Args:
+        average: A strided tensor.
+        raw: Another one.
+    """
+    return average.dtype == raw.dtype and lies_alike(average, raw)
+
+
+def lies_alike(average: Tensor, raw: Tensor) -> bool:
     """Return whether two tensors lie in memory in the same order, densely.
 
     Args:
@@ -166,7 +176,6 @@ def is_alike(average: Tensor, raw: Tensor) -> bool:
     """
     return (
         average.device == raw.device
-        and average.dtype == raw.dtype
         and average.shape == raw.shape
         and average.stride() == raw.stride()
         and is_dense(raw)

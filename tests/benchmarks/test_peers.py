@@ -37,6 +37,7 @@ def of_ema_pytorch(n):
 
 DECAYS = {
     'ours': constant,
+    'ours-ramp': lambda n: 0.9,
     'ours-ignore': constant,
     'ours-host': constant,
     'ours-overlap': constant,

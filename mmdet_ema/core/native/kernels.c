@@ -42,10 +42,14 @@ typedef struct {
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
+/* What the raw values of a tensor are; averages are float32. */
+typedef enum { FLOAT32, BFLOAT16, FLOAT16 } Kind;
+
 /* Made once for many updates; see update.py. */
 typedef struct {
   float *const *averages;
-  const float *const *raws;
+  const void *const *raws;
+  const int64_t *kinds;
   const int64_t *starts; /* of each tensor, and the end of the last */
   int64_t num_tensors;
   Part *parts;
@@ -68,6 +72,28 @@ typedef union {
   uint32_t bits;
 } Word;
 
+INLINE const void *from(const void *raw, int64_t first, Kind kind) {
+  return (const char *)raw + first * (kind == FLOAT32 ? 4 : 2);
+}
+
+/* As integers: compilers know no vectors of the short kinds. */
+INLINE float from_float16(uint32_t bits) {
+  Word small = {.bits = (bits & 0x7fffu) << 13}; /* 2**112 times too small */
+  Word whole = {.value = small.value * 0x1p112f};
+  uint32_t endless = small.bits >= 0x0f800000u ? 0x7f800000u : 0;
+  whole.bits |= endless | (bits & 0x8000u) << 16;
+  return whole.value;
+}
+
+/* Every value of the short kinds is one of float32. */
+INLINE float value(const void *raw, int64_t i, Kind kind) {
+  if (kind == FLOAT32) return ((const float *)raw)[i];
+  uint32_t bits = ((const uint16_t *)raw)[i];
+  if (kind == FLOAT16) return from_float16(bits);
+  Word word = {.bits = bits << 16};
+  return word.value;
+}
+
 /* One rounding of the difference, one of the rest: as torch's lerp. */
 INLINE float later(float average, float raw, float weight) {
   return __builtin_fmaf(weight, raw - average, average);
@@ -82,10 +108,10 @@ INLINE float mostly_raw(float average, float raw, float weight) {
   return __builtin_fmaf(weight - 1.0f, raw - average, raw);
 }
 
-INLINE int are_finite(const float *raw, int64_t count) {
+INLINE int are_finite(const void *raw, int64_t count, Kind kind) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; i++) {
-    Word word = {.value = raw[i]};
+    Word word = {.value = value(raw, i, kind)};
     uint32_t exponent = word.bits & 0x7f800000u;
     largest = exponent > largest ? exponent : largest;
   }
@@ -95,24 +121,25 @@ INLINE int are_finite(const float *raw, int64_t count) {
 /* Work out new averages; return 0 if the old ones follow from them.
  * From NaN or Inf nothing follows: they lead to NaN, which equals nothing. */
 INLINE uint32_t renew(float *restrict new, const float *restrict average,
-                      const float *restrict raw, float weight,
-                      int64_t count) {
+                      const void *restrict raw, float weight, int64_t count,
+                      Kind kind) {
   uint32_t differing = 0;
   for (int64_t i = 0; i < count; i++) {
     Word old = {.value = average[i]}, back;
-    new[i] = later(average[i], raw[i], weight);
-    back.value = earlier(new[i], raw[i], weight);
+    float target = value(raw, i, kind);
+    new[i] = later(average[i], target, weight);
+    back.value = earlier(new[i], target, weight);
     differing |= (back.bits ^ old.bits) | (back.value != back.value);
   }
   return differing;
 }
 
 /* Write up to a line; return 0 if it holds NaN or Inf, or the log is full. */
-INLINE int write_line(Job *job, Part *part, float *average, const float *raw,
-                      int64_t count) {
+INLINE int write_line(Job *job, Part *part, float *average, const void *raw,
+                      int64_t count, Kind kind) {
   float new[LINE];
-  uint32_t differing = renew(new, average, raw, job->weight, count);
-  if (!are_finite(raw, count)) {
+  uint32_t differing = renew(new, average, raw, job->weight, count, kind);
+  if (!are_finite(raw, count, kind)) {
     __atomic_store_n(&job->nonfinite, 1, __ATOMIC_RELAXED);
     return 0;
   }
@@ -129,61 +156,84 @@ INLINE int write_line(Job *job, Part *part, float *average, const float *raw,
 
 /* Return how many elements were written before it had to stop. */
 INLINE int64_t write_revocably(Job *job, Part *part, float *average,
-                               const float *raw, int64_t count) {
+                               const void *raw, int64_t count, Kind kind) {
   int64_t i = 0;
   while (i < count) {
     int64_t stop = count - i < BLOCK ? count : i + BLOCK;
     float new[BLOCK];
     if (stop - i == BLOCK &&
-        !renew(new, average + i, raw + i, job->weight, BLOCK)) {
+        !renew(new, average + i, from(raw, i, kind), job->weight, BLOCK,
+               kind)) {
       memcpy(average + i, new, sizeof new);
       i = stop;
       continue;
     }
     for (; i < stop; i += LINE) {
       int64_t length = stop - i < LINE ? stop - i : LINE;
-      if (!write_line(job, part, average + i, raw + i, length)) return i;
+      if (!write_line(job, part, average + i, from(raw, i, kind), length,
+                      kind))
+        return i;
     }
     i = stop;
   }
   return count;
 }
 
-INLINE int64_t inspect(Job *job, const float *raw, int64_t count) {
-  if (!are_finite(raw, count))
+INLINE int64_t inspect(Job *job, const void *raw, int64_t count, Kind kind) {
+  if (!are_finite(raw, count, kind))
     __atomic_store_n(&job->nonfinite, 1, __ATOMIC_RELAXED);
   return count;
 }
 
-INLINE int64_t write(float *restrict average, const float *restrict raw,
-                     float weight, int64_t count) {
+INLINE int64_t write(float *restrict average, const void *restrict raw,
+                     float weight, int64_t count, Kind kind) {
   if (weight < 0.5f)
     for (int64_t i = 0; i < count; i++)
-      average[i] = later(average[i], raw[i], weight);
+      average[i] = later(average[i], value(raw, i, kind), weight);
+  else if (weight == 1.0f) /* a copy, also where the difference overflows */
+    for (int64_t i = 0; i < count; i++) average[i] = value(raw, i, kind);
   else
     for (int64_t i = 0; i < count; i++)
-      average[i] = mostly_raw(average[i], raw[i], weight);
+      average[i] = mostly_raw(average[i], value(raw, i, kind), weight);
   return count;
 }
 
-INLINE int64_t revoke(float *restrict average, const float *restrict raw,
-                      float weight, int64_t count) {
+INLINE int64_t revoke(float *restrict average, const void *restrict raw,
+                      float weight, int64_t count, Kind kind) {
   for (int64_t i = 0; i < count; i++)
-    average[i] = earlier(average[i], raw[i], weight);
+    average[i] = earlier(average[i], value(raw, i, kind), weight);
   return count;
 }
 
-INLINE int64_t advance(Job *job, Part *part, float *average, const float *raw,
-                       int64_t count) {
+INLINE int64_t advance(Job *job, Part *part, float *average, const void *raw,
+                       int64_t count, Kind kind) {
   switch (job->phase) {
   case WRITE_REVOCABLY:
-    return write_revocably(job, part, average, raw, count);
+    return write_revocably(job, part, average, raw, count, kind);
   case INSPECT:
-    return inspect(job, raw, count);
+    return inspect(job, raw, count, kind);
   case WRITE:
-    return write(average, raw, job->weight, count);
+    return write(average, raw, job->weight, count, kind);
   default:
-    return revoke(average, raw, job->weight, count);
+    return revoke(average, raw, job->weight, count, kind);
+  }
+}
+
+/* The same, compiled for each kind. */
+INLINE int64_t advance_in(Job *job, Part *part, int64_t tensor, int64_t first,
+                          int64_t count) {
+  float *average = job->plan->averages[tensor] + first;
+  const void *raw = job->plan->raws[tensor];
+  switch (job->plan->kinds[tensor]) {
+  case FLOAT32:
+    return advance(job, part, average, from(raw, first, FLOAT32), count,
+                   FLOAT32);
+  case BFLOAT16:
+    return advance(job, part, average, from(raw, first, BFLOAT16), count,
+                   BFLOAT16);
+  default:
+    return advance(job, part, average, from(raw, first, FLOAT16), count,
+                   FLOAT16);
   }
 }
 
@@ -204,11 +254,13 @@ static int64_t tensor_of(const Plan *plan, int64_t element) {
  * processor's own foresight starts too late. */
 INLINE void foresee(const Plan *plan, int64_t tensor) {
   if (tensor >= plan->num_tensors) return;
-  const float *average = plan->averages[tensor], *raw = plan->raws[tensor];
+  const float *average = plan->averages[tensor];
+  const void *raw = plan->raws[tensor];
+  Kind kind = plan->kinds[tensor];
   int64_t count = plan->starts[tensor + 1] - plan->starts[tensor];
   for (int64_t i = 0; i < count && i < FORESEEN; i += LINE) {
     __builtin_prefetch(average + i, 1);
-    __builtin_prefetch(raw + i, 0);
+    __builtin_prefetch(from(raw, i, kind), 0);
   }
 }
 
@@ -221,8 +273,7 @@ INLINE int64_t walk(Job *job, Part *part, int64_t at, int64_t end) {
     int64_t stop = plan->starts[tensor + 1];
     foresee(plan, tensor + AHEAD);
     int64_t count = (stop < end ? stop : end) - at;
-    int64_t passed = advance(job, part, plan->averages[tensor] + offset,
-                             plan->raws[tensor] + offset, count);
+    int64_t passed = advance_in(job, part, tensor, offset, count);
     at += passed;
     if (passed < count) break;
     if (job->phase <= INSPECT &&

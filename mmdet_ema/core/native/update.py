@@ -10,7 +10,7 @@ from typing import List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from mmdet_ema.core.memory import is_alike
+from mmdet_ema.core.memory import lies_alike
 from mmdet_ema.core.native.library import library, parallel, threads_for
 from mmdet_ema.core.native.pointers import Pointers, integers, is_plain
 
@@ -19,6 +19,7 @@ _PART = 2**18
 _MOST_PARTS = 256
 # as kernels.c has them
 _LINE, _BYTES_OF_LINE, _WORDS_OF_PART = 16, 80, 5
+_KINDS = (torch.float32, torch.bfloat16, torch.float16)
 # the part of all lines that the log has room for
 _LOGGED = 16
 
@@ -29,6 +30,7 @@ class _Plan(ctypes.Structure):
     _fields_ = [
         ('averages', ctypes.c_void_p),
         ('raws', ctypes.c_void_p),
+        ('kinds', ctypes.c_void_p),
         ('starts', ctypes.c_void_p),
         ('num_tensors', ctypes.c_int64),
         ('parts', ctypes.c_void_p),
@@ -50,6 +52,7 @@ class NativeUpdate:
         self._averages, self._raws = Pointers(averages), Pointers(raws)
         sizes = [average.numel() for average in averages]
         self._starts = integers([0, *itertools.accumulate(sizes)])
+        self._kinds = integers([_KINDS.index(raw.dtype) for raw in raws])
         self._numel = sum(sizes)
         self._lay_out()
         self._wide = [raw for raw in raws if raw.dim() > 1]
@@ -65,6 +68,10 @@ class NativeUpdate:
         if self._raws.follow() or strides != self._strides:
             self._strides = strides
             self._fits = all(can_update(*pair) for pair in self._pairs)
+            if self._fits:
+                dtypes = [raw.dtype for _, raw in self._pairs]
+                self._kinds = integers(list(map(_KINDS.index, dtypes)))
+                self._plan.kinds = self._kinds.data_ptr()
             self._plan.raws = self._raws.address
         return self._fits
 
@@ -111,6 +118,7 @@ class NativeUpdate:
         self._plan = _Plan(
             self._averages.address,
             self._raws.address,
+            self._kinds.data_ptr(),
             self._starts.data_ptr(),
             len(self._pairs),
             self._parts.data_ptr(),
@@ -130,10 +138,11 @@ def can_update(average: Tensor, raw: Tensor) -> bool:
         raw: Its raw tensor.
     """
     return (
-        raw.dtype == torch.float32
+        raw.dtype in _KINDS
+        and average.dtype == torch.float32
         and raw.numel() > 0
         and is_plain(raw)
-        and is_alike(average, raw)
+        and lies_alike(average, raw)
         and _gives_torchs_bits()
     )
 
