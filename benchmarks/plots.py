@@ -57,7 +57,10 @@ def _bars(axes: Any, results: List[Result]) -> None:
     axes.set(ylabel='update, times the floor', yscale='log')
     if names:
         axes.set_title(_where(results))
-        axes.legend(fontsize=6)
+        # room for the legend above the bars
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high**1.6)
+        axes.legend(fontsize=6, ncols=2, loc='upper left')
 
 
 def _over_floor(result: Result, name: str) -> float:

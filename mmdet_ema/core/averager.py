@@ -14,6 +14,7 @@ from mmdet_ema.core.device import check_device
 from mmdet_ema.core.errors import NonFiniteError, OptionError
 from mmdet_ema.core.finite import first_nonfinite
 from mmdet_ema.core.horizon import decay_over
+from mmdet_ema.core.interrupts import deferred_interrupts
 from mmdet_ema.core.kernels import Rule
 from mmdet_ema.core.schedule_spec import (
     ScheduleSpec,
@@ -153,8 +154,9 @@ class WeightAverager:
         self._store.follow()
         step, after = self._next_step()
         intake = self._store.intake
-        intake.start(step)
-        self._before, self._progress = self._progress, after
+        with deferred_interrupts():
+            intake.start(step)
+            self._before, self._progress = self._progress, after
         if not self.announces_steps:
             intake.release()
         hurry = self.nonfinite == 'raise' or self.rule is not None

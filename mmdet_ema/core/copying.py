@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core import capabilities
-from mmdet_ema.core.native.copy import NativeCopy, can_copy
 
 
 class CopyPlan:
@@ -21,13 +20,7 @@ class CopyPlan:
 
     def __init__(self, copies: Sequence[Tensor], raws: Sequence[Tensor]):
         pairs = list(zip(copies, raws))
-        small = [pair for pair in pairs if can_copy(*pair)]
-        known = {id(copy) for copy, _ in small}
-        rest = [pair for pair in pairs if id(pair[0]) not in known]
-        self._small = ([c for c, _ in small], [r for _, r in small])
-        self._native = NativeCopy(*self._small) if small else None
         self._groups = list(group_pairs(pairs, placement).values())
-        self._rest = list(group_pairs(rest, placement).values())
 
     def copy(self, skip: Optional[Tensor] = None, wait: bool = True) -> None:
         """Copy every raw tensor.
@@ -37,16 +30,11 @@ class CopyPlan:
                 1.
             wait: See :func:`copy_all`. Defaults to True.
         """
-        if skip is not None:
-            for copies, raws in self._groups:
+        for copies, raws in self._groups:
+            if skip is None:
+                copy_all(copies, raws, wait)
+            else:
                 _copy_unless(skip, copies, raws)
-            return
-        for copies, raws in self._rest:
-            copy_all(copies, raws, wait)
-        if self._native is not None and self._native.fits():
-            self._native.copy()
-        elif self._native is not None:
-            copy_all(*self._small)
 
 
 def copy_all(

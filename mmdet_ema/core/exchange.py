@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from mmdet_ema.core.copying import copy_all, group_pairs, placement
+from mmdet_ema.core.interrupts import deferred_interrupts
 
 Pair = Tuple[Tensor, Tensor]
 _Trade = Tuple[List[Tensor], List[Tensor], List[Tensor]]
@@ -111,25 +109,3 @@ def _chunks(sizes: Sequence[int], room: int) -> Iterator[slice]:
             start, taken = i, 0
         taken += size
     yield slice(start, len(sizes))
-
-
-@contextlib.contextmanager
-def deferred_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back until the body is done, then let it through.
-
-    A swap that stops half-way would leave some raw weights in the model and
-    some among the averages. Only the main thread receives interrupts.
-    """
-    previous = signal.getsignal(signal.SIGINT)
-    here = threading.current_thread() is threading.main_thread()
-    if not here or not callable(previous):
-        yield
-        return
-    held: List[Tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *received: held.append(received))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            previous(*held[0])

@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_ema.core import WeightAverager, exchange
-from mmdet_ema.core.exchange import Exchange, deferred_interrupts
+from mmdet_ema.core.exchange import Exchange
+from mmdet_ema.core.interrupts import deferred_interrupts
 from tests.core.models import (
     Mixed,
     OutOfMemoryError,

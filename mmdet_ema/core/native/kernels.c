@@ -138,12 +138,11 @@ INLINE uint32_t renew(float *restrict new, const float *restrict average,
 INLINE int write_line(Job *job, Part *part, float *average, const void *raw,
                       int64_t count, Kind kind) {
   float new[LINE];
-  uint32_t differing = renew(new, average, raw, job->weight, count, kind);
-  if (!are_finite(raw, count, kind)) {
-    __atomic_store_n(&job->nonfinite, 1, __ATOMIC_RELAXED);
-    return 0;
-  }
-  if (differing) {
+  if (renew(new, average, raw, job->weight, count, kind)) {
+    if (!are_finite(raw, count, kind)) {
+      __atomic_store_n(&job->nonfinite, 1, __ATOMIC_RELAXED);
+      return 0;
+    }
     if (part->kept == job->plan->room) return 0;
     Kept *kept = &part->log[part->kept++];
     kept->where = average;
@@ -185,8 +184,8 @@ INLINE int64_t inspect(Job *job, const void *raw, int64_t count, Kind kind) {
   return count;
 }
 
-INLINE int64_t write(float *restrict average, const void *restrict raw,
-                     float weight, int64_t count, Kind kind) {
+INLINE int64_t write_all(float *restrict average, const void *restrict raw,
+                         float weight, int64_t count, Kind kind) {
   if (weight < 0.5f)
     for (int64_t i = 0; i < count; i++)
       average[i] = later(average[i], value(raw, i, kind), weight);
@@ -198,8 +197,8 @@ INLINE int64_t write(float *restrict average, const void *restrict raw,
   return count;
 }
 
-INLINE int64_t revoke(float *restrict average, const void *restrict raw,
-                      float weight, int64_t count, Kind kind) {
+INLINE int64_t take_back(float *restrict average, const void *restrict raw,
+                         float weight, int64_t count, Kind kind) {
   for (int64_t i = 0; i < count; i++)
     average[i] = earlier(average[i], value(raw, i, kind), weight);
   return count;
@@ -213,9 +212,9 @@ INLINE int64_t advance(Job *job, Part *part, float *average, const void *raw,
   case INSPECT:
     return inspect(job, raw, count, kind);
   case WRITE:
-    return write(average, raw, job->weight, count, kind);
+    return write_all(average, raw, job->weight, count, kind);
   default:
-    return revoke(average, raw, job->weight, count, kind);
+    return take_back(average, raw, job->weight, count, kind);
   }
 }
 
@@ -351,9 +350,13 @@ static int is_done(const Plan *plan) {
   return 1;
 }
 
-/* Return the number of this interface, 0 where the processor cannot be
- * served. It changes with every struct and function; library.py knows it. */
-int mmdet_ema_interface(void) { return fitting() ? 1 : 0; }
+/* Return 0 where the processor cannot be served, else the number of this
+ * interface, to be raised with every change, and the sizes of all structs;
+ * interface.py has the same. */
+int mmdet_ema_interface(void) {
+  if (!fitting()) return 0;
+  return 2 << 24 | (int)(sizeof(Plan) << 16 | sizeof(Part) << 8 | sizeof(Kept));
+}
 
 /* Return 1, or 0 if nothing was changed because of NaN or Inf.
  * `parallel` is GOMP_parallel or null. */
@@ -374,10 +377,4 @@ int mmdet_ema_update(const Plan *plan, float weight, int gated,
   }
   if (!is_done(plan)) run(&job, WRITE, parallel, threads);
   return 1;
-}
-
-/* Copy runs of bytes that do not overlap. */
-void mmdet_ema_copy(void *const *targets, const void *const *sources,
-                    const int64_t *sizes, int64_t count) {
-  for (int64_t i = 0; i < count; i++) memcpy(targets[i], sources[i], sizes[i]);
 }

@@ -11,8 +11,7 @@ from typing import Any, Optional
 
 import torch
 
-# of the functions and structs that this package and kernels.c share
-_INTERFACE = 1
+from mmdet_ema.core.native.interface import fingerprint
 
 Library = Any
 """A ``ctypes.CDLL``, whose functions mypy cannot know."""
@@ -33,7 +32,7 @@ def library() -> Optional[Library]:
         # built for another machine
         return None
     # 0 for another processor, another number for another version
-    return loaded if loaded.mmdet_ema_interface() == _INTERFACE else None
+    return loaded if loaded.mmdet_ema_interface() == fingerprint() else None
 
 
 @functools.lru_cache(maxsize=None)
@@ -68,7 +67,7 @@ def _path() -> Optional[pathlib.Path]:
 
 
 def _declared(loaded: Library) -> Library:
-    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    pointer = ctypes.c_void_p
     loaded.mmdet_ema_update.argtypes = (
         pointer,
         ctypes.c_float,
@@ -76,7 +75,5 @@ def _declared(loaded: Library) -> Library:
         pointer,
         ctypes.c_uint,
     )
-    loaded.mmdet_ema_copy.argtypes = (pointer, pointer, pointer, long)
-    loaded.mmdet_ema_copy.restype = None
     loaded.mmdet_ema_interface.argtypes = ()
     return loaded

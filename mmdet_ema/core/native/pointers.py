@@ -7,9 +7,12 @@ from typing import List, Sequence
 import torch
 from torch import Tensor
 
+# looks at all vectors
+_TURNS = 16
+
 
 class Pointers:
-    """Where tensors lie; their memory stays while it is listed here.
+    """Where tensors lie; to be asked before each use whether it is right.
 
     Args:
         tensors: Tensors in host memory.
@@ -20,30 +23,51 @@ class Pointers:
 
     def __init__(self, tensors: Sequence[Tensor]):
         self._tensors = list(tensors)
-        self._bind(self._now())
+        self._seen = self._now()
+        self._list = integers(self._seen)
+        self.address = self._list.data_ptr()
 
-    def follow(self) -> bool:
-        """List anew where ``tensor.data`` was replaced.
-
-        Returns:
-            Whether it was.
-        """
-        now = self._now()
-        if now == self._seen:
-            return False
-        self._bind(now)
-        return True
+    def are_right(self) -> bool:
+        """Return whether all tensors still lie where they lay."""
+        return self._now() == self._seen
 
     def _now(self) -> List[int]:
         return list(map(Tensor.data_ptr, self._tensors))
 
-    def _bind(self, now: List[int]) -> None:
-        self._seen = now
-        # another storage may take the place of this one, which must not be
-        # given back while its address is in the list
-        self._held = [tensor.detach() for tensor in self._tensors]
-        self._list = integers(now)
-        self.address = self._list.data_ptr()
+
+class Layouts(Pointers):
+    """Where and how dense tensors lie: addresses, sizes and strides.
+
+    Strides of vectors are looked at in turns: there are hundreds, and one
+    whose memory is the same but spaced out has hardly been seen.
+
+    Args:
+        tensors: Dense tensors in host memory.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        super().__init__(tensors)
+        self._wide = [tensor for tensor in tensors if tensor.dim() > 1]
+        rest = [tensor for tensor in tensors if tensor.dim() <= 1]
+        self._turns = [rest[i::_TURNS] for i in range(_TURNS)]
+        self._turn = 0
+        self._sizes, self._strides = self._sizes_now(), self._strides_now()
+
+    def are_right(self) -> bool:
+        """Return whether all tensors still lie where and how they lay."""
+        self._turn = (self._turn + 1) % _TURNS
+        return (
+            super().are_right()
+            and self._sizes_now() == self._sizes
+            and self._strides_now() == self._strides
+            and all(map(Tensor.is_contiguous, self._turns[self._turn]))
+        )
+
+    def _sizes_now(self) -> List[int]:
+        return list(map(Tensor.numel, self._tensors))
+
+    def _strides_now(self) -> List[object]:
+        return list(map(Tensor.stride, self._wide))
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -10,33 +10,23 @@ from typing import List, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from mmdet_ema.core.capabilities import increment_versions
 from mmdet_ema.core.memory import lies_alike
+from mmdet_ema.core.native.interface import BYTES_OF_LINE, LINE, Plan
 from mmdet_ema.core.native.library import library, parallel, threads_for
-from mmdet_ema.core.native.pointers import Pointers, integers, is_plain
+from mmdet_ema.core.native.pointers import (
+    Layouts,
+    Pointers,
+    integers,
+    is_plain,
+)
 
 # elements a thread takes at a time, at least; 1 MiB
 _PART = 2**18
 _MOST_PARTS = 256
-# as kernels.c has them
-_LINE, _BYTES_OF_LINE, _WORDS_OF_PART = 16, 80, 5
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)
 # the part of all lines that the log has room for
 _LOGGED = 16
-
-
-class _Plan(ctypes.Structure):
-    """``Plan`` of ``kernels.c``."""
-
-    _fields_ = [
-        ('averages', ctypes.c_void_p),
-        ('raws', ctypes.c_void_p),
-        ('kinds', ctypes.c_void_p),
-        ('starts', ctypes.c_void_p),
-        ('num_tensors', ctypes.c_int64),
-        ('parts', ctypes.c_void_p),
-        ('num_parts', ctypes.c_int64),
-        ('room', ctypes.c_int64),
-    ]
 
 
 class NativeUpdate:
@@ -48,31 +38,25 @@ class NativeUpdate:
     """
 
     def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
-        self._pairs = list(zip(averages, raws))
-        self._averages, self._raws = Pointers(averages), Pointers(raws)
-        sizes = [average.numel() for average in averages]
-        self._starts = integers([0, *itertools.accumulate(sizes)])
-        self._kinds = integers([_KINDS.index(raw.dtype) for raw in raws])
-        self._numel = sum(sizes)
-        self._lay_out()
-        self._wide = [raw for raw in raws if raw.dim() > 1]
-        self._strides = self._strides_now()
+        self._lists = list(averages), list(raws)
         self._fits = True
+        self._plan_anew()
+
+    def __reduce__(self) -> Tuple[object, ...]:
+        """Copy and pickle the tensors: addresses mean nothing elsewhere."""
+        return type(self), self._lists
 
     def fits(self) -> bool:
         """Return whether all raw tensors still lie as their averages do.
 
-        To be asked before each update.
+        To be asked before each update: it follows tensors whose memory was
+        replaced.
         """
-        strides = self._strides_now()
-        if self._raws.follow() or strides != self._strides:
-            self._strides = strides
-            self._fits = all(can_update(*pair) for pair in self._pairs)
-            if self._fits:
-                dtypes = [raw.dtype for _, raw in self._pairs]
-                self._kinds = integers(list(map(_KINDS.index, dtypes)))
-                self._plan.kinds = self._kinds.data_ptr()
-            self._plan.raws = self._raws.address
+        if self._raws.are_right() and self._averages.are_right():
+            return self._fits
+        self._fits = all(map(can_update, *self._lists))
+        if self._fits:
+            self._plan_anew()
         return self._fits
 
     def update(self, weight: float, gated: bool) -> bool:
@@ -94,40 +78,31 @@ class NativeUpdate:
             parallel() if threads > 1 else None,
             threads,
         )
+        if done:
+            increment_versions(self._lists[0])
         return bool(done)
 
-    def _lay_out(self) -> None:
-        """Share the elements out, and reserve memory for the logs.
-
-        Memory that is not written to is none: few lines are ever logged.
-        """
+    def _plan_anew(self) -> None:
+        averages, raws = self._lists
+        self._averages, self._raws = Pointers(averages), Layouts(raws)
+        sizes = [average.numel() for average in averages]
+        self._numel = sum(sizes)
+        self._kinds = integers([_KINDS.index(raw.dtype) for raw in raws])
+        self._starts = integers([0, *itertools.accumulate(sizes)])
         bounds = _bounds(self._numel)
-        longest = max(stop - start for start, stop in bounds)
-        room = longest // (_LINE * _LOGGED) + 1
-        with torch.inference_mode(False):
-            self._logs = torch.empty(
-                room * _BYTES_OF_LINE * len(bounds),
-                dtype=torch.uint8,
-                device='cpu',
-            )
-        rows: List[int] = []
-        for i, (start, stop) in enumerate(bounds):
-            log = self._logs.data_ptr() + i * room * _BYTES_OF_LINE
-            rows += [start, stop, start, log, 0]
-        self._parts = integers(rows)
-        self._plan = _Plan(
+        room = _room(bounds)
+        self._logs = _reserve(room * BYTES_OF_LINE * len(bounds))
+        self._parts = _parts(bounds, self._logs.data_ptr(), room)
+        self._plan = Plan(
             self._averages.address,
             self._raws.address,
             self._kinds.data_ptr(),
             self._starts.data_ptr(),
-            len(self._pairs),
+            len(averages),
             self._parts.data_ptr(),
             len(bounds),
             room,
         )
-
-    def _strides_now(self) -> List[Tuple[int, ...]]:
-        return list(map(Tensor.stride, self._wide))
 
 
 def can_update(average: Tensor, raw: Tensor) -> bool:
@@ -150,9 +125,29 @@ def can_update(average: Tensor, raw: Tensor) -> bool:
 def _bounds(numel: int) -> List[Tuple[int, int]]:
     """Share elements out evenly, in whole lines but for the last part."""
     parts = min(max(numel // _PART, 1), _MOST_PARTS)
-    length = -(-numel // (parts * _LINE)) * _LINE
+    length = -(-numel // (parts * LINE)) * LINE
     starts = range(0, numel, length)
     return [(start, min(start + length, numel)) for start in starts]
+
+
+def _room(bounds: List[Tuple[int, int]]) -> int:
+    """Return how many lines the log of each part takes."""
+    longest = max(stop - start for start, stop in bounds)
+    return longest // (LINE * _LOGGED) + 1
+
+
+def _reserve(size: int) -> Tensor:
+    """Return bytes; what is never written to takes no memory."""
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8, device='cpu')
+
+
+def _parts(bounds: List[Tuple[int, int]], log: int, room: int) -> Tensor:
+    """Return the rows of ``Part`` in ``kernels.c``."""
+    rows: List[int] = []
+    for i, (start, stop) in enumerate(bounds):
+        rows += [start, stop, start, log + i * room * BYTES_OF_LINE, 0]
+    return integers(rows)
 
 
 def _gives_torchs_bits() -> bool:

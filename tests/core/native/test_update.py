@@ -1,6 +1,7 @@
 """The compiled update: torch's bits, and nothing written of a bad step."""
 
-import ctypes
+import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmdet_ema.core import capabilities
 from mmdet_ema.core.native import library
 from mmdet_ema.core.native import update as native_update
 from mmdet_ema.core.native.update import NativeUpdate, can_update
@@ -239,15 +241,17 @@ def test_flushed_subnormal_numbers():
     raws, averages = [torch.full((99,), 3e-39)], [torch.full((99,), 2e-39)]
     update = NativeUpdate(averages, raws)
     plain = [average.clone() for average in averages]
-    torch.set_flush_denormal(True)
+    small = torch.tensor([1e-39])
+    assert torch.set_flush_denormal(True)
     try:
         assert update.update(0.25, gated=True)
+        # ... and is as it was
+        assert 0 == (small * 2).item()
     finally:
         torch.set_flush_denormal(False)
+    assert 0 < (small * 2).item()
     plain[0].lerp_(raws[0], 0.25)
     assert bits(plain) == bits(averages)
-    # ... nor is it changed
-    assert torch.tensor(1e-39).mul(2).item() > 0
 
 
 @settings(max_examples=300, deadline=None)
@@ -344,6 +348,25 @@ def test_what_no_longer_fits():
     assert not fits(lambda data: data.double())
     assert not fits(lambda data: torch.zeros(3, 3))
     assert not fits(lambda data: torch.zeros(0))
+    assert not fits(lambda data: data[:3])
+    assert not fits(lambda data: data.view(2, 8))
+
+
+def test_vectors_that_no_longer_fit():
+    """So it is for vectors; other strides show within 16 updates."""
+
+    def fits(replace):
+        base = torch.zeros(40)
+        raw = torch.nn.Parameter(base[:20])
+        update = NativeUpdate([torch.zeros(20)], [raw])
+        raw.data = replace(base)
+        return all(update.fits() for _ in range(16))
+
+    assert fits(lambda base: base[:20])
+    assert fits(lambda base: base[20:])
+    assert not fits(lambda base: base[:19])
+    assert not fits(lambda base: base[::2])
+    assert not fits(lambda base: base[1::2])
 
 
 def test_what_it_takes():
@@ -387,7 +410,80 @@ def test_parts_cover_everything(numel):
         assert 0 == stop % 16
 
 
-def test_struct_of_the_plan():
-    """Every field of the plan is a word, as ``kernels.c`` has it."""
-    plan = NativeUpdate([torch.zeros(3)], [torch.ones(3)])._plan
-    assert 8 * 8 == ctypes.sizeof(plan)
+def test_log_of_the_step_before():
+    """A bad step brings back what was before it, not before an earlier one."""
+    raws, averages = draw([4000], seeded(1)), [torch.zeros(4000)]
+    averages[0][::50] = 1
+    update = NativeUpdate(averages, raws)
+    step(update, averages, raws, 2e-4)
+    assert sum(logged(update)) > 10
+    averages[0].fill_(1.0)
+    raws[0].fill_(1.0)
+    raws[0][-1] = NAN
+    assert not update.update(2e-4, gated=True)
+    assert torch.equal(torch.ones(4000), averages[0])
+
+
+def test_threshold_of_the_two_ways():
+    """Up to 1 / 512 a step is logged, above it is looked at first."""
+    raws, averages = draw([2**16], seeded(1)), draw([2**16], seeded(2))
+    update = NativeUpdate(averages, raws)
+    step(update, averages, raws, 1 / 512)
+    assert 10 < sum(logged(update)) < 2**16 / 16 / 8
+    step(update, averages, raws, 1.001 / 512)
+    assert 0 == sum(logged(update))
+
+
+def moved_by_data(average):
+    average.data = average.data.clone()
+
+
+def moved_by_set(average):
+    average.set_(average.clone())
+
+
+def moved_to_shared_memory(average):
+    average.share_memory_()
+
+
+@pytest.mark.parametrize(
+    'move',
+    [
+        moved_by_data,
+        moved_by_set,
+        moved_to_shared_memory,
+    ],
+)
+def test_averages_that_are_moved(move):
+    """Averages that somebody moved elsewhere are updated there."""
+    raws, averages = draw(SIZES, seeded(1)), draw(SIZES, seeded(2))
+    update = NativeUpdate(averages, raws)
+    for average in averages:
+        step(update, averages, raws, 2e-4)
+        move(average)
+        step(update, averages, raws, 0.3)
+
+
+def test_copies_and_pickles():
+    """A copy has addresses of its own, and so has what was pickled."""
+    raws, averages = draw(SIZES, seeded(1)), draw(SIZES, seeded(2))
+    update = NativeUpdate(averages, raws)
+    before = bits(averages)
+    pickled = pickle.loads(pickle.dumps(update))
+    for other in (copy.deepcopy(update), copy.copy(pickled), pickled):
+        lists = other._lists
+        step(other, *lists, 2e-4)
+        assert bits(lists[0]) != before == bits(averages)
+
+
+def test_autograd_is_told():
+    """What a graph kept of an average may not be used once it changed."""
+    if not capabilities._HAS_INCREMENT:
+        pytest.skip('torch before 2.5 cannot be told of many tensors')
+    raws, averages = draw([5], seeded(1)), draw([5], seeded(2))
+    update = NativeUpdate(averages, raws)
+    x = torch.ones(5, requires_grad=True)
+    loss = (x * averages[0]).sum()
+    assert update.update(0.5, gated=True)
+    with pytest.raises(RuntimeError, match='inplace'):
+        loss.backward()
