@@ -1,6 +1,8 @@
 """The averager's numbers, against the NumPy float64 oracle."""
 
 import copy
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -589,6 +591,53 @@ def test_calls_of_a_compiled_update():
     if library.library() is not None:
         for options in ({}, {'nonfinite': 'ignore'}):
             assert [] == calls_of(1, **options) == calls_of(100, **options)
+
+
+def test_copies_go_on_by_themselves():
+    """A copy of an average, with its model, leaves the first alone."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    averager.update()
+    other = copy.deepcopy(averager)
+    assert other.model is not model
+    before = {k: v.clone() for k, v in averager.named_averages()}
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(1)
+    assert other.update()
+    assert 2 == other.num_updates
+    assert 1 == averager.num_updates
+    changed = 0
+    for name, average in averager.named_averages():
+        assert torch.equal(before[name], average)
+        changed += not torch.equal(dict(other.named_averages())[name], average)
+    assert changed > 3
+
+
+def test_interrupt_of_an_update(monkeypatch):
+    """Ctrl-C waits until averages, copies and counters agree."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    twin = WeightAverager(model, 'constant', decay=0.5)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(1) if tensor.dtype != torch.bool else None
+    assert twin.update()
+    steps = averager._store.intake._steps
+    take_in = steps._updates.update
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        take_in(*arguments)
+
+    monkeypatch.setattr(steps._updates, 'update', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        averager.update()
+    assert 1 == averager.num_steps
+    for (_, a), (_, b) in zip(
+        averager.named_averages(), twin.named_averages()
+    ):
+        assert torch.equal(a, b)
 
 
 def test_synchronisation(torch_kernels):

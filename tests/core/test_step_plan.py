@@ -114,6 +114,58 @@ def test_bad_step_changes_no_bit(bad, decay):
     assert before != bits(averages)
 
 
+class Several(Wide):
+    """Weights for the compiled kernels beside weights for others."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.low = nn.Parameter(torch.ones(70, dtype=torch.bfloat16))
+        self.sliced = nn.Parameter(torch.ones(4, 6)[:, :3])
+
+
+@pytest.mark.parametrize('bad', BAD)
+@pytest.mark.parametrize('update_buffers', [True, False])
+@pytest.mark.parametrize('decay', [0.0, 0.3, 0.9999])
+def test_bad_step_of_any_tensor_changes_no_bit(bad, update_buffers, decay):
+    """Whichever tensor holds NaN or Inf, every average stays as it was."""
+    model = Several()
+    plan, averages = planned(model, False, update_buffers=update_buffers)
+    perturb(model, seeded())
+    model.counts.add_(1)
+    before = bits(averages)
+    tensors = [
+        *(model.conv.weight, model.norm.running_var, model.head.bias),
+        *(model.wide, model.low, model.sliced),
+    ]
+    for tensor in tensors:
+        kept = tensor.data[-1].clone()
+        tensor.data[-1] = bad
+        assert take_in(plan, number=1, decay=decay) is False
+        assert before == bits(averages)
+        tensor.data[-1] = kept
+    assert take_in(plan, number=1, decay=decay) is True
+    after = bits(averages)
+    assert all(after[name] != before[name] for name in ('counts', 'low'))
+
+
+@pytest.mark.parametrize('decay', [0.3, 0.9999])
+def test_memory_between_the_views_of_a_tensor(decay):
+    """NaN in memory that no name of the model sees is no bad step."""
+    base = torch.zeros(10)
+    model = nn.Module()
+    model.left = nn.Parameter(base.view(2, 5)[:, :2])
+    model.right = nn.Parameter(base[5:8])
+    plan, averages = planned(model, False)
+    base.fill_(1.0)
+    base[3] = NAN
+    assert take_in(plan, number=1, decay=decay) is True
+    (average,) = averages.values()
+    assert average[0].item() == pytest.approx(1 - decay, rel=1e-3)
+    base[7] = NAN
+    assert take_in(plan, number=2, decay=decay) is False
+
+
 @needs_fused
 @pytest.mark.parametrize('decay', [1e-9, 0.0005, 0.3, 0.5])
 def test_small_decay(decay):
