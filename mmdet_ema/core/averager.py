@@ -14,7 +14,7 @@ from mmdet_ema.core.device import check_device
 from mmdet_ema.core.errors import NonFiniteError, OptionError
 from mmdet_ema.core.finite import first_nonfinite
 from mmdet_ema.core.horizon import decay_over
-from mmdet_ema.core.interrupts import deferred_interrupts
+from mmdet_ema.core.interrupts import DeferredInterrupts
 from mmdet_ema.core.kernels import Rule
 from mmdet_ema.core.schedule_spec import (
     ScheduleSpec,
@@ -154,7 +154,7 @@ class WeightAverager:
         self._store.follow()
         step, after = self._next_step()
         intake = self._store.intake
-        with deferred_interrupts():
+        with DeferredInterrupts():
             intake.start(step)
             self._before, self._progress = self._progress, after
         if not self.announces_steps:

@@ -77,29 +77,6 @@ def norm_order(device: torch.device, dtype: torch.dtype) -> float:
     return math.inf if _trial(_try_max_norm, device, dtype) else 2.0
 
 
-def increment_versions(tensors: List[Tensor]) -> None:
-    """Tell autograd that tensors were changed behind its back.
-
-    Before torch 2.5 it cannot be told of many tensors at once, and is not.
-
-    Args:
-        tensors: The tensors.
-    """
-    if _HAS_INCREMENT:
-        torch.autograd.graph.increment_version(tensors)
-
-
-def _can_increment() -> bool:
-    try:
-        torch.autograd.graph.increment_version([torch.zeros(())])
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return True
-
-
-_HAS_INCREMENT = _can_increment()
-
-
 def _trial(trial: Any, device: torch.device, dtype: torch.dtype) -> bool:
     return bool(_remembered(trial, torch.device(device), dtype))
 

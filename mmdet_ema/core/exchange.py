@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core.copying import copy_all, group_pairs, placement
-from mmdet_ema.core.interrupts import deferred_interrupts
+from mmdet_ema.core.interrupts import DeferredInterrupts
 
 Pair = Tuple[Tensor, Tensor]
 _Trade = Tuple[List[Tensor], List[Tensor], List[Tensor]]
@@ -40,7 +40,7 @@ class Exchange:
     def swap_in(self) -> None:
         """Put the averages where the model sees them."""
         assert not self.swapped
-        with deferred_interrupts():
+        with DeferredInterrupts():
             aside = {i: raw.detach().clone() for i, raw in self._narrow()}
             self._trades = list(_trades(self._same))
             self._trade()
@@ -52,7 +52,7 @@ class Exchange:
     def swap_out(self) -> None:
         """Put the raw values back."""
         assert self.swapped
-        with deferred_interrupts():
+        with DeferredInterrupts():
             self._trade()
             for i, raw in self._narrow():
                 raw.data.copy_(self._aside[i])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_ema.core import WeightAverager, exchange
 from mmdet_ema.core.exchange import Exchange
-from mmdet_ema.core.interrupts import deferred_interrupts
+from mmdet_ema.core.interrupts import DeferredInterrupts
 from tests.core.models import (
     Mixed,
     OutOfMemoryError,
@@ -362,7 +362,7 @@ def test_interrupt_comes_through_once():
     reached = []
 
     def body():
-        with deferred_interrupts():
+        with DeferredInterrupts():
             interrupt()
             interrupt()
             reached.append('end')
@@ -376,7 +376,7 @@ def test_interrupt_comes_through_once():
 def test_no_interrupt():
     """Without Ctrl-C the handler of before is back, and nothing is raised."""
     before = signal.getsignal(signal.SIGINT)
-    with deferred_interrupts():
+    with DeferredInterrupts():
         assert before is not signal.getsignal(signal.SIGINT)
     assert before is signal.getsignal(signal.SIGINT)
 
@@ -388,7 +388,7 @@ def test_handler_of_the_user():
         signal.SIGINT, lambda number, frame: received.append(number)
     )
     try:
-        with deferred_interrupts():
+        with DeferredInterrupts():
             interrupt()
             assert [] == received
         assert [signal.SIGINT] == received
@@ -401,7 +401,7 @@ def test_other_handlers(handler):
     """Handlers that are no functions are left alone."""
     before = signal.signal(signal.SIGINT, handler)
     try:
-        with deferred_interrupts():
+        with DeferredInterrupts():
             assert handler == signal.getsignal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -410,7 +410,7 @@ def test_other_handlers(handler):
 def test_error_and_interrupt():
     """The handler of before is back after an exception in the body."""
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError, match='x'), deferred_interrupts():
+    with pytest.raises(ValueError, match='x'), DeferredInterrupts():
         raise ValueError('x')
     assert before is signal.getsignal(signal.SIGINT)
 

@@ -10,7 +10,6 @@ from typing import List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from mmdet_ema.core.capabilities import increment_versions
 from mmdet_ema.core.memory import lies_alike
 from mmdet_ema.core.native.interface import BYTES_OF_LINE, LINE, Plan
 from mmdet_ema.core.native.library import library, parallel, threads_for
@@ -78,8 +77,6 @@ class NativeUpdate:
             parallel() if threads > 1 else None,
             threads,
         )
-        if done:
-            increment_versions(self._lists[0])
         return bool(done)
 
     def _plan_anew(self) -> None:

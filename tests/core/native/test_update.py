@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdet_ema.core import capabilities
 from mmdet_ema.core.native import library
 from mmdet_ema.core.native import update as native_update
 from mmdet_ema.core.native.update import NativeUpdate, can_update
@@ -474,16 +473,3 @@ def test_copies_and_pickles():
         lists = other._lists
         step(other, *lists, 2e-4)
         assert bits(lists[0]) != before == bits(averages)
-
-
-def test_autograd_is_told():
-    """What a graph kept of an average may not be used once it changed."""
-    if not capabilities._HAS_INCREMENT:
-        pytest.skip('torch before 2.5 cannot be told of many tensors')
-    raws, averages = draw([5], seeded(1)), draw([5], seeded(2))
-    update = NativeUpdate(averages, raws)
-    x = torch.ones(5, requires_grad=True)
-    loss = (x * averages[0]).sum()
-    assert update.update(0.5, gated=True)
-    with pytest.raises(RuntimeError, match='inplace'):
-        loss.backward()
