@@ -38,7 +38,8 @@ class NativeUpdate:
 
     def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
         self._lists = list(averages), list(raws)
-        self._fits = True
+        # where it was pickled the kernels may have been there
+        self._fits = library() is not None
         self._plan_anew()
 
     def __reduce__(self) -> Tuple[object, ...]:

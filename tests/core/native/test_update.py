@@ -13,6 +13,7 @@ from mmdet_ema.core.native import library
 from mmdet_ema.core.native import update as native_update
 from mmdet_ema.core.native.update import NativeUpdate, can_update
 from tests.core.models import raw_bytes
+from tests.core.switches import switch_off
 
 pytestmark = pytest.mark.skipif(
     library.library() is None,
@@ -328,6 +329,13 @@ def test_another_kind_is_followed():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             raws[1].data = raws[1].data.to(dtype)
             step(update, averages, raws, 2e-4)
+
+
+def test_pickles_go_where_there_are_no_kernels(monkeypatch):
+    """What was pickled with the kernels goes torch's way without them."""
+    pickled = pickle.dumps(NativeUpdate([torch.zeros(3)], [torch.ones(3)]))
+    switch_off(monkeypatch)
+    assert not pickle.loads(pickled).fits()
 
 
 def test_what_no_longer_fits():
