@@ -7,6 +7,9 @@ import ctypes
 LINE = 16
 """Elements that go to the log together."""
 
+BLOCK = 4 * LINE
+"""Elements that are written together; a log has room for them at least."""
+
 BYTES_OF_LINE = 8 + 8 + 4 * LINE
 """Size of ``Kept``."""
 
@@ -34,6 +37,6 @@ def fingerprint() -> int:
 
     Its number, to be raised with every change, and the sizes of all structs.
     """
-    number = 2
+    number = 3
     sizes = ctypes.sizeof(Plan) << 16 | BYTES_OF_PART << 8 | BYTES_OF_LINE
     return number << 24 | sizes

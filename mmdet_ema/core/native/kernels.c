@@ -20,7 +20,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* In elements; AHEAD in tensors. */
+/* In elements; AHEAD in tensors. A log has room for one block at least. */
 enum { LINE = 16, BLOCK = 4 * LINE, FORESEEN = 128, AHEAD = 4 };
 
 /* Above it more than a few lines in a hundred would go to the log. */
@@ -134,21 +134,46 @@ INLINE uint32_t renew(float *restrict new, const float *restrict average,
   return differing;
 }
 
-/* Write up to a line; return 0 if it holds NaN or Inf, or the log is full. */
-INLINE int write_line(Job *job, Part *part, float *average, const void *raw,
-                      int64_t count, Kind kind) {
-  float new[LINE];
-  if (renew(new, average, raw, job->weight, count, kind)) {
-    if (!are_finite(raw, count, kind)) {
-      __atomic_store_n(&job->nonfinite, 1, __ATOMIC_RELAXED);
-      return 0;
-    }
-    if (part->kept == job->plan->room) return 0;
-    Kept *kept = &part->log[part->kept++];
-    kept->where = average;
-    kept->count = count;
-    memcpy(kept->old, average, count * sizeof(float));
+INLINE int is_lost(const float *new, const float *average, const void *raw,
+                   float weight, int64_t count, Kind kind) {
+  uint32_t differing = 0;
+  for (int64_t i = 0; i < count; i++) {
+    Word old = {.value = average[i]}, back;
+    back.value = earlier(new[i], value(raw, i, kind), weight);
+    differing |= (back.bits ^ old.bits) | (back.value != back.value);
   }
+  return differing != 0;
+}
+
+/* Keep the lines of a block from which no way leads back.
+ * Return 0 if it holds NaN or Inf, or the log is full. */
+INLINE int keep(Job *job, Part *part, const float *new, float *average,
+                const void *raw, int64_t count, Kind kind) {
+  if (!are_finite(raw, count, kind)) {
+    __atomic_store_n(&job->nonfinite, 1, __ATOMIC_RELAXED);
+    return 0;
+  }
+  if (part->kept + BLOCK / LINE > job->plan->room) return 0;
+  for (int64_t i = 0; i < count; i += LINE) {
+    int64_t length = count - i < LINE ? count - i : LINE;
+    Kept *kept = &part->log[part->kept];
+    kept->where = average + i;
+    kept->count = length;
+    memcpy(kept->old, average + i, length * sizeof(float));
+    /* No branch: which line it is cannot be foreseen. */
+    part->kept += is_lost(new + i, average + i, from(raw, i, kind),
+                          job->weight, length, kind);
+  }
+  return 1;
+}
+
+/* Write up to a block; return 0 if it cannot be written. */
+INLINE int write_block(Job *job, Part *part, float *average, const void *raw,
+                       int64_t count, Kind kind) {
+  float new[BLOCK];
+  if (renew(new, average, raw, job->weight, count, kind) &&
+      !keep(job, part, new, average, raw, count, kind))
+    return 0;
   memcpy(average, new, count * sizeof(float));
   return 1;
 }
@@ -157,24 +182,12 @@ INLINE int write_line(Job *job, Part *part, float *average, const void *raw,
 INLINE int64_t write_revocably(Job *job, Part *part, float *average,
                                const void *raw, int64_t count, Kind kind) {
   int64_t i = 0;
-  while (i < count) {
-    int64_t stop = count - i < BLOCK ? count : i + BLOCK;
-    float new[BLOCK];
-    if (stop - i == BLOCK &&
-        !renew(new, average + i, from(raw, i, kind), job->weight, BLOCK,
-               kind)) {
-      memcpy(average + i, new, sizeof new);
-      i = stop;
-      continue;
-    }
-    for (; i < stop; i += LINE) {
-      int64_t length = stop - i < LINE ? stop - i : LINE;
-      if (!write_line(job, part, average + i, from(raw, i, kind), length,
-                      kind))
-        return i;
-    }
-    i = stop;
-  }
+  for (; i + BLOCK <= count; i += BLOCK)
+    if (!write_block(job, part, average + i, from(raw, i, kind), BLOCK, kind))
+      return i;
+  if (i < count && !write_block(job, part, average + i, from(raw, i, kind),
+                                count - i, kind))
+    return i;
   return count;
 }
 
@@ -355,7 +368,7 @@ static int is_done(const Plan *plan) {
  * interface.py has the same. */
 int mmdet_ema_interface(void) {
   if (!fitting()) return 0;
-  return 2 << 24 | (int)(sizeof(Plan) << 16 | sizeof(Part) << 8 | sizeof(Kept));
+  return 3 << 24 | (int)(sizeof(Plan) << 16 | sizeof(Part) << 8 | sizeof(Kept));
 }
 
 /* Return 1, or 0 if nothing was changed because of NaN or Inf.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core.memory import lies_alike
-from mmdet_ema.core.native.interface import BYTES_OF_LINE, LINE, Plan
+from mmdet_ema.core.native.interface import BLOCK, BYTES_OF_LINE, LINE, Plan
 from mmdet_ema.core.native.library import library, parallel, threads_for
 from mmdet_ema.core.native.pointers import (
     Layouts,
@@ -131,7 +131,7 @@ def _bounds(numel: int) -> List[Tuple[int, int]]:
 def _room(bounds: List[Tuple[int, int]]) -> int:
     """Return how many lines the log of each part takes."""
     longest = max(stop - start for start, stop in bounds)
-    return longest // (LINE * _LOGGED) + 1
+    return longest // (LINE * _LOGGED) + BLOCK // LINE
 
 
 def _reserve(size: int) -> Tensor:
