@@ -19,8 +19,9 @@ def draw(results: List[Result], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.6), layout='tight')
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(18, 4.6), layout='tight')
+    widths = {'width_ratios': (2, 1, 1)}
+    left, middle, right = figure.subplots(1, 3, gridspec_kw=widths)
     _bars(left, _first(results, 'update'))
     _curves(middle, _first(results, 'tensors'), 'tensors, 16 MiB in all')
     _curves(right, _first(results, 'bytes'), 'bytes, 300 tensors')
@@ -50,7 +51,9 @@ def _bars(axes: Any, results: List[Result]) -> None:
     for k, name in enumerate(names):
         heights = [_over_floor(result, name) for result in results]
         places = [i + k * width for i in range(len(results))]
-        axes.bar(places, heights, width, label=LABELS[name].replace('`', ''))
+        label, color = LABELS[name].replace('`', ''), f'C{k % 10}'
+        hatch = '//' if k >= 10 else None
+        axes.bar(places, heights, width, label=label, color=color, hatch=hatch)
     axes.axhline(1, color='black', linewidth=0.8)
     ticks = [i + 0.4 for i in range(len(results))]
     axes.set_xticks(ticks, [r.case.model for r in results], rotation=15)
@@ -59,7 +62,7 @@ def _bars(axes: Any, results: List[Result]) -> None:
         axes.set_title(_where(results))
         # room for the legend above the bars
         low, high = axes.get_ylim()
-        axes.set_ylim(low, high**1.6)
+        axes.set_ylim(low, high**1.5)
         axes.legend(fontsize=6, ncols=2, loc='upper left')
 
 
