@@ -37,9 +37,9 @@ def describe() -> dict[str, str]:
 
 def _kernels() -> str:
     """Say whether this project's own kernels are there."""
-    from mmdet_ema.core.native.library import library
+    from mmdet_ema.core.native.loader import load
 
-    return 'none' if library() is None else 'yes'
+    return 'none' if load() is None else 'yes'
 
 
 def cores() -> int:

@@ -1,9 +1,9 @@
 """What tests switch off."""
 
-from mmdet_ema.core.native import library, update
+from mmdet_ema.core.native import loader, update
 
 
 def switch_off(monkeypatch):
     """Let the compiled kernels be missing meanwhile."""
-    for module in (update, library):
-        monkeypatch.setattr(module, 'library', lambda: None)
+    for module in (update, loader):
+        monkeypatch.setattr(module, 'load', lambda: None)

@@ -18,7 +18,7 @@ from mmdet_ema.core import (
     WeightAverager,
     capabilities,
 )
-from mmdet_ema.core.native import library
+from mmdet_ema.core.native import loader
 from tests import oracle
 from tests.core.models import (
     Mixed,
@@ -588,7 +588,7 @@ def test_calls_of_an_update(torch_kernels):
 
 def test_calls_of_a_compiled_update():
     """Compiled kernels leave torch nothing to do, with the gate or without."""
-    if library.library() is not None:
+    if loader.load() is not None:
         for options in ({}, {'nonfinite': 'ignore'}):
             assert [] == calls_of(1, **options) == calls_of(100, **options)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmdet_ema.core import CheckpointError, WeightAverager
-from mmdet_ema.core.native.library import library
+from mmdet_ema.core.native.loader import load
 from tests import oracle
 from tests.core.models import (
     Mixed,
@@ -543,7 +543,7 @@ def test_memory():
     found = storages_of(averager._store)
     extra = sum(size for p, size in found.items() if p not in own)
     copied = averager.counts()['bytes']
-    lists = 0 if library() is None else 40 * len(tensors) + 2 * 80
+    lists = 0 if load() is None else 40 * len(tensors) + 2 * 80
     assert copied <= extra <= copied * (1 + 80 / 64 / 16) + lists
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdet_ema.core.memory import lies_alike
 from mmdet_ema.core.native.interface import BLOCK, BYTES_OF_LINE, LINE, Plan
-from mmdet_ema.core.native.library import library, parallel, threads_for
+from mmdet_ema.core.native.loader import load, parallel, threads_for
 from mmdet_ema.core.native.pointers import (
     Layouts,
     Pointers,
@@ -39,7 +39,7 @@ class NativeUpdate:
     def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
         self._lists = list(averages), list(raws)
         # where it was pickled the kernels may have been there
-        self._fits = library() is not None
+        self._fits = load() is not None
         self._plan_anew()
 
     def __reduce__(self) -> Tuple[object, ...]:
@@ -71,7 +71,7 @@ class NativeUpdate:
             False if nothing was changed.
         """
         threads = threads_for(self._numel)
-        done = library().mmdet_ema_update(  # type: ignore[union-attr]
+        done = load().mmdet_ema_update(  # type: ignore[union-attr]
             ctypes.addressof(self._plan),
             weight,
             gated,
@@ -149,7 +149,7 @@ def _parts(bounds: List[Tuple[int, int]], log: int, room: int) -> Tensor:
 
 
 def _gives_torchs_bits() -> bool:
-    return library() is not None and _trial()
+    return load() is not None and _trial()
 
 
 @functools.lru_cache(maxsize=None)

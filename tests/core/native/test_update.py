@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdet_ema.core.native import library
+from mmdet_ema.core.native import loader
 from mmdet_ema.core.native import update as native_update
 from mmdet_ema.core.native.update import NativeUpdate, can_update
 from tests.core.models import raw_bytes
 from tests.core.switches import switch_off
 
 pytestmark = pytest.mark.skipif(
-    library.library() is None,
+    loader.load() is None,
     reason='not built here, or not for this processor',
 )
 

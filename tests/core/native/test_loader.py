@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmdet_ema.core import WeightAverager
-from mmdet_ema.core.native import library, update
+from mmdet_ema.core.native import loader, update
 from mmdet_ema.core.native.interface import fingerprint
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -23,10 +23,10 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     """Look for kernels in an empty folder."""
-    monkeypatch.setattr(library, '__file__', str(tmp_path / 'library.py'))
-    library.library.cache_clear()
+    monkeypatch.setattr(loader, '__file__', str(tmp_path / 'loader.py'))
+    loader.load.cache_clear()
     yield tmp_path
-    library.library.cache_clear()
+    loader.load.cache_clear()
 
 
 def build(source, target):
@@ -36,20 +36,20 @@ def build(source, target):
 
 def test_missing_file(folder):
     """Without the file there are no kernels."""
-    assert library.library() is None
+    assert loader.load() is None
 
 
 def test_broken_file(folder):
     """A file that is no library is passed over."""
     (folder / f'_kernels{SUFFIX}').write_bytes(b'no library')
-    assert library.library() is None
+    assert loader.load() is None
 
 
 @needs_compiler
 def test_library_without_the_functions(folder):
     """A library that is another one is passed over."""
     build('int other(void) { return 1; }', folder / f'_kernels{SUFFIX}')
-    assert library.library() is None
+    assert loader.load() is None
 
 
 @needs_compiler
@@ -61,7 +61,7 @@ def test_other_interface(folder, off):
     int mmdet_ema_interface(void) {{ return {number}; }}
     int mmdet_ema_update(void) {{ return 1; }}"""
     build(source, folder / f'_kernels{SUFFIX}')
-    assert (off == 0) == (library.library() is not None)
+    assert (off == 0) == (loader.load() is not None)
 
 
 def test_switched_off(monkeypatch):
@@ -69,7 +69,7 @@ def test_switched_off(monkeypatch):
     code = """
 import hashlib, torch
 from mmdet_ema.core import WeightAverager
-from mmdet_ema.core.native.library import library
+from mmdet_ema.core.native.loader import load
 torch.manual_seed(0)
 model = torch.nn.Linear(300, 70)
 averager = WeightAverager(model)
@@ -81,7 +81,7 @@ for _ in range(5):
 total = hashlib.sha256()
 for _, average in averager.named_averages():
     total.update(average.numpy().tobytes())
-print(library() is not None, total.hexdigest())
+print(load() is not None, total.hexdigest())
 """
     found = []
     for value in ('0', '1'):
@@ -90,7 +90,7 @@ print(library() is not None, total.hexdigest())
         printed = subprocess.check_output(command, text=True, cwd=ROOT)
         found.append(printed.split()[-2:])
     assert 'False' == found[0][0]
-    assert str(library.library() is not None) == found[1][0]
+    assert str(loader.load() is not None) == found[1][0]
     assert found[0][1] == found[1][1]
 
 
@@ -133,4 +133,4 @@ def test_averager_uses_them():
     """An average of float32 weights is kept by the compiled kernels."""
     averager = WeightAverager(torch.nn.Linear(3, 4))
     guarded = averager._store.intake._steps._guarded
-    assert bool(guarded) == (library.library() is not None)
+    assert bool(guarded) == (loader.load() is not None)

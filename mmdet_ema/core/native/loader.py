@@ -1,4 +1,4 @@
-"""The compiled kernels, where they were built and give torch's bits."""
+"""The compiled kernels, where they were built, and the threads for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Library = Any
 
 
 @functools.lru_cache(maxsize=None)
-def library() -> Optional[Library]:
+def load() -> Optional[Library]:
     """Return the compiled kernels, or None where torch's have to do.
 
     The environment variable ``MMDET_EMA_NATIVE=0`` switches them off.
