@@ -6,6 +6,7 @@ more to be averaged. The compiled kernels do both in one reading.
 
 from __future__ import annotations
 
+import functools
 from typing import Sequence
 
 from torch import Tensor
@@ -25,9 +26,8 @@ class GuardedUpdate:
     """
 
     def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
+        self._lists = averages, raws
         self._native = NativeUpdate(averages, raws) if averages else None
-        self._plain = UpdatePlan(averages, raws)
-        self._check = FiniteCheck(raws)
 
     def __bool__(self) -> bool:
         """Return whether there are pairs."""
@@ -52,6 +52,15 @@ class GuardedUpdate:
             return False
         self._plain.update(decay)
         return True
+
+    # planned where they are needed: some models make the plans anew each step
+    @functools.cached_property
+    def _plain(self) -> UpdatePlan:
+        return UpdatePlan(*self._lists)
+
+    @functools.cached_property
+    def _check(self) -> FiniteCheck:
+        return FiniteCheck(self._lists[1])
 
     def update_by(self, rule: Rule, step: int) -> None:
         """Let a rule update every pair; see :meth:`UpdatePlan.update_by`."""
