@@ -118,30 +118,31 @@ INLINE int are_finite(const void *raw, int64_t count, Kind kind) {
   return largest < 0x7f800000u;
 }
 
-/* Work out new averages; return 0 if the old ones follow from them.
+/* Return 0 if an old average follows from the new one, in all its bits.
  * From NaN or Inf nothing follows: they lead to NaN, which equals nothing. */
+INLINE uint32_t is_lost(float old, float new, float raw, float weight) {
+  Word before = {.value = old}, back = {.value = earlier(new, raw, weight)};
+  return (back.bits ^ before.bits) | (back.value != back.value);
+}
+
+/* Work out new averages; return 0 if the old ones follow from them. */
 INLINE uint32_t renew(float *restrict new, const float *restrict average,
                       const void *restrict raw, float weight, int64_t count,
                       Kind kind) {
   uint32_t differing = 0;
   for (int64_t i = 0; i < count; i++) {
-    Word old = {.value = average[i]}, back;
     float target = value(raw, i, kind);
     new[i] = later(average[i], target, weight);
-    back.value = earlier(new[i], target, weight);
-    differing |= (back.bits ^ old.bits) | (back.value != back.value);
+    differing |= is_lost(average[i], new[i], target, weight);
   }
   return differing;
 }
 
-INLINE int is_lost(const float *new, const float *average, const void *raw,
-                   float weight, int64_t count, Kind kind) {
+INLINE int any_lost(const float *new, const float *average, const void *raw,
+                    float weight, int64_t count, Kind kind) {
   uint32_t differing = 0;
-  for (int64_t i = 0; i < count; i++) {
-    Word old = {.value = average[i]}, back;
-    back.value = earlier(new[i], value(raw, i, kind), weight);
-    differing |= (back.bits ^ old.bits) | (back.value != back.value);
-  }
+  for (int64_t i = 0; i < count; i++)
+    differing |= is_lost(average[i], new[i], value(raw, i, kind), weight);
   return differing != 0;
 }
 
@@ -161,8 +162,8 @@ INLINE int keep(Job *job, Part *part, const float *new, float *average,
     kept->count = length;
     memcpy(kept->old, average + i, length * sizeof(float));
     /* No branch: which line it is cannot be foreseen. */
-    part->kept += is_lost(new + i, average + i, from(raw, i, kind),
-                          job->weight, length, kind);
+    part->kept += any_lost(new + i, average + i, from(raw, i, kind),
+                           job->weight, length, kind);
   }
   return 1;
 }

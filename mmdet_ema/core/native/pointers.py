@@ -7,7 +7,7 @@ from typing import List, Sequence
 import torch
 from torch import Tensor
 
-# looks at all vectors
+# updates in which every vector is looked at once
 _TURNS = 16
 
 
