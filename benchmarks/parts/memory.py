@@ -21,7 +21,7 @@ from benchmarks.figures import Case, Figure
 from benchmarks.modules import build_module
 from benchmarks.parts.save import save_of, save_of_hook
 from benchmarks.parts.swap import framework_hook, swap_of, swap_of_hook
-from benchmarks.room import Gauge, check_room
+from benchmarks.room import Gauge, check_room, give_back
 from benchmarks.rounds import Limits
 from benchmarks.shapes import float_bytes, records_of
 
@@ -63,6 +63,8 @@ def bytes_of(name: str, model: nn.Module, device: str) -> Sample:
     before = gauge.used()
     calls = _calls(name, model)
     calls['update']()
+    # what was freed may still be the allocator's
+    give_back(device)
     sample = {'kept': gauge.used() - before}
     for metric, call in calls.items():
         sample[metric] = _extra(gauge, call)

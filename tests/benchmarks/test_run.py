@@ -159,7 +159,8 @@ def test_plain_loop_is_measured():
 def test_memory_of_an_average_is_that_of_a_model():
     """16 tensors of 4 MiB: one copy is kept, little is needed beyond.
 
-    An allocator's own few MiB come on top, so the tensors are large.
+    What a process takes is counted in pages, by each core in batches: less
+    than one tensor more or less is let pass.
     """
     pytest.importorskip('mmengine')
     size = 64 * 2**20
@@ -169,8 +170,8 @@ def test_memory_of_an_average_is_that_of_a_model():
 
     for figure in figures.values():
         kept, update = (figure.samples[m][0] for m in ('kept', 'update'))
-        assert size <= kept < 1.2 * size
-        assert update < 0.3 * size
+        assert abs(kept - size) < size / 16
+        assert update < size / 16
 
 
 def test_every_part_can_be_measured():
