@@ -96,7 +96,9 @@ def bits_of(model):
 
 def raw_bytes(tensor):
     """Return the bytes of a tensor: NaN and -0.0 count."""
-    flat = tensor.detach().contiguous().reshape(-1)
+    # a contiguous tensor of one element may have any stride
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    flat.copy_(tensor.detach().reshape(-1))
     return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b''
 
 
