@@ -26,6 +26,7 @@ PROJECT_FILES = (
     'setup.cfg',
     'setup.py',
     'mmdet_ema/core/native/kernels.c',
+    'mmdet_ema/core/native/places.c',
 )
 
 

@@ -369,7 +369,7 @@ static int is_done(const Plan *plan) {
  * interface.py has the same. */
 int mmdet_ema_interface(void) {
   if (!fitting()) return 0;
-  return 3 << 24 | (int)(sizeof(Plan) << 16 | sizeof(Part) << 8 | sizeof(Kept));
+  return 4 << 24 | (int)(sizeof(Plan) << 16 | sizeof(Part) << 8 | sizeof(Kept));
 }
 
 /* Return 1, or 0 if nothing was changed because of NaN or Inf.

@@ -67,13 +67,18 @@ def _path() -> Optional[pathlib.Path]:
 
 
 def _declared(loaded: Library) -> Library:
-    pointer = ctypes.c_void_p
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
     loaded.mmdet_ema_update.argtypes = (
-        pointer,
-        ctypes.c_float,
-        ctypes.c_int,
-        pointer,
-        ctypes.c_uint,
+        *(pointer, ctypes.c_float, integer),
+        *(pointer, ctypes.c_uint),
     )
     loaded.mmdet_ema_interface.argtypes = ()
+    loaded.mmdet_ema_bytes_of_place.restype = ctypes.c_int64
+    loaded.mmdet_ema_understands.argtypes = (pointer,)
+    # these ask torch about objects of Python, so they hold its lock
+    counted = pointer, pointer, ctypes.c_int64
+    ask = ctypes.PYFUNCTYPE(integer, *counted)
+    note = ctypes.PYFUNCTYPE(integer, *counted, pointer)
+    loaded.mmdet_ema_are_right = ask(('mmdet_ema_are_right', loaded))
+    loaded.mmdet_ema_note = note(('mmdet_ema_note', loaded))
     return loaded

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core.memory import lies_alike
+from mmdet_ema.core.native.dlpack import note
 from mmdet_ema.core.native.interface import BLOCK, BYTES_OF_LINE, LINE, Plan
-from mmdet_ema.core.native.loader import load, parallel, threads_for
-from mmdet_ema.core.native.pointers import (
+from mmdet_ema.core.native.layouts import (
     Layouts,
-    Pointers,
+    addresses_of,
     integers,
     is_plain,
 )
+from mmdet_ema.core.native.loader import load, parallel, threads_for
 
 # elements a thread takes at a time, at least; 1 MiB
 _PART = 2**18
@@ -52,7 +53,7 @@ class NativeUpdate:
         To be asked before each update: it follows tensors whose memory was
         replaced.
         """
-        if self._raws.are_right() and self._averages.are_right():
+        if self._layouts.are_right():
             return self._fits
         self._fits = all(map(can_update, *self._lists))
         if self._fits:
@@ -82,7 +83,9 @@ class NativeUpdate:
 
     def _plan_anew(self) -> None:
         averages, raws = self._lists
-        self._averages, self._raws = Pointers(averages), Layouts(raws)
+        self._layouts = note([*averages, *raws]) or Layouts(averages, raws)
+        self._addresses = integers(addresses_of([*averages, *raws]))
+        first = self._addresses.data_ptr()
         sizes = [average.numel() for average in averages]
         self._numel = sum(sizes)
         self._kinds = integers([_KINDS.index(raw.dtype) for raw in raws])
@@ -92,8 +95,8 @@ class NativeUpdate:
         self._logs = _reserve(room * BYTES_OF_LINE * len(bounds))
         self._parts = _parts(bounds, self._logs.data_ptr(), room)
         self._plan = Plan(
-            self._averages.address,
-            self._raws.address,
+            first,
+            first + 8 * len(averages),
             self._kinds.data_ptr(),
             self._starts.data_ptr(),
             len(averages),

@@ -59,7 +59,11 @@ def test_other_interface(folder, off):
     number = 0 if off == -1 else fingerprint() + off
     source = f"""
     int mmdet_ema_interface(void) {{ return {number}; }}
-    int mmdet_ema_update(void) {{ return 1; }}"""
+    int mmdet_ema_update(void) {{ return 1; }}
+    int mmdet_ema_note(void) {{ return 1; }}
+    int mmdet_ema_are_right(void) {{ return 1; }}
+    int mmdet_ema_understands(void) {{ return 1; }}
+    int mmdet_ema_bytes_of_place(void) {{ return 8; }}"""
     build(source, folder / f'_kernels{SUFFIX}')
     assert (off == 0) == (loader.load() is not None)
 

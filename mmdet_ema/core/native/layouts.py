@@ -1,4 +1,4 @@
-"""Addresses of tensors, for code that knows no tensors."""
+"""Where tensors lie in memory, for code that knows no tensors."""
 
 from __future__ import annotations
 
@@ -11,60 +11,39 @@ from torch import Tensor
 _TURNS = 16
 
 
-class Pointers:
-    """Where tensors lie; to be asked before each use whether it is right.
-
-    Args:
-        tensors: Tensors in host memory.
-
-    Attributes:
-        address: Address of the list of addresses.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        self._tensors = list(tensors)
-        self._seen = self._now()
-        self._list = integers(self._seen)
-        self.address = self._list.data_ptr()
-
-    def are_right(self) -> bool:
-        """Return whether all tensors still lie where they lay."""
-        return self._now() == self._seen
-
-    def _now(self) -> List[int]:
-        return list(map(Tensor.data_ptr, self._tensors))
-
-
-class Layouts(Pointers):
-    """Where and how dense tensors lie: addresses, sizes and strides.
+class Layouts:
+    """Where dense tensors lie; to be asked before each use if it is right.
 
     Strides of vectors are looked at in turns: there are hundreds, and one
-    whose memory is the same but spaced out has hardly been seen.
+    whose memory is the same but spaced out has hardly been seen. So are no
+    sizes and strides of averages: nobody else changes them.
 
     Args:
-        tensors: Dense tensors in host memory.
+        averages: Dense tensors in host memory.
+        raws: The same for the tensors that belong to somebody else.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]):
-        super().__init__(tensors)
-        self._wide = [tensor for tensor in tensors if tensor.dim() > 1]
-        rest = [tensor for tensor in tensors if tensor.dim() <= 1]
+    def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
+        self._tensors, self._raws = [*averages, *raws], list(raws)
+        self._wide = [raw for raw in raws if raw.dim() > 1]
+        rest = [raw for raw in raws if raw.dim() <= 1]
         self._turns = [rest[i::_TURNS] for i in range(_TURNS)]
         self._turn = 0
+        self._addresses = addresses_of(self._tensors)
         self._sizes, self._strides = self._sizes_now(), self._strides_now()
 
     def are_right(self) -> bool:
         """Return whether all tensors still lie where and how they lay."""
         self._turn = (self._turn + 1) % _TURNS
         return (
-            super().are_right()
+            addresses_of(self._tensors) == self._addresses
             and self._sizes_now() == self._sizes
             and self._strides_now() == self._strides
             and all(map(Tensor.is_contiguous, self._turns[self._turn]))
         )
 
     def _sizes_now(self) -> List[int]:
-        return list(map(Tensor.numel, self._tensors))
+        return list(map(Tensor.numel, self._raws))
 
     def _strides_now(self) -> List[object]:
         return list(map(Tensor.stride, self._wide))
@@ -84,6 +63,15 @@ def is_plain(tensor: Tensor) -> bool:
         and not tensor.is_neg()
         and tensor.data_ptr() != 0
     )
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> List[int]:
+    """Return the address of each tensor's first element.
+
+    Args:
+        tensors: Strided tensors.
+    """
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def integers(values: Sequence[int]) -> Tensor:

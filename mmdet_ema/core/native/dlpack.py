@@ -1,0 +1,87 @@
+"""Where tensors lie in memory, asked of torch without Python in between.
+
+Torch since 2.10 has DLPack's table of functions for C; see ``places.c``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, List, Optional, Sequence
+
+from torch import Tensor
+
+from mmdet_ema.core.native.layouts import integers
+from mmdet_ema.core.native.loader import load
+
+
+class NotedLayouts:
+    """Where tensors lie; to be asked before each use if it is right.
+
+    Args:
+        tensors: Tensors that :func:`note` has noted.
+        check: Compares them with what was noted.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], check: Any):
+        # whom torch is asked about has to be alive
+        self._tensors, self._check = list(tensors), check
+
+    def are_right(self) -> bool:
+        """Return whether all tensors still lie where and how they lay."""
+        try:
+            return bool(self._check())
+        except Exception:
+            # torch cannot tell: it is for Python to find out what they are
+            return False
+
+
+def note(tensors: Sequence[Tensor]) -> Optional[NotedLayouts]:
+    """Note where tensors lie.
+
+    Args:
+        tensors: Plain tensors; see
+            :func:`~mmdet_ema.core.native.layouts.is_plain`.
+
+    Returns:
+        None if torch has no such functions, or a tensor has more than five
+        dimensions.
+    """
+    table, kernels = _table(), load()
+    if table is None or kernels is None:
+        return None
+    count, size = len(tensors), kernels.mmdet_ema_bytes_of_place()
+    known = integers([x for tensor in tensors for x in _known_as(tensor)])
+    places = integers([0] * (count * size // 8))
+    noted = kernels.mmdet_ema_note(
+        table, known.data_ptr(), count, places.data_ptr()
+    )
+    check = functools.partial(_check, kernels, table, places, count)
+    layouts = NotedLayouts(tensors, check)
+    return layouts if noted and layouts.are_right() else None
+
+
+def _check(kernels: Any, table: int, places: Tensor, count: int) -> int:
+    found: int = kernels.mmdet_ema_are_right(table, places.data_ptr(), count)
+    return found
+
+
+def _known_as(tensor: Tensor) -> List[int]:
+    """Return a tensor's addresses for Python and, as hints, for torch."""
+    storage = tensor.untyped_storage()
+    hints = (getattr(x, '_cdata', 0) for x in (tensor, storage))
+    return [id(tensor), *hints]
+
+
+@functools.lru_cache(maxsize=None)
+def _table() -> Optional[int]:
+    """Return the address of torch's ``DLPackExchangeAPI``, if it is known."""
+    capsule = getattr(Tensor, '__dlpack_c_exchange_api__', None)
+    kernels = load()
+    if capsule is None or kernels is None:
+        return None
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.argtypes = ctypes.py_object, ctypes.c_char_p
+    pointer_of.restype = ctypes.c_void_p
+    table: int = pointer_of(capsule, b'dlpack_exchange_api')
+    return table if kernels.mmdet_ema_understands(table) else None

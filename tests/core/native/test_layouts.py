@@ -1,0 +1,181 @@
+"""What is seen of tensors that lie elsewhere, or otherwise, than before."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_ema.core.native import dlpack, loader
+from mmdet_ema.core.native.dlpack import note
+from mmdet_ema.core.native.layouts import Layouts
+from mmdet_ema.core.native.update import NativeUpdate
+
+pytestmark = pytest.mark.skipif(
+    loader.load() is None,
+    reason='not built here, or not for this processor',
+)
+HAS_TABLE = loader.load() is not None and dlpack._table() is not None
+needs_table = pytest.mark.skipif(
+    not HAS_TABLE, reason='this torch has no DLPack functions for C'
+)
+
+
+@pytest.fixture(params=[pytest.param('c', marks=needs_table), 'python'])
+def layouts_of(request):
+    """Look at tensors in C, and again in Python."""
+    if request.param == 'c':
+        return note
+    return lambda tensors: Layouts([], tensors)
+
+
+def shapes():
+    """Return a tensor of every number of dimensions from none to five."""
+    return [torch.zeros([2] * n) for n in range(6)]
+
+
+def test_nothing_changed(layouts_of):
+    """Other values, and what autograd adds to a tensor, are no change."""
+    tensors = [nn.Parameter(tensor) for tensor in shapes()]
+    layouts = layouts_of(tensors)
+    assert layouts.are_right()
+    sum(tensor.sum() for tensor in tensors).backward()
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.add_(tensor.grad)
+            tensor.requires_grad_(False)
+    assert layouts.are_right()
+
+
+CHANGES = {
+    'memory': lambda data: data.clone(),
+    'offset': lambda data: data.new_zeros(1 + data.numel())[1:].view_as(data),
+    'strides': lambda data: data.transpose(0, 1),
+    'size': lambda data: data[:1],
+    'dtype': lambda data: data.double(),
+}
+
+
+@pytest.mark.parametrize('dims', [2, 3, 4, 5])
+@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize('index', [0, 20, 39])
+def test_every_change_is_seen(layouts_of, change, dims, index):
+    """Wherever among others the tensor is."""
+    tensors = [torch.zeros([2] * dims) for _ in range(40)]
+    layouts = layouts_of(tensors)
+    tensors[index].data = CHANGES[change](tensors[index].data)
+    assert not layouts.are_right()
+
+
+@needs_table
+@pytest.mark.parametrize(
+    ('base', 'change'),
+    [
+        (torch.zeros(40)[:20], lambda data: data[:19]),
+        (torch.zeros(40), lambda data: data[::2]),
+        (torch.zeros(2, 4), lambda data: data.view(8)),
+        (torch.zeros(8), lambda data: data.view(2, 4)),
+        (torch.zeros(8), lambda data: data.view(torch.int32)),
+        (torch.zeros(8, dtype=torch.half), lambda d: d.view(torch.bfloat16)),
+        (torch.zeros(()), lambda data: data.view(1)),
+    ],
+)
+def test_changes_at_the_same_address(base, change):
+    """They are seen at once, in vectors too."""
+    tensor = base.clone()
+    layouts = note([tensor])
+    assert layouts.are_right()
+    tensor.data = change(tensor.data)
+    assert not layouts.are_right()
+
+
+@needs_table
+def test_swapped_tensors():
+    """``torch.utils.swap_tensors`` leaves the objects where they are."""
+    tensors = [torch.zeros(4), torch.zeros(4)]
+    layouts = note(tensors)
+    torch.utils.swap_tensors(*tensors)
+    assert not layouts.are_right()
+
+
+@needs_table
+def test_freed_memory_is_not_followed():
+    """What was only a hint may be gone: the tensor itself is asked."""
+    tensors = [torch.zeros(1000) for _ in range(100)]
+    layouts = note(tensors)
+    others = [torch.ones(1000) for _ in range(100)]
+    for tensor, other in zip(tensors, others):
+        torch.utils.swap_tensors(tensor, other)
+    del others, other
+    gc.collect()
+    assert not layouts.are_right()
+
+
+@needs_table
+def test_tensors_stay_alive():
+    """Whoever is asked later is not freed meanwhile."""
+    layouts = note([torch.zeros(1000) for _ in range(100)])
+    gc.collect()
+    assert layouts.are_right()
+
+
+@needs_table
+def test_from_another_thread():
+    """A background thread may ask as well."""
+    layouts, found = note(shapes()), []
+    thread = threading.Thread(target=lambda: found.append(layouts.are_right()))
+    thread.start()
+    thread.join()
+    assert [True] == found
+
+
+@needs_table
+def test_what_cannot_be_noted():
+    """More than five dimensions are for Python."""
+    assert note([torch.zeros(2), torch.zeros([1] * 6)]) is None
+
+
+@needs_table
+def test_what_torch_cannot_tell():
+    """A tensor that has no memory any more is no match, and no error."""
+    tensor = nn.Parameter(torch.zeros(3))
+    layouts = note([tensor])
+    torch.utils.swap_tensors(tensor, nn.Parameter(torch.zeros(3).to_sparse()))
+    assert not layouts.are_right()
+    assert not layouts.are_right()
+
+
+def test_six_dimensions_are_updated():
+    """They are averaged all the same."""
+    raws, averages = [torch.ones([1, 2] * 3)], [torch.zeros([1, 2] * 3)]
+    update = NativeUpdate(averages, raws)
+    assert update.fits()
+    assert update.update(0.5, gated=True)
+    assert torch.equal(torch.full_like(raws[0], 0.5), averages[0])
+
+
+@needs_table
+def test_copied_update_asks_its_own_tensors():
+    """A copy does not look at the tensors of the first one."""
+    raws, averages = [torch.ones(4)], [torch.zeros(4)]
+    update = NativeUpdate(averages, raws)
+    other = copy.deepcopy(update)
+    raws[0].data = raws[0].data[:3]
+    assert not update.fits()
+    assert other.fits()
+
+
+@needs_table
+@pytest.mark.parametrize('table', ['unknown version', 'no function'])
+def test_other_tables_are_not_used(table):
+    """Another version of DLPack, or one without views, is passed over."""
+    content = bytearray(64)
+    content[0] = 2 if table == 'unknown version' else 1
+    content[40] = table == 'unknown version'
+    held = torch.tensor(list(content), dtype=torch.uint8)
+    assert 0 == loader.load().mmdet_ema_understands(held.data_ptr())
+    content[0], content[40] = 1, 1
+    held = torch.tensor(list(content), dtype=torch.uint8)
+    assert 1 == loader.load().mmdet_ema_understands(held.data_ptr())
