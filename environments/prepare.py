@@ -25,6 +25,7 @@ PROJECT_FILES = (
     'pyproject.toml',
     'setup.cfg',
     'setup.py',
+    'mmdet_ema/core/native/copies.c',
     'mmdet_ema/core/native/kernels.c',
     'mmdet_ema/core/native/places.c',
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core import capabilities
+from mmdet_ema.core.native.copying import NativeCopy
 
 
 class CopyPlan:
@@ -21,6 +22,7 @@ class CopyPlan:
     def __init__(self, copies: Sequence[Tensor], raws: Sequence[Tensor]):
         pairs = list(zip(copies, raws))
         self._groups = list(group_pairs(pairs, placement).values())
+        self._native = NativeCopy(copies, raws)
 
     def copy(self, skip: Optional[Tensor] = None, wait: bool = True) -> None:
         """Copy every raw tensor.
@@ -30,6 +32,8 @@ class CopyPlan:
                 1.
             wait: See :func:`copy_all`. Defaults to True.
         """
+        if skip is None and self._native.copy():
+            return
         for copies, raws in self._groups:
             if skip is None:
                 copy_all(copies, raws, wait)

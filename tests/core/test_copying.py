@@ -144,9 +144,13 @@ class CountCalls(TorchDispatchMode):
     reason='torch before 2.2 has no _foreach_copy_',
 )
 def test_one_call_a_dtype():
-    """Three hundred tensors of two dtypes are copied by two calls."""
-    raws = [torch.ones(2) for _ in range(300)]
-    raws += [torch.ones(2, dtype=torch.int64) for _ in range(300)]
+    """Three hundred tensors of two dtypes are copied by two calls.
+
+    They are too large for the compiled kernels, which take small ones alone.
+    """
+    raws = [torch.ones(600) for _ in range(300)]
+    raws += [torch.ones(600, dtype=torch.int64) for _ in range(300)]
+    raws.append(torch.ones(1200))
     plan = CopyPlan([torch.zeros_like(raw) for raw in raws], raws)
     with CountCalls() as count:
         plan.copy()

@@ -19,18 +19,20 @@ class NotedLayouts:
     """Where tensors lie; to be asked before each use if it is right.
 
     Args:
-        tensors: Tensors that :func:`note` has noted.
-        check: Compares them with what was noted.
+        tensors: Tensors.
+        places: What was noted of them; see :func:`note`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], check: Any):
+    def __init__(self, tensors: Sequence[Tensor], places: Tensor):
         # whom torch is asked about has to be alive
-        self._tensors, self._check = list(tensors), check
+        self._tensors, self._places = list(tensors), places
 
     def are_right(self) -> bool:
         """Return whether all tensors still lie where and how they lay."""
+        kernels: Any = load()
+        places, count = self._places.data_ptr(), len(self._tensors)
         try:
-            return bool(self._check())
+            return bool(kernels.mmdet_ema_are_right(_table(), places, count))
         except Exception:
             # torch cannot tell: it is for Python to find out what they are
             return False
@@ -56,14 +58,8 @@ def note(tensors: Sequence[Tensor]) -> Optional[NotedLayouts]:
     noted = kernels.mmdet_ema_note(
         table, known.data_ptr(), count, places.data_ptr()
     )
-    check = functools.partial(_check, kernels, table, places, count)
-    layouts = NotedLayouts(tensors, check)
+    layouts = NotedLayouts(tensors, places)
     return layouts if noted and layouts.are_right() else None
-
-
-def _check(kernels: Any, table: int, places: Tensor, count: int) -> int:
-    found: int = kernels.mmdet_ema_are_right(table, places.data_ptr(), count)
-    return found
 
 
 def _known_as(tensor: Tensor) -> List[int]:

@@ -73,6 +73,8 @@ def _declared(loaded: Library) -> Library:
         *(pointer, ctypes.c_uint),
     )
     loaded.mmdet_ema_interface.argtypes = ()
+    loaded.mmdet_ema_copy.argtypes = pointer, ctypes.c_int64
+    loaded.mmdet_ema_copy.restype = None
     loaded.mmdet_ema_bytes_of_place.restype = ctypes.c_int64
     loaded.mmdet_ema_understands.argtypes = (pointer,)
     # these ask torch about objects of Python, so they hold its lock

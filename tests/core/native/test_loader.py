@@ -60,6 +60,7 @@ def test_other_interface(folder, off):
     source = f"""
     int mmdet_ema_interface(void) {{ return {number}; }}
     int mmdet_ema_update(void) {{ return 1; }}
+    int mmdet_ema_copy(void) {{ return 1; }}
     int mmdet_ema_note(void) {{ return 1; }}
     int mmdet_ema_are_right(void) {{ return 1; }}
     int mmdet_ema_understands(void) {{ return 1; }}
