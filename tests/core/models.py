@@ -83,6 +83,25 @@ def state_of(model):
     }
 
 
+def odd_tensors():
+    """Return dense tensors of many dtypes and layouts, with odd values."""
+    nan, inf = float('nan'), float('inf')
+    image = torch.randn(2, 3, 4, 5)
+    return [
+        torch.tensor([2**62, -1]),
+        torch.tensor([True, False]),
+        torch.tensor(3, dtype=torch.uint8),
+        torch.tensor([nan, -inf, -0.0, 1e-45]),
+        torch.tensor([1.5, 3e38], dtype=torch.bfloat16),
+        torch.tensor([6e-8, 65504.0], dtype=torch.float16),
+        torch.tensor([complex(nan, -0.0)]),
+        image.contiguous(memory_format=torch.channels_last),
+        image.double().permute(3, 1, 0, 2),
+        torch.arange(12).view(3, 4).t(),
+        *(torch.tensor([0.5, -2.0]).to(dtype) for dtype in FLOAT8),
+    ]
+
+
 def averages_of(averager):
     """Copy the averages of an averager by name."""
     return {k: v.clone() for k, v in averager.named_averages()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence
 
 from torch import Tensor
 
@@ -30,12 +30,10 @@ class NotedLayouts:
     def are_right(self) -> bool:
         """Return whether all tensors still lie where and how they lay."""
         kernels: Any = load()
-        places, count = self._places.data_ptr(), len(self._tensors)
-        try:
-            return bool(kernels.mmdet_ema_are_right(_table(), places, count))
-        except Exception:
-            # torch cannot tell: it is for Python to find out what they are
-            return False
+        return _is_so(
+            kernels.mmdet_ema_are_right,
+            *(self._places.data_ptr(), len(self._tensors)),
+        )
 
 
 def note(tensors: Sequence[Tensor]) -> Optional[NotedLayouts]:
@@ -49,17 +47,24 @@ def note(tensors: Sequence[Tensor]) -> Optional[NotedLayouts]:
         None if torch has no such functions, or a tensor has more than five
         dimensions.
     """
-    table, kernels = _table(), load()
-    if table is None or kernels is None:
+    kernels = load()
+    if kernels is None or _table() is None:
         return None
     count, size = len(tensors), kernels.mmdet_ema_bytes_of_place()
     known = integers([x for tensor in tensors for x in _known_as(tensor)])
     places = integers([0] * (count * size // 8))
-    noted = kernels.mmdet_ema_note(
-        table, known.data_ptr(), count, places.data_ptr()
-    )
+    rows = known.data_ptr(), count, places.data_ptr()
     layouts = NotedLayouts(tensors, places)
+    noted = _is_so(kernels.mmdet_ema_note, *rows)
     return layouts if noted and layouts.are_right() else None
+
+
+def _is_so(ask: Callable[..., int], *rows: int) -> bool:
+    try:
+        return bool(ask(_table(), *rows))
+    except Exception:
+        # torch cannot tell: it is for Python to find out what they are
+        return False
 
 
 def _known_as(tensor: Tensor) -> List[int]:

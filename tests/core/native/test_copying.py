@@ -10,31 +10,12 @@ from torch import nn
 from mmdet_ema.core.copying import CopyPlan
 from mmdet_ema.core.native import dlpack, loader
 from mmdet_ema.core.native.copying import NativeCopy
-from tests.core.models import FLOAT8, raw_bytes
+from tests.core.models import odd_tensors, raw_bytes
 
 pytestmark = pytest.mark.skipif(
     loader.load() is None or dlpack._table() is None,
     reason='not built here, or a torch without DLPack functions for C',
 )
-
-NAN, INF = float('nan'), float('inf')
-
-
-def sources():
-    """Return tensors of many dtypes and layouts, with odd values."""
-    image = torch.randn(2, 3, 4, 5)
-    return [
-        *(torch.tensor(2**62 - k) for k in range(40)),
-        torch.tensor([True, False]),
-        torch.tensor(3, dtype=torch.uint8),
-        torch.tensor([NAN, -INF, -0.0, 1e-45]),
-        torch.tensor([1.5, 3e38], dtype=torch.bfloat16),
-        torch.tensor([6e-8, 65504.0], dtype=torch.float16),
-        torch.tensor([complex(NAN, -0.0)]),
-        image.contiguous(memory_format=torch.channels_last),
-        image.double().permute(3, 1, 0, 2),
-        *(torch.tensor([0.5, -2.0]).to(dtype) for dtype in FLOAT8),
-    ]
 
 
 def rooms(raws):
@@ -47,7 +28,7 @@ def bits(tensors):
 
 def test_exact():
     """Every bit is copied, and nothing else is written."""
-    raws = sources()
+    raws = [*odd_tensors(), *(torch.tensor(2**62 - k) for k in range(40))]
     memory = torch.full((3, 512), 7.0)
     copies, raws = [*rooms(raws), memory[1]], [*raws, torch.randn(512)]
     assert NativeCopy(copies, raws).copy()
