@@ -9,6 +9,7 @@ from mmdet_ema.core import capabilities
 from mmdet_ema.core.copying import CopyPlan
 from mmdet_ema.core.kernels import (
     UpdatePlan,
+    _add_weighted,
     average_dtype,
     reference_update,
 )
@@ -47,7 +48,8 @@ def seeded(seed=0):
 def test_thousand_steps(dtype):
     """Each of 1000 steps is the formula, to a few roundings of the dtype.
 
-    The decay changes at every step; the plain twin takes the same steps.
+    The decay changes at every step; the plain twin takes the same steps and
+    ends with the same bits.
     """
     generator = seeded()
     raws = draw(SHAPES, dtype, generator)
@@ -71,12 +73,7 @@ def test_thousand_steps(dtype):
             bound = 4 * eps * np.maximum(np.abs(old), np.abs(raw))
             assert (np.abs(average - expected) <= bound).all(), (step, decay)
     for average, other in zip(fast, plain):
-        if dtype in WIDE:
-            assert raw_bytes(other) == raw_bytes(average)
-        else:
-            # Two ways to round float32, 4 ulps apart at most a step, and
-            # the decays above forget a difference within a few steps.
-            torch.testing.assert_close(average, other, rtol=0, atol=32 * eps)
+        assert raw_bytes(other) == raw_bytes(average)
 
 
 @pytest.mark.parametrize('decay', DECAYS)
@@ -285,20 +282,20 @@ class CountCalls(TorchDispatchMode):
 @pytest.mark.parametrize('decay', [0.0005, 0.9999])
 @pytest.mark.parametrize('many', [1, 300])
 def test_handful_of_calls(many, decay):
-    """An update is two calls a group at most, however many tensors.
+    """An update is a call a dtype, however many tensors.
 
     Before torch 2.0 there is no call for many float32 tensors on the host.
     """
     raws = [torch.ones(2) for _ in range(many)]
-    raws += [torch.ones(2, dtype=torch.bfloat16) for _ in range(many)]
-    averages = [torch.zeros(2) for _ in raws]
+    raws += [torch.ones(2, dtype=torch.float64) for _ in range(many)]
+    averages = [torch.zeros_like(raw) for raw in raws]
     plan = UpdatePlan(averages, raws)
     with CountCalls() as count:
         plan.update(decay)
     if not capabilities.HAS_FOREACH_LERP:
-        assert ['lerp_'] * many == count.calls[:many]
-        del count.calls[:many]
-    assert len(count.calls) <= 3, count.calls
+        assert ['lerp_'] * 2 * many == count.calls
+        return
+    assert len(count.calls) == 2, count.calls
     assert all(n.startswith(('_foreach', '_fused')) for n in count.calls)
 
 
@@ -362,8 +359,8 @@ def check_last_place(average, old, raw, decay):
 def test_thousand_steps_of_every_layout(dtype):
     """Whatever lies in memory how, 1000 steps are those of the plain twin.
 
-    Bit for bit where the dtype is the average's: channels last, transposed,
-    sliced, expanded, zero-sized, alike and unlike on both sides.
+    Bit for bit: channels last, transposed, sliced, expanded, zero-sized, alike
+    and unlike on both sides.
     """
     generator = seeded(5)
     fast, raws = paired(strided(dtype, generator), dtype)
@@ -371,20 +368,32 @@ def test_thousand_steps_of_every_layout(dtype):
     strides = [average.stride() for average in fast]
     plan = UpdatePlan(fast, raws)
     choices = np.random.default_rng(1)
-    exactly = dtype not in NARROW
     for step in range(1000):
         refill(raws, dtype, generator)
         decay = float(choices.choice([*DECAYS, choices.random()]))
         plan.update(decay)
         for average, other, raw in zip(fast, slow, raws):
-            old = other.clone()
             reference_update(other, raw, decay)
-            if exactly:
-                assert torch.equal(other, average), (step, decay)
-            else:
-                other.copy_(average)
-                check_last_place(average, old, raw, decay)
+            assert torch.equal(other, average), (step, decay)
     assert strides == [average.stride() for average in fast]
+
+
+@pytest.mark.parametrize('dtype', NARROW, ids=str)
+def test_thousand_mixed_steps(dtype):
+    """What a GPU does with half precision, done on the host.
+
+    No float32 copies are made there, so the steps are not the twin's.
+    """
+    generator, choices = seeded(5), np.random.default_rng(1)
+    raws = draw(SHAPES, dtype, generator)
+    averages = [raw.float() for raw in raws]
+    for _ in range(1000):
+        refill(raws, dtype, generator)
+        decay = float(choices.choice([*DECAYS, choices.random()]))
+        before = [average.clone() for average in averages]
+        _add_weighted(averages, raws, decay)
+        for average, old, raw in zip(averages, before, raws):
+            check_last_place(average, old, raw, decay)
 
 
 @pytest.fixture
