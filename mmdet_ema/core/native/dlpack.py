@@ -1,6 +1,7 @@
 """Where tensors lie in memory, asked of torch without Python in between.
 
-Torch since 2.10 has DLPack's table of functions for C; see ``places.c``.
+Newer versions of torch (2.13 is one) have DLPack's table of functions for C;
+see ``places.c``.
 """
 
 from __future__ import annotations
@@ -84,5 +85,9 @@ def _table() -> Optional[int]:
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.argtypes = ctypes.py_object, ctypes.c_char_p
     pointer_of.restype = ctypes.c_void_p
-    table: int = pointer_of(capsule, b'dlpack_exchange_api')
+    try:
+        table: int = pointer_of(capsule, b'dlpack_exchange_api')
+    except ValueError:
+        # it was no capsule at first
+        return None
     return table if kernels.mmdet_ema_understands(table) else None

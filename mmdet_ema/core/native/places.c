@@ -1,7 +1,7 @@
 /* Whether tensors still lie where and how they lay.
  *
  * Torch is asked through DLPack's table of functions for C (DLPackExchangeAPI
- * of dlpack.h, https://github.com/dmlc/dlpack, version 1.2, Apache-2.0): no
+ * of dlpack.h, https://github.com/dmlc/dlpack, version 1.3, Apache-2.0): no
  * number or tuple of Python is made for the hundreds of tensors of a model.
  * The functions here are to be called with the GIL held.
  *

@@ -179,3 +179,20 @@ def test_other_tables_are_not_used(table):
     content[0], content[40] = 1, 1
     held = torch.tensor(list(content), dtype=torch.uint8)
     assert 1 == loader.load().mmdet_ema_understands(held.data_ptr())
+
+
+@pytest.mark.parametrize('found', [None, 4711, object()])
+def test_torch_without_a_capsule(monkeypatch, found):
+    """At first there was nothing, then a number: both are passed over."""
+    name = '__dlpack_c_exchange_api__'
+    monkeypatch.setattr(torch.Tensor, name, found, raising=False)
+    dlpack._table.cache_clear()
+    try:
+        assert note([torch.zeros(3)]) is None
+        raws, averages = [torch.ones(3)], [torch.zeros(3)]
+        update = NativeUpdate(averages, raws)
+        assert update.fits()
+        assert update.update(0.5, gated=True)
+    finally:
+        dlpack._table.cache_clear()
+    assert torch.equal(torch.full((3,), 0.5), averages[0])
