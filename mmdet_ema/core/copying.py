@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core import capabilities
+from mmdet_ema.core.layouts import check_readable
 from mmdet_ema.core.native.copying import NativeCopy
 
 
@@ -21,8 +22,19 @@ class CopyPlan:
 
     def __init__(self, copies: Sequence[Tensor], raws: Sequence[Tensor]):
         pairs = list(zip(copies, raws))
+        self._lists = copies, raws
         self._groups = list(group_pairs(pairs, placement).values())
         self._native = NativeCopy(copies, raws)
+
+    def check(self) -> None:
+        """Refuse what could not be copied, before anything is changed.
+
+        Raises:
+            RuntimeError: If a raw tensor has another shape now, or its
+                memory was freed.
+        """
+        if not self._native.fits():
+            check_readable(*self._lists)
 
     def copy(self, skip: Optional[Tensor] = None, wait: bool = True) -> None:
         """Copy every raw tensor.
@@ -32,7 +44,8 @@ class CopyPlan:
                 1.
             wait: See :func:`copy_all`. Defaults to True.
         """
-        if skip is None and self._native.copy():
+        if skip is None and self._native.fits():
+            self._native.copy()
             return
         for copies, raws in self._groups:
             if skip is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmdet_ema.core.finite import FiniteCheck
 from mmdet_ema.core.kernels import Rule, UpdatePlan
+from mmdet_ema.core.layouts import check_readable
 from mmdet_ema.core.native.update import NativeUpdate
 
 
@@ -43,11 +44,16 @@ class GuardedUpdate:
 
         Returns:
             False if nothing was changed.
+
+        Raises:
+            RuntimeError: If a raw tensor has another shape now, or its
+                memory was freed.
         """
         if self._native is None:
             return True
         if self._native.fits():
             return self._native.update(1 - decay, gated)
+        check_readable(*self._lists)
         if gated and not self._check.passes():
             return False
         self._plain.update(decay)

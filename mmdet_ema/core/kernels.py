@@ -14,13 +14,11 @@ from torch import Tensor
 
 from mmdet_ema.core import capabilities
 from mmdet_ema.core.copying import group_pairs, placement
+from mmdet_ema.core.layouts import Layouts, check_readable
 from mmdet_ema.core.memory import is_alike
 
 # torch adds these to float32 without a converted copy, but no 8-bit floats
 _PROMOTED = (torch.float16, torch.bfloat16)
-
-# updates in which every vector is looked at once
-_TURNS = 16
 
 
 def average_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -126,52 +124,28 @@ class _Fused(_Lerp):
     """Tensors of one dtype whose memory lies in the same order.
 
     Where ``raw.data`` was replaced by memory in another order, the group goes
-    on the other way. Matrices and larger are looked at in every update,
-    vectors in turns: to look at hundreds of biases would cost more than to
-    average them.
+    on the other way.
     """
 
     def __init__(self, averages: List[Tensor], raws: List[Tensor]):
         super().__init__(averages, raws)
-        pairs = list(zip(averages, raws))
-        wide = [pair for pair in pairs if pair[1].dim() > 1]
-        rest = [pair for pair in pairs if pair[1].dim() <= 1]
-        self._turns = [_Places(rest[i::_TURNS]) for i in range(_TURNS)]
-        self._always = _Places(wide)
-        self._turn = 0
+        self._layouts = Layouts(averages, raws)
+        self._alike = True
 
     def fits(self) -> bool:
-        self._turn = (self._turn + 1) % _TURNS
-        self._always.look()
-        self._turns[self._turn].look()
-        return all(places.alike for places in (self._always, *self._turns))
+        if not self._layouts.are_right():
+            check_readable(self.averages, self.raws)
+            self._layouts = Layouts(self.averages, self.raws)
+            self._alike = all(map(is_alike, self.averages, self.raws))
+        return self._alike
 
     def update(self, decay: float, skip: Optional[Tensor]) -> None:
         # where the raw tensor weighs more, lerp_ starts from it instead
-        if skip is None and (decay <= 0.5 or not self.fits()):
+        if skip is None and (not self.fits() or decay <= 0.5):
             super().update(decay, None)
         else:
             weight = 1 - decay
             capabilities.fused_lerp(self.averages, self.raws, weight, skip)
-
-
-class _Places:
-    """Pairs of which it is known whether they lie in memory alike."""
-
-    def __init__(self, pairs: List[Tuple[Tensor, Tensor]]):
-        self._pairs = pairs
-        self._raws = [raw for _, raw in pairs]
-        self._seen = self._now()
-        self.alike = True
-
-    def look(self) -> None:
-        now = self._now()
-        if now != self._seen:
-            self._seen = now
-            self.alike = all(is_alike(*pair) for pair in self._pairs)
-
-    def _now(self) -> List[object]:
-        return [(raw.data_ptr(), raw.stride()) for raw in self._raws]
 
 
 class _Mixed(_Lerp):

@@ -180,3 +180,19 @@ def lies_alike(average: Tensor, raw: Tensor) -> bool:
         and average.stride() == raw.stride()
         and is_dense(raw)
     )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is numbers in host memory, and no more.
+
+    Args:
+        tensor: Any tensor.
+    """
+    return (
+        tensor.device.type == 'cpu'
+        and tensor.layout == torch.strided
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0
+    )

@@ -128,6 +128,7 @@ class StepPlan:
         Returns:
             Whether it was finite.
         """
+        self._copies.check()
         flag = self._flag(step, self._checks[step.updates])
         if flag is None and not self._take_in_guarded(step):
             return False

@@ -759,3 +759,19 @@ def test_names():
     averages = dict(averager.named_averages())
     pointers = averages['first.weight'].data_ptr()
     assert pointers == averages['tied.weight'].data_ptr()
+
+
+def test_buffer_of_another_shape(kernels):
+    """It is refused before any average is changed, at each update."""
+    model = nn.Linear(2, 2)
+    model.register_buffer('count', torch.arange(3))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    before = averages_of(averager)
+    nn.init.zeros_(model.weight)
+    model.count.data = torch.arange(4)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r'\(3,\).*\(4,\)'):
+            averager.update()
+    found = averages_of(averager)
+    assert all(torch.equal(before[name], found[name]) for name in before)
+    assert 0 == averager.num_updates

@@ -658,18 +658,37 @@ def test_without_a_kernel(monkeypatch, missing):
     assert there == run()
 
 
-def test_vectors_in_another_order_are_noticed_in_turn():
-    """A vector that becomes a column is averaged right after 16 updates."""
+VECTORS = {
+    'column': lambda: torch.randn(4, 3)[:, 1],
+    'expanded': lambda: torch.randn(1).expand(4),
+    'moved': lambda: torch.randn(4),
+}
+
+
+@pytest.mark.parametrize('kind', VECTORS)
+def test_vectors_in_another_order(kind):
+    """A vector that becomes a column is read as such from then on."""
     torch.manual_seed(0)
     raws = [torch.randn(4) for _ in range(40)]
     averages = [raw.clone() for raw in raws]
+    twins = [raw.clone() for raw in raws]
     plan = UpdatePlan(averages, raws)
-    raws[21].data = torch.randn(4, 3)[:, 1]
-    for _ in range(16):
-        plan.update(0.9)
-    twins = [average.clone() for average in averages]
+    raws[21].data = VECTORS[kind]()
     for _ in range(40):
         plan.update(0.9)
         for twin, raw in zip(twins, raws):
             reference_update(twin, raw, 0.9)
         assert all(torch.equal(a, b) for a, b in zip(twins, averages))
+
+
+@needs_fused
+@pytest.mark.parametrize('size', [3, 5, 1])
+def test_vectors_of_another_size(size):
+    """They are refused before anything is read or written."""
+    raws = [torch.ones(4) for _ in range(40)]
+    averages = [torch.zeros(4) for _ in raws]
+    plan = UpdatePlan(averages, raws)
+    raws[21].data = torch.ones(size)
+    with pytest.raises(RuntimeError, match=rf'\(4,\).*\({size},\)'):
+        plan.update(0.9)
+    assert not any(average.any() for average in averages)

@@ -6,9 +6,9 @@ from typing import List, Optional, Sequence, Tuple
 
 from torch import Tensor
 
-from mmdet_ema.core.memory import is_alike
+from mmdet_ema.core.memory import is_alike, is_plain
 from mmdet_ema.core.native.dlpack import NotedLayouts, note
-from mmdet_ema.core.native.layouts import integers, is_plain
+from mmdet_ema.core.native.interface import integers
 from mmdet_ema.core.native.loader import load
 
 # in bytes: beyond, torch's copies are as fast and use its threads
@@ -16,7 +16,7 @@ _SMALL = 4096
 
 
 class NativeCopy:
-    """Pairs of tensors that are copied exactly, where that can be done here.
+    """Pairs of tensors that are copied exactly, where :meth:`fits` says so.
 
     Torch takes half a microsecond a tensor, whatever its size.
 
@@ -33,20 +33,17 @@ class NativeCopy:
         """Copy and pickle the tensors: addresses mean nothing elsewhere."""
         return type(self), self._lists
 
-    def copy(self) -> bool:
-        """Copy every raw tensor.
-
-        Returns:
-            False if nothing was copied: it is for torch to do.
-        """
+    def fits(self) -> bool:
+        """Return whether the pairs can be copied here; to be asked before."""
         if self._layouts is not None and not self._layouts.are_right():
             self._plan_anew()
-        if self._layouts is None:
-            return False
+        return self._layouts is not None
+
+    def copy(self) -> None:
+        """Copy every raw tensor."""
         kernels = load()
         assert kernels is not None
         kernels.mmdet_ema_copy(self._rows.data_ptr(), len(self._lists[0]))
-        return True
 
     def _plan_anew(self) -> None:
         copies, raws = self._lists
@@ -66,5 +63,7 @@ def _can_copy(copy: Tensor, raw: Tensor) -> bool:
         and is_plain(copy)
         and is_plain(raw)
         and not raw.is_quantized
+        # whether they are conjugated would have to be asked each time
+        and not raw.is_complex()
         and is_alike(copy, raw)
     )

@@ -12,7 +12,7 @@ from typing import Any, Callable, List, Optional, Sequence
 
 from torch import Tensor
 
-from mmdet_ema.core.native.layouts import integers
+from mmdet_ema.core.native.interface import integers, reserve
 from mmdet_ema.core.native.loader import load
 
 
@@ -21,12 +21,22 @@ class NotedLayouts:
 
     Args:
         tensors: Tensors.
-        places: What was noted of them; see :func:`note`.
+        kernels: The compiled kernels.
+
+    Attributes:
+        are_noted: Whether torch could tell at all where they lie, and none
+            has more than five dimensions.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], places: Tensor):
-        # whom torch is asked about has to be alive
-        self._tensors, self._places = list(tensors), places
+    def __init__(self, tensors: Sequence[Tensor], kernels: Any):
+        # What C is given the address of is held as long as this object, not
+        # as a local variable: a tracing compiler drops those early. So is
+        # whom torch is asked about.
+        self._tensors, count = list(tensors), len(tensors)
+        self._known = integers([x for t in tensors for x in _known_as(t)])
+        self._places = reserve(count * kernels.mmdet_ema_bytes_of_place())
+        rows = self._known.data_ptr(), count, self._places.data_ptr()
+        self.are_noted = _is_so(kernels.mmdet_ema_note, *rows)
 
     def are_right(self) -> bool:
         """Return whether all tensors still lie where and how they lay."""
@@ -42,7 +52,7 @@ def note(tensors: Sequence[Tensor]) -> Optional[NotedLayouts]:
 
     Args:
         tensors: Plain tensors; see
-            :func:`~mmdet_ema.core.native.layouts.is_plain`.
+            :func:`~mmdet_ema.core.memory.is_plain`.
 
     Returns:
         None if torch has no such functions, or a tensor has more than five
@@ -51,13 +61,8 @@ def note(tensors: Sequence[Tensor]) -> Optional[NotedLayouts]:
     kernels = load()
     if kernels is None or _table() is None:
         return None
-    count, size = len(tensors), kernels.mmdet_ema_bytes_of_place()
-    known = integers([x for tensor in tensors for x in _known_as(tensor)])
-    places = integers([0] * (count * size // 8))
-    rows = known.data_ptr(), count, places.data_ptr()
-    layouts = NotedLayouts(tensors, places)
-    noted = _is_so(kernels.mmdet_ema_note, *rows)
-    return layouts if noted and layouts.are_right() else None
+    layouts = NotedLayouts(tensors, kernels)
+    return layouts if layouts.are_noted and layouts.are_right() else None
 
 
 def _is_so(ask: Callable[..., int], *rows: int) -> bool:
@@ -82,9 +87,11 @@ def _table() -> Optional[int]:
     kernels = load()
     if capsule is None or kernels is None:
         return None
-    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer_of.argtypes = ctypes.py_object, ctypes.c_char_p
-    pointer_of.restype = ctypes.c_void_p
+    # a prototype of our own: that of ``ctypes.pythonapi`` is everybody's
+    prototype = ctypes.PYFUNCTYPE(
+        ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p
+    )
+    pointer_of = prototype(('PyCapsule_GetPointer', ctypes.pythonapi))
     try:
         table: int = pointer_of(capsule, b'dlpack_exchange_api')
     except ValueError:

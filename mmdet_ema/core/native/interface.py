@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Sequence
+
+import torch
+from torch import Tensor
 
 LINE = 16
 """Elements that go to the log together."""
@@ -40,3 +44,23 @@ def fingerprint() -> int:
     number = 4
     sizes = ctypes.sizeof(Plan) << 16 | BYTES_OF_PART << 8 | BYTES_OF_LINE
     return number << 24 | sizes
+
+
+def integers(values: Sequence[int]) -> Tensor:
+    """Return int64 numbers in a row of memory.
+
+    Args:
+        values: The numbers.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int64, device='cpu')
+
+
+def reserve(size: int) -> Tensor:
+    """Return bytes; what is never written to takes no memory.
+
+    Args:
+        size: How many.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8, device='cpu')

@@ -10,14 +10,16 @@ from typing import List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from mmdet_ema.core.memory import lies_alike
+from mmdet_ema.core.layouts import Layouts
+from mmdet_ema.core.memory import is_plain, lies_alike
 from mmdet_ema.core.native.dlpack import note
-from mmdet_ema.core.native.interface import BLOCK, BYTES_OF_LINE, LINE, Plan
-from mmdet_ema.core.native.layouts import (
-    Layouts,
-    addresses_of,
+from mmdet_ema.core.native.interface import (
+    BLOCK,
+    BYTES_OF_LINE,
+    LINE,
+    Plan,
     integers,
-    is_plain,
+    reserve,
 )
 from mmdet_ema.core.native.loader import load, parallel, threads_for
 
@@ -84,7 +86,9 @@ class NativeUpdate:
     def _plan_anew(self) -> None:
         averages, raws = self._lists
         self._layouts = note([*averages, *raws]) or Layouts(averages, raws)
-        self._addresses = integers(addresses_of([*averages, *raws]))
+        self._addresses = integers(
+            [tensor.data_ptr() for tensor in (*averages, *raws)]
+        )
         first = self._addresses.data_ptr()
         sizes = [average.numel() for average in averages]
         self._numel = sum(sizes)
@@ -92,7 +96,7 @@ class NativeUpdate:
         self._starts = integers([0, *itertools.accumulate(sizes)])
         bounds = _bounds(self._numel)
         room = _room(bounds)
-        self._logs = _reserve(room * BYTES_OF_LINE * len(bounds))
+        self._logs = reserve(room * BYTES_OF_LINE * len(bounds))
         self._parts = _parts(bounds, self._logs.data_ptr(), room)
         self._plan = Plan(
             first,
@@ -135,12 +139,6 @@ def _room(bounds: List[Tuple[int, int]]) -> int:
     """Return how many lines the log of each part takes."""
     longest = max(stop - start for start, stop in bounds)
     return longest // (LINE * _LOGGED) + BLOCK // LINE
-
-
-def _reserve(size: int) -> Tensor:
-    """Return bytes; what is never written to takes no memory."""
-    with torch.inference_mode(False):
-        return torch.empty(size, dtype=torch.uint8, device='cpu')
 
 
 def _parts(bounds: List[Tuple[int, int]], log: int, room: int) -> Tensor:

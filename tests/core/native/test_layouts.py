@@ -1,6 +1,7 @@
 """What is seen of tensors that lie elsewhere, or otherwise, than before."""
 
 import copy
+import ctypes
 import gc
 import threading
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from mmdet_ema.core.layouts import Layouts, check_readable
 from mmdet_ema.core.native import dlpack, loader
 from mmdet_ema.core.native.dlpack import note
-from mmdet_ema.core.native.layouts import Layouts
 from mmdet_ema.core.native.update import NativeUpdate
+from tests.core.models import run_python
 
 pytestmark = pytest.mark.skipif(
     loader.load() is None,
@@ -167,6 +169,16 @@ def test_copied_update_asks_its_own_tensors():
     assert other.fits()
 
 
+def test_freed_memory():
+    """Weights without memory are named, as reading them would crash."""
+    raws = [torch.ones(3), torch.ones(2, 2), torch.ones(0)]
+    averages = [raw.clone() for raw in raws]
+    check_readable(averages, raws)
+    getattr(raws[1], 'untyped_storage', raws[1].storage)().resize_(0)
+    with pytest.raises(RuntimeError, match=r'\(2, 2\).*freed'):
+        check_readable(averages, raws)
+
+
 @needs_table
 @pytest.mark.parametrize('table', ['unknown version', 'no function'])
 def test_other_tables_are_not_used(table):
@@ -196,3 +208,48 @@ def test_torch_without_a_capsule(monkeypatch, found):
     finally:
         dlpack._table.cache_clear()
     assert torch.equal(torch.full((3,), 0.5), averages[0])
+
+
+def test_functions_of_python_stay_as_they_are():
+    """``ctypes.pythonapi`` is shared with other packages."""
+    shared = ctypes.pythonapi.PyCapsule_GetPointer
+    before = shared.argtypes, shared.restype
+    dlpack._table.cache_clear()
+    note([torch.zeros(3)])
+    assert before == (shared.argtypes, shared.restype)
+
+
+TRACED = """
+import torch
+from torch import nn
+from mmdet_ema.core import WeightAverager
+
+model = nn.Linear(3, 2)
+model.register_buffer('count', torch.arange(3))
+averager = WeightAverager(model, schedule='constant', decay=0.5)
+twin = model.weight.detach().double().numpy().copy()
+
+@torch.compile(backend='eager')
+def step(x):
+    inner = WeightAverager(model, schedule='constant', decay=0.5)
+    inner.update()
+    averager.update()
+    return model(x)
+
+for _ in range(4):
+    model.weight.data = model.weight.data + 1
+    model.count = model.count + 1
+    twin = (twin + model.weight.detach().double().numpy()) / 2
+    step(torch.ones(1, 3))
+averages = dict(averager.named_averages())
+# four roundings of numbers below 6 to half a unit, 2**-22
+assert abs(averages['weight'].numpy() - twin).max() < 1e-6
+assert averages['count'].tolist() == [4, 5, 6]
+"""
+
+
+@needs_table
+def test_traced_by_a_compiler():
+    """A compiled step that updates averages, and plans them, is right."""
+    done = run_python(TRACED, OMP_NUM_THREADS='1')
+    assert 0 == done.returncode, done.stderr[-2000:]

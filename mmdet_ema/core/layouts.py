@@ -1,0 +1,61 @@
+"""Where tensors lie in memory, for kernels that do not ask them."""
+
+from __future__ import annotations
+
+from typing import List, Sequence
+
+from torch import Tensor
+
+
+class Layouts:
+    """Where dense tensors lie; to be asked before each use if it is right.
+
+    Args:
+        averages: Dense tensors. Nobody else changes their sizes and strides.
+        raws: Dense tensors that belong to somebody else.
+    """
+
+    def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
+        self._tensors, self._raws = [*averages, *raws], list(raws)
+        # to ask for strides makes a tuple, and most tensors are vectors
+        self._wide = [raw for raw in raws if raw.dim() > 1]
+        self._rest = [raw for raw in raws if raw.dim() <= 1]
+        self._seen = self._now()
+
+    def are_right(self) -> bool:
+        """Return whether all tensors still lie where and how they lay."""
+        return self._now() == self._seen
+
+    def _now(self) -> List[List[object]]:
+        return [
+            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(Tensor.numel, self._raws)),
+            list(map(Tensor.stride, self._wide)),
+            list(map(Tensor.is_contiguous, self._rest)),
+        ]
+
+
+def check_readable(averages: Sequence[Tensor], raws: Sequence[Tensor]) -> None:
+    """Refuse raw tensors that their averages cannot follow.
+
+    Args:
+        averages: The averages, or copies.
+        raws: The raw tensors, in the same order.
+
+    Raises:
+        RuntimeError: If one has another shape, or its memory was freed.
+    """
+    for average, raw in zip(averages, raws):
+        if average.shape != raw.shape:
+            raise RuntimeError(
+                f'a tensor of shape {tuple(average.shape)} in the model has '
+                f'become one of shape {tuple(raw.shape)}, which its average '
+                'cannot follow: give it back its shape, or make the average '
+                'anew'
+            )
+        if raw.numel() and not raw.data_ptr() and not raw.is_meta:
+            raise RuntimeError(
+                f'the memory of a tensor of shape {tuple(raw.shape)} in the '
+                'model was freed (FSDP does so with weights that it has '
+                'sharded): it cannot be averaged'
+            )
