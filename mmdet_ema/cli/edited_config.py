@@ -8,6 +8,8 @@ from mmdet_ema.core.errors import OptionError
 
 PACKAGE = 'mmdet_ema'
 EMA_HOOKS = ('EMAHook', 'ExpMomentumEMAHook', 'LinearMomentumEMAHook')
+FOREIGN = 'MMEngineEMAHook'
+"""mmengine's own hook beside ours: it knows none of our options."""
 
 
 def add_ema(cfg: Any, options: Mapping[str, Any]) -> None:
@@ -39,17 +41,27 @@ def choose_weights(cfg: Any, weights: Optional[str]) -> None:
     Args:
         cfg: A loaded config.
         weights: 'ema', 'raw' or 'both'; None for what the config says.
+
+    Raises:
+        OptionError: If the config's hook is mmengine's, which has no choice.
     """
     add_ema(cfg, {})
-    if weights is not None:
-        for hook in ema_hooks(cfg):
+    if weights is None:
+        return
+    for hook in ema_hooks(cfg):
+        if _kind(hook) != FOREIGN:
             hook['evaluate'] = weights
+        elif weights != 'ema':
+            raise OptionError(
+                f'--weights {weights}: {FOREIGN} tests the averages alone; '
+                f"say type='EMAHook' in the config."
+            )
 
 
 def ema_hooks(cfg: Any) -> List[Any]:
     """Return the EMA hooks in a config, as dicts."""
     hooks = cfg.get('custom_hooks') or []
-    return [hook for hook in hooks if _kind(hook) in EMA_HOOKS]
+    return [hook for hook in hooks if _kind(hook) in (*EMA_HOOKS, FOREIGN)]
 
 
 def import_package(cfg: Any) -> None:

@@ -16,7 +16,7 @@ examples:
   mmdet-ema train configs/rtmdet/rtmdet_tiny_8xb32-300e_coco.py
   mmdet-ema train CONFIG --decay 0.999 --tau 500 --work-dir work_dirs/a
   mmdet-ema train CONFIG --work-dir work_dirs/a --resume
-  torchrun --nproc-per-node 8 -m mmdet_ema train CONFIG --launcher pytorch"""
+  torchrun --nproc_per_node 8 -m mmdet_ema train CONFIG --launcher pytorch"""
 
 
 def add_parser(commands: Any) -> None:

@@ -47,21 +47,22 @@ def window(decay: float) -> float:
     return math.inf if decay >= 1 else 1 / (1 - decay)
 
 
-def initial_share(schedule: Schedule, steps: int) -> float:
+def initial_share(schedule: Schedule, steps: int, first: int = 1) -> float:
     """Return the share of the initial weights in the average after a run.
 
     Args:
         schedule: The schedule.
         steps: Number of steps in the run.
+        first: The step to begin with. Defaults to 1.
 
     Returns:
-        ``d(1) * ... * d(steps)``; 0 as soon as it is below 1e-12.
+        ``d(first) * ... * d(steps)``; 0 as soon as it is below 1e-12.
 
     Raises:
         OptionError: If the schedule returns no decay in [0, 1].
     """
     share = 1.0
-    for n in range(1, steps + 1):
+    for n in range(first, steps + 1):
         share *= check_decay(schedule, n)
         if share < _NOTHING_LEFT:
             return 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from mmdet_ema.core.horizon import decay_over, initial_share, window
 from mmdet_ema.core.schedules import Schedule
@@ -90,12 +90,13 @@ def warnings(
     Returns:
         A sentence each, with what to do; empty if all is well.
     """
+    averaged = _last_update(interval, phase, planned)
     found = [
         _mixed_up(schedule),
         _unsaturated(schedule, planned),
         _too_long(schedule, planned),
-        _cold(schedule, planned, _last_update(interval, phase, planned)),
-        _rare(interval, planned),
+        _cold(schedule, planned, averaged),
+        _rare(interval, planned, averaged),
     ]
     return [text for text in found if text]
 
@@ -177,12 +178,17 @@ def _too_long(schedule: Schedule, planned: int) -> str:
 
 
 def _advice(schedule: Schedule, planned: int, last: float) -> str:
-    """Advise a pair that suits the run: a window of a tenth of it."""
+    """Advise options that suit the run: a window of a tenth of it."""
+    suited = max(planned // 10, 2)
+    for_run = f'For {planned} steps take'
+    window_of = f'(a window of {suited} steps).'
     if schedule.name == 'exponential':
-        suited = max(planned // 10, 2)
+        decay, tau = 1 - 1 / suited, max(suited // 2, 1)
+        return f'{for_run} decay={decay:.6g}, tau={tau} {window_of}'
+    if schedule.name in _RAMPS:
+        gamma = _RAMPS[schedule.name](suited)
         return (
-            f'For {planned} steps take decay={1 - 1 / suited:.6g}, '
-            f'tau={max(suited // 2, 1)} (a window of {suited} steps).'
+            f'{for_run} momentum={1 / suited:.6g}, gamma={gamma} {window_of}'
         )
     return (
         f'If that is what you want, say decay={1 - 1 / last:.6g}; else choose '
@@ -190,10 +196,23 @@ def _advice(schedule: Schedule, planned: int, last: float) -> str:
     )
 
 
+# OpenMMLab's ramps, and the gamma for a window in a run of ten times that:
+# they reach most of it by the middle of the run
+_RAMPS: Dict[str, Callable[[int], int]] = {
+    'ExpMomentumEMA': lambda suited: max(suited // 2, 1),
+    'MomentumAnnealingEMA': lambda suited: 5,
+}
+
+
 def _mixed_up(schedule: Schedule) -> str:
     limit = schedule.limit
     if limit is None or limit >= _SMALL_DECAY:
         return ''
+    if limit == 0:
+        return (
+            'EMA: a decay of 0 keeps nothing of the old average: it is the '
+            'weights of the last step. Raise decay.'
+        )
     return (
         f'EMA: a decay of {limit:g} (momentum {1 - limit:g}) keeps almost '
         f'nothing of the old average. Decay weighs the OLD average, momentum '
@@ -203,18 +222,25 @@ def _mixed_up(schedule: Schedule) -> str:
 
 
 def _cold(schedule: Schedule, planned: int, averaged: int) -> str:
-    share = initial_share(schedule, averaged)
-    if averaged < 1 or share <= _LARGE_SHARE:
+    # a mean has no limit: it weighs all steps alike, as it should
+    copies = schedule.limit is not None and decay_over(schedule, 1, 1) == 0
+    share = initial_share(schedule, averaged, 2 if copies else 1)
+    if averaged < 1 or share <= _LARGE_SHARE or schedule.limit == 0:
         return ''
+    start = (
+        'the weights of the first step' if copies else 'the initial weights'
+    )
     return (
-        f'EMA: {share:.0%} of the average will still be the initial weights '
-        f'after {planned} steps of {schedule}. {_warmer(schedule)}'
+        f'EMA: {share:.0%} of the average will still be {start} after '
+        f'{planned} steps of {schedule}. {_warmer(schedule)}'
     )
 
 
 def _warmer(schedule: Schedule) -> str:
     if 'half_life' in schedule.options:
         return 'Lower half_life.'
+    if 'momentum' in schedule.options:
+        return "Raise momentum, or use a ramp (ema_type='ExpMomentumEMA')."
     if 'decay' in schedule.options:
         return "Lower decay, or use a ramp (schedule='exponential')."
     return "Use a ramp (schedule='exponential')."
@@ -225,12 +251,13 @@ def _last_update(interval: int, phase: int, planned: int) -> int:
     return max(planned - (planned - phase) % interval, 0)
 
 
-def _rare(interval: int, planned: int) -> str:
+def _rare(interval: int, planned: int, averaged: int) -> str:
     if interval <= planned or planned < 1:
         return ''
+    taken = 'one' if averaged else 'none'
     return (
         f'EMA: interval={interval} is more than the {planned} steps planned: '
-        f'the average takes in one of them at most. Lower it.'
+        f'the average takes in {taken} of them. Lower it.'
     )
 
 

@@ -40,10 +40,16 @@ def for_resume(
         The EMA part to go on from; None to start from the loaded weights.
 
     Raises:
-        CheckpointError: If the EMA part does not fit the model.
+        CheckpointError: If the EMA part does not fit the model, or with
+            ``strict`` if there is none.
     """
     part = unpack(checkpoint)
     if part is None:
+        if strict:
+            raise CheckpointError(
+                'strict_load=True, but the checkpoint has no EMA part. With '
+                'strict_load=False the average starts from its weights.'
+            )
         log.warning(
             'EMA: the checkpoint has no EMA part; the average starts from '
             'its weights.'

@@ -5,6 +5,7 @@ from mmengine.config import Config
 
 from mmdet_ema.cli.edited_config import add_ema, choose_weights
 from mmdet_ema.cli.tool import find_tool
+from mmdet_ema.core.errors import OptionError
 
 
 def test_missing_framework_is_refused():
@@ -55,3 +56,16 @@ def test_weights_are_chosen_on_the_hook_of_the_config(kind):
     cfg = Config(dict(custom_hooks=[dict(type=kind)]))
     choose_weights(cfg, 'raw')
     assert cfg.custom_hooks == [dict(type=kind, evaluate='raw')]
+
+
+def test_mmengines_own_hook_is_a_hook():
+    """No second one is added, and it is not given options of ours."""
+    own = dict(type='MMEngineEMAHook', momentum=0.1)
+    cfg = Config(dict(custom_hooks=[own]))
+    add_ema(cfg, {})
+    choose_weights(cfg, 'ema')
+    assert cfg.custom_hooks == [own]
+    with pytest.raises(OptionError, match='tests the averages alone'):
+        choose_weights(cfg, 'raw')
+    with pytest.raises(OptionError, match='an EMA hook of its own'):
+        add_ema(cfg, dict(decay=0.9))

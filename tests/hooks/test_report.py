@@ -131,6 +131,28 @@ def test_advice_helps(planned, decay, tau):
         assert [] == warnings(advised, 1, planned)
 
 
+@settings(deadline=None)
+@given(
+    planned=st.integers(10, 100_000),
+    momentum=st.sampled_from([0.1, 0.01, 0.001, 0.0002, 0.0001]),
+    gamma=st.sampled_from([1, 100, 2000, 1e6]),
+    name=st.sampled_from(['ExpMomentumEMA', 'MomentumAnnealingEMA']),
+)
+def test_advice_under_openmmlab_words_helps(planned, momentum, gamma, name):
+    """It is given in the words of the config, and helps there."""
+
+    def found_with(momentum, gamma):
+        words = dict(ema_type=name, momentum=momentum, gamma=gamma)
+        schedule = parse_options(**words).schedule_for(planned)
+        return warnings(schedule, 1, planned, phase=1)
+
+    for text in found_with(momentum, gamma):
+        found = re.search(r'take momentum=([\d.e-]+), gamma=(\d+) \(', text)
+        if found is not None:
+            assert [] == found_with(float(found[1]), float(found[2]))
+        assert found is not None or 'cannot saturate' not in text
+
+
 def test_advice_with_the_defaults():
     """For 1,000 steps the advice is what the guide says."""
     (text,) = warnings(build_schedule('exponential'), 1, 1000)
@@ -155,6 +177,24 @@ def test_decay_and_momentum_mixed_up(options):
     text = ' '.join(warnings(schedule, 1, 1000))
     assert 'did you mean decay=0.999' in text
     assert 'Decay weighs the OLD average' in text
+
+
+def test_decay_of_zero():
+    """It is not asked whether a decay of 1 was meant, which is refused."""
+    text = ' '.join(warnings(build_schedule('constant', decay=0), 1, 1000))
+    assert 'keeps nothing of the old average' in text
+    assert 'did you mean' not in text
+
+
+def test_first_step_that_stays():
+    """A constant decay whose first update is a copy starts cold as well."""
+    schedule = parse_options(momentum=0.0002).schedule_for(24)
+    (text,) = warnings(schedule, 1, 24, phase=1)
+    share = 0.9998**23
+    assert f'{share:.0%} of the average will still be the weights' in text
+    assert 'of the first step' in text
+    assert "ema_type='ExpMomentumEMA'" in text
+    assert [] == warnings(schedule, 1, 20_000, phase=1)
 
 
 def test_saturated_from_half_the_window():
@@ -193,6 +233,7 @@ def test_rare():
     found = warnings(build_schedule('mean'), 101, 100)
     (text,) = found
     assert 'interval=101 is more than the 100 steps planned' in text
+    assert 'takes in none of them' in text
     assert 'Lower it.' in text
     assert [] == warnings(build_schedule('mean'), 100, 100)
 
@@ -200,8 +241,9 @@ def test_rare():
 def test_rare_under_openmmlab_words():
     """Under OpenMMLab's words the first step does update."""
     options = parse_options(ema_type='StochasticWeightAverage', interval=101)
-    found = warnings(options.schedule_for(100), options.interval, 100)
-    assert not any('never be updated' in text for text in found)
+    schedule, interval = options.schedule_for(100), options.interval
+    (text,) = warnings(schedule, interval, 100, options.phase)
+    assert 'takes in one of them' in text
 
 
 def test_nothing_planned():

@@ -11,6 +11,7 @@ from mmengine.hooks import EMAHook as PeerHook
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
+from mmdet_ema.core.errors import CheckpointError
 from tests import oracle
 from tests.hooks.toy import Run, ToyModel, loader, same, state_of
 
@@ -143,6 +144,25 @@ def test_resume_without_ema_part_starts_from_the_weights(tmp_path):
     error = oracle.relative_error(saved['state_dict']['head.weight'], expected)
     assert error < 1e-6  # float32 rounding
     assert saved['ema_state_dict']['steps'] == 4
+
+
+def test_strict_resume_without_ema_part_is_refused(tmp_path):
+    """With ``strict_load`` it is an error that says what to do."""
+    Run(tmp_path, max_epochs=1).train()
+    hook = dict(EMA, strict_load=True)
+    run = Run(tmp_path, hook, max_epochs=2, resume=True)
+    with pytest.raises(CheckpointError, match='strict_load=False'):
+        run.train()
+
+
+def test_resume_with_another_batch_size_plans_the_steps_that_follow(tmp_path):
+    """What is planned is what is done, and what the last epoch will add."""
+    Run(tmp_path, EMA, max_epochs=2).train()
+    size = dict(train_dataloader=loader(batch=8), resume=True)
+    run = Run(tmp_path, EMA, max_epochs=3, **size).train()
+    logs = [path.read_text() for path in tmp_path.glob('*/*.log')]
+    assert any('steps: 10 planned, 8 of them done' in log for log in logs)
+    assert 10 == run.load('epoch_3.pth')['ema_state_dict']['steps']
 
 
 def test_fine_tuning_starts_the_average_from_the_loaded_weights(tmp_path):

@@ -33,11 +33,17 @@ def facts_of(runner: Any) -> RunFacts:
     """Return the training run as planned."""
     counts = [getattr(w, '_accumulative_counts', 1) for w in _wrappers(runner)]
     loop = runner.train_loop
+    by_epoch = not hasattr(loop, 'dataloader_iterator')
+    max_iters = loop.max_iters
+    if by_epoch:
+        # on resume with another batch size the loop's own number is wrong
+        epochs = max(loop.max_epochs - runner.epoch, 0)
+        max_iters = runner.iter + epochs * len(runner.train_dataloader)
     return RunFacts(
         iteration=runner.iter,
-        max_iters=loop.max_iters,
+        max_iters=max_iters,
         max_epochs=loop.max_epochs,
-        by_epoch=not hasattr(loop, 'dataloader_iterator'),
+        by_epoch=by_epoch,
         accumulation=min(counts, default=1),
         batch_size=_batch_size(runner.train_dataloader),
         world_size=runner.world_size,
