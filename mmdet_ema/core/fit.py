@@ -38,10 +38,14 @@ def check_fit(
     unknown = [name for name in given if name not in present]
     if strict and (missing or unknown):
         raise CheckpointError(
-            f'the averages do not fit the model: {len(missing)} missing '
-            f'({", ".join(missing[:3])}), {len(unknown)} unknown '
-            f'({", ".join(unknown[:3])}).'
+            f'the averages do not fit the model: {_some(missing, "missing")}, '
+            f'{_some(unknown, "unknown")}.'
         )
+
+
+def _some(names: List[str], word: str) -> str:
+    few = f' ({", ".join(names[:3])})' if names else ''
+    return f'{len(names)} {word}{few}'
 
 
 def count_roles(entries: List[Entry]) -> Dict[str, int]:

@@ -101,7 +101,7 @@ def make_schedule(name: str, options: Mapping[str, Any]) -> Schedule:
             allowed = ', '.join(taken) or 'no options'
             raise OptionError(
                 f'schedule {name!r} has no option {option!r}; it takes '
-                f'{allowed}.{did_you_mean(option, taken)}'
+                f'{allowed}.{_hint(option, taken)}'
             )
     for option, required in taken.items():
         if required and option not in options:
@@ -167,6 +167,12 @@ def _imported(path: str) -> Callable[[int], float]:
     if not callable(function):
         raise OptionError(f'schedule={path!r} is {function!r}, no callable.')
     return function  # type: ignore[no-any-return]
+
+
+def _hint(option: str, taken: Mapping[str, bool]) -> str:
+    if option == 'momentum' and 'decay' in taken:
+        return ' decay = 1 - momentum.'
+    return did_you_mean(option, taken)
 
 
 def _refuse_options(spec: object, options: Mapping[str, Any]) -> None:

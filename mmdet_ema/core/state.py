@@ -76,7 +76,7 @@ def read_count(
     if not whole or value < 0:
         raise CheckpointError(
             f'{key}={value!r} in the saved state is no number of steps; the '
-            f'state is damaged, or not one of an average.'
+            f'state is damaged, or not what WeightAverager.state_dict() gave.'
         )
     return int(value)
 
@@ -100,6 +100,6 @@ def read_tensors(state: Mapping[str, Any], key: str) -> Dict[str, Tensor]:
     ):
         raise CheckpointError(
             f'the saved state has no tensors by name under {key!r}; it is '
-            f'damaged, or not the state of an average.'
+            f'damaged, or not what WeightAverager.state_dict() gave.'
         )
     return dict(tensors)

@@ -152,6 +152,8 @@ def test_unknown_option():
     assert "'exponential' has no option 'taw'" in message
     assert 'it takes decay, tau.' in message
     assert "Did you mean 'tau'?" in message
+    message = message_of(build_schedule, dict(type='constant', momentum=3))
+    assert 'decay = 1 - momentum.' in message
 
 
 def test_option_of_a_schedule_without_any():
