@@ -659,9 +659,10 @@ def test_without_a_kernel(monkeypatch, missing):
 
 
 VECTORS = {
-    'column': lambda: torch.randn(4, 3)[:, 1],
-    'expanded': lambda: torch.randn(1).expand(4),
-    'moved': lambda: torch.randn(4),
+    'column': lambda raw: torch.randn(4, 3)[:, 1],
+    'expanded': lambda raw: torch.randn(1).expand(4),
+    'expanded in place': lambda raw: raw[:1].expand(4),
+    'moved': lambda raw: torch.randn(4),
 }
 
 
@@ -673,7 +674,7 @@ def test_vectors_in_another_order(kind):
     averages = [raw.clone() for raw in raws]
     twins = [raw.clone() for raw in raws]
     plan = UpdatePlan(averages, raws)
-    raws[21].data = VECTORS[kind]()
+    raws[21].data = VECTORS[kind](raws[21])
     for _ in range(40):
         plan.update(0.9)
         for twin, raw in zip(twins, raws):
