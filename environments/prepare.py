@@ -25,10 +25,9 @@ PROJECT_FILES = (
     'pyproject.toml',
     'setup.cfg',
     'setup.py',
-    'mmdet_ema/core/native/copies.c',
-    'mmdet_ema/core/native/kernels.c',
-    'mmdet_ema/core/native/places.c',
 )
+# what setup.py compiles
+SOURCES = 'mmdet_ema/core/native/*.c'
 
 
 def main(*words: str) -> int:
@@ -128,7 +127,10 @@ def digests(
     files = {
         'packages': generation.package_files(),
         'openmmlab': [openmmlab],
-        'project': [root / name for name in PROJECT_FILES],
+        'project': [
+            *(root / name for name in PROJECT_FILES),
+            *sorted(root.glob(SOURCES)),
+        ],
         # They go on top of certain versions of OpenMMLab's packages.
         **{name: [openmmlab, generation.file(name)] for name in extras},
     }
