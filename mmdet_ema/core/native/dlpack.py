@@ -41,10 +41,8 @@ class NotedLayouts:
     def are_right(self) -> bool:
         """Return whether all tensors still lie where and how they lay."""
         kernels: Any = load()
-        return _is_so(
-            kernels.mmdet_ema_are_right,
-            *(self._places.data_ptr(), len(self._tensors)),
-        )
+        places, count = self._places.data_ptr(), len(self._tensors)
+        return _is_so(kernels.mmdet_ema_are_right, places, count)
 
 
 def note(tensors: Sequence[Tensor]) -> Optional[NotedLayouts]:

@@ -1,4 +1,4 @@
-"""What this package and ``kernels.c`` have to agree on."""
+"""What this package and ``kernels.c`` agree on, and memory for C to read."""
 
 from __future__ import annotations
 
