@@ -1,7 +1,9 @@
 """Settings of every test run, before torch is imported."""
 
+import importlib.util
 import os
 import signal
+from pathlib import Path
 
 # waiting OpenMP threads make small operators slow on a busy machine
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -9,3 +11,26 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 # a run in the background starts with Ctrl-C ignored; some tests send it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def has(package, part=''):
+    """Tell whether a package with a part is installed; import nothing."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else ()
+    return any(Path(folder, part).exists() for folder in folders)
+
+
+# What a stack does not have is left out; docs/what_was_run.md counts what is
+# left, so that a broken installation does not pass for a small one.
+MMCV1 = has('mmcv', 'runner')
+collect_ignore_glob = (
+    ['hooks', 'e2e', 'mmdet3d', 'cli', 'benchmarks', '*/mmengine']
+    if MMCV1
+    else ['mmcv1*', 'mmdet3d_mmcv1', '*/mmcv1']
+)
+if not has('mmdet'):
+    collect_ignore_glob += ['e2e', 'mmcv1_tools', 'optim']
+if not has('mmdet3d'):
+    collect_ignore_glob += ['mmdet3d', 'mmdet3d_mmcv1']
+if not has('psutil'):
+    collect_ignore_glob += ['benchmarks']

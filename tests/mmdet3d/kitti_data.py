@@ -236,7 +236,7 @@ def _make_infos(root: Path) -> None:
     """Run mmdet3d's ``tools/create_data.py kitti``."""
     spec = importlib.util.find_spec('mmdet3d')
     if spec is None or spec.origin is None:
-        raise SystemExit('mmdet3d is not installed: make test-mmdet3d')
+        raise SystemExit('mmdet3d is not installed: make setup')
     mim = Path(spec.origin).parent / '.mim'
     words = ['kitti', '--root-path', root, '--out-dir', root, '--with-plane']
     done = subprocess.run(

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(
         importlib.util.find_spec('mmdet3d') is None,
-        reason='mmdet3d is not installed: make test-mmdet3d',
+        reason='mmdet3d is not installed: make setup',
     ),
 ]
 

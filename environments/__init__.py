@@ -1,1 +1,0 @@
-"""Set-up of the environment that the demo and the tests run in."""

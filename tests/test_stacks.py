@@ -1,0 +1,71 @@
+"""The stacks: every one is pinned, and the docs and metadata agree."""
+
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / 'environments'
+ROWS = [
+    line.split(None, 3)
+    for line in (FOLDER / 'stacks.txt').read_text().splitlines()
+    if line[:1].isalpha()
+]
+NAMES = [row[0] for row in ROWS]
+
+
+def pins(name):
+    """Requirements of a stack, from both of its lists."""
+    lines = [
+        line
+        for part in ('', '-openmmlab')
+        for line in (FOLDER / f'{name}{part}.txt').read_text().splitlines()
+        if line and not line.startswith('#')
+    ]
+    assert all(re.fullmatch(r'[\w.-]+==[\w.]+', x) for x in lines), lines
+    return dict(line.lower().split('==') for line in lines), len(lines)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_package_of_a_stack_is_pinned_once(name):
+    """Every requirement is one exact version, and no package has two."""
+    found, lines = pins(name)
+    assert lines == len(found)
+    assert {'torch', 'numpy', 'pytest'} <= set(found)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_stack_has_its_row_in_the_docs(name):
+    """The table of what was run names torch and NumPy of every stack."""
+    page = (ROOT / 'docs' / 'what_was_run.md').read_text()
+    (row,) = re.findall(rf'^\| `{name}`.*$', page, re.MULTILINE)
+    found, _ = pins(name)
+    assert f' {found["torch"]}, {found["numpy"]} ' in row
+
+
+def test_metadata_names_the_versions_that_are_tested():
+    """``python_requires``, classifiers and torch's bound are the stacks'."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / 'setup.cfg')
+    tested = {row[1] for row in ROWS}
+    known = set(
+        re.findall(r'Python :: (3\.\d+)', setup['metadata']['classifiers'])
+    )
+    assert known == tested
+    oldest = min(tested, key=lambda x: int(x.split('.')[1]))
+    assert setup['options']['python_requires'] == f'>={oldest}'
+    torches = [pins(name)[0]['torch'].split('.')[:2] for name in NAMES]
+    low = min(torches, key=lambda x: tuple(map(int, x)))
+    assert f'torch>={".".join(low)}' in setup['options']['install_requires']
+
+
+@pytest.mark.parametrize('page', ['README.md', 'README_zh-CN.md'])
+def test_both_readmes_name_the_versions_that_are_tested(page):
+    """One line says from which to which Python and torch is tested."""
+    text = (ROOT / page).read_text()
+    assert 'Python 3.8' in text
+    for name in NAMES:
+        torch = '.'.join(pins(name)[0]['torch'].split('.')[:2])
+        assert torch in text, name
