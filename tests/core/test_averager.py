@@ -111,7 +111,8 @@ def test_training():
     """An average beside a real optimizer and BatchNorm is the formula."""
     torch.manual_seed(0)
     model = Mixed()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    # small: the loss is chaotic, and with 0.01 some processors reach NaN
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     start, states = state_of(model), []
     averager = WeightAverager(model, decay=0.95, tau=20)
     for _ in range(60):
