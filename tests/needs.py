@@ -30,4 +30,8 @@ def package(name):
     return pytest.mark.skipif(missing, reason=f'{name} is not in this stack')
 
 
+# torch 1.13 refuses every file with a float in it
+SAFELY = TORCH >= (2, 0)
+compile = torch(2, 1, why='torch.compile')
+cpu_scaler = torch(2, 3, why='a gradient scaler for the CPU')
 mmdet = package('mmdet')

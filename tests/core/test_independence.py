@@ -6,7 +6,9 @@ shown to fail where it should.
 """
 
 import ast
+import pkgutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,11 @@ from tests.core.models import run_python
 
 FRAMEWORKS = ('mmengine', 'mmcv', 'mmdet', 'mmdet3d', 'numpy', 'torchvision')
 PACKAGE = Path(mmdet_ema.__file__).parent
+# Python before 3.10 keeps no list of its standard modules
+STANDARD = getattr(sys, 'stdlib_module_names', None) or {
+    *sys.builtin_module_names,
+    *(m.name for m in pkgutil.iter_modules([sysconfig.get_path('stdlib')])),
+}
 
 HARNESS = """
 import importlib, sys
@@ -63,7 +70,7 @@ def imports_of(path):
 
 def strangers(path, packages):
     """Return the imports of a file that are not standard, torch or ours."""
-    standard = {*sys.stdlib_module_names, 'torch', '__future__'}
+    standard = {*STANDARD, 'torch', '__future__'}
     return [
         name
         for name in imports_of(path)

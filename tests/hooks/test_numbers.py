@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests import oracle
+from tests import needs, oracle
 from tests.hooks.toy import Run, ToyModel, loader
 
 # float32 rounds each of the 200 updates to 6e-8 of the magnitude
@@ -161,6 +161,7 @@ class ScaledWrapper:
         return Wrapper()
 
 
+@needs.cpu_scaler
 def test_steps_that_the_scaler_skips_do_not_count(tmp_path):
     """An iteration whose gradients overflow leaves n and average alone."""
     model = ToyModel()

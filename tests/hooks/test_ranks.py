@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import oracle
+from tests import needs, oracle
 from tests.hooks.toy import Run, same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,7 @@ def ranks(request, tmp_path_factory):
     """Train on two gloo ranks; return what each saw, and the folder."""
     folder = tmp_path_factory.mktemp('ranks')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc-per-node', '2', '-m', 'tests.hooks.ranks_program']
+    command += ['--nproc_per_node', '2', '-m', 'tests.hooks.ranks_program']
     done = subprocess.run(
         [*command, request.param, str(folder)],
         cwd=ROOT,
@@ -31,7 +31,8 @@ def ranks(request, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     dumps = [
-        torch.load(folder / f'rank{i}.pt', weights_only=True) for i in (0, 1)
+        torch.load(folder / f'rank{i}.pt', weights_only=needs.SAFELY)
+        for i in (0, 1)
     ]
     return folder, *dumps
 
@@ -49,7 +50,7 @@ def mean_trace(key, *dumps):
 def test_averages_equal_the_formula_on_the_gathered_weights(ranks):
     """Parameters, and buffers meaned over the ranks, follow the formula."""
     folder, left, right = ranks
-    saved = torch.load(folder / 'epoch_2.pth', weights_only=True)
+    saved = torch.load(folder / 'epoch_2.pth', weights_only=needs.SAFELY)
     assert not np.array_equal(
         left['records'][-1]['norm.running_mean'],
         right['records'][-1]['norm.running_mean'],
@@ -72,7 +73,7 @@ def test_both_ranks_validate_the_same_weights(ranks):
 def test_file_is_the_one_that_a_single_process_writes(ranks, tmp_path):
     """The same names and parts, without a wrapper's prefix."""
     folder, *_ = ranks
-    saved = torch.load(folder / 'epoch_2.pth', weights_only=True)
+    saved = torch.load(folder / 'epoch_2.pth', weights_only=needs.SAFELY)
     hook = dict(type='EMAHook', schedule='constant', decay=0.9)
     single = Run(tmp_path, hook, max_epochs=2).train().load('epoch_2.pth')
     for part in ('state_dict', 'ema_state_dict', 'ema_meta'):

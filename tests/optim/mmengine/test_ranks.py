@@ -24,7 +24,7 @@ def ranks(tmp_path_factory):
     """Build on two gloo ranks; return what they printed and had."""
     path = tmp_path_factory.mktemp('ranks') / 'groups'
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc-per-node', '2', '-m']
+    command += ['--nproc_per_node', '2', '-m']
     done = subprocess.run(
         [*command, 'tests.optim.mmengine.ranks_program', str(path)],
         cwd=ROOT,
