@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional, Union
 import torch
 from mmengine.hooks import Hook
 
-from mmdet_ema.checkpoint.structure import read_structure
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmengine import runner_facts
 from mmdet_ema.hooks.for_mmengine.plain_checkpoint import (
