@@ -24,7 +24,7 @@ from torch import Tensor
 from mmdet_ema.core.errors import CheckpointError
 
 UNSAFE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
-LOADS_SAFELY = torch.__version__ >= (2, 6)
+LOADS_SAFELY = torch.torch_version.TorchVersion(torch.__version__) >= '2.6'
 """Whether ``torch.load`` has ``weights_only=True`` by default."""
 STATISTICS = ('current', 'max', 'mean', 'min')
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
@@ -77,23 +77,25 @@ _KNOWN = {
     'torch.per_tensor_symmetric',
     'torch.serialization._get_layout',
 }
-# what torch reads by itself where weights_only is not its default
+# and what an older torch reads besides, as it reads everything
 _KNOWN_TO_PICKLE = {
-    'addict.addict.Dict',
-    'mmcv.utils.config.Config',
-    'mmcv.utils.config.ConfigDict',
-    'mmengine.config.config.ConfigDict',
-    *('builtins.' + x for x in 'bool bytes dict float frozenset int'.split()),
-    *('builtins.' + x for x in 'list object range slice str tuple'.split()),
-    *('collections.' + x for x in ('defaultdict', 'deque')),
-    *('datetime.' + x for x in 'date datetime time timedelta'.split()),
-    'datetime.timezone',
-    'decimal.Decimal',
-    'fractions.Fraction',
-    *(f'pathlib.{x}Path' for x in ('Posix', 'Windows', 'Pure', '')),
-    *(f'pathlib.Pure{x}Path' for x in ('Posix', 'Windows')),
-    *(f'pathlib._local.{x}Path' for x in ('Posix', 'Windows')),
-    'uuid.UUID',
+    f'{module}.{name}'
+    for module, names in {
+        'addict.addict': ['Dict'],
+        'builtins': [
+            *('bool', 'bytes', 'dict', 'float', 'frozenset', 'int', 'list'),
+            *('object', 'range', 'slice', 'str', 'tuple'),
+        ],
+        'collections': ['defaultdict', 'deque'],
+        'datetime': ['date', 'datetime', 'time', 'timedelta', 'timezone'],
+        'decimal': ['Decimal'],
+        'fractions': ['Fraction'],
+        'mmcv.utils.config': ['Config', 'ConfigDict'],
+        'mmengine.config.config': ['ConfigDict'],
+        'pathlib': ['PosixPath', 'PurePosixPath'],
+        'uuid': ['UUID'],
+    }.items()
+    for name in names
 }
 _SHARDED = ('DTensor', '_rebuild_nested_tensor', '_rebuild_wrapper_subclass')
 # with one of these, making an instance can run code of its class
@@ -126,7 +128,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
         content = _in_archive(path) if is_zip else _in_legacy_file(path)
     except CheckpointError:
         raise
-    except _Refused as refused:
+    except _RefusedError as refused:
         raise CheckpointError(f'{path!r} {refused}') from None
     except Exception as error:  # damaged bytes can raise anything
         cause = (str(error).strip().splitlines() or [''])[0][:200]
@@ -142,7 +144,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
     return content
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """The rest of a sentence about a file."""
 
 
@@ -180,7 +182,7 @@ class _StandIn:
 
 class _NotCalled(type):
     def __call__(cls, *args: Any) -> Any:
-        raise _Refused(_would_run(cls.__name__))
+        raise _RefusedError(_would_run(cls.__name__))
 
 
 class _Plain(metaclass=_NotCalled):
@@ -194,14 +196,14 @@ class _Plain(metaclass=_NotCalled):
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict:
-            raise _Refused(_would_run(type(self).__name__))
+            raise _RefusedError(_would_run(type(self).__name__))
         for value in state.values():
             _refuse_class(value)
 
 
 def _refuse_class(value: Any) -> None:
     if isinstance(value, _NotCalled):
-        raise _Refused(_would_run(value.__name__))
+        raise _RefusedError(_would_run(value.__name__))
 
 
 class _Look(pickle.Unpickler):
@@ -220,7 +222,7 @@ class _Look(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, numel = pid[:5]
         if kind != 'storage' or not isinstance(dtype, torch.dtype):
-            raise _Refused(_would_run(f'a persistent {kind}'))
+            raise _RefusedError(_would_run(f'a persistent {kind}'))
         return _Storage(dtype, str(key), int(numel))
 
     def find_class(self, module: str, name: str) -> Any:
@@ -250,13 +252,14 @@ class _Look(pickle.Unpickler):
         }
         if full in found:
             return found[full]
-        if module in ('torch', 'torch.storage') and name.endswith('Storage'):
-            if name[: -len('Storage')] in _STORAGES:
-                return _STORAGES[name[: -len('Storage')]]
-        if module == 'torch' and isinstance(getattr(torch, name, 0), torch.dtype):
-            return getattr(torch, name)
+        storage = name[: -len('Storage')] if name.endswith('Storage') else ''
+        if module in ('torch', 'torch.storage') and storage in _STORAGES:
+            return _STORAGES[storage]
+        dtype = getattr(torch, name, None) if module == 'torch' else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
         if name in _SHARDED:
-            raise _Refused(
+            raise _RefusedError(
                 f'holds a sharded or nested tensor ({full}); save the whole '
                 f'tensors (full_tensor()) and give that file.'
             )
@@ -267,7 +270,7 @@ class _Look(pickle.Unpickler):
                 return self._known(module, name)
             if _is_harmless(module, name):
                 return _NotCalled(full, (_Plain,), {})
-        raise _Refused(_would_run(full))
+        raise _RefusedError(_would_run(full))
 
     def _known(self, module: str, name: str) -> Any:
         try:
@@ -275,7 +278,7 @@ class _Look(pickle.Unpickler):
         except (ImportError, AttributeError):
             package = module.split('.')[0]
             version = getattr(sys.modules.get(package), '__version__', 'none')
-            raise _Refused(
+            raise _RefusedError(
                 f'needs {module}.{name}, which the installed {package} '
                 f'({version}) does not have; read it where it was written, '
                 f'or install another {package}.'
@@ -286,7 +289,7 @@ class _Look(pickle.Unpickler):
         """Be ``getattr`` for the statistics of a history, and no more."""
         if getattr(owner, '__name__', '') == HISTORY and name in STATISTICS:
             return _StandIn()
-        raise _Refused(_would_run('builtins.getattr'))
+        raise _RefusedError(_would_run('builtins.getattr'))
 
     def _tensor(
         self, storage: _Storage, start: int, size: Any, stride: Any, *more: Any
@@ -329,12 +332,12 @@ def _would_run(name: str) -> str:
 
 def _allowed_by_user() -> Iterator[str]:
     """Give the names that were allow-listed in torch."""
-    allowed = getattr(torch.serialization, 'get_safe_globals', list)()
-    for item in allowed if LOADS_SAFELY else []:
-        if isinstance(item, tuple):
-            yield item[1]
-        else:
-            yield f'{item.__module__}.{getattr(item, "__qualname__", "")}'
+    if LOADS_SAFELY:
+        for item in torch.serialization.get_safe_globals():
+            if isinstance(item, tuple):
+                yield item[1]
+            else:
+                yield f'{item.__module__}.{getattr(item, "__qualname__", "")}'
 
 
 def _is_harmless(module: str, name: str) -> bool:
@@ -342,9 +345,10 @@ def _is_harmless(module: str, name: str) -> bool:
 
     The module is imported already, and the instance gets its ``__dict__``.
     """
-    kind = vars(sys.modules.get(module, object())).get(name)
+    kind: Any = getattr(sys.modules.get(module), '__dict__', {}).get(name)
+    is_class = isinstance(kind, type)
     return (
-        isinstance(kind, type)
+        is_class
         and kind.__new__ is object.__new__
         and kind.__getattribute__ is object.__getattribute__
         and not any(hasattr(kind, hook) for hook in _HOOKS)
@@ -413,9 +417,10 @@ def _in_archive(path: str) -> Any:
                     f'Take another checkpoint.'
                 )
         for record, info in records.items():
-            tensor = stored.get(record, (None,))[0]
+            held_by = stored.get(record, (None,))[0]
             if checked:
-                _check(archive, info, path, _name_of(content, tensor, record))
+                what = _name_of(content, held_by, record)
+                _check(archive, info, path, what)
     return content
 
 
@@ -473,7 +478,7 @@ def _in_legacy_file(path: str) -> Any:
             return {}
         try:
             magic = _Look(file).load()
-        except _Refused:
+        except _RefusedError:
             raise
         except Exception:  # any bytes at all
             magic = None
@@ -499,6 +504,5 @@ def _in_legacy_file(path: str) -> Any:
 
 def _not_one(path: str) -> str:
     return (
-        f'{path!r} ({os.path.getsize(path)} bytes) is no checkpoint; '
-        f'{_WRITE}.'
+        f'{path!r} ({os.path.getsize(path)} bytes) is no checkpoint; {_WRITE}.'
     )

@@ -7,15 +7,25 @@ the layout of mmengine's own ``EMAHook``. ``ema_meta`` says who wrote it, how.
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, Dict, Mapping, MutableMapping, Optional, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor
 
 from mmdet_ema.core.errors import CheckpointError
-from mmdet_ema.core.state import read_count
+from mmdet_ema.core.state import read_count, read_progress
 
 WEIGHTS = 'state_dict'
 EMA = 'ema_state_dict'
@@ -24,6 +34,10 @@ STEPS = 'steps'
 PREFIX = 'module.'
 FORMAT_VERSION = 1
 _ROLES = {WEIGHTS: 'average', EMA: 'raw'}
+_COUNTS = ('batch_size', 'interval', 'world_size')
+# what optimizers keep in the shape of a parameter
+_LIKE_PARAMETER = ('exp_avg', 'exp_avg_sq', 'momentum_buffer', 'square_avg')
+_DAMAGED = 'the file is damaged. Take another checkpoint'
 
 
 @dataclass
@@ -104,15 +118,160 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
             f'load_from (no resume) to start from its weights.'
         )
     meta = checkpoint.get(META) or {}
-    if not isinstance(weights, Mapping) or not isinstance(meta, Mapping):
-        raise CheckpointError(
-            f'{WEIGHTS!r} or {META!r} of the checkpoint is no dict; the file '
-            f'is damaged. Take another checkpoint.'
-        )
+    for part, name in ((weights, WEIGHTS), (ema, EMA), (meta, META)):
+        check_names(part, name)
+    assert isinstance(weights, Mapping)
     _check_meta(meta)
+    steps = read_count(ema, STEPS)
+    read_progress({**meta, 'num_steps': steps})
     raws = {k[len(PREFIX) :]: v for k, v in ema.items() if _is_raw(k)}
     averages = {_plain_name(k, raws): v for k, v in weights.items()}
-    return EMAPart(averages, raws, read_count(ema, STEPS), dict(meta))
+    return EMAPart(averages, raws, steps, dict(meta))
+
+
+def check_names(value: Any, what: str) -> None:
+    """Check that something in a checkpoint is a dict with names.
+
+    Args:
+        value: What there is.
+        what: Its place in the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    if not isinstance(value, Mapping):
+        kind = type(value).__name__
+        raise CheckpointError(
+            f'{what} of the checkpoint is a {kind}, not a dict; {_DAMAGED}.'
+        )
+    for name in value:
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f'{what} of the checkpoint has the name {name!r:.80}, which '
+                f'is no text; {_DAMAGED}.'
+            )
+
+
+def check_weights(
+    present: Mapping[str, Any], given: Mapping[str, Any], what: str = WEIGHTS
+) -> None:
+    """Check that the weights of a checkpoint are ordinary tensors.
+
+    A framework leaves out what it cannot copy into the model, with a line in
+    the log.
+
+    Args:
+        present: Tensors of the model by name.
+        given: Those of the checkpoint; names the model lacks are left alone.
+        what: Where they are in the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: At the first that is something else.
+    """
+    for name, value in given.items():
+        mine = present.get(_plain_name(name, present))
+        if not isinstance(mine, Tensor):
+            continue
+        kind = type(value).__name__
+        if isinstance(value, Tensor):
+            dense = value.layout == mine.layout
+            if dense and value.is_quantized == mine.is_quantized:
+                floats = mine.is_floating_point()
+                if not floats or value.is_floating_point():
+                    continue
+            kind = f'{kind} ({value.layout}, {value.dtype})'
+        raise CheckpointError(
+            f'{name} in {what} of the checkpoint is a {kind}, the model has '
+            f'{mine.dtype} there; the file is damaged, or belongs to another '
+            f'model.'
+        )
+
+
+def check_training_state(
+    checkpoint: Mapping[str, Any], optimizers: Sequence[Any], log: Any
+) -> None:
+    """Check what else training resumes from, before anything is loaded.
+
+    Args:
+        checkpoint: What was read from a file.
+        optimizers: The optimizers of the run, as far as they are made.
+        log: Where a warning goes if the file has none.
+
+    Raises:
+        CheckpointError: If it is damaged, or of other optimizers.
+    """
+    meta = checkpoint.get('meta')
+    check_names(meta, "'meta'")
+    assert isinstance(meta, Mapping)
+    for key in ('epoch', 'iter'):
+        try:
+            whole = operator.index(meta[key]) >= 0
+        except Exception:  # a tensor, an array, nothing at all
+            whole = False
+        if not whole:
+            raise CheckpointError(
+                f'{key}={meta.get(key)!r:.80} in the meta of the checkpoint '
+                f'is no whole number from 0 on; {_DAMAGED}, or use load_from '
+                f'without resume.'
+            )
+    if 'optimizer' not in checkpoint:
+        log.warning(
+            'EMA: the checkpoint has no state of the optimizer; it starts '
+            'from nothing, and the run differs from one that went on.'
+        )
+        return
+    saved = checkpoint['optimizer']
+    check_names(saved, "'optimizer'")
+    single = 'param_groups' in saved or 'state' in saved
+    found = [saved] if single else list(saved.values())
+    for state in found:
+        check_names(state, "'optimizer'")
+    states = [x for x in found if 'param_groups' in x or 'state' in x]
+    for state, optimizer in zip(states, optimizers):
+        _check_optimizer(state, optimizer.param_groups)
+
+
+def _check_optimizer(
+    state: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]
+) -> None:
+    saved = state.get('param_groups')
+    whole = isinstance(saved, list) and all(
+        isinstance(x, Mapping) and isinstance(x.get('params'), list)
+        for x in saved
+    )
+    slots = state.get('state')
+    if not whole or not isinstance(slots, Mapping):
+        raise CheckpointError(
+            f'the state of the optimizer in the checkpoint has no groups of '
+            f'parameters or no state of them; {_DAMAGED}.'
+        )
+    assert saved is not None
+    mine = [list(group['params']) for group in groups]
+    theirs = [group['params'] for group in saved]
+    if list(map(len, mine)) != list(map(len, theirs)):
+        raise CheckpointError(
+            f'the optimizer of the checkpoint has groups of '
+            f'{list(map(len, theirs))} parameters, that of this run '
+            f'{list(map(len, mine))}; resume with the same optimizer config, '
+            f'or use load_from without resume.'
+        )
+    pairs = ((i, p) for a, b in zip(theirs, mine) for i, p in zip(a, b))
+    for index, parameter in pairs:
+        slot = slots.get(index, {})
+        for key, value in slot.items() if isinstance(slot, Mapping) else ():
+            like = key in _LIKE_PARAMETER and value is not None
+            shape = getattr(value, 'shape', None)
+            if like and shape != parameter.shape:
+                raise CheckpointError(
+                    f'{key} of parameter {index} in the optimizer of the '
+                    f'checkpoint is a {type(value).__name__} of shape '
+                    f'{shape}, not {tuple(parameter.shape)}; {_DAMAGED}.'
+                )
+        if not isinstance(slot, Mapping):
+            raise CheckpointError(
+                f'the state of parameter {index} in the optimizer of the '
+                f'checkpoint is a {type(slot).__name__}; {_DAMAGED}.'
+            )
 
 
 def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
@@ -164,6 +323,8 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
             f'{META} has format_version={version!r}, this mmdet_ema reads up '
             f'to {FORMAT_VERSION}; install a newer one.'
         )
+    for key in _COUNTS:
+        read_count(meta, key, 1)
 
 
 class _Host:

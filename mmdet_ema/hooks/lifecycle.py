@@ -207,10 +207,10 @@ class EMALifecycle:
         )
         self.averager = None
 
-    def fine_tune(self, checkpoint: Checkpoint) -> None:
+    def fine_tune(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Start anew from a checkpoint's weights."""
         self.averager = self._resume_part = None
-        weight_choice.for_fine_tuning(checkpoint, self._log)
+        weight_choice.for_fine_tuning(checkpoint, model, self._log)
 
     def choose(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Evaluate a checkpoint; see ``weight_choice.for_evaluation``."""
