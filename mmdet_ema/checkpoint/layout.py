@@ -181,7 +181,7 @@ def check_weights(
                     continue
             kind = f'{kind} ({value.layout}, {value.dtype})'
         raise CheckpointError(
-            f'{name} in {what} of the checkpoint is a {kind}, the model has '
+            f'{name} is a {kind} in {what} of the checkpoint, the model has '
             f'{mine.dtype} there; the file is damaged, or belongs to another '
             f'model.'
         )

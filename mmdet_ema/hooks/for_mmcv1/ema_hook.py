@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator, Optional, Union
 import torch
 from mmcv.runner import Hook
 
-from mmdet_ema.checkpoint.layout import EMA, check_training_state
+from mmdet_ema.checkpoint.layout import EMA
 from mmdet_ema.checkpoint.mmcv1 import (
     MESSAGE,
     drop,
@@ -220,9 +220,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._saved_iteration = iteration_of(checkpoint)
         if resumes:
             optimizers = runner_facts.optimizers_of(runner)
-            check_training_state(checkpoint, optimizers, self._log)
+            self._life.resume(checkpoint, model, optimizers)
             self._config = take_program(checkpoint)
-            self._life.resume(checkpoint, model)
             self._resumed_from = filename
         else:
             self._life.fine_tune(checkpoint, model)
@@ -303,7 +302,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         if MESSAGE not in messages:
             return
         model = runner_facts.model_of(runner)
-        checkpoint = dict(state_dict=model.state_dict(), meta=runner.meta)
+        meta = dict(runner.meta, epoch=runner.epoch, iter=runner.iter)
+        checkpoint = dict(
+            state_dict=model.state_dict(), meta=meta, optimizer={}
+        )
         take_message(checkpoint)
         self.after_read_checkpoint(runner, checkpoint, '', True)
         model.load_state_dict(checkpoint['state_dict'])

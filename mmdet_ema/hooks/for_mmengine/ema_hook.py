@@ -8,7 +8,6 @@ import torch
 from mmengine.hooks import Hook
 
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checkpoint.layout import check_training_state
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmengine import runner_facts
 from mmdet_ema.hooks.for_mmengine.plain_checkpoint import (
@@ -240,8 +239,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         elif runner._resume:
             refuse_foreign(checkpoint, self._log)
             optimizers = runner_facts.made_optimizers_of(runner)
-            check_training_state(checkpoint, optimizers, self._log)
-            self._life.resume(checkpoint, model)
+            self._life.resume(checkpoint, model, optimizers)
         else:
             self._life.fine_tune(checkpoint, model)
 
