@@ -111,7 +111,7 @@ def judge(load, model, expected, name, said):
         model: The model.
         expected: The right weights and averages, by name.
         name: What was replaced in the file.
-        said: Returns the warnings so far.
+        said: Where the lines of the log arrive.
 
     Returns:
         'refused', 'right' or 'named'.
@@ -139,6 +139,6 @@ def judge(load, model, expected, name, said):
         return 'right'
     # a value that a tensor may have, or a shape that fine-tuning may change
     assert all(name.endswith(f'.{key}') for key in wrong), (name, wrong)
-    lines = [line for line in said() if wrong[0] in line]
+    lines = [line for line in said if wrong[0] in line]
     assert lines, (name, wrong)
     return 'named'

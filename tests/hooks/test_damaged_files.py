@@ -78,7 +78,7 @@ def test_damaged_files(seed, resume, written, run, tmp_path):
                 run.model,
                 expected,
                 name,
-                lambda: run.said.lines,
+                run.said.lines,
             )
         )
         path.unlink()
