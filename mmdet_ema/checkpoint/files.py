@@ -503,6 +503,11 @@ def _in_legacy_file(path: str) -> Any:
 
 
 def _not_one(path: str) -> str:
+    if path.endswith('.safetensors'):
+        return (
+            f'{path!r} is a file of safetensors, which the framework does '
+            f'not read; save its tensors with torch.save.'
+        )
     return (
         f'{path!r} ({os.path.getsize(path)} bytes) is no checkpoint; {_WRITE}.'
     )
