@@ -7,13 +7,13 @@ the layout of mmengine's own ``EMAHook``. ``ema_meta`` says who wrote it, how.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import (
     Any,
     Dict,
-    Iterable,
     Mapping,
     MutableMapping,
     Optional,
@@ -107,9 +107,9 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
     Raises:
         CheckpointError: If there is one that cannot be understood.
     """
-    ema = checkpoint.get(EMA)
-    if ema is None:
+    if EMA not in checkpoint and META not in checkpoint:
         return None
+    ema = checkpoint.get(EMA)
     weights = checkpoint.get(WEIGHTS)
     if not isinstance(ema, Mapping) or STEPS not in ema:
         raise CheckpointError(
@@ -117,7 +117,7 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
             f'written by an EMAHook of this generation. Load the file with '
             f'load_from (no resume) to start from its weights.'
         )
-    meta = checkpoint.get(META) or {}
+    meta = {} if checkpoint.get(META) is None else checkpoint[META]
     for part, name in ((weights, WEIGHTS), (ema, EMA), (meta, META)):
         check_names(part, name)
     assert isinstance(weights, Mapping)
@@ -174,17 +174,24 @@ def check_weights(
             continue
         kind = type(value).__name__
         if isinstance(value, Tensor):
-            dense = value.layout == mine.layout
-            if dense and value.is_quantized == mine.is_quantized:
-                floats = mine.is_floating_point()
-                if not floats or value.is_floating_point():
-                    continue
+            if value.layout == mine.layout and _holds(value, mine):
+                continue
             kind = f'{kind} ({value.layout}, {value.dtype})'
         raise CheckpointError(
             f'{name} is a {kind} in {what} of the checkpoint, the model has '
             f'{mine.dtype} there; the file is damaged, or belongs to another '
             f'model.'
         )
+
+
+def _holds(value: Tensor, mine: Tensor) -> bool:
+    """Return whether a tensor has values for one of the model."""
+    if value.is_quantized or mine.is_quantized:
+        return value.is_quantized == mine.is_quantized
+    if mine.is_floating_point():
+        return value.is_floating_point()
+    whole = torch.isfinite(value) & (value == value.round())
+    return not value.is_floating_point() or bool(whole.all())
 
 
 def check_training_state(
@@ -205,7 +212,7 @@ def check_training_state(
     assert isinstance(meta, Mapping)
     for key in ('epoch', 'iter'):
         try:
-            whole = operator.index(meta[key]) >= 0
+            whole = operator.index(meta[key]) >= 0  # NumPy's too
         except Exception:  # a tensor, an array, nothing at all
             whole = False
         if not whole:
@@ -214,6 +221,11 @@ def check_training_state(
                 f'is no whole number from 0 on; {_DAMAGED}, or use load_from '
                 f'without resume.'
             )
+    if not isinstance(meta.get('seed'), (int, type(None))):
+        raise CheckpointError(
+            f'seed={meta["seed"]!r:.80} in the meta of the checkpoint is no '
+            f'whole number; {_DAMAGED}.'
+        )
     if 'optimizer' not in checkpoint:
         log.warning(
             'EMA: the checkpoint has no state of the optimizer; it starts '
@@ -232,46 +244,46 @@ def check_training_state(
 
 
 def _check_optimizer(
-    state: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]
+    state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    saved = state.get('param_groups')
-    whole = isinstance(saved, list) and all(
-        isinstance(x, Mapping) and isinstance(x.get('params'), list)
-        for x in saved
-    )
-    slots = state.get('state')
-    if not whole or not isinstance(slots, Mapping):
+    saved, slots = state.get('param_groups'), state.get('state')
+    mine = [len(group['params']) for group in groups]
+    try:
+        assert isinstance(saved, list)
+        assert isinstance(slots, Mapping)
+        theirs = [len(group['params']) for group in saved]
+        order = [i for group in saved for i in group['params']]
+        assert {*slots} <= {*order}
+        assert all(isinstance(slot, Mapping) for slot in slots.values())
+        for group in saved:
+            for key, value in group.items():
+                if type(groups[0].get(key)) in (int, float):
+                    assert math.isfinite(value)
+    except Exception:  # anything may be anywhere
         raise CheckpointError(
-            f'the state of the optimizer in the checkpoint has no groups of '
-            f'parameters or no state of them; {_DAMAGED}.'
-        )
-    assert saved is not None
-    mine = [list(group['params']) for group in groups]
-    theirs = [group['params'] for group in saved]
-    if list(map(len, mine)) != list(map(len, theirs)):
+            f'the groups of parameters of the optimizer in the checkpoint, '
+            f'or the state of one, are not what torch writes; {_DAMAGED}.'
+        ) from None
+    if theirs != mine:
         raise CheckpointError(
-            f'the optimizer of the checkpoint has groups of '
-            f'{list(map(len, theirs))} parameters, that of this run '
-            f'{list(map(len, mine))}; resume with the same optimizer config, '
-            f'or use load_from without resume.'
+            f'the optimizer of the checkpoint has groups of {theirs} '
+            f'parameters, that of this run {mine}; resume with the same '
+            f'optimizer config, or use load_from without resume.'
         )
-    pairs = ((i, p) for a, b in zip(theirs, mine) for i, p in zip(a, b))
-    for index, parameter in pairs:
-        slot = slots.get(index, {})
-        for key, value in slot.items() if isinstance(slot, Mapping) else ():
-            like = key in _LIKE_PARAMETER and value is not None
+    parameters = [p for group in groups for p in group['params']]
+    for index, parameter in zip(order, parameters):
+        for key, value in slots.get(index, {}).items():
+            if key not in _LIKE_PARAMETER or value is None:
+                continue
             shape = getattr(value, 'shape', None)
-            if like and shape != parameter.shape:
+            fits = isinstance(value, Tensor) and shape == parameter.shape
+            if not fits or not value.is_floating_point() or value.is_sparse:
                 raise CheckpointError(
                     f'{key} of parameter {index} in the optimizer of the '
                     f'checkpoint is a {type(value).__name__} of shape '
-                    f'{shape}, not {tuple(parameter.shape)}; {_DAMAGED}.'
+                    f'{shape}, the parameter has {tuple(parameter.shape)}; '
+                    f'{_DAMAGED}.'
                 )
-        if not isinstance(slot, Mapping):
-            raise CheckpointError(
-                f'the state of parameter {index} in the optimizer of the '
-                f'checkpoint is a {type(slot).__name__}; {_DAMAGED}.'
-            )
 
 
 def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
@@ -312,10 +324,14 @@ def _plain_name(name: str, names: Mapping[str, Any]) -> str:
 
 def _check_meta(meta: Mapping[str, Any]) -> None:
     roles = meta.get('roles', _ROLES)
-    if roles != _ROLES:
+    # values that are arrays cannot be compared
+    known = isinstance(roles, Mapping) and {
+        k: str(v) for k, v in roles.items()
+    }
+    if known != _ROLES:
         raise CheckpointError(
-            f'{META} has roles={roles!r}, this mmdet_ema reads {_ROLES}; the '
-            f'file is damaged, or install a newer one.'
+            f'{META} has roles={roles!r:.80}, this mmdet_ema reads '
+            f'{_ROLES}; the file is damaged, or install a newer one.'
         )
     version = meta.get('format_version', FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:

@@ -179,6 +179,10 @@ def _check_kinds(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """Return the weights that a framework loads; they are tensors."""
     weights = checkpoint.get(WEIGHTS, checkpoint)
     check_names(weights, WEIGHTS)
+    if not weights:
+        raise CheckpointError(
+            'the checkpoint holds no weights; take another checkpoint.'
+        )
     check_weights(model.state_dict(), weights)
     return weights  # type: ignore[no-any-return]
 

@@ -57,7 +57,7 @@ def load(run, path, resume):
 
 @pytest.mark.parametrize('resume', [True, False], ids=['resume', 'load_from'])
 @pytest.mark.parametrize('seed', SEEDS)
-def test_damaged_files(seed, resume, written, run, tmp_path):
+def test_damaged_files(seed, resume, written, run, tmp_path, capsys):
     """Each is refused before the model changes, or gives the weights."""
     data, good = written
     averages = good['state_dict']
@@ -78,7 +78,7 @@ def test_damaged_files(seed, resume, written, run, tmp_path):
                 run.model,
                 expected,
                 name,
-                run.said.lines,
+                lambda: [*run.said.lines, capsys.readouterr().out],
             )
         )
         path.unlink()

@@ -16,7 +16,7 @@ def written(tmp_path_factory):
 
 @pytest.mark.parametrize('resume', [True, False], ids=['resume', 'load_from'])
 @pytest.mark.parametrize('seed', SEEDS)
-def test_damaged_files(seed, resume, written, tmp_path):
+def test_damaged_files(seed, resume, written, tmp_path, capsys):
     """Each is refused before the model changes, or gives the weights."""
     data, good = written
     averages = good['state_dict']
@@ -40,7 +40,10 @@ def test_damaged_files(seed, resume, written, tmp_path):
             return {k: v.clone() for k, v in averager.named_averages()}
 
         expected = (raw_of(good) if resume else averages, averages)
-        said = lines.lines
+
+        def said(lines=lines):
+            return [*lines.lines, capsys.readouterr().out]
+
         verdicts.append(judge(load, run.model, expected, name, said))
         path.unlink()
     print(verdicts)

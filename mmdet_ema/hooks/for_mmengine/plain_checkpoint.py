@@ -74,6 +74,12 @@ def refuse_foreign(checkpoint: MutableMapping[str, Any], log: Any) -> None:
     check_names(hub, "'message_hub'")
     for key in _HUB:
         check_names(hub.get(key), f"{key!r} in 'message_hub'")
+    resumed = hub['resumed_keys'].values()
+    if not all(isinstance(value, bool) for value in resumed):
+        raise CheckpointError(
+            "'resumed_keys' in 'message_hub' of the checkpoint are not true "
+            'or false; the file is damaged. Take another checkpoint.'
+        )
     schedulers = checkpoint.get('param_schedulers', [])
     several = isinstance(schedulers, dict)
     for found in schedulers.values() if several else [schedulers]:
