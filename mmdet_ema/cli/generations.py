@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Callable, ContextManager, Optional, Tuple
 
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.layout import put_raw, unpack
-from mmdet_ema.checkpoint.structure import read_structure
 from mmdet_ema.core.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine
 
@@ -42,9 +42,7 @@ def installed() -> Generation:
     if has_mmcv1():
         from mmcv import Config
 
-        return Generation(
-            Config, ('mmdet',), 'mmdet', _check_exists, _reading_raw
-        )
+        return Generation(Config, ('mmdet',), 'mmdet', _check, _reading_raw)
     if has_mmengine():
         from mmengine.config import Config
 
@@ -56,9 +54,10 @@ def installed() -> Generation:
     )
 
 
-def _check_exists(path: str) -> None:
+def _check(path: str) -> None:
     if not os.path.isfile(path):
         raise CheckpointError(f'there is no checkpoint {path!r}.')
+    read_structure(path)
 
 
 @contextlib.contextmanager

@@ -71,14 +71,19 @@ def read_count(
     """
     value = state.get(key, default)
     if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
+        value = value.to_dense().item() if value.is_sparse else value.item()
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < 0:
         raise CheckpointError(
-            f'{key}={value!r} in the saved state is no number of steps; the '
-            f'state is damaged, or not what WeightAverager.state_dict() gave.'
+            f'{key}={_short(value)} in the saved state is no number of '
+            f'steps; the state is damaged, or not what '
+            f'WeightAverager.state_dict() gave.'
         )
     return int(value)
+
+
+def _short(value: Any) -> str:
+    return ' '.join(repr(value).split())[:80]
 
 
 def read_tensors(state: Mapping[str, Any], key: str) -> Dict[str, Tensor]:

@@ -12,7 +12,11 @@ from typing import Any, Dict, Mapping, MutableMapping, Optional, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from mmdet_ema.checkpoint.layout import EMAPart, pack
+from mmdet_ema.checkpoint.layout import (
+    EMAPart,
+    check_training_state,
+    pack,
+)
 from mmdet_ema.core.averager import WeightAverager
 from mmdet_ema.core.errors import NonFiniteError
 from mmdet_ema.core.fit import count_roles
@@ -199,18 +203,22 @@ class EMALifecycle:
         meta.update(averager.progress())
         pack(checkpoint, averages, raws, averager.num_steps, meta)
 
-    def resume(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+    def resume(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+    ) -> None:
         """Go on from a checkpoint; see ``weight_choice.for_resume``."""
         strict = self.options.strict_load
-        self._resume_part = weight_choice.for_resume(
-            checkpoint, model, strict, self._log
-        )
-        self.averager = None
+        part = weight_choice.for_resume(checkpoint, model, strict, self._log)
+        check_training_state(checkpoint, optimizers, self._log)
+        self._resume_part, self.averager = part, None
 
-    def fine_tune(self, checkpoint: Checkpoint) -> None:
+    def fine_tune(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Start anew from a checkpoint's weights."""
         self.averager = self._resume_part = None
-        weight_choice.for_fine_tuning(checkpoint, self._log)
+        weight_choice.for_fine_tuning(checkpoint, model, self._log)
 
     def choose(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Evaluate a checkpoint; see ``weight_choice.for_evaluation``."""

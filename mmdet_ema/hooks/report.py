@@ -132,7 +132,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     changed = [
         f'{name} {before[name]} -> {value}'
         for name, value in now.items()
-        if name in _REPORTED and name in before and before[name] != value
+        if name in _REPORTED
+        and name in before
+        and str(before[name]) != str(value)
     ]
     if not changed:
         return ''

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any, Callable, Iterator, Optional, Union
 
 import torch
@@ -17,6 +18,7 @@ from mmdet_ema.checkpoint.mmcv1 import (
     take_message,
 )
 from mmdet_ema.checkpoint.mmcv1_buffers import convert_buffers
+from mmdet_ema.checkpoint.mmcv1_roles import take_program
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmcv1 import runner_facts
 from mmdet_ema.hooks.for_mmcv1.run_log import RunLog
@@ -147,6 +149,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._resume_from = check_path('resume_from', resume_from)
         self._log = RunLog()
         self._life = EMALifecycle(options, self._log)
+        self._config: Optional[str] = None
+        self._resumed_from = ''
         self._started = self._steps_alone = False
         self._iteration = self._trained = self._saved_iteration = 0
 
@@ -215,9 +219,12 @@ class EMAHook(Hook):  # type: ignore[misc]
         drop(checkpoint, runner_facts.unsaved_names(model))
         self._saved_iteration = iteration_of(checkpoint)
         if resumes:
-            self._life.resume(checkpoint, model)
+            optimizers = runner_facts.optimizers_of(runner)
+            self._life.resume(checkpoint, model, optimizers)
+            self._config = take_program(checkpoint)
+            self._resumed_from = filename
         else:
-            self._life.fine_tune(checkpoint)
+            self._life.fine_tune(checkpoint, model)
 
     def after_resume(self, runner: Any) -> None:
         """Go on after the iteration that was saved.
@@ -227,6 +234,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         Args:
             runner: The runner, which has resumed.
         """
+        if self._config is not None and runner.meta is not None:
+            runner.meta.setdefault('config', self._config)
         if runner.max_epochs is None and self._saved_iteration:
             runner._iter = runner._inner_iter = self._saved_iteration
         self._iteration = self._trained = runner.iter
@@ -293,7 +302,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         if MESSAGE not in messages:
             return
         model = runner_facts.model_of(runner)
-        checkpoint = dict(state_dict=model.state_dict(), meta=runner.meta)
+        meta = dict(runner.meta, epoch=runner.epoch, iter=runner.iter)
+        checkpoint = dict(
+            state_dict=model.state_dict(), meta=meta, optimizer={}
+        )
         take_message(checkpoint)
         self.after_read_checkpoint(runner, checkpoint, '', True)
         model.load_state_dict(checkpoint['state_dict'])
@@ -330,6 +342,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Resume as mmcv's hook does, unless the run has resumed already."""
         if self._resume_from is None:
             return
+        if runner.iter and _is_same(self._resume_from, self._resumed_from):
+            return
         if runner.iter:
             self._log.warning(
                 f'EMA: resume_from={self._resume_from!r} has no effect: the '
@@ -337,3 +351,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             )
         else:
             runner.resume(self._resume_from)
+
+
+def _is_same(path: str, other: str) -> bool:
+    """Return whether two names are of one file; it may be gone by now."""
+    real = [os.path.realpath(os.path.expanduser(x)) for x in (path, other)]
+    return real[0] == real[1]

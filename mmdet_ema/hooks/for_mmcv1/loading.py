@@ -16,6 +16,7 @@ import torch
 from mmcv.runner import BaseRunner
 from mmcv.runner import checkpoint as mmcv_checkpoint
 
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.layout import put_raw, unpack
 from mmdet_ema.checkpoint.mmcv1 import take_message
 from mmdet_ema.core.errors import CheckpointError
@@ -77,6 +78,9 @@ def _load(
         resumes = getattr(runner, _RESUMES, False)
         _prepare(runner, checkpoint, str(filename), resumes)
 
+    path = os.path.expanduser(str(filename))
+    if ema_hook_of(runner, EMAHook) is not None and os.path.isfile(path):
+        read_structure(path)  # mmcv would run what is in it
     with reading_through(prepare):
         return load(filename, *args, **kw)
 

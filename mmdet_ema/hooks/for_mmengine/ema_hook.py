@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional, Union
 import torch
 from mmengine.hooks import Hook
 
-from mmdet_ema.checkpoint.structure import read_structure
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmengine import runner_facts
 from mmdet_ema.hooks.for_mmengine.plain_checkpoint import (
@@ -237,10 +237,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not runner_facts.is_training(runner) or self._trained:
             self._life.choose(checkpoint, model)
         elif runner._resume:
-            refuse_foreign(checkpoint)
-            self._life.resume(checkpoint, model)
+            refuse_foreign(checkpoint, self._log)
+            optimizers = runner_facts.made_optimizers_of(runner)
+            self._life.resume(checkpoint, model, optimizers)
         else:
-            self._life.fine_tune(checkpoint)
+            self._life.fine_tune(checkpoint, model)
 
     def _catch_up(self, runner: Any) -> None:
         """Update now; other hooks may save before our turn comes."""

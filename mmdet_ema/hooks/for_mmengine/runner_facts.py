@@ -29,6 +29,15 @@ def optimizers_of(runner: Any) -> List[Optimizer]:
     return [wrapper.optimizer for wrapper in _wrappers(runner)]
 
 
+def made_optimizers_of(runner: Any) -> List[Optimizer]:
+    """Return the optimizers that are made by now; the others are configs."""
+    wrapper = runner.optim_wrapper
+    made = hasattr(wrapper, 'update_params') or hasattr(
+        wrapper, 'optim_wrappers'
+    )
+    return optimizers_of(runner) if made else []
+
+
 def facts_of(runner: Any) -> RunFacts:
     """Return the training run as planned."""
     counts = [getattr(w, '_accumulative_counts', 1) for w in _wrappers(runner)]
