@@ -60,7 +60,7 @@ def add_averages(
     for name, raw in raws.items():
         average = found.get(name, raw)
         # that hook leaves integers as they were at the start
-        averages[name] = average if average.is_floating_point() else raw
+        averages[name] = average if _is_float(average) else raw
     checkpoint[WEIGHTS] = averages
     checkpoint[EMA] = OrderedDict({STEPS: torch.tensor(steps)})
     checkpoint[EMA].update({PREFIX + k: v for k, v in raws.items()})
@@ -78,13 +78,9 @@ def _read(path: str) -> Any:
 
 def _steps(second: Any, path: str, init_updates: int) -> int:
     """Return n, the updates without those that counted as done."""
-    updates = second.get(UPDATES) if isinstance(second, Mapping) else None
-    weights = second.get(WEIGHTS) if isinstance(second, Mapping) else None
-    if (
-        not isinstance(updates, int)
-        or not isinstance(weights, Mapping)
-        or not all(isinstance(x, torch.Tensor) for x in weights.values())
-    ):
+    second = second if isinstance(second, Mapping) else {}
+    updates, weights = second.get(UPDATES), second.get(WEIGHTS)
+    if not isinstance(updates, int) or not isinstance(weights, Mapping):
         raise CheckpointError(
             f"resume={path!r} is no EMA file of BEVDet's MEGVIIEMAHook, with "
             f"'{UPDATES}' and '{WEIGHTS}' in it; give the epoch_N_ema.pth "
@@ -112,18 +108,23 @@ def _doubts(
             f'({", ".join(missing[:3])}); their average starts from the raw '
             f'weights.'
         )
-    for unit in ('epoch', 'iter'):
+    # a hook may note the number before or after the runner counts up, and
+    # mmcv's own `iter` may be one less than the iterations done
+    for unit, late in (('epoch', 0), ('iter', 1)):
         theirs, ours = second.get(unit), meta.get(unit)
         if not isinstance(theirs, int) or not isinstance(ours, int):
             continue
-        # a hook may note the number before or after the runner counts up
-        if theirs not in (ours, ours - 1):
+        if not -1 <= theirs - ours <= late:
             found.append(
                 f'{path!r} was written at {unit} {theirs}, the checkpoint at '
                 f'{unit} {ours}: averages and raw weights of different '
                 f'moments. Give the file beside the checkpoint.'
             )
     return found
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _plain(name: str, names: Mapping[str, Any]) -> str:
