@@ -12,7 +12,11 @@ from mmdet_ema.core.check import check_choice, check_count, check_flag
 from mmdet_ema.core.device import check_device
 from mmdet_ema.core.errors import OptionError, did_you_mean
 from mmdet_ema.core.kernels import Rule
-from mmdet_ema.core.schedule_spec import ScheduleSpec
+from mmdet_ema.core.schedule_spec import (
+    SCHEDULES,
+    ScheduleSpec,
+    options_of,
+)
 from mmdet_ema.core.schedules import Schedule
 from mmdet_ema.hooks.openmmlab_words import check_words
 from mmdet_ema.hooks.schedule_choice import (
@@ -171,9 +175,14 @@ def refuse_unknown(
         OptionError: If there are any.
     """
     for name, value in unknown.items():
+        homes = [kind for kind in SCHEDULES if name in options_of(kind)]
+        hint = did_you_mean(name, names)
+        if homes:
+            own = f'schedule=dict(type={homes[0]!r}, {name}={value!r})'
+            hint = f' It is an option of a schedule: {own}.'
         raise OptionError(
             f'{hook} has no option {name!r} (given: {name}={value!r}); it '
-            f'takes {", ".join(names)}.{did_you_mean(name, names)}'
+            f'takes {", ".join(names)}.{hint}'
         )
 
 

@@ -243,6 +243,8 @@ def _warmer(schedule: Schedule) -> str:
         return 'Lower half_life.'
     if 'momentum' in schedule.options:
         return "Raise momentum, or use a ramp (ema_type='ExpMomentumEMA')."
+    if 'init_updates' in schedule.options:
+        return 'Lower decay or init_updates.'
     if 'decay' in schedule.options:
         return "Lower decay, or use a ramp (schedule='exponential')."
     return "Use a ramp (schedule='exponential')."

@@ -74,6 +74,11 @@ def check_averages(averager, start, states, decay_of, interval=1):
             dict(decay=0.99, tau=30),
             lambda n: oracle.ramp(n, 0.99, 30),
         ),
+        (
+            'exponential',
+            dict(decay=0.99, tau=30, init_updates=45),
+            lambda n: oracle.ramp(45 + n, 0.99, 30),
+        ),
         ('constant', dict(decay=0.9), lambda n: 0.9),
         ('constant', dict(decay=0.9999), lambda n: 0.9999),
         ('constant', dict(decay=0.0), lambda n: 0.0),
@@ -164,15 +169,21 @@ def test_dtypes(raw, average):
     assert torch.equal(torch.full((3,), 1.5, dtype=average), found)
 
 
+@pytest.mark.parametrize('done', [0, 6])
 @pytest.mark.parametrize('interval', [2, 3, 4, 7])
-def test_interval(interval):
+def test_interval(interval, done):
     """Every k steps the average takes the product of the k decays."""
     model = Mixed()
     start = state_of(model)
-    averager = WeightAverager(model, decay=0.9, tau=9, interval=interval)
+    ramp = dict(decay=0.9, tau=9, init_updates=done)
+    averager = WeightAverager(model, interval=interval, **ramp)
     states = record(model, averager, 29)
     check_averages(
-        averager, start, states, lambda n: oracle.ramp(n, 0.9, 9), interval
+        averager,
+        start,
+        states,
+        lambda n: oracle.ramp(done + n, 0.9, 9),
+        interval,
     )
     assert (29, 29 // interval) == (averager.num_steps, averager.num_updates)
 

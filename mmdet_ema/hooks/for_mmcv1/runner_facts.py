@@ -16,7 +16,7 @@ from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.facts import RunFacts
 
 _LOADER = '_mmdet_ema_loader'
-_OTHERS = ('EMAHook', 'BaseEMAHook')
+_OTHERS = ('EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook')
 
 
 def model_of(runner: Any) -> nn.Module:
