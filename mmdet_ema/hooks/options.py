@@ -10,7 +10,7 @@ import torch
 from mmdet_ema.core.averager import NONFINITE
 from mmdet_ema.core.check import check_choice, check_count, check_flag
 from mmdet_ema.core.device import check_device
-from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.errors import OptionError, did_you_mean, show
 from mmdet_ema.core.kernels import Rule
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.core.schedules import Schedule
@@ -21,6 +21,7 @@ from mmdet_ema.hooks.schedule_choice import (
     choose_native,
     choose_rule,
 )
+from mmdet_ema.hooks.spellings import instead_of_option
 
 EVALUATE = ('ema', 'raw', 'both')
 NAMES = (
@@ -172,8 +173,9 @@ def refuse_unknown(
     """
     for name, value in unknown.items():
         raise OptionError(
-            f'{hook} has no option {name!r} (given: {name}={value!r}); it '
-            f'takes {", ".join(names)}.{did_you_mean(name, names)}'
+            f'{hook} has no option {name!r} (given: {name}={show(value)}); it '
+            f'takes {", ".join(names)}.'
+            f'{instead_of_option(name) or did_you_mean(name, names)}'
         )
 
 
