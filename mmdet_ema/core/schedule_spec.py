@@ -167,8 +167,7 @@ def _imported(path: str) -> Callable[[int], float]:
         ) from None
     if not callable(function):
         raise OptionError(
-            f'schedule={show(path)} is {show(function)}, which is not a '
-            f'callable.'
+            f'schedule={show(path)} is {show(function)}, no callable.'
         )
     return function  # type: ignore[no-any-return]
 

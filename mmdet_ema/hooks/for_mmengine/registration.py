@@ -7,7 +7,7 @@ import os
 from typing import Any, Callable
 
 from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
-from mmengine.logging import MMLogger, print_log
+from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS
 
 from mmdet_ema.core.errors import OptionError
@@ -34,11 +34,14 @@ def register() -> None:
     register_optim()
     allow_framework_types()
     if os.environ.get('RANK', '0') == '0':
-        print_log(
+        if MMLogger._instance_dict:
+            logger = MMLogger.get_current_instance()
+        else:
+            # one that mmengine does not know: the run's own comes first
+            logger = MMLogger('mmdet_ema', logger_name='mmdet_ema')
+        logger.info(
             f"mmdet_ema {__version__}: dict(type='EMAHook') builds its own "
-            f"hook; mmengine's is 'MMEngineEMAHook' now.",
-            # the first logger that is made, the run's own, is to be first
-            logger='current' if MMLogger._instance_dict else None,
+            f"hook; mmengine's is 'MMEngineEMAHook' now."
         )
 
 
