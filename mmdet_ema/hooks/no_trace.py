@@ -18,8 +18,9 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 def same_randomness() -> Iterator[None]:
     """Run the body; random generators are then as they were before."""
     python, numpy = random.getstate(), np.random.get_state()
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    with torch.random.fork_rng([torch.cuda.current_device()] if used else []):
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if on_gpu else []
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:

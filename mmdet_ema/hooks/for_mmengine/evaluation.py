@@ -73,9 +73,9 @@ def run_passes(
 def forget_results(evaluator: Any) -> None:
     """Drop what a pass that broke off has left in the metrics."""
     for metric in getattr(evaluator, 'metrics', ()):
-        results = getattr(metric, 'results', None)
-        if hasattr(results, 'clear'):
-            results.clear()
+        clear = getattr(getattr(metric, 'results', None), 'clear', None)
+        if clear is not None:
+            clear()
 
 
 def check_monitored(runner: Any, passes: Sequence[str]) -> None:
