@@ -7,15 +7,7 @@ training starts, after initialisation and after any load.
 
 from __future__ import annotations
 
-from typing import (
-    Any,
-    Dict,
-    Mapping,
-    MutableMapping,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Dict, Mapping, MutableMapping, Optional, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -72,7 +64,7 @@ class EMALifecycle:
         self._compared: Dict[str, Any] = {}
 
     @property
-    def passes(self) -> Tuple[str, ...]:
+    def passes(self) -> Sequence[str]:
         """The sets of weights that are evaluated, the main one last."""
         evaluate = self.options.evaluate
         return ('raw', 'ema') if evaluate == 'both' else (evaluate,)

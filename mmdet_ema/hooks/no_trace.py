@@ -67,4 +67,6 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
             add = value.extend if hasattr(value, 'extend') else value.update
             add(content)
         for buffer, content in buffers:
-            buffer.detach().copy_(content)
+            if buffer.shape != content.shape:
+                buffer.resize_(content.shape)  # observers do that in place
+            buffer.data.copy_(content)

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Optional
 from mmdet_ema.core.check import check_number
 from mmdet_ema.core.errors import OptionError, did_you_mean, show
 from mmdet_ema.core.schedules import Schedule
-from mmdet_ema.hooks.spellings import instead_of_type
+from mmdet_ema.hooks.spellings import instead_of
 
 MOMENTUM = 0.0002
 GAMMA = {'ExpMomentumEMA': 2000.0, 'MomentumAnnealingEMA': 100.0}
@@ -141,7 +141,7 @@ def _family_name(ema_type: Any) -> str:
         raise OptionError(
             f'ema_type={show(ema_type)} is not known; choose one of '
             f'{", ".join(map(repr, _FAMILIES))}.'
-            f'{instead_of_type(short) or did_you_mean(short, _FAMILIES)}'
+            f'{instead_of(short) or did_you_mean(short, _FAMILIES)}'
         )
     return str(short)
 

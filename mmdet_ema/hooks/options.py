@@ -21,7 +21,7 @@ from mmdet_ema.hooks.schedule_choice import (
     choose_native,
     choose_rule,
 )
-from mmdet_ema.hooks.spellings import instead_of_option
+from mmdet_ema.hooks.spellings import instead_of
 
 EVALUATE = ('ema', 'raw', 'both')
 NAMES = (
@@ -175,7 +175,7 @@ def refuse_unknown(
         raise OptionError(
             f'{hook} has no option {name!r} (given: {name}={show(value)}); it '
             f'takes {", ".join(names)}.'
-            f'{instead_of_option(name) or did_you_mean(name, names)}'
+            f'{instead_of(name) or did_you_mean(name, names)}'
         )
 
 

@@ -90,23 +90,22 @@ def check_monitored(runner: Any, passes: Sequence[str]) -> None:
     """
     if 'raw' in passes[:-1]:
         return
-    schedulers = getattr(runner, 'param_schedulers', None) or []
-    groups = (
+    owners = list(runner.hooks)
+    schedulers = getattr(runner, 'param_schedulers', None)
+    many = (
         schedulers.values() if isinstance(schedulers, dict) else [schedulers]
     )
-    built = [s for group in groups if isinstance(group, list) for s in group]
-    for owner in (*runner.hooks, *built):
-        for word in ('save_best', 'monitor'):
-            given = getattr(owner, word, None)
-            names = given if isinstance(given, (list, tuple)) else [given]
-            for name in names:
-                if isinstance(name, str) and name.startswith('raw/'):
-                    raise OptionError(
-                        f'{type(owner).__name__}({word}={name!r}) needs the '
-                        f'metrics of the raw weights beside those of the '
-                        f"averages; give EMAHook evaluate='both', or use "
-                        f'{word}={name[len("raw/") :]!r}.'
-                    )
+    owners += [s for group in many if isinstance(group, list) for s in group]
+    for owner, word in itertools.product(owners, ('save_best', 'monitor')):
+        given = getattr(owner, word, None)
+        for name in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(name, str) and name.startswith('raw/'):
+                raise OptionError(
+                    f'{type(owner).__name__}({word}={name!r}) needs the '
+                    f'metrics of the raw weights beside those of the '
+                    f"averages; give EMAHook evaluate='both', or use "
+                    f'{word}={name[len("raw/") :]!r}.'
+                )
 
 
 Call = Callable[..., None]

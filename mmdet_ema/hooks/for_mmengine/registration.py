@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS
 from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.hooks.for_mmengine.safe_globals import allow_framework_types
-from mmdet_ema.hooks.spellings import instead_of_hook
+from mmdet_ema.hooks.spellings import instead_of
 from mmdet_ema.optim.for_mmengine import register as register_optim
 from mmdet_ema.version import __version__
 
@@ -55,9 +55,9 @@ def _build(
     try:
         return build(cfg, *args, **kwargs)
     except KeyError as error:
-        ours = instead_of_hook(kind) if isinstance(kind, str) else ''
-        if not ours or 'is not in the' not in str(error):
+        advice = instead_of(kind) if isinstance(kind, str) else ''
+        if not advice or 'is not in the' not in str(error):
             raise
         raise OptionError(
-            f'type={kind!r} is not a hook of this generation; write {ours}.'
+            f'type={kind!r} is not a hook of this generation.{advice}'
         ) from None
