@@ -25,12 +25,12 @@ def load_hook() -> Optional[Any]:
 
 def has_mmcv1() -> bool:
     """Return whether mmcv 1.x is installed; mmcv 2 has no runners."""
-    return _has('mmcv', 'runner')
+    return has_package('mmcv', 'runner')
 
 
 def has_mmengine() -> bool:
     """Return whether mmengine is installed."""
-    return _has('mmengine')
+    return has_package('mmengine')
 
 
 def _load_for_mmcv1() -> Any:
@@ -49,7 +49,7 @@ def _load_for_mmengine() -> Any:
     return EMAHook
 
 
-def _has(package: str, part: str = '') -> bool:
+def has_package(package: str, part: str = '') -> bool:
     """Return whether a package with a part is installed; import nothing."""
     try:
         spec = importlib.util.find_spec(package)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmdet_ema.core.check import check_choice, check_count, check_flag
 from mmdet_ema.core.device import check_device
-from mmdet_ema.core.errors import NonFiniteError, OptionError
+from mmdet_ema.core.errors import NonFiniteError, OptionError, show
 from mmdet_ema.core.finite import first_nonfinite
 from mmdet_ema.core.horizon import decay_over
 from mmdet_ema.core.interrupts import DeferredInterrupts
@@ -88,7 +88,7 @@ class WeightAverager:
         **options: Any,
     ):
         if not isinstance(model, nn.Module):
-            raise OptionError(f'model={model!r} is no torch.nn.Module.')
+            raise OptionError(f'model={show(model)} is no torch.nn.Module.')
         self.schedule = build_schedule(schedule, **options)
         self.interval = check_count('interval', interval, 1)
         self.phase = check_count('phase', phase, 0)

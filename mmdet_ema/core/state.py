@@ -6,7 +6,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 from torch import Tensor
 
-from mmdet_ema.core.errors import CheckpointError
+from mmdet_ema.core.errors import CheckpointError, show
 
 _LONGEST_INTERVAL = 100_000
 
@@ -40,7 +40,7 @@ def read_progress(state: Any) -> Progress:
         CheckpointError: If it is no such state.
     """
     if not isinstance(state, Mapping):
-        raise CheckpointError(f'{state!r} is no state of an average.')
+        raise CheckpointError(f'{show(state)} is no state of an average.')
     steps = read_count(state, 'num_steps')
     averaged = read_count(state, 'averaged_steps', steps)
     if not 0 <= steps - averaged < _LONGEST_INTERVAL:
@@ -75,15 +75,11 @@ def read_count(
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < 0:
         raise CheckpointError(
-            f'{key}={_short(value)} in the saved state is no number of '
-            f'steps; the state is damaged, or not what '
-            f'WeightAverager.state_dict() gave.'
+            f'{key}={show(value)} in the saved state is no number of steps; '
+            f'the state is damaged, or not what WeightAverager.state_dict() '
+            f'gave.'
         )
     return int(value)
-
-
-def _short(value: Any) -> str:
-    return ' '.join(repr(value).split())[:80]
 
 
 def read_tensors(state: Mapping[str, Any], key: str) -> Dict[str, Tensor]:

@@ -68,6 +68,12 @@ class EMALifecycle:
         self._compared: Dict[str, Any] = {}
 
     @property
+    def passes(self) -> Sequence[str]:
+        """The sets of weights that are evaluated, the main one last."""
+        evaluate = self.options.evaluate
+        return ('raw', 'ema') if evaluate == 'both' else (evaluate,)
+
+    @property
     def evaluated(self) -> Optional[WeightAverager]:
         """The averager whose averages an evaluation shows."""
         return self._shown if self.averager is None else self.averager
@@ -166,11 +172,14 @@ class EMALifecycle:
         if self.averager is not None:
             self.averager.synchronize()
 
-    def enter_evaluation(self, model: nn.Module) -> None:
+    def enter_evaluation(
+        self, model: nn.Module, weights: Optional[str] = None
+    ) -> None:
         """Put the averages into the model, if they are to be evaluated.
 
         Args:
             model: The model, unwrapped.
+            weights: One of ``passes``; the main one by default.
         """
         self._resume_if_asked(model)
         if self._shown_part is not None:
@@ -178,7 +187,8 @@ class EMALifecycle:
             schedule = self.options.schedule_for(part.steps)
             self._shown = self._from_part(model, schedule, part)
         self.synchronize()
-        if self.evaluated is not None and self.options.evaluate != 'raw':
+        weights = weights or self.passes[-1]
+        if self.evaluated is not None and weights != 'raw':
             self.evaluated.apply()
 
     def leave_evaluation(self) -> None:

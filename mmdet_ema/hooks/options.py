@@ -10,7 +10,7 @@ import torch
 from mmdet_ema.core.averager import NONFINITE
 from mmdet_ema.core.check import check_choice, check_count, check_flag
 from mmdet_ema.core.device import check_device
-from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.errors import OptionError, did_you_mean, show
 from mmdet_ema.core.kernels import Rule
 from mmdet_ema.core.schedule_spec import (
     SCHEDULES,
@@ -25,6 +25,7 @@ from mmdet_ema.hooks.schedule_choice import (
     choose_native,
     choose_rule,
 )
+from mmdet_ema.hooks.spellings import instead_of
 
 EVALUATE = ('ema', 'raw', 'both')
 NAMES = (
@@ -178,11 +179,11 @@ def refuse_unknown(
         homes = [kind for kind in SCHEDULES if name in options_of(kind)]
         hint = did_you_mean(name, names)
         if homes:
-            own = f'schedule=dict(type={homes[0]!r}, {name}={value!r})'
+            own = f'schedule=dict(type={homes[0]!r}, {name}={show(value)})'
             hint = f' It is an option of a schedule: {own}.'
         raise OptionError(
-            f'{hook} has no option {name!r} (given: {name}={value!r}); it '
-            f'takes {", ".join(names)}.{hint}'
+            f'{hook} has no option {name!r} (given: {name}={show(value)}); it '
+            f'takes {", ".join(names)}.{instead_of(name) or hint}'
         )
 
 

@@ -12,7 +12,7 @@ import math
 from typing import Any, Dict, Mapping, Optional
 
 from mmdet_ema.core.check import check_count, check_flag, check_number
-from mmdet_ema.core.errors import OptionError
+from mmdet_ema.core.errors import OptionError, show
 from mmdet_ema.core.schedule_spec import make_schedule
 from mmdet_ema.core.schedules import Schedule
 from mmdet_ema.hooks.openmmlab_words import check_words, decay_of
@@ -126,13 +126,13 @@ def _check_ramps(hook: str, given: Mapping[str, Any]) -> None:
     for word in found:
         if word not in allowed:
             raise OptionError(
-                f'{word}={given[word]!r} has no meaning for {hook}, whose '
+                f'{word}={show(given[word])} has no meaning for {hook}, whose '
                 f'ramp is set by {allowed[0]}; leave it out, or use '
                 f"dict(type='EMAHook', {word}=...)."
             )
     own = {'warm_up', 'total_iter'} & set(found)
     if own and len(found) > 1:
-        both = ' and '.join(f'{word}={given[word]!r}' for word in found)
+        both = ' and '.join(f'{word}={show(given[word])}' for word in found)
         raise OptionError(
             f'{both} each choose a ramp of the decay; give one of them.'
         )
@@ -172,6 +172,6 @@ def check_path(name: str, value: Any) -> Optional[str]:
     if value is None or (isinstance(value, str) and value):
         return value
     raise OptionError(
-        f'{name}={value!r} is no path of a checkpoint; give one as a string, '
-        f'or leave {name} out.'
+        f'{name}={show(value)} is no path of a checkpoint; give one as a '
+        f'string, or leave {name} out.'
     )

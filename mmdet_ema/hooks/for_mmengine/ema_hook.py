@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Union
+import functools
+from typing import Any, Callable, Dict, Optional, Union
 
 import torch
 from mmengine.hooks import Hook
@@ -10,13 +11,17 @@ from mmengine.hooks import Hook
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmengine import runner_facts
+from mmdet_ema.hooks.for_mmengine.evaluation import (
+    check_monitored,
+    forget_results,
+    run_passes,
+)
 from mmdet_ema.hooks.for_mmengine.plain_checkpoint import (
     make_plain,
     refuse_foreign,
     strip_wrapper,
     unmake,
 )
-from mmdet_ema.hooks.for_mmengine.raw_evaluation import RawEvaluation
 from mmdet_ema.hooks.for_mmengine.run_log import RunLog
 from mmdet_ema.hooks.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.hooks.for_mmengine.user_classes import find_rule
@@ -56,8 +61,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             own; the numbers are the same. Nothing but the optimizer may
             change parameters then. Defaults to False.
         evaluate (str): Weights that validation and test run on: 'ema', 'raw'
-            or 'both' (one pass over the data; the metrics of the raw weights
-            come under ``raw/<name>``). Defaults to 'ema'.
+            or 'both' (a pass over the data for each; the metrics of the raw
+            weights come under ``raw/<name>``). Defaults to 'ema'.
         nonfinite (str): What to do with a step that leaves NaN or Inf:
             'skip' it, 'raise', or 'ignore' (take it in). Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
@@ -127,9 +132,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         )
         self._log = RunLog()
         self._life = EMALifecycle(options, self._log)
-        self._both = options.evaluate == 'both'
-        self._raws: Dict[int, RawEvaluation] = {}
-        self._raw: Optional[RawEvaluation] = None
+        self._weights: Optional[str] = None
+        self._evaluates = False
         self._trained = False
         self._model: Any = None
 
@@ -142,8 +146,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         if path is not None:
             read_structure(path)
         self._watch_loops(runner)
-        if self._both:
-            runner_facts.warn_of_order(runner, self, self._log)
+        if runner_facts.is_training(runner):
+            check_monitored(runner, self._life.passes)
 
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
@@ -191,37 +195,35 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def before_val_epoch(self, runner: Any) -> None:
         """Put the averages into the model."""
-        self._enter_evaluation(runner, runner.val_loop)
+        self._enter_evaluation(runner)
 
     def before_test_epoch(self, runner: Any) -> None:
         """Put the averages into the model."""
-        self._enter_evaluation(runner, runner.test_loop)
+        self._enter_evaluation(runner)
 
     def before_val_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Evaluate the raw weights on the batch too, if both are wanted."""
-        if self._raw is not None:
-            self._raw.process(runner.model.val_step, data_batch)
+        """Put the averages in where a loop did not say that it begins."""
+        self._enter_evaluation(runner)
 
     def before_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Evaluate the raw weights on the batch too, if both are wanted."""
-        if self._raw is not None:
-            self._raw.process(runner.model.test_step, data_batch)
+        """Put the averages in where a loop did not say that it begins."""
+        self._enter_evaluation(runner)
 
     def after_val_epoch(
         self, runner: Any, metrics: Optional[Dict[str, float]] = None
     ) -> None:
-        """Put the raw weights back; add their metrics."""
-        self._finish_evaluation(runner, 'val', metrics)
+        """Put the raw weights back."""
+        self._leave_evaluation()
 
     def after_test_epoch(
         self, runner: Any, metrics: Optional[Dict[str, float]] = None
     ) -> None:
-        """Put the raw weights back; add their metrics."""
-        self._finish_evaluation(runner, 'test', metrics)
+        """Put the raw weights back."""
+        self._leave_evaluation()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights beside."""
@@ -251,36 +253,56 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._log.skipped(runner, self._life.averager, iteration)
 
     def _watch_loops(self, runner: Any) -> None:
+        """Watch the evaluation loops that there are, and those to come."""
         for loop in runner_facts.evaluation_loops(runner):
-            guard_loop(loop, self._leave_evaluation)
-            if self._both:
-                self._raw_of(loop)
+            self._watch(runner, loop)
+        for name in ('build_val_loop', 'build_test_loop'):
+            if name not in vars(runner):
+                build = getattr(runner, name)
+                build = functools.partial(self._build, runner, build)
+                setattr(runner, name, build)
 
-    def _raw_of(self, loop: Any) -> RawEvaluation:
-        """Return the twin of a loop; a metric is copied once a run."""
-        if id(loop) not in self._raws:
-            self._raws[id(loop)] = RawEvaluation(loop, self._life)
-        return self._raws[id(loop)]
+    def _build(
+        self, runner: Any, build: Callable[[Any], Any], cfg: Any
+    ) -> Any:
+        loop = build(cfg)
+        self._watch(runner, loop)
+        return loop
 
-    def _enter_evaluation(self, runner: Any, loop: Any) -> None:
+    def _watch(self, runner: Any, loop: Any) -> None:
+        """Let a loop run once for each set of weights."""
+
+        def around(run: Callable[[], Any]) -> Any:
+            evaluator = getattr(loop, 'evaluator', None)
+            passes = self._life.passes
+            try:
+                return run_passes(
+                    runner, evaluator, passes, lambda w: self._pass(run, w)
+                )
+            except BaseException:
+                forget_results(evaluator)
+                raise
+
+        guard_loop(loop, self._leave_evaluation, around)
+
+    def _pass(self, run: Callable[[], Any], weights: str) -> Any:
+        """Run a loop on one set of weights."""
+        before, self._weights = self._weights, weights
+        try:
+            return run()
+        finally:
+            self._leave_evaluation()
+            self._weights = before
+
+    def _enter_evaluation(self, runner: Any) -> None:
+        if self._evaluates:
+            return
         if runner_facts.is_training(runner) and not self._trained:
             self._catch_up(runner)
-        self._life.enter_evaluation(runner_facts.model_of(runner))
-        if self._both:
-            self._raw = self._raw_of(loop)
-            self._raw.begin()
-
-    def _finish_evaluation(
-        self, runner: Any, mode: str, metrics: Optional[Dict[str, float]]
-    ) -> None:
-        added = self._raw.metrics(metrics or {}) if self._raw else {}
-        self._leave_evaluation()
-        if added and metrics is not None:
-            metrics.update(added)
-            self._log.metrics(runner, mode, added)
+        model = runner_facts.model_of(runner)
+        self._life.enter_evaluation(model, self._weights)
+        self._evaluates = True
 
     def _leave_evaluation(self) -> None:
-        if self._raw is not None:
-            self._raw.end()
-            self._raw = None
+        self._evaluates = False
         self._life.leave_evaluation()

@@ -134,28 +134,6 @@ def refuse_second(runner: Any, ours: Any) -> None:
         )
 
 
-def warn_of_order(runner: Any, ours: Any, log: Any) -> None:
-    """Warn if a hook that wants the raw metrics comes before ours.
-
-    Args:
-        runner: The runner.
-        ours: Our hook, which adds the metrics.
-        log: Where the line goes.
-    """
-    order = list(runner.hooks)
-    early = [
-        type(hook).__name__
-        for hook in order[: order.index(ours)]
-        if isinstance(hook, (CheckpointHook, LoggerHook))
-    ]
-    if early:
-        log.warning(
-            f'EMA: with priority={ours.priority!r} the hook comes after '
-            f'{" and ".join(early)}, too late for raw/... metrics in logs '
-            f"and save_best; use priority='NORMAL'."
-        )
-
-
 def _describe(hook: Any) -> str:
     kind = type(hook)
     return f'{kind.__module__}.{kind.__name__} (priority={hook.priority!r})'
