@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS, build_from_cfg
 
+from mmdet_ema.frameworks import own_logger
 from mmdet_ema.hooks.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.hooks.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.optim.for_mmengine import register as register_optim
@@ -31,10 +31,9 @@ def register() -> None:
     register_optim()
     allow_framework_types()
     if os.environ.get('RANK', '0') == '0':
-        print_log(
+        own_logger().info(
             f"mmdet_ema {__version__}: dict(type='EMAHook') builds its own "
-            f"hook; mmengine's is 'MMEngineEMAHook' now.",
-            logger='current',
+            f"hook; mmengine's is 'MMEngineEMAHook' now."
         )
 
 
