@@ -1,5 +1,6 @@
 """A run without the hook is the same with and without the import."""
 
+import functools
 import inspect
 import json
 import subprocess
@@ -19,6 +20,7 @@ LENGTHS = {
 }
 
 
+@functools.lru_cache(maxsize=None)
 def outcome(*modules):
     """Return what a process sees that imports the modules first."""
     program = ['-m', 'tests.mmcv1.import_program', *modules]
@@ -31,12 +33,6 @@ def outcome(*modules):
     )
     assert 0 == found.returncode, found.stderr
     return json.loads(found.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope='module')
-def plain():
-    """What a process sees that imports nothing of ours."""
-    return outcome()
 
 
 def differences(left, right, path=''):
@@ -52,20 +48,19 @@ def differences(left, right, path=''):
     return [] if left == right else [f'{path}: {left!r} is {right!r}']
 
 
-def test_a_run_without_the_hook_is_the_same(plain):
+def test_a_run_without_the_hook_is_the_same():
     """Bits, files, log, random numbers and the frameworks' attributes are."""
-    assert [] == differences(plain, outcome('mmdet_ema'))
+    assert [] == differences(outcome(), outcome('mmdet_ema'))
 
 
-def test_the_comparison_sees_what_a_module_changes(plain, tmp_path):
+def test_the_comparison_sees_what_a_module_changes():
     """A logger made first, and a replaced method, are found."""
-    found = outcome('tests.mmcv1.meddling')
-    lines = differences(plain, found)
+    lines = differences(outcome(), outcome('tests.mmcv1.meddling'))
     for word in ('/loggers', '/lines', '/classes/BaseRunner/call_hook'):
         assert [line for line in lines if word in line], word
 
 
-def test_what_init_weights_did_is_in_the_log_of_the_run(plain):
+def test_what_init_weights_did_is_in_the_log_of_the_run():
     """It is there under the run's own name."""
     lines = outcome('mmdet_ema')['EpochBasedRunner']['lines']
     assert [x for x in lines if 'toy - INFO - initialize Model' in x]

@@ -333,8 +333,11 @@ def test_hook_that_changes_weights_between_epochs(moment, tmp_path):
 class Halved(EvalHook):
     """Scores two halves of a model under names of their own."""
 
-    def _do_evaluate(self, runner):
-        for half in ('teacher', 'student'):
+    def after_train_epoch(self, runner):
+        self._do_evaluate(runner, ('teacher', 'student'))
+
+    def _do_evaluate(self, runner, halves):
+        for half in halves:
             results = self.test_fn(runner.model, self.dataloader)
             score = self.evaluate(runner, results, prefix=half)
         if self.save_best and score:

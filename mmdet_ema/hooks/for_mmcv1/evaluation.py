@@ -7,6 +7,7 @@ the data and call the model themselves, and cannot share a pass.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from typing import Any, Callable, Dict, Iterator
 
@@ -18,7 +19,7 @@ from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.for_mmcv1.runner_facts import broadcast_statistics
 
 PREFIX = 'raw/'
-Evaluate = Callable[[Any], Any]
+Evaluate = Callable[..., Any]
 
 
 def check_best(hook: Any, both: bool) -> None:
@@ -43,7 +44,9 @@ def check_best(hook: Any, both: bool) -> None:
     hook.key_indicator = hook.save_best.replace('/', '_')
 
 
-def evaluate_with(ema: Any, hook: Any, evaluate: Evaluate, runner: Any) -> Any:
+def evaluate_with(
+    ema: Any, hook: Any, evaluate: Evaluate, runner: Any, *args: Any, **kw: Any
+) -> Any:
     """Run an evaluation hook's ``_do_evaluate`` on the averages.
 
     Args:
@@ -51,16 +54,19 @@ def evaluate_with(ema: Any, hook: Any, evaluate: Evaluate, runner: Any) -> Any:
         hook: The evaluation hook.
         evaluate: Its own ``_do_evaluate``.
         runner: The runner.
+        *args: What else it takes.
+        **kw: The same.
     """
+    again = functools.partial(evaluate, runner, *args, **kw)
     if getattr(hook, 'broadcast_bn_buffer', False):
         with ema.raw(runner):
             broadcast_statistics(runner)
     if ema.evaluates_both:
         with ema.raw(runner):
-            ema.raw_metrics = _raw_metrics(hook, evaluate, runner)
+            ema.raw_metrics = _raw_metrics(hook, again, runner)
     try:
         with ema.evaluating(runner):
-            result = evaluate(runner)
+            result = again()
         runner.log_buffer.output.update(ema.raw_metrics)
     finally:
         ema.raw_metrics = {}
@@ -70,7 +76,7 @@ def evaluate_with(ema: Any, hook: Any, evaluate: Evaluate, runner: Any) -> Any:
 def evaluate_by_raw(
     ema: Any,
     hook: Any,
-    evaluate: Callable[..., Any],
+    evaluate: Evaluate,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -105,7 +111,7 @@ def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
     hook.save_best = None
     try:
         with _same_randomness():
-            evaluate(runner)
+            evaluate()
         found = dict(buffer.output)
     finally:
         hook.save_best, buffer.ready = best, ready

@@ -71,16 +71,12 @@ def watch_hooks(runner: Any, ema: Any) -> None:
         OptionError: If a best file is wanted by metrics that nobody computes.
     """
     for hook in runner.hooks:
-        if _is_evaluation(hook):
+        if isinstance(hook, EvalHook):
             check_best(hook, ema.evaluates_both)
-            for moment in _EVALUATES:
-                wrap_once(hook, moment, functools.partial(_lazily, ema))
-            for name, around in (
-                ('_do_evaluate', evaluate_with),
-                ('evaluate', evaluate_by_raw),
-            ):
-                if hasattr(hook, name):
-                    wrap_once(hook, name, functools.partial(around, ema, hook))
+            evaluate = functools.partial(evaluate_with, ema, hook)
+            wrap_once(hook, '_do_evaluate', evaluate)
+            by_raw = functools.partial(evaluate_by_raw, ema, hook)
+            wrap_once(hook, 'evaluate', by_raw)
         elif isinstance(hook, OptimizerHook):
             stepping = functools.partial(_step, ema)
             wrap_once(hook, 'after_train_iter', stepping)
@@ -91,6 +87,10 @@ def watch_hooks(runner: Any, ema: Any) -> None:
             after_iter = functools.partial(_after_iter, ema)
             wrap_once(hook, 'after_train_iter', after_iter)
             wrap_once(hook, 'log', functools.partial(_log, ema, hook))
+        # some evaluation hooks are derived from mmcv's plain Hook
+        if any('Eval' in kind.__name__ for kind in type(hook).__mro__):
+            for moment in _EVALUATES:
+                wrap_once(hook, moment, functools.partial(_lazily, ema))
         synchronizing = _synchronizing(hook)
         if synchronizing is not None:
             wrap_once(hook, synchronizing, functools.partial(_raw, ema))
@@ -121,12 +121,6 @@ def view_of(runner: Any, ema: Any) -> Any:
     )
     view.__dict__ = runner.__dict__
     return view
-
-
-def _is_evaluation(hook: Any) -> bool:
-    """Return whether a hook evaluates; some derive from mmcv's plain Hook."""
-    names = (kind.__name__ for kind in type(hook).__mro__)
-    return isinstance(hook, EvalHook) or any('Eval' in name for name in names)
 
 
 def _synchronizing(hook: Any) -> Any:
