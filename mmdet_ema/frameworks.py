@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from typing import Any, List, Optional
 
@@ -21,6 +22,25 @@ def load_hook() -> Optional[Any]:
     if has_mmengine():
         hooks.append(_load_for_mmengine())
     return hooks[0] if hooks else None
+
+
+def own_logger() -> logging.Logger:
+    """Return the logger for lines that belong to no run.
+
+    The frameworks know nothing of it: mmcv takes the first logger that it
+    made for the run's, and writes to it what ``init_weights`` did; mmengine
+    would make one without a file, and give it to whoever asks for one later.
+    """
+    logger = logging.getLogger('mmdet_ema')
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            logging.Formatter('%(asctime)s - %(levelname)s - %(message)s')
+        )
+        logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    return logger
 
 
 def has_mmcv1() -> bool:

@@ -129,7 +129,7 @@ def test_classes_of_other_projects(name, words):
         ('ExpMomentumEMAHook', ("'ExpMomentumEMA'", 'gamma=2000')),
         ('mmdet.ExpMomentumEMAHook', ("'ExpMomentumEMA'",)),
         ('LinearMomentumEMAHook', ("'MomentumAnnealingEMA'", 'gamma=100')),
-        ('MEGVIIEMAHook', ('decay=0.9990',)),
+        ('MEGVIIEMAHook', ('init_updates',)),
         ('SWAHook', ("'StochasticWeightAverage'",)),
     ],
 )

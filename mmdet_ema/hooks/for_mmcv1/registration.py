@@ -6,11 +6,10 @@ import os
 from typing import Any, Callable
 
 from mmcv.runner import HOOKS
-from mmcv.utils import get_logger
 
+from mmdet_ema.frameworks import own_logger
 from mmdet_ema.hooks.for_mmcv1.bevdet_hook import MEGVIIEMAHook
 from mmdet_ema.hooks.for_mmcv1.ema_hook import EMAHook
-from mmdet_ema.hooks.for_mmcv1.loading import watch_loading
 from mmdet_ema.hooks.for_mmcv1.mmdet_hooks import (
     ExpMomentumEMAHook,
     LinearMomentumEMAHook,
@@ -43,10 +42,9 @@ def register() -> None:
             HOOKS.register_module(name=spare, module=theirs, force=True)
         HOOKS.register_module(name=name, module=ours, force=True)
     wrap_once(HOOKS, '_register_module', _register)
-    watch_loading()
     register_optim()
     if os.environ.get('RANK', '0') == '0':
-        get_logger('mmdet_ema').info(
+        own_logger().info(
             f"mmdet_ema {__version__}: dict(type='EMAHook'), "
             f"'ExpMomentumEMAHook', 'LinearMomentumEMAHook' and "
             f"'MEGVIIEMAHook' build its own hooks; mmcv's is 'MMCVEMAHook' "

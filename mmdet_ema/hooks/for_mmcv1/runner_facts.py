@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Set
 
 import torch.distributed as dist
 from mmcv.parallel import is_module_wrapper
@@ -52,17 +52,6 @@ def facts_of(runner: Any) -> RunFacts:
 def has_optimizer_hook(runner: Any) -> bool:
     """Return whether one of mmcv's hooks calls the optimizer."""
     return any(isinstance(hook, OptimizerHook) for hook in runner.hooks)
-
-
-def ema_hook_of(runner: Any, ours: Any) -> Optional[Any]:
-    """Return our hook among the runner's; None if there is none.
-
-    Args:
-        runner: The runner.
-        ours: The class of our hook.
-    """
-    found = (hook for hook in runner.hooks if isinstance(hook, ours))
-    return next(found, None)
 
 
 def tied_names(model: nn.Module) -> List[List[str]]:

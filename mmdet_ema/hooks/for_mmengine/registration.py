@@ -7,10 +7,10 @@ import os
 from typing import Any, Callable
 
 from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
-from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS
 
 from mmdet_ema.core.errors import OptionError
+from mmdet_ema.frameworks import own_logger
 from mmdet_ema.hooks.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.hooks.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.hooks.spellings import instead_of
@@ -34,12 +34,7 @@ def register() -> None:
     register_optim()
     allow_framework_types()
     if os.environ.get('RANK', '0') == '0':
-        if MMLogger._instance_dict:
-            logger = MMLogger.get_current_instance()
-        else:
-            # one that mmengine does not know: the run's own comes first
-            logger = MMLogger('mmdet_ema', logger_name='mmdet_ema')
-        logger.info(
+        own_logger().info(
             f"mmdet_ema {__version__}: dict(type='EMAHook') builds its own "
             f"hook; mmengine's is 'MMEngineEMAHook' now."
         )
