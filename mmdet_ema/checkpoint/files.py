@@ -386,7 +386,7 @@ def _in_archive(path: str) -> Any:
         # torch can leave out all checksums (set_crc32_options)
         checked = any(info.CRC for info in records.values())
         if checked:
-            _check(archive, records[pickled], path, 'its structure')
+            _check(archive, records[pickled], path)
         data = archive.open(records[pickled])
         if not checked:
             data._expected_crc = None  # type: ignore[attr-defined]
@@ -416,33 +416,33 @@ def _in_archive(path: str) -> Any:
                     f'{storage.nbytes} bytes of {_name_of(content, tensor)}. '
                     f'Take another checkpoint.'
                 )
-        for record, info in records.items():
-            held_by = stored.get(record, (None,))[0]
-            if checked:
-                what = _name_of(content, held_by, record)
-                _check(archive, info, path, what)
+        for record, info in records.items() if checked else ():
+            holder = stored[record][0] if record in stored else None
+            _check(archive, info, path, content, holder)
     return content
 
 
-def _check(archive: Any, info: Any, path: str, what: str) -> None:
+def _check(
+    archive: Any, info: Any, path: str, content: Any = None, tensor: Any = None
+) -> None:
     """Compare a record with its checksum; zipfile does so at its end."""
     try:
         with archive.open(info) as record:
             while record.read(2**20):
                 pass
     except Exception as error:  # damaged bytes can raise anything
+        what = info.filename if tensor is None else _name_of(content, tensor)
         raise CheckpointError(
             f'{path!r} is damaged: {what} is not what was written '
-            f'({str(error).splitlines()[0] or type(error).__name__}). Take '
-            f'another checkpoint.'
+            f'({type(error).__name__}). Take another checkpoint.'
         ) from None
 
 
-def _name_of(content: Any, tensor: Any, default: str = 'a tensor') -> str:
+def _name_of(content: Any, tensor: Tensor) -> str:
     for name, value in _walk(content, ''):
         if value is tensor:
             return name[1:]
-    return default
+    return 'a tensor'
 
 
 def _walk(value: Any, name: str) -> Iterator[Tuple[str, Any]]:

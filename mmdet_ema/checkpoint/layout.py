@@ -210,7 +210,9 @@ def check_training_state(
     meta = checkpoint.get('meta')
     check_names(meta, "'meta'")
     assert isinstance(meta, Mapping)
-    for key in ('epoch', 'iter'):
+    for key in ('epoch', 'iter', 'seed'):
+        if key == 'seed' and meta.get(key) is None:
+            continue
         try:
             whole = operator.index(meta[key]) >= 0  # NumPy's too
         except Exception:  # a tensor, an array, nothing at all
@@ -221,11 +223,6 @@ def check_training_state(
                 f'is no whole number from 0 on; {_DAMAGED}, or use load_from '
                 f'without resume.'
             )
-    if not isinstance(meta.get('seed'), (int, type(None))):
-        raise CheckpointError(
-            f'seed={meta["seed"]!r:.80} in the meta of the checkpoint is no '
-            f'whole number; {_DAMAGED}.'
-        )
     if 'optimizer' not in checkpoint:
         log.warning(
             'EMA: the checkpoint has no state of the optimizer; it starts '
@@ -234,11 +231,12 @@ def check_training_state(
         return
     saved = checkpoint['optimizer']
     check_names(saved, "'optimizer'")
-    single = 'param_groups' in saved or 'state' in saved
-    found = [saved] if single else list(saved.values())
-    for state in found:
-        check_names(state, "'optimizer'")
-    states = [x for x in found if 'param_groups' in x or 'state' in x]
+    # one state, or one a name; an optimizer of others' making has its own
+    states = [
+        x
+        for x in (saved, *saved.values())
+        if isinstance(x, Mapping) and 'state' in x and 'param_groups' in x
+    ]
     for state, optimizer in zip(states, optimizers):
         _check_optimizer(state, optimizer.param_groups)
 
@@ -253,8 +251,9 @@ def _check_optimizer(
         assert isinstance(slots, Mapping)
         theirs = [len(group['params']) for group in saved]
         order = [i for group in saved for i in group['params']]
-        assert {*slots} <= {*order}
-        assert all(isinstance(slot, Mapping) for slot in slots.values())
+        own = {k: v for k, v in slots.items() if isinstance(k, int)}
+        assert {*own} <= {*order}
+        assert all(isinstance(slot, Mapping) for slot in own.values())
         for group in saved:
             for key, value in group.items():
                 if type(groups[0].get(key)) in (int, float):
@@ -272,7 +271,7 @@ def _check_optimizer(
         )
     parameters = [p for group in groups for p in group['params']]
     for index, parameter in zip(order, parameters):
-        for key, value in slots.get(index, {}).items():
+        for key, value in own.get(index, {}).items():
             if key not in _LIKE_PARAMETER or value is None:
                 continue
             shape = getattr(value, 'shape', None)

@@ -37,6 +37,7 @@ def run(tmp_path_factory):
     """A run that loads many files, one after the other."""
     run = Run(tmp_path_factory.mktemp('run'), EMA, max_epochs=2)
     run.start = state_of(run.model)
+    assert run.runner.train_loop  # it is made when it is asked for
     run.said = Said()
     return run
 

@@ -247,6 +247,7 @@ def test_average_that_is_not_finite_starts_again(tmp_path):
     torch.save(saved, path)
     run = given(tmp_path, path, True)
     runner = run.runner
+    assert runner.train_loop  # it is made when it is asked for
     runner.call_hook('before_run')
     runner.load_or_resume()
     runner.call_hook('before_train')
