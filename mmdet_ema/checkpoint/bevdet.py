@@ -13,8 +13,8 @@ from typing import Any, Dict, List, Mapping, MutableMapping
 
 import torch
 
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.layout import EMA, PREFIX, STEPS, WEIGHTS
-from mmdet_ema.checkpoint.structure import read_structure
 from mmdet_ema.core.errors import CheckpointError
 
 UPDATES = 'updates'
