@@ -6,7 +6,7 @@ of that buffer stays as it is, and everything else goes on.
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ Row = Tuple[Entry, Tensor, Tensor]
 
 
 class BufferUpdate:
-    """Float buffers and their averages or copies.
+    """Float buffers and their averages.
 
     Args:
         rows: The buffers.
@@ -33,8 +33,7 @@ class BufferUpdate:
         self._rows = rows
         averages = [row[1] for row in rows]
         sources = [row[2] for row in rows]
-        self._copies = CopyPlan(averages, sources)
-        self._updates = UpdatePlan(averages, sources)
+        self._updates = self._plan(averages, sources)
         self._check = FiniteCheck(
             [part for entry, _, raw in rows for part in entry.parts_of(raw)]
         )
@@ -45,18 +44,13 @@ class BufferUpdate:
             groups = group_pairs(pairs, placement).values()
             self._groups = [(a, r, _owners(a)) for a, r in groups]
 
-    def check(self) -> None:
-        """Refuse what could not be followed; see :meth:`CopyPlan.check`."""
-        self._copies.check()
-
     def update(
         self, decay: float, gated: bool, skip: Optional[Tensor] = None
     ) -> None:
         """Apply ``avg = decay * avg + (1 - decay) * raw`` where it is finite.
 
         Args:
-            decay: Weight of the old averages, in [0, 1]; with 0 they become
-                exact copies.
+            decay: Weight of the old averages, in [0, 1].
             gated: Whether a buffer that holds NaN or Inf is left out.
             skip: A scalar on the device: nothing changes where it is 1.
         """
@@ -67,15 +61,19 @@ class BufferUpdate:
         if gated and not self._check.passes():
             for _, average, raw in self._finite_rows():
                 reference_update(average, raw, decay)
-        elif decay:
-            self._updates.update(decay)
         else:
-            self._copies.copy()
+            self._update_all(decay)
 
     def update_by(self, rule: Rule, step: int, gated: bool) -> None:
         """Let a rule update them; see :meth:`UpdatePlan.update_by`."""
         for _, average, raw in self._finite_rows() if gated else self._rows:
             rule(average, raw.detach().to(average), step)
+
+    def _plan(self, averages: List[Tensor], sources: List[Tensor]) -> Any:
+        return UpdatePlan(averages, sources)
+
+    def _update_all(self, decay: float) -> None:
+        self._updates.update(decay)
 
     def _finite_rows(self) -> List[Row]:
         return [
@@ -83,6 +81,20 @@ class BufferUpdate:
             for entry, average, raw in self._rows
             if all(bool(torch.isfinite(p).all()) for p in entry.parts_of(raw))
         ]
+
+
+class BufferCopy(BufferUpdate):
+    """Float buffers that are copied, exactly: ``update`` with a decay of 0."""
+
+    def check(self) -> None:
+        """Refuse what could not be copied; see :meth:`CopyPlan.check`."""
+        self._updates.check()
+
+    def _plan(self, averages: List[Tensor], sources: List[Tensor]) -> Any:
+        return CopyPlan(averages, sources)
+
+    def _update_all(self, decay: float) -> None:
+        self._updates.copy()
 
 
 def _owners(tensors: Sequence[Tensor]) -> Tensor:

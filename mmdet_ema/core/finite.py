@@ -119,4 +119,5 @@ def finite_each(tensors: List[Tensor]) -> Tensor:
 
 
 def _finite_each(tensors: List[Tensor], order: float) -> Tensor:
-    return torch.isfinite(torch.stack(list(torch._foreach_norm(tensors, order))))
+    norms = list(torch._foreach_norm(tensors, order))
+    return torch.isfinite(torch.stack(norms))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import Dict, Mapping
+from typing import Any, Dict, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,11 @@ def parametrized(
             continue
         value = average.clone()
         # a copy: some keep what they were last given
-        for step in reversed(copy.deepcopy(module)):  # type: ignore[call-overload]
-            if hasattr(step, 'right_inverse'):
-                try:
-                    value = step.right_inverse(value)
-                except NotImplementedError:  # so does torch
-                    pass
+        for step in reversed(list(copy.deepcopy(module))):
+            inverse: Any = getattr(step, 'right_inverse', None)
+            # so does torch
+            with contextlib.suppress(NotImplementedError):
+                value = inverse(value) if inverse else value
         if isinstance(value, Tensor):
             found[f'{name}.original'] = value
         else:

@@ -26,7 +26,6 @@ from mmdet_ema.core.memory import (
     storage_key,
 )
 
-
 # Modules whose buffers no mean makes sense of, by name: torch moves them from
 # package to package, and torchao has classes of its own.
 _COPIED_MODULES = {

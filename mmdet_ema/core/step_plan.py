@@ -14,7 +14,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from mmdet_ema.core.buffers import BufferUpdate, Row
+from mmdet_ema.core.buffers import BufferCopy, BufferUpdate, Row
 from mmdet_ema.core.copying import CopyPlan
 from mmdet_ema.core.finite import FiniteCheck
 from mmdet_ema.core.guarded import GuardedUpdate
@@ -110,7 +110,7 @@ class StepPlan:
         self._averaged_buffers = BufferUpdate(
             [row for row in averaged if not row[0].gated], deferred
         )
-        self._copied_buffers = BufferUpdate(
+        self._copied_buffers = BufferCopy(
             [row for row in copied if row[0].has_mean], deferred
         )
 
@@ -136,8 +136,6 @@ class StepPlan:
     def _take_in(self, step: Step) -> Verdict:
         self._copies.check()
         self._copied_buffers.check()
-        if step.updates:
-            self._averaged_buffers.check()
         flag = self._flag(step)
         if flag is not None:
             assert step.decay is not None

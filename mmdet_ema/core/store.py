@@ -95,7 +95,8 @@ class AverageStore:
         """
         if world_size() == 1 or self.is_applied:
             return True
-        means, copies = [], []
+        means: List[Tensor] = []
+        copies: List[Tensor] = []
         for i, average in self._averages.items():
             entry = self.entries[i]
             if not entry.parameters:
@@ -215,9 +216,7 @@ class AverageStore:
         return count_roles(self.entries)
 
     def _select(self) -> None:
-        self.entries = select(
-            self._model, self._update_buffers, self._copied
-        )
+        self.entries = select(self._model, self._update_buffers, self._copied)
         self._watch = Watch(self._model)
         self._averages = {}
         for i, entry in enumerate(self.entries):

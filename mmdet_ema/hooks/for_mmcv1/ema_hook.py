@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import Any, Callable, Iterator, Optional, Sequence, Union
 
 import torch
 from mmcv.runner import Hook
@@ -59,12 +59,17 @@ class EMAHook(Hook):  # type: ignore[misc]
             'both' (twice; the metrics of the raw weights come under
             ``raw/<name>``). Defaults to 'ema'.
         nonfinite (str): What to do with a step that leaves NaN or Inf:
-            'skip' it, 'raise', or 'ignore' (take it in). Defaults to 'skip'.
+            in a parameter: 'skip' it, 'raise', or 'ignore' (take it in). A
+            buffer that holds some keeps its average. Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
             is an error on resume. Defaults to False.
         scale_decay (bool): Whether a resume with another batch size or world
             size uses ``decay ** kappa``, which keeps the averaging window in
             samples. Defaults to False.
+        copied (Sequence[str]): Patterns of names (``'head.queue'``,
+            ``'*.mask'``) of tensors that are copied, not averaged. Integers,
+            masks of -inf, pruning masks, the vectors of spectral norm and the
+            observers of quantization are copied anyway. Defaults to ().
         overlap (bool): Whether an update runs beside the next forward and
             backward pass, on a stream (or, without a GPU, a thread) of its
             own; the numbers are the same. Nothing but the optimizer may
@@ -110,6 +115,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         nonfinite: str = 'skip',
         strict_load: bool = False,
         scale_decay: bool = False,
+        copied: Sequence[str] = (),
         overlap: bool = False,
         ema_type: Any = None,
         momentum: Optional[float] = None,
@@ -133,6 +139,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             nonfinite=nonfinite,
             strict_load=strict_load,
             scale_decay=scale_decay,
+            copied=copied,
             overlap=overlap,
             ema_type=ema_type,
             momentum=momentum,
@@ -149,6 +156,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._life = EMALifecycle(options, self._log)
         self._started = self._steps_alone = False
         self._iteration = self._trained = self._saved_iteration = 0
+        self._equal_since: Any = None
 
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is changed."""
@@ -178,7 +186,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_train_iter(self, runner: Any) -> None:
         """Update the average if the optimizer stepped."""
-        self.catch_up()
+        self.make_equal(runner, by_epoch=False)
 
     def after_optimizer(self, runner: Any) -> None:
         """Note that the optimizer's turn of this iteration is over.
@@ -189,8 +197,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._trained = runner.iter + 1
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Agree between the ranks; a checkpoint may be written now."""
-        self.agree()
+        """Make buffers equal on all ranks, if all evaluate now."""
+        self.make_equal(runner, by_epoch=True)
 
     def after_run(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
@@ -270,10 +278,22 @@ class EMAHook(Hook):  # type: ignore[misc]
             iteration = self._life.last_iteration
             self._log.skipped(self._life.averager, iteration)
 
-    def agree(self) -> None:
-        """Agree between the ranks; call it on all of them."""
+    def make_equal(self, runner: Any, by_epoch: bool) -> None:
+        """Make buffers equal on all ranks if all evaluate now, once.
+
+        Whichever of our hook, a checkpoint and an evaluation comes first calls
+        it: a file that is written first is to hold what is evaluated.
+
+        Args:
+            runner: The runner.
+            by_epoch: Whether an epoch ends; else an iteration.
+        """
         self.catch_up()
-        self._life.synchronize()
+        moment = runner.iter, by_epoch
+        evaluates = runner_facts.will_evaluate(runner, by_epoch)
+        if evaluates and moment != self._equal_since:
+            self._equal_since = moment
+            self._life.synchronize()
 
     def log_training(self, log: Callable[[Any], Any], runner: Any) -> Any:
         """Let a logger log a training step, with decay and distance.

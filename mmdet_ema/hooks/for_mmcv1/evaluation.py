@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
+from mmcv.runner import DistEvalHook
 
 from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.for_mmcv1.runner_facts import broadcast_statistics
@@ -54,6 +55,8 @@ def evaluate_with(ema: Any, hook: Any, evaluate: Evaluate, runner: Any) -> Any:
     """
     if not hook._should_evaluate(runner):
         return evaluate(runner)
+    if isinstance(hook, DistEvalHook):
+        ema.make_equal(runner, hook.by_epoch)
     if getattr(hook, 'broadcast_bn_buffer', False):
         broadcast_statistics(runner)
     raw: Dict[str, Any] = {}

@@ -42,7 +42,7 @@ def watch(runner: Any, ema: Any) -> None:
             stepping = functools.partial(_step, ema)
             wrap_once(hook, 'after_train_iter', stepping)
         elif isinstance(hook, CheckpointHook):
-            checkpoint = functools.partial(_save_on_one_rank, ema)
+            checkpoint = functools.partial(_save_on_one_rank, ema, hook)
             wrap_once(hook, '_save_checkpoint', checkpoint)
         elif isinstance(hook, LoggerHook):
             after_iter = functools.partial(_after_iter, ema)
@@ -86,10 +86,10 @@ def _save(
 
 
 def _save_on_one_rank(
-    ema: Any, save: Callable[[Any], None], runner: Any
+    ema: Any, hook: Any, save: Callable[[Any], None], runner: Any
 ) -> None:
-    """Agree first: every rank comes here, one of them writes."""
-    ema.agree()
+    """Make buffers equal first: all ranks come here, one of them writes."""
+    ema.make_equal(runner, hook.by_epoch)
     save(runner)
 
 
