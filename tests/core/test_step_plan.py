@@ -272,7 +272,7 @@ def test_buffer_of_the_lowest_number(deferred):
     for n in range(1, 200):
         assert take_in(plan, number=n, decay=0.99)
     assert [0, lowest, lowest] == averages['mask'].tolist()
-    assert [59968.0] * 5 == averages['half'].tolist()
+    assert [60000.0] * 5 == averages['half'].tolist()
 
 
 class OnlyEmpty(nn.Module):
