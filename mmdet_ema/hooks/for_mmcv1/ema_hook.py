@@ -290,8 +290,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         """
         self.catch_up()
         moment = runner.iter, by_epoch
+        # with a high priority our turn comes before the optimizer's
+        stepped = by_epoch or self._trained > runner.iter
         evaluates = runner_facts.will_evaluate(runner, by_epoch)
-        if evaluates and moment != self._equal_since:
+        if stepped and evaluates and moment != self._equal_since:
             self._equal_since = moment
             self._life.synchronize()
 
