@@ -45,9 +45,7 @@ def installed() -> Generation:
     if has_mmcv1():
         from mmcv import Config
 
-        return Generation(
-            Config, SCOPES, _by_model, _check, _reading_raw
-        )
+        return Generation(Config, SCOPES, _by_model, _check, _reading_raw)
     if has_mmengine():
         from mmengine.config import Config
 

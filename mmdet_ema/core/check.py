@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Sequence
+from typing import Any, Sequence, Tuple
 
 from mmdet_ema.core.errors import OptionError, did_you_mean, show
 
@@ -117,6 +117,31 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
             f'{name}={show(value)} is not known; choose one of {words}.{near}'
         )
     return value
+
+
+def check_patterns(name: str, value: Any) -> Tuple[str, ...]:
+    """Return patterns of names if they are a list of text.
+
+    Args:
+        name: Name of the option, as the user writes it.
+        value: Value that was given.
+
+    Returns:
+        The patterns.
+
+    Raises:
+        OptionError: If the value is no list or tuple of non-empty strings.
+    """
+    right = isinstance(value, (list, tuple)) and all(
+        isinstance(pattern, str) and pattern for pattern in value
+    )
+    if not right:
+        raise OptionError(
+            f'{name}={value!r} is not allowed; use a list of names of the '
+            f"model's state_dict, in which '*' stands for any text, as "
+            f"{name}=['*.queue']."
+        )
+    return tuple(value)
 
 
 def _as_float(value: numbers.Real) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 from torch import Tensor
 
@@ -35,27 +35,34 @@ class Layouts:
         ]
 
 
-def check_readable(averages: Sequence[Tensor], raws: Sequence[Tensor]) -> None:
+def check_readable(
+    averages: Sequence[Tensor],
+    raws: Sequence[Tensor],
+    names: Optional[Sequence[str]] = None,
+) -> None:
     """Refuse raw tensors that their averages cannot follow.
 
     Args:
         averages: The averages, or copies.
         raws: The raw tensors, in the same order.
+        names: Their names, where they are known. Defaults to None.
 
     Raises:
         RuntimeError: If one has another shape, or its memory was freed.
     """
-    for average, raw in zip(averages, raws):
+    for i, (average, raw) in enumerate(zip(averages, raws)):
+        name = f'{names[i]}, ' if names else ''
         if average.shape != raw.shape:
             raise RuntimeError(
-                f'a tensor of shape {tuple(average.shape)} in the model has '
-                f'become one of shape {tuple(raw.shape)}, which its average '
-                'cannot follow: give it back its shape, or make the average '
-                'anew'
+                f'{name}a tensor of shape {tuple(average.shape)} in the '
+                f'model, has become one of shape {tuple(raw.shape)}, which '
+                'its average cannot follow: give it back its shape, or call '
+                'refresh() (the hook does so before each epoch): the average '
+                'starts again from the new values'
             )
         if raw.numel() and not raw.data_ptr() and not raw.is_meta:
             raise RuntimeError(
-                f'the memory of a tensor of shape {tuple(raw.shape)} in the '
-                'model was freed (FSDP does so with weights that it has '
-                'sharded): it cannot be averaged'
+                f'{name}a tensor of shape {tuple(raw.shape)} in the model, '
+                'has lost its memory (FSDP frees that of weights which it '
+                'has sharded): it cannot be averaged'
             )

@@ -25,21 +25,25 @@ class Watch:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._seen = [_identity(tensor) for _, _, tensor in _owned(model)]
+        self._seen = _names_and_identities(model)
         self._buffers = list(_replaceable_buffers(model))
+        self._tensors = [t for _, _, t in self._buffers if t is not None]
+        self._shapes = [tensor.shape for tensor in self._tensors]
         self._probes = _probes(model)
 
     def hints(self) -> bool:
         """Return whether something seems to be replaced; cheap.
 
         Looks at the buffers of modules other than torch's normalisation
-        layers, which change theirs in place, and at some of the parameters:
-        whether the whole model was replaced, or went to another device or
-        dtype.
+        layers, which change theirs in place and keep their shapes, and at
+        some of the parameters: whether the whole model was replaced, or went
+        to another device or dtype.
         """
         if self._is_converted():
             return True
-        return any(owner.get(k) is not t for owner, k, t in self._buffers)
+        if any(owner.get(k) is not t for owner, k, t in self._buffers):
+            return True
+        return self._resized()
 
     def replaced_buffers(self) -> List[Tuple[Tensor, Tensor]]:
         """Return the buffers that another tensor has taken the place of.
@@ -48,13 +52,16 @@ class Watch:
             Pairs of the old and the new tensor; empty if more than that
             happened, or nothing did.
         """
-        if self._is_converted():
+        if self._is_converted() or self._resized():
             return []
         changed = [(t, o.get(k)) for o, k, t in self._buffers]
         changed = [(old, new) for old, new in changed if old is not new]
         if any(old is None or new is None for old, new in changed):
             return []
         return changed  # type: ignore[return-value]
+
+    def _resized(self) -> bool:
+        return [t.shape for t in self._tensors] != self._shapes
 
     def _is_converted(self) -> bool:
         return any(
@@ -63,9 +70,17 @@ class Watch:
         )
 
     def replaced(self) -> bool:
-        """Return whether any tensor is another one, moved or converted."""
-        now = [_identity(tensor) for _, _, tensor in _owned(self._model)]
-        return now != self._seen
+        """Return whether any tensor is another one, moved or renamed."""
+        return _names_and_identities(self._model) != self._seen
+
+
+def _names_and_identities(model: nn.Module) -> List[object]:
+    return [
+        (path, name, _identity(tensor))
+        for path, module in model.named_modules()
+        for owned in (module._parameters, module._buffers)
+        for name, tensor in owned.items()
+    ]
 
 
 def _identity(tensor: Optional[Tensor]) -> object:

@@ -7,7 +7,16 @@ training starts, after initialisation and after any load.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, MutableMapping, Optional, Sequence
+import warnings as python_warnings
+from typing import (
+    Any,
+    Dict,
+    Mapping,
+    MutableMapping,
+    Optional,
+    Sequence,
+    Set,
+)
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,7 +30,7 @@ from mmdet_ema.core.averager import WeightAverager
 from mmdet_ema.core.errors import NonFiniteError
 from mmdet_ema.core.fit import count_roles
 from mmdet_ema.core.schedules import Schedule
-from mmdet_ema.core.selection import select
+from mmdet_ema.core.selection import no_match, select, unmatched
 from mmdet_ema.hooks import weight_choice
 from mmdet_ema.hooks.facts import RunFacts
 from mmdet_ema.hooks.options import HookOptions
@@ -32,6 +41,7 @@ from mmdet_ema.hooks.planning import (
     unused,
 )
 from mmdet_ema.hooks.report import (
+    buffers_of_ranks,
     changes,
     comparable,
     copied_parameters,
@@ -66,6 +76,7 @@ class EMALifecycle:
         self._schedule: Optional[Schedule] = None
         self._scaling: Optional[Scaling] = None
         self._compared: Dict[str, Any] = {}
+        self._warned: Set[str] = set()
 
     @property
     def passes(self) -> Sequence[str]:
@@ -168,9 +179,13 @@ class EMALifecycle:
             self.averager.settle()
 
     def synchronize(self) -> None:
-        """Agree on the averages of buffers; call it on all ranks."""
-        if self.averager is not None:
-            self.averager.synchronize()
+        """Make the averages of buffers equal; call it on all ranks at once."""
+        if self.averager is not None and not self.averager.synchronize():
+            self._warn_once(
+                'EMA: the buffers of the ranks differ in number, shape or '
+                'dtype, so that their averages cannot be made equal: each '
+                'rank evaluates its own, and files hold those of rank 0.'
+            )
 
     def enter_evaluation(
         self, model: nn.Module, weights: Optional[str] = None
@@ -186,7 +201,13 @@ class EMALifecycle:
             part, self._shown_part = self._shown_part, None
             schedule = self.options.schedule_for(part.steps)
             self._shown = self._from_part(model, schedule, part)
-        self.synchronize()
+        if self.averager is not None:
+            for name in self.averager.held_back():
+                self._warn_once(
+                    f'EMA: the buffer {name} holds NaN or Inf, and its '
+                    f'average stays as it was before. If it is meant to, '
+                    f'copied=[{name!r}] copies it.'
+                )
         weights = weights or self.passes[-1]
         if self.evaluated is not None and weights != 'raw':
             self.evaluated.apply()
@@ -237,6 +258,11 @@ class EMALifecycle:
             checkpoint, model, self.options.evaluate, self._log
         )
 
+    def _warn_once(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            self._log.warning(line)
+
     def _note_skips(self) -> bool:
         """Return whether no skipped step has come to light since the last."""
         assert self.averager is not None
@@ -281,17 +307,21 @@ class EMALifecycle:
             self.averager = self._from_part(model, schedule, part)
 
     def _make(self, model: nn.Module, schedule: Schedule) -> WeightAverager:
-        averager = WeightAverager(
-            model,
-            schedule,
-            interval=self.options.interval,
-            phase=self.options.phase,
-            update_buffers=self.options.update_buffers,
-            device=self.options.device,
-            overlap=self.options.overlap,
-            nonfinite=self.options.nonfinite,
-            rule=self.options.rule,
-        )
+        with python_warnings.catch_warnings():
+            # the report says so, in the run's log
+            python_warnings.filterwarnings('ignore', 'copied=')
+            averager = WeightAverager(
+                model,
+                schedule,
+                interval=self.options.interval,
+                phase=self.options.phase,
+                update_buffers=self.options.update_buffers,
+                device=self.options.device,
+                overlap=self.options.overlap,
+                nonfinite=self.options.nonfinite,
+                rule=self.options.rule,
+                copied=self.options.copied,
+            )
         averager.announces_steps = True
         self._noted = 0
         return averager
@@ -310,7 +340,11 @@ class EMALifecycle:
         self, model: nn.Module, facts: RunFacts, before: Mapping[str, Any]
     ) -> None:
         assert self._schedule is not None
-        entries = select(model, self.options.update_buffers)
+        if self.averager is None:
+            options = self.options
+            entries = select(model, options.update_buffers, options.copied)
+        else:
+            entries = self.averager.entries
         done = self._done()
         planned = planned_steps(self.options, facts, done)
         counts, phase = count_roles(entries), self.options.phase
@@ -323,6 +357,11 @@ class EMALifecycle:
             found = []
         found += [f'EMA: {x}' for x in unused(self.options, facts, done)]
         found += [copied_parameters(entries), changes(before, self._compared)]
+        missing = unmatched(entries, self.options.copied)
+        found += [f'EMA: {no_match(pattern)}' for pattern in missing]
+        if facts.world_size > 1:
+            buffers = sum(not entry.parameters for entry in entries)
+            self._log.info(buffers_of_ranks(buffers, facts.agrees))
         if self._scaling is not None and self.options.rule is None:
             plain = self.options.schedule_for(planned)
             found.append(self._scaling.describe(plain))

@@ -8,7 +8,12 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Union
 import torch
 
 from mmdet_ema.core.averager import NONFINITE
-from mmdet_ema.core.check import check_choice, check_count, check_flag
+from mmdet_ema.core.check import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_patterns,
+)
 from mmdet_ema.core.device import check_device
 from mmdet_ema.core.errors import OptionError, did_you_mean, show
 from mmdet_ema.core.kernels import Rule
@@ -42,6 +47,7 @@ NAMES = (
     'nonfinite',
     'strict_load',
     'scale_decay',
+    'copied',
     'ema_type',
     'momentum',
     'gamma',
@@ -66,6 +72,7 @@ class HookOptions:
         nonfinite: What is done with NaN and Inf.
         strict_load: Whether a missing average is an error on resume.
         scale_decay: Whether another batch size scales the decay on resume.
+        copied: Patterns of names that are copied, not averaged.
         no_effect: Options that were given and change nothing.
         rule: Updates one average in the place of the schedule.
     """
@@ -82,6 +89,7 @@ class HookOptions:
     nonfinite: str
     strict_load: bool
     scale_decay: bool = False
+    copied: Tuple[str, ...] = ()
     no_effect: Tuple[str, ...] = ()
     rule: Optional[Rule] = None
 
@@ -105,6 +113,7 @@ def parse_options(
     nonfinite: str = 'skip',
     strict_load: bool = False,
     scale_decay: bool = False,
+    copied: Sequence[str] = (),
     ema_type: Any = None,
     momentum: Optional[float] = None,
     gamma: Optional[float] = None,
@@ -155,6 +164,7 @@ def parse_options(
         nonfinite=check_choice('nonfinite', nonfinite, NONFINITE),
         strict_load=check_flag('strict_load', strict_load),
         scale_decay=check_flag('scale_decay', scale_decay),
+        copied=check_patterns('copied', copied),
         no_effect=choice.no_effect,
         rule=choice.rule,
     )

@@ -7,6 +7,8 @@ from typing import Optional
 
 from mmdet_ema.core.averager import WeightAverager
 
+_GOES_ON = 10
+
 
 def describe_skip(averager: WeightAverager, iteration: int) -> Optional[str]:
     """Say that a step was skipped, at the 1st, 10th, 100th, ... one.
@@ -22,8 +24,18 @@ def describe_skip(averager: WeightAverager, iteration: int) -> Optional[str]:
     if not math.log10(count).is_integer():
         return None
     # found later, the weight may have recovered
-    where = averager.first_nonfinite() or 'the weights'
+    found = averager.first_nonfinite()
+    line = (
+        f'EMA: iteration {iteration} left NaN or Inf in '
+        f'{found or "the weights"}; the step was not averaged ({count} '
+        f'skipped so far).'
+    )
+    if found is None or count < _GOES_ON:
+        return line
     return (
-        f'EMA: iteration {iteration} left NaN or Inf in {where}; the step was '
-        f'not averaged ({count} skipped so far).'
+        f'{line} As long as it holds some no step is averaged, and weights do '
+        f'not recover from NaN by themselves: resume from a file from before '
+        f'it, with a lower learning rate or clipped gradients '
+        f'(clip_grad). If {found} is meant to hold Inf, '
+        f'copied=[{found!r}] copies it and lets the others be averaged.'
     )

@@ -62,12 +62,17 @@ class EMAHook(Hook):  # type: ignore[misc]
             'both' (twice; the metrics of the raw weights come under
             ``raw/<name>``). Defaults to 'ema'.
         nonfinite (str): What to do with a step that leaves NaN or Inf:
-            'skip' it, 'raise', or 'ignore' (take it in). Defaults to 'skip'.
+            in a parameter: 'skip' it, 'raise', or 'ignore' (take it in). A
+            buffer that holds some keeps its average. Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
             is an error on resume. Defaults to False.
         scale_decay (bool): Whether a resume with another batch size or world
             size uses ``decay ** kappa``, which keeps the averaging window in
             samples. Defaults to False.
+        copied (Sequence[str]): Patterns of names (``'head.queue'``,
+            ``'*.mask'``) of tensors that are copied, not averaged. Integers,
+            masks of -inf, pruning masks, the vectors of spectral norm and the
+            observers of quantization are copied anyway. Defaults to ().
         overlap (bool): Whether an update runs beside the next forward and
             backward pass, on a stream (or, without a GPU, a thread) of its
             own; the numbers are the same. Nothing but the optimizer may
@@ -122,6 +127,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._started = self._steps_alone = False
         self._in_hook = self._stays_raw = False
         self._iteration = self._trained = self._saved_iteration = 0
+        self._equal_since: Any = None
 
     @property
     def priority(self) -> int:
@@ -175,7 +181,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_train_iter(self, runner: Any) -> None:
         """Update the average if the optimizer stepped."""
-        self.catch_up()
+        self.make_equal(runner, by_epoch=False)
 
     def after_optimizer(self, runner: Any) -> None:
         """Note that the optimizer's turn of this iteration is over.
@@ -326,10 +332,24 @@ class EMAHook(Hook):  # type: ignore[misc]
             iteration = self._life.last_iteration
             self._log.skipped(self._life.averager, iteration)
 
-    def agree(self) -> None:
-        """Agree between the ranks; call it on all of them."""
+    def make_equal(self, runner: Any, by_epoch: bool) -> None:
+        """Make buffers equal on all ranks if all evaluate now, once.
+
+        Whichever of our hook, a checkpoint and an evaluation comes first calls
+        it: a file that is written first is to hold what is evaluated.
+
+        Args:
+            runner: The runner.
+            by_epoch: Whether an epoch ends; else an iteration.
+        """
         self.catch_up()
-        self._life.synchronize()
+        moment = runner.iter, by_epoch
+        # with a high priority our turn comes before the optimizer's
+        stepped = by_epoch or self._trained > runner.iter
+        evaluates = runner_facts.will_evaluate(runner, by_epoch)
+        if stepped and evaluates and moment != self._equal_since:
+            self._equal_since = moment
+            self._life.synchronize()
 
     def log_training(self, log: Callable[[Any], Any], runner: Any) -> Any:
         """Let a logger log a training step, with decay and distance.

@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
+from mmcv.runner import DistEvalHook
 
 from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.for_mmcv1.runner_facts import broadcast_statistics
@@ -57,6 +58,8 @@ def evaluate_with(
         *args: What else it takes.
         **kw: The same.
     """
+    if isinstance(hook, DistEvalHook):
+        ema.make_equal(runner, hook.by_epoch)
     again = functools.partial(evaluate, runner, *args, **kw)
     if getattr(hook, 'broadcast_bn_buffer', False):
         with ema.raw(runner):

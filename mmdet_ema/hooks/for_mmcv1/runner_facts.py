@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Set
 
 import torch.distributed as dist
 from mmcv.parallel import is_module_wrapper
-from mmcv.runner import EvalHook, OptimizerHook
+from mmcv.runner import DistEvalHook, EvalHook, OptimizerHook
 from mmcv.runner.checkpoint import get_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -46,6 +46,24 @@ def facts_of(runner: Any) -> RunFacts:
         batch_size=_batch_size(runner),
         world_size=runner.world_size,
         validates=any(isinstance(hook, EvalHook) for hook in runner.hooks),
+        agrees=any(isinstance(hook, DistEvalHook) for hook in runner.hooks),
+    )
+
+
+def will_evaluate(runner: Any, by_epoch: bool) -> bool:
+    """Return whether all ranks evaluate after this epoch or iteration.
+
+    mmcv's ``DistEvalHook`` does, and has collectives of its own there.
+
+    Args:
+        runner: The runner.
+        by_epoch: Whether an epoch ends; else an iteration.
+    """
+    return any(
+        isinstance(hook, DistEvalHook)
+        and hook.by_epoch == by_epoch
+        and hook._should_evaluate(runner)
+        for hook in runner.hooks
     )
 
 

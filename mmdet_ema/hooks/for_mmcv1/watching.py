@@ -81,7 +81,7 @@ def watch_hooks(runner: Any, ema: Any) -> None:
             stepping = functools.partial(_step, ema)
             wrap_once(hook, 'after_train_iter', stepping)
         elif isinstance(hook, CheckpointHook):
-            checkpoint = functools.partial(_save_on_one_rank, ema)
+            checkpoint = functools.partial(_save_on_one_rank, ema, hook)
             wrap_once(hook, '_save_checkpoint', checkpoint)
         elif isinstance(hook, LoggerHook):
             after_iter = functools.partial(_after_iter, ema)
@@ -155,6 +155,8 @@ def _call_hook(
         ema.show_raw()
     if moment not in _EPOCH_IS_OVER:
         return call_hook(moment)
+    if moment == 'after_train_epoch':
+        ema.make_equal(runner, by_epoch=True)
     with ema.evaluating(runner, holds=ema.runs):
         return call_hook(moment)
 
@@ -198,10 +200,10 @@ def _step(ema: Any, step: Callable[[Any], Any], runner: Any) -> Any:
 
 
 def _save_on_one_rank(
-    ema: Any, save: Callable[[Any], None], runner: Any
+    ema: Any, hook: Any, save: Callable[[Any], None], runner: Any
 ) -> None:
-    """Agree first: every rank comes here, one of them writes."""
-    ema.agree()
+    """Make buffers equal first: all ranks come here, one of them writes."""
+    ema.make_equal(runner, hook.by_epoch)
     save(runner)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Union
 
 import torch
 from mmengine.hooks import Hook
@@ -64,12 +64,17 @@ class EMAHook(Hook):  # type: ignore[misc]
             or 'both' (a pass over the data for each; the metrics of the raw
             weights come under ``raw/<name>``). Defaults to 'ema'.
         nonfinite (str): What to do with a step that leaves NaN or Inf:
-            'skip' it, 'raise', or 'ignore' (take it in). Defaults to 'skip'.
+            in a parameter: 'skip' it, 'raise', or 'ignore' (take it in). A
+            buffer that holds some keeps its average. Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
             is an error on resume. Defaults to False.
         scale_decay (bool): Whether a resume with another batch size or world
             size uses ``decay ** kappa``, which keeps the averaging window in
             samples. Defaults to False.
+        copied (Sequence[str]): Patterns of names (``'head.queue'``,
+            ``'*.mask'``) of tensors that are copied, not averaged. Integers,
+            masks of -inf, pruning masks, the vectors of spectral norm and the
+            observers of quantization are copied anyway. Defaults to ().
         ema_type (str, optional): OpenMMLab's word: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): OpenMMLab's word: ``1 - decay``.
@@ -104,6 +109,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         nonfinite: str = 'skip',
         strict_load: bool = False,
         scale_decay: bool = False,
+        copied: Sequence[str] = (),
         ema_type: Any = None,
         momentum: Optional[float] = None,
         gamma: Optional[float] = None,
@@ -124,6 +130,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             nonfinite=nonfinite,
             strict_load=strict_load,
             scale_decay=scale_decay,
+            copied=copied,
             ema_type=ema_type,
             momentum=momentum,
             gamma=gamma,
@@ -178,14 +185,19 @@ class EMAHook(Hook):  # type: ignore[misc]
     ) -> None:
         """Update the average if the optimizer stepped."""
         self._catch_up(runner)
-        if runner_facts.will_save(runner):
+        if runner_facts.will_validate(runner, by_epoch=False):
             self._life.synchronize()
         if runner_facts.will_log(runner, self, batch_idx):
             self._log.scalars(runner, self._life.averager)
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Agree between the ranks; a checkpoint may be written now."""
-        self._life.synchronize()
+        """Make buffers equal on all ranks, if all validate next.
+
+        Here, not at the validation: a file that is written first is to hold
+        what is evaluated.
+        """
+        if runner_facts.will_validate(runner, by_epoch=True):
+            self._life.synchronize()
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
