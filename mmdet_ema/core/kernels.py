@@ -68,14 +68,25 @@ class UpdatePlan:
             for key, lists in group_pairs(self._pairs, _update_key).items()
         ]
 
+    def check(self) -> None:
+        """Refuse what its average cannot follow, before anything changes.
+
+        Raises:
+            RuntimeError: If a raw tensor has another shape now, or its
+                memory was freed.
+        """
+        for group in self._groups:
+            group.check()
+
     def can_skip(self, decay: float) -> bool:
         """Return whether :meth:`update` can take ``skip`` for this decay.
+
+        Call :meth:`check` first.
 
         Args:
             decay: Weight of the old averages.
         """
-        fused = all(isinstance(group, _Fused) for group in self._groups)
-        return decay > 0 and fused and all(g.fits() for g in self._groups)
+        return decay > 0 and all(group.is_fused for group in self._groups)
 
     def update(self, decay: float, skip: Optional[Tensor] = None) -> None:
         """Apply ``avg = decay * avg + (1 - decay) * raw`` to every pair.
@@ -102,11 +113,19 @@ class UpdatePlan:
 class _Lerp:
     """Tensors of one dtype, of any strides."""
 
+    is_fused = False
+
     def __init__(self, averages: List[Tensor], raws: List[Tensor]):
         self.averages, self.raws = averages, raws
+        self._layouts = Layouts(raws)
 
-    def fits(self) -> bool:
-        return True
+    def check(self) -> bool:
+        """Return whether all is as it was; refuse what does not fit."""
+        if self._layouts.are_right():
+            return True
+        check_readable(self.averages, self.raws)
+        self._layouts = Layouts(self.raws)
+        return False
 
     def update(self, decay: float, skip: Optional[Tensor]) -> None:
         assert skip is None
@@ -121,27 +140,23 @@ class _Lerp:
 
 
 class _Fused(_Lerp):
-    """Tensors of one dtype whose memory lies in the same order.
+    """Tensors on a GPU whose memory lies in the same order.
 
-    Where ``raw.data`` was replaced by memory in another order, the group goes
-    on the other way.
+    One call that a flag on the device can stop. Where ``raw.data`` was
+    replaced by memory in another order, the group goes on the other way.
     """
 
-    def __init__(self, averages: List[Tensor], raws: List[Tensor]):
-        super().__init__(averages, raws)
-        self._layouts = Layouts(averages, raws)
-        self._alike = True
+    is_fused = True
 
-    def fits(self) -> bool:
-        if not self._layouts.are_right():
-            check_readable(self.averages, self.raws)
-            self._layouts = Layouts(self.averages, self.raws)
-            self._alike = all(map(is_alike, self.averages, self.raws))
-        return self._alike
+    def check(self) -> bool:
+        as_before = super().check()
+        if not as_before:
+            self.is_fused = all(map(is_alike, self.averages, self.raws))
+        return as_before
 
     def update(self, decay: float, skip: Optional[Tensor]) -> None:
         # where the raw tensor weighs more, lerp_ starts from it instead
-        if skip is None and (not self.fits() or decay <= 0.5):
+        if skip is None and (not self.is_fused or decay <= 0.5):
             super().update(decay, None)
         else:
             weight = 1 - decay
@@ -166,8 +181,10 @@ class _Mixed(_Lerp):
 
 
 def _update_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
-    fused = is_alike(average, raw) and capabilities.can_fuse(
-        raw.device, raw.dtype
+    fused = (
+        raw.is_cuda
+        and is_alike(average, raw)
+        and capabilities.can_fuse(raw.device, raw.dtype)
     )
     return (*placement(average, raw), fused)
 
