@@ -13,7 +13,6 @@ from mmdet_ema.core.copying import (
 )
 from tests.core.models import odd_tensors, raw_bytes
 
-
 NAN, INF = float('nan'), float('inf')
 
 
