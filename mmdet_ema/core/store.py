@@ -39,9 +39,6 @@ class AverageStore:
         device: Where the averages live; None for where the tensors are.
         overlap: Whether steps are taken in beside the training.
         copied: Patterns of names that are copied, not averaged.
-
-    Attributes:
-        entries: The unique tensors of the model.
     """
 
     def __init__(
@@ -58,8 +55,13 @@ class AverageStore:
         self._device = device
         self.intake = Intake(overlap)
         self._averages: Dict[int, Tensor] = {}
-        self.entries: List[Entry] = []
+        self._entries: List[Entry] = []
         self._select()
+
+    @property
+    def entries(self) -> List[Entry]:
+        """The unique tensors of the model."""
+        return self._entries
 
     @property
     def is_applied(self) -> bool:
@@ -77,7 +79,7 @@ class AverageStore:
 
     def gated(self) -> List[Entry]:
         """Return the entries in which NaN or Inf means a bad step."""
-        averaged = [self.entries[i] for i in self._averages]
+        averaged = [self._entries[i] for i in self._averages]
         return [entry for entry in averaged if entry.gated]
 
     @property
@@ -98,7 +100,7 @@ class AverageStore:
         means: List[Tensor] = []
         copies: List[Tensor] = []
         for i, average in self._averages.items():
-            entry = self.entries[i]
+            entry = self._entries[i]
             if not entry.parameters:
                 (means if entry.has_mean else copies).append(average)
         return make_equal(means, copies)
@@ -107,7 +109,7 @@ class AverageStore:
         """Name the buffers that keep their average: they hold NaN or Inf."""
         entries = [
             entry
-            for entry in self.entries
+            for entry in self._entries
             if entry.has_mean and not entry.parameters
         ]
         parts = [part for entry in entries for part in entry.parts]
@@ -135,10 +137,10 @@ class AverageStore:
             return
         old = dict(self._named(self._average_of, unsaved=True))
         # a tensor may have got another name, as those that are pruned do
-        before, averages = self.entries, self._averages
+        before, averages = self._entries, self._averages
         same = {id(before[i].raw): average for i, average in averages.items()}
         self._select()
-        for entry in self.entries:
+        for entry in self._entries:
             if id(entry.raw) in same:
                 average = same[id(entry.raw)]
                 old.update((x.name, x.of(average)) for x in entry.labels)
@@ -183,7 +185,7 @@ class AverageStore:
         all_are_finite = all_finite(
             [x for x in averages.values() if _is_float(x)]
         )
-        for i, entry in enumerate(self.entries):
+        for i, entry in enumerate(self._entries):
             new = [
                 (label, averages[label.name])
                 for label in entry.labels
@@ -207,19 +209,19 @@ class AverageStore:
         """Return ``||average - raw|| / ||raw||`` over trained parameters."""
         return relative_distance(
             (self._average_of(i), self._raw_of(i))
-            for i, entry in enumerate(self.entries)
+            for i, entry in enumerate(self._entries)
             if i in self._averages and entry.parameters
         )
 
     def counts(self) -> Dict[str, int]:
         """Return tensors per role, and the bytes of all averages."""
-        return count_roles(self.entries)
+        return count_roles(self._entries)
 
     def _select(self) -> None:
-        self.entries = select(self._model, self._update_buffers, self._copied)
+        self._entries = select(self._model, self._update_buffers, self._copied)
         self._watch = Watch(self._model)
         self._averages = {}
-        for i, entry in enumerate(self.entries):
+        for i, entry in enumerate(self._entries):
             if entry.role is not Role.SHARED:
                 self._averages[i] = self._fresh(entry)
         self._plan()
@@ -240,7 +242,7 @@ class AverageStore:
         Some models do so in every forward pass; selecting anew would cost
         more than the update.
         """
-        entries = {id(entry.raw): entry for entry in self.entries}
+        entries = {id(entry.raw): entry for entry in self._entries}
         pairs = self._watch.replaced_buffers()
         if not pairs or not all(
             _can_follow(entries.get(id(a)), b) for a, b in pairs
@@ -253,16 +255,16 @@ class AverageStore:
         return True
 
     def _own(self, i: int) -> None:
-        self.entries[i].role = Role.AVERAGED
-        self._averages[i] = self._fresh(self.entries[i])
+        self._entries[i].role = Role.AVERAGED
+        self._averages[i] = self._fresh(self._entries[i])
 
     def _differs(self, i: int, average: Tensor) -> bool:
-        raw = self.entries[i].labels[0].of(self.entries[i].raw.detach())
+        raw = self._entries[i].labels[0].of(self._entries[i].raw.detach())
         return not torch.equal(raw, average.to(raw))
 
     def _plan(self) -> None:
         """Make the plans anew; the only place that knows all lists."""
-        entries = self.entries
+        entries = self._entries
         self._frozen = [
             i for i, entry in enumerate(entries) if entry.role is Role.SHARED
         ]
@@ -276,7 +278,7 @@ class AverageStore:
         return [
             i
             for i in self._frozen
-            if any(p.requires_grad for p in self.entries[i].parameters)
+            if any(p.requires_grad for p in self._entries[i].parameters)
         ]
 
     def _named(
@@ -285,7 +287,7 @@ class AverageStore:
         stored: bool = False,
         unsaved: bool = False,
     ) -> Named:
-        for i, entry in enumerate(self.entries):
+        for i, entry in enumerate(self._entries):
             if stored and i not in self._averages:
                 continue
             value = value_of(i)
@@ -296,12 +298,12 @@ class AverageStore:
     def _average_of(self, i: int) -> Tensor:
         if i in self._position:
             return self._exchange.average(self._position[i])
-        return self.entries[i].raw.detach()
+        return self._entries[i].raw.detach()
 
     def _raw_of(self, i: int) -> Tensor:
         if i in self._position:
             return self._exchange.raw(self._position[i])
-        return self.entries[i].raw.detach()
+        return self._entries[i].raw.detach()
 
 
 def _is_float(tensor: Tensor) -> bool:

@@ -416,7 +416,7 @@ def test_skip_does_not_advance_the_decay():
         good = state_of(model)
         for bad in BAD[: step % 3]:
             with torch.no_grad():
-                model.norm.running_var[0] = bad
+                model.norm.bias[0] = bad
             averager.update()
         model.load_state_dict(good)
         averager.update()
