@@ -59,33 +59,30 @@ class UpdatePlan:
         averages: The averages; an update changes them in place.
         raws: The raw tensors, in the same order, of the same shapes. They are
             kept by reference, so an update reads their present values.
+        fused: Whether to use kernels that a flag on the device can stop,
+            where there are some; they pay on a GPU. Defaults to False.
     """
 
-    def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
+    def __init__(
+        self,
+        averages: Sequence[Tensor],
+        raws: Sequence[Tensor],
+        fused: bool = False,
+    ):
         self._pairs = list(zip(averages, raws))
+        key_of = _fused_key if fused else _plain_key
         self._groups = [
             _strategy(*key)(*lists)
-            for key, lists in group_pairs(self._pairs, _update_key).items()
+            for key, lists in group_pairs(self._pairs, key_of).items()
         ]
-
-    def check(self) -> None:
-        """Refuse what its average cannot follow, before anything changes.
-
-        Raises:
-            RuntimeError: If a raw tensor has another shape now, or its
-                memory was freed.
-        """
-        for group in self._groups:
-            group.check()
 
     def can_skip(self, decay: float) -> bool:
         """Return whether :meth:`update` can take ``skip`` for this decay.
 
-        Call :meth:`check` first.
-
         Args:
             decay: Weight of the old averages.
         """
+        self._check()
         return decay > 0 and all(group.is_fused for group in self._groups)
 
     def update(self, decay: float, skip: Optional[Tensor] = None) -> None:
@@ -95,7 +92,12 @@ class UpdatePlan:
             decay: Weight of the old averages, in [0, 1].
             skip: A float32 scalar on the device: nothing changes where it is
                 1. Only where :meth:`can_skip` says so.
+
+        Raises:
+            RuntimeError: If a raw tensor has another shape now, or its
+                memory was freed; nothing is changed then.
         """
+        self._check()
         for group in self._groups:
             group.update(decay, skip)
 
@@ -108,6 +110,10 @@ class UpdatePlan:
         """
         for average, raw in self._pairs:
             rule(average, raw.detach().to(average), step)
+
+    def _check(self) -> None:
+        for group in self._groups:
+            group.check()
 
 
 class _Lerp:
@@ -140,7 +146,7 @@ class _Lerp:
 
 
 class _Fused(_Lerp):
-    """Tensors on a GPU whose memory lies in the same order.
+    """Tensors whose memory lies in the same order as that of their averages.
 
     One call that a flag on the device can stop. Where ``raw.data`` was
     replaced by memory in another order, the group goes on the other way.
@@ -180,11 +186,13 @@ class _Mixed(_Lerp):
         _add_weighted(self.averages, near, decay)
 
 
-def _update_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
-    fused = (
-        raw.is_cuda
-        and is_alike(average, raw)
-        and capabilities.can_fuse(raw.device, raw.dtype)
+def _plain_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
+    return (*placement(average, raw), False)
+
+
+def _fused_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
+    fused = is_alike(average, raw) and capabilities.can_fuse(
+        raw.device, raw.dtype
     )
     return (*placement(average, raw), fused)
 

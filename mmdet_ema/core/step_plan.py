@@ -95,7 +95,7 @@ class StepPlan:
         copied = [r for r in self._rows if r[0].role is Role.COPIED]
         weights = [row for row in averaged if row[0].gated]
         self._check = FiniteCheck(_parts(weights))
-        self._updates = UpdatePlan(*_columns(weights))
+        self._updates = UpdatePlan(*_columns(weights), fused=deferred)
         self._copies = CopyPlan(
             *_columns([row for row in copied if not row[0].has_mean])
         )
