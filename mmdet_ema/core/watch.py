@@ -25,7 +25,7 @@ class Watch:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._seen = [_identity(tensor) for _, _, tensor in _owned(model)]
+        self._seen = _names_and_identities(model)
         self._buffers = list(_replaceable_buffers(model))
         self._tensors = [t for _, _, t in self._buffers if t is not None]
         self._shapes = [tensor.shape for tensor in self._tensors]
@@ -70,9 +70,17 @@ class Watch:
         )
 
     def replaced(self) -> bool:
-        """Return whether any tensor is another one, moved or converted."""
-        now = [_identity(tensor) for _, _, tensor in _owned(self._model)]
-        return now != self._seen
+        """Return whether any tensor is another one, moved or renamed."""
+        return _names_and_identities(self._model) != self._seen
+
+
+def _names_and_identities(model: nn.Module) -> List[object]:
+    return [
+        (path, name, _identity(tensor))
+        for path, module in model.named_modules()
+        for owned in (module._parameters, module._buffers)
+        for name, tensor in owned.items()
+    ]
 
 
 def _identity(tensor: Optional[Tensor]) -> object:

@@ -1,5 +1,7 @@
 """One step into the averages, with the verdict on the host or the device."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -211,7 +213,8 @@ def test_buffer_with_nan_is_left_out_alone(
     deferred, update_buffers, decay, bad
 ):
     """Its average stays, bit for bit; every other one moves on as ever."""
-    model, twin = Several(), Several()
+    model = Several()
+    twin = copy.deepcopy(model)
     plan, averages = planned(model, deferred, update_buffers=update_buffers)
     other, expected = planned(twin, deferred, update_buffers=update_buffers)
     stays = bits(averages)['norm.running_var']
@@ -266,12 +269,12 @@ def test_buffer_of_the_lowest_number(deferred):
     model = nn.Module()
     lowest = torch.finfo(torch.float32).min
     model.register_buffer('mask', torch.tensor([0.0, lowest, lowest]))
-    model.register_buffer('half', torch.full((5,), 6e4, dtype=torch.float16))
+    model.register_buffer('narrow', torch.full((5,), 6e4, dtype=torch.float16))
     plan, averages = planned(model, deferred)
     for n in range(1, 200):
         assert take_in(plan, number=n, decay=0.99)
     assert [0, lowest, lowest] == averages['mask'].tolist()
-    assert [60000.0] * 5 == averages['half'].tolist()
+    assert [60000.0] * 5 == averages['narrow'].tolist()
 
 
 class OnlyEmpty(nn.Module):

@@ -35,7 +35,7 @@ class Model(ToyModel):
         self.more = nn.Sequential(*[nn.BatchNorm1d(4) for _ in range(more)])
         self.register_buffer('mask', torch.tensor([0.0, LOWEST, LOWEST]))
         self.register_buffer('hidden', torch.tensor([0.0, -float('inf')]))
-        self.register_buffer('half', torch.tensor([6e4]).half())
+        self.register_buffer('narrow', torch.tensor([6e4]).half())
 
     def forward(self, inputs, mode='tensor'):
         return super().forward(self.more(inputs), mode)

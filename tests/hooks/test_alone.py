@@ -118,7 +118,7 @@ def test_both_ranks_validate_the_same(seen, name):
         assert [] == [k for k in one if not torch.equal(one[k], other[k])]
         assert [0, LOWEST, LOWEST] == one['mask'].tolist()
         assert [0, -np.inf] == one['hidden'].tolist()
-        assert [60000] == one['half'].tolist()
+        assert [60000] == one['narrow'].tolist()
 
 
 def test_copied_statistics_become_the_mean(seen):
