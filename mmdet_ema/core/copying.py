@@ -23,7 +23,7 @@ class CopyPlan:
         pairs = list(zip(copies, raws))
         self._lists = copies, raws
         self._groups = list(group_pairs(pairs, placement).values())
-        self._layouts = Layouts(raws)
+        self._layouts = Layouts(copies, raws)
 
     def check(self) -> None:
         """Refuse what could not be copied, before anything is changed.
@@ -34,7 +34,7 @@ class CopyPlan:
         """
         if not self._layouts.are_right():
             check_readable(*self._lists)
-            self._layouts = Layouts(self._lists[1])
+            self._layouts = Layouts(*self._lists)
 
     def copy(self, skip: Optional[Tensor] = None, wait: bool = True) -> None:
         """Copy every raw tensor.

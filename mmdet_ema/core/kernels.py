@@ -123,14 +123,14 @@ class _Lerp:
 
     def __init__(self, averages: List[Tensor], raws: List[Tensor]):
         self.averages, self.raws = averages, raws
-        self._layouts = Layouts(raws)
+        self._layouts = Layouts(averages, raws)
 
     def check(self) -> bool:
         """Return whether all is as it was; refuse what does not fit."""
         if self._layouts.are_right():
             return True
         check_readable(self.averages, self.raws)
-        self._layouts = Layouts(self.raws)
+        self._layouts = Layouts(self.averages, self.raws)
         return False
 
     def update(self, decay: float, skip: Optional[Tensor]) -> None:

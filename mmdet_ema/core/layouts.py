@@ -14,12 +14,14 @@ class Layouts:
     what does not fit.
 
     Args:
+        averages: Tensors of the same shapes; if not, they are never right.
         raws: Tensors that belong to somebody else.
     """
 
-    def __init__(self, raws: Sequence[Tensor]):
+    def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
         self._raws = raws
-        self._seen = self._now()
+        sizes = [[tensor.size() for tensor in x] for x in (averages, raws)]
+        self._seen = self._now() if sizes[0] == sizes[1] else []
 
     def are_right(self) -> bool:
         """Return whether all tensors still lie where and how they lay."""
