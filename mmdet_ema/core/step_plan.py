@@ -1,9 +1,8 @@
 """What one optimizer step does to the averages, planned once.
 
 Whether the parameters hold NaN or Inf has to be known before an average is
-written that cannot be taken back. So a step reads them twice, once to look and
-once to average; where compiled kernels can take back what they wrote, to the
-last bit, they do both at once. Parameters are equal on all ranks, and so is
+written, which cannot be taken back: so a step reads them twice, once to look
+and once to average. Parameters are equal on all ranks, and so is
 what is found: nobody is asked. A buffer makes no step bad.
 """
 
@@ -17,10 +16,8 @@ from torch import Tensor
 from mmdet_ema.core.buffers import BufferCopy, BufferUpdate, Row
 from mmdet_ema.core.copying import CopyPlan
 from mmdet_ema.core.finite import FiniteCheck
-from mmdet_ema.core.guarded import GuardedUpdate
 from mmdet_ema.core.kernels import Rule, UpdatePlan
 from mmdet_ema.core.layouts import check_readable
-from mmdet_ema.core.native.update import can_update
 from mmdet_ema.core.selection import Entry, Role
 
 
@@ -97,13 +94,8 @@ class StepPlan:
         averaged = [r for r in self._rows if r[0].role is Role.AVERAGED]
         copied = [r for r in self._rows if r[0].role is Role.COPIED]
         weights = [row for row in averaged if row[0].gated]
-        guarded = [] if deferred else list(filter(_can_guard, weights))
-        kept = {id(row[0]) for row in guarded}
-        rest = [row for row in weights if id(row[0]) not in kept]
         self._check = FiniteCheck(_parts(weights))
-        self._rest_check = FiniteCheck(_parts(rest))
-        self._guarded = GuardedUpdate(*_columns(guarded))
-        self._updates = UpdatePlan(*_columns(rest))
+        self._updates = UpdatePlan(*_columns(weights), fused=deferred)
         self._copies = CopyPlan(
             *_columns([row for row in copied if not row[0].has_mean])
         )
@@ -153,16 +145,11 @@ class StepPlan:
 
     def _take_in_weights(self, step: Step) -> bool:
         """Update the averages of parameters; return whether all are finite."""
+        if step.updates and step.gated and not self._check.passes():
+            return False
         if step.rule is not None:
-            if step.gated and not self._check.passes():
-                return False
-            self._guarded.update_by(step.rule, step.number)
             self._updates.update_by(step.rule, step.number)
         elif step.decay is not None:
-            if step.gated and not self._rest_check.passes():
-                return False
-            if not self._guarded.update(step.decay, step.gated):
-                return False
             self._updates.update(step.decay)
         return True
 
@@ -184,12 +171,6 @@ def _columns(rows: Sequence[Row]) -> Tuple[List[Tensor], List[Tensor]]:
 
 def _parts(rows: Sequence[Row]) -> List[Tensor]:
     return [p for entry, _, source in rows for p in entry.parts_of(source)]
-
-
-def _can_guard(row: Row) -> bool:
-    """Return whether a row's raw tensor is what is looked at, no more."""
-    entry, average, source = row
-    return entry.labels[0].view is None and can_update(average, source)
 
 
 def _on_one_gpu(tensors: Sequence[Tensor]) -> bool:

@@ -18,7 +18,6 @@ from mmdet_ema.core import (
     WeightAverager,
     capabilities,
 )
-from mmdet_ema.core.native import loader
 from tests import oracle
 from tests.core.models import (
     Mixed,
@@ -29,12 +28,10 @@ from tests.core.models import (
     raw_bytes,
     state_of,
 )
-from tests.core.switches import switch_off
 from tests.core.trees import changing, trees
 
 # What has to be kept: float32 keeps 200 steps within 17 half ulps.
 TOLERANCE = 1e-6
-pytestmark = pytest.mark.usefixtures('kernels')
 BAD = (float('nan'), float('inf'), float('-inf'))
 
 
@@ -569,12 +566,6 @@ class CountCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def torch_kernels(monkeypatch):
-    """Leave updates to torch's own kernels."""
-    switch_off(monkeypatch)
-
-
 def calls_of(layers, **options):
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
     averager = WeightAverager(model, **options)
@@ -585,7 +576,7 @@ def calls_of(layers, **options):
     return [name for name in count.calls if name != 'view']
 
 
-def test_calls_of_an_update(torch_kernels):
+def test_calls_of_an_update():
     """The calls of an update do not grow with the model.
 
     Before torch 2.0 there is no call for many tensors on the host.
@@ -596,13 +587,6 @@ def test_calls_of_an_update(torch_kernels):
     assert ['_foreach_lerp_'] == calls_of(1, nonfinite='ignore')
     assert ['_foreach_lerp_'] == calls_of(100, nonfinite='ignore')
     assert len(calls_of(1)) == len(calls_of(100)) <= 10
-
-
-def test_calls_of_a_compiled_update():
-    """Compiled kernels leave torch nothing to do, with the gate or without."""
-    if loader.load() is not None:
-        for options in ({}, {'nonfinite': 'ignore'}):
-            assert [] == calls_of(1, **options) == calls_of(100, **options)
 
 
 def test_copies_go_on_by_themselves():
@@ -652,7 +636,7 @@ def test_interrupt_of_an_update(monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_synchronisation(torch_kernels):
+def test_synchronisation():
     """Under 'ignore' an update never waits for the device, else once."""
     wait = '_local_scalar_dense'
     assert 0 == calls_of(5, nonfinite='ignore').count(wait)
@@ -773,7 +757,7 @@ def test_names():
     assert pointers == averages['tied.weight'].data_ptr()
 
 
-def test_buffer_of_another_shape(kernels):
+def test_buffer_of_another_shape():
     """It is refused before any average is changed, at each update."""
     model = nn.Linear(2, 2)
     model.register_buffer('count', torch.arange(3))

@@ -15,7 +15,6 @@ from tests.core.models import Mixed, averages_of, perturb, raw_bytes
 
 NAN, INF = float('nan'), float('inf')
 BAD = (NAN, INF, -INF)
-pytestmark = pytest.mark.usefixtures('kernels')
 needs_fused = pytest.mark.skipif(
     not can_fuse(torch.device('cpu'), torch.float32),
     reason='this torch has no fused step on the host',
