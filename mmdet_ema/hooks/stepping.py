@@ -73,6 +73,8 @@ class WeightChanges:
             optimizers: The optimizers of the run, as they are now.
         """
         self.idle = 0 if self._taken else self.idle + 1
+        if self._taken:
+            self._fingerprint = None
         self.heard = self.told = self._skipped = self._taken = False
         if not _are(optimizers, self._optimizers):
             self._optimizers = list(optimizers)
@@ -92,8 +94,6 @@ class WeightChanges:
         if self._taken or not self._parameters:
             return False
         self._taken = self.told or self._have_changed()
-        if self.told:
-            self._fingerprint = None
         return self._taken
 
     def were_written(self) -> bool:
