@@ -471,9 +471,7 @@ def test_accumulation(counts, known):
     model, optimizer = model_and()
     wrapper = OptimWrapper(optimizer, accumulative_counts=counts)
     wrapper.initialize_count_status(model, 0, 19)
-    training = Training(
-        model, optimizer, accumulation=counts if known else 1
-    )
+    training = Training(model, optimizer, accumulation=counts if known else 1)
 
     def iteration():
         with wrapper.optim_context(model):
