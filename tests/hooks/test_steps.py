@@ -1,4 +1,4 @@
-"""Every change of the weights is averaged once an iteration, whoever made it."""
+"""Every change of the weights is averaged once an iteration."""
 
 import copy
 
