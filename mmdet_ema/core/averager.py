@@ -121,6 +121,7 @@ class WeightAverager:
         self.rule = rule
         self.overlap = check_flag('overlap', overlap)
         self.announces_steps = self.overlap
+        self._followed = False
         self._progress = self._before = Progress()
         copied = check_patterns('copied', copied)
         self._store = AverageStore(
@@ -158,6 +159,11 @@ class WeightAverager:
         return check_decay(self.schedule, n) if n else 0.0
 
     @property
+    def trained(self) -> Sequence[nn.Parameter]:
+        """The parameters that have an average; another list if they change."""
+        return self._store.trained
+
+    @property
     def is_applied(self) -> bool:
         """Whether the model holds the averages at this moment."""
         return self._store.is_applied
@@ -177,7 +183,8 @@ class WeightAverager:
         """
         self._refuse_inside('update')
         self.settle()
-        self._store.follow()
+        self._store.follow(rebuilt=not self._followed)
+        self._followed = False
         step, after = self._next_step()
         intake = self._store.intake
         with DeferredInterrupts():
@@ -191,12 +198,26 @@ class WeightAverager:
     def before_step(self) -> None:
         """Let an optimizer change the weights; call it before its step.
 
-        Needed with ``overlap``; also gives an average to parameters that were
-        frozen and are trainable now.
+        Needed with ``overlap``; also calls :meth:`follow_changes`.
         """
         self._store.intake.release()
-        if self._store.can_thaw:
-            self.thaw()
+        self.follow_changes()
+        self._followed = True
+
+    def follow_changes(self) -> None:
+        """Follow parameters that are trainable only now, replaced or added.
+
+        An update does so, too, but for the first; called before the weights
+        change, their averages start from the values before.
+
+        Raises:
+            RuntimeError: If there are any and the model holds the averages.
+        """
+        if self._store.has_changed:
+            self._refuse_inside('follow_changes')
+            self.settle()
+            self._store.thaw()
+            self._store.follow()
 
     def thaw(self) -> None:
         """Average parameters that were frozen and are trainable now.
@@ -214,6 +235,15 @@ class WeightAverager:
         """Follow tensors of the model that were replaced or moved."""
         self.settle()
         self._store.refresh()
+
+    def take_replaced(self) -> List[str]:
+        """Return the parameters that became other objects since the last call.
+
+        Their averages went on by name, with new names and shapes from the
+        values that they had.
+        """
+        replaced, self._store.replaced = self._store.replaced, []
+        return replaced
 
     def synchronize(self) -> bool:
         """Make the averages of buffers the same on every rank.

@@ -28,6 +28,7 @@ from mmdet_ema.core.selection import Entry, Role, is_finite, select
 from mmdet_ema.core.watch import Watch
 
 Named = Iterator[Tuple[str, Tensor]]
+_TRAINS = attrgetter('requires_grad')
 
 
 class AverageStore:
@@ -39,6 +40,12 @@ class AverageStore:
         device: Where the averages live; None for where the tensors are.
         overlap: Whether steps are taken in beside the training.
         copied: Patterns of names that are copied, not averaged.
+
+    Attributes:
+        replaced: Names of parameters that became other objects, until someone
+            takes them.
+        trained: The parameters that have an average; another list where they
+            are others.
     """
 
     def __init__(
@@ -54,6 +61,9 @@ class AverageStore:
         self._copied = copied
         self._device = device
         self.intake = Intake(overlap)
+        self._watch: Watch
+        self.replaced: List[str] = []
+        self.trained: List[nn.Parameter] = []
         self._averages: Dict[int, Tensor] = {}
         self._entries: List[Entry] = []
         self._select()
@@ -81,11 +91,6 @@ class AverageStore:
         """Return the entries in which NaN or Inf means a bad step."""
         averaged = [self._entries[i] for i in self._averages]
         return [entry for entry in averaged if entry.gated]
-
-    @property
-    def can_thaw(self) -> bool:
-        """Whether a parameter that was frozen is trainable now."""
-        return bool(self._thawed())
 
     def synchronize(self) -> bool:
         """Make the averages of buffers the same on every rank.
@@ -125,19 +130,38 @@ class AverageStore:
         if thawed:
             self._plan()
 
-    def follow(self) -> None:
-        """Follow what was replaced if it shows; cheap enough for each step."""
-        if self._watch.hints() and not self._rebind():
+    @property
+    def has_changed(self) -> bool:
+        """Whether parameters were thawed, replaced or added; cheap."""
+        return self._watch.is_rebuilt() or bool(self._thawed())
+
+    def follow(self, rebuilt: bool = True) -> None:
+        """Follow what was replaced if it shows; cheap enough for each step.
+
+        Args:
+            rebuilt: Whether to look for replaced modules and parameters, too.
+                Defaults to True.
+        """
+        if rebuilt and self._watch.is_rebuilt():
+            self.refresh()
+            # where every tensor is as before, too: once is enough
+            self._watch = Watch(self._model)
+        elif self._watch.hints() and not self._rebind():
             self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Follow replaced tensors; averages are carried over by name."""
+        """Follow replaced tensors; averages are carried over.
+
+        With the parameter where it is the same object under any name, else
+        by name.
+        """
         if self.is_applied or not self._watch.replaced():
             return
         old = dict(self._named(self._average_of, unsaved=True))
         # a tensor may have got another name, as those that are pruned do
         before, averages = self._entries, self._averages
+        known = {id(p) for entry in before for p in entry.parameters}
         same = {id(before[i].raw): average for i, average in averages.items()}
         self._select()
         for entry in self._entries:
@@ -151,6 +175,12 @@ class AverageStore:
             for name, average in old.items()
             if name in now and now[name].shape == average.shape
         }
+        self.replaced += [
+            entry.name
+            for entry in self._entries
+            if entry.parameters
+            and not any(id(p) in known for p in entry.parameters)
+        ]
         self.load(kept, strict=False)
 
     def named_averages(self, stored: bool = False) -> Named:
@@ -268,17 +298,23 @@ class AverageStore:
         self._frozen = [
             i for i, entry in enumerate(entries) if entry.role is Role.SHARED
         ]
+        self._held = [p for i in self._frozen for p in entries[i].parameters]
         owned = [entries[i] for i in self._averages]
         averages, raws = list(self._averages.values()), [e.raw for e in owned]
         self._position = {i: k for k, i in enumerate(self._averages)}
         self._exchange = Exchange(averages, raws)
         self.intake.plan(owned, averages)
+        trained = [p for entry in owned for p in entry.parameters]
+        if list(map(id, trained)) != list(map(id, self.trained)):
+            self.trained = trained
 
     def _thawed(self) -> List[int]:
+        if not any(map(_TRAINS, self._held)):
+            return []
         return [
             i
             for i in self._frozen
-            if any(p.requires_grad for p in self._entries[i].parameters)
+            if any(map(_TRAINS, self._entries[i].parameters))
         ]
 
     def _named(

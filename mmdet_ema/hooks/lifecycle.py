@@ -7,6 +7,7 @@ training starts, after initialisation and after any load.
 
 from __future__ import annotations
 
+import math
 import warnings as python_warnings
 from typing import (
     Any,
@@ -18,8 +19,8 @@ from typing import (
     Set,
 )
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from mmdet_ema.checkpoint.layout import (
     EMAPart,
@@ -50,10 +51,17 @@ from mmdet_ema.hooks.report import (
     warnings,
 )
 from mmdet_ema.hooks.scaling import REFERENCE, Scaling, scaling_of
-from mmdet_ema.hooks.stepping import StepCounter
+from mmdet_ema.hooks.skips import (
+    describe_idle,
+    describe_replaced,
+    describe_steps,
+)
+from mmdet_ema.hooks.stepping import TELLS_OF_STEPS, WeightChanges
 from mmdet_ema.version import __version__
 
 Checkpoint = MutableMapping[str, Any]
+# iterations without a step that are said at least to be unusual
+_IDLE = 50
 
 
 class EMALifecycle:
@@ -72,7 +80,10 @@ class EMALifecycle:
         self._resume_part: Optional[EMAPart] = None
         self._shown_part: Optional[EMAPart] = None
         self._shown: Optional[WeightAverager] = None
-        self._steps: Optional[StepCounter] = None
+        self._changes: Optional[WeightChanges] = None
+        self._accumulation = 1
+        self._iterations = self._told_iterations = self._replacements = 0
+        self._first: Dict[str, int] = {}
         self._schedule: Optional[Schedule] = None
         self._scaling: Optional[Scaling] = None
         self._compared: Dict[str, Any] = {}
@@ -92,14 +103,12 @@ class EMALifecycle:
     def start(
         self,
         model: nn.Module,
-        optimizers: Sequence[Optimizer],
         facts: RunFacts,
     ) -> None:
         """Get ready: training is about to start, everything is loaded.
 
         Args:
             model: The model, unwrapped.
-            optimizers: Every optimizer of the run.
             facts: The run as planned.
 
         Raises:
@@ -111,8 +120,12 @@ class EMALifecycle:
         self._plan(facts, before)
         self._resume_if_asked(model)
         self._report(model, facts, before)
-        self.finish()
-        self._steps = StepCounter(optimizers, self._before_step)
+        self._stop_listening()
+        self._accumulation = facts.accumulation
+        self._iterations = self._told_iterations = 0
+        self._changes = WeightChanges(
+            self._trained, self._before_step, facts.accumulation
+        )
 
     def before_epoch(self) -> None:
         """Follow tensors that were replaced since the last epoch."""
@@ -120,7 +133,11 @@ class EMALifecycle:
             self.averager.refresh()
 
     def before_iteration(
-        self, model: nn.Module, iteration: int, epoch: int
+        self,
+        model: nn.Module,
+        iteration: int,
+        epoch: int,
+        optimizers: Sequence[Any],
     ) -> None:
         """Start the average if its time has come.
 
@@ -128,6 +145,7 @@ class EMALifecycle:
             model: The model, unwrapped.
             iteration: Iterations done.
             epoch: Epochs done.
+            optimizers: The optimizers of the run, as they are now.
         """
         if self.averager is not None and self.averager.is_applied:
             self._log.warning(
@@ -139,9 +157,11 @@ class EMALifecycle:
         if self.averager is None and has_begun(self.options, iteration, epoch):
             assert self._schedule is not None
             self.averager = self._make(model, self._schedule)
+        if self.averager is not None and self._changes is not None:
+            self._begin(self.averager, self._changes, optimizers)
 
     def after_iteration(self, iteration: int) -> bool:
-        """Update the average if there was a step since the last call.
+        """Update the average if the weights changed, once an iteration.
 
         Args:
             iteration: The iteration that ends, from 1.
@@ -153,16 +173,19 @@ class EMALifecycle:
         Raises:
             NonFiniteError: If there is NaN or Inf under ``'raise'``.
         """
-        stepped = self._steps is not None and self._steps.take()
-        if self.averager is None:
+        averager, changes = self.averager, self._changes
+        if averager is None:
             return True
-        if not stepped:
+        if averager.is_applied or changes is None or not changes.take():
             return self._note_skips()
         try:
-            self.averager.settle()
+            averager.settle()
             fine = self._note_skips()
             self._taken_in = iteration
-            self.averager.update()
+            if not changes.told:
+                self._end_overlap(averager)
+            averager.update()
+            self._note_replaced(averager)
             return self._note_skips() and fine
         except NonFiniteError as error:
             k = self.options.interval
@@ -173,10 +196,25 @@ class EMALifecycle:
 
     def finish(self) -> None:
         """Stop listening to the optimizers; the average stays."""
-        if self._steps is not None:
-            self._steps.detach()
-        if self.averager is not None:
-            self.averager.settle()
+        self._stop_listening()
+        self.tell_steps()
+
+    def tell_steps(self) -> None:
+        """Say how many steps were averaged: once, and again at the end."""
+        averager, total = self.averager, self._iterations
+        at_the_end = self._changes is None
+        if averager is None or self._told_iterations == total:
+            return
+        if self._told_iterations and not at_the_end:
+            return
+        self._told_iterations, now = total, averager.progress()
+        steps, skipped = (
+            now[name] - self._first[name]
+            for name in ('num_steps', 'num_skipped')
+        )
+        self._log.info(describe_steps(steps, skipped, total))
+        if not steps + skipped and total > self._accumulation:
+            self._log.warning(describe_idle(total))
 
     def synchronize(self) -> None:
         """Make the averages of buffers equal; call it on all ranks at once."""
@@ -208,6 +246,7 @@ class EMALifecycle:
                     f'average stays as it was before. If it is meant to, '
                     f'copied=[{name!r}] copies it.'
                 )
+        self.tell_steps()
         weights = weights or self.passes[-1]
         if self.evaluated is not None and weights != 'raw':
             self.evaluated.apply()
@@ -272,9 +311,59 @@ class EMALifecycle:
         self._noted, self.last_iteration = known, self._taken_in
         return False
 
+    def _begin(
+        self,
+        averager: WeightAverager,
+        changes: WeightChanges,
+        optimizers: Sequence[Any],
+    ) -> None:
+        if not self._iterations:
+            self._first = averager.progress()
+        if not changes.told:
+            # maybe nobody tells before the weights change
+            averager.follow_changes()
+        self._note_replaced(averager)
+        changes.begin(optimizers)
+        self._iterations += 1
+        limit = max(_IDLE, 2 * self._accumulation)
+        times = changes.idle / limit
+        if times >= 1 and math.log10(times).is_integer():
+            self._log.warning(describe_idle(changes.idle))
+
+    def _trained(self) -> Sequence[nn.Parameter]:
+        return () if self.averager is None else self.averager.trained
+
     def _before_step(self) -> None:
+        averager, changes = self.averager, self._changes
+        if averager is None or changes is None or averager.is_applied:
+            return
+        beside = self.options.overlap or self.options.device is not None
+        if beside and not changes.heard and changes.were_written():
+            self._end_overlap(averager)
+        averager.before_step()
+
+    def _end_overlap(self, averager: WeightAverager) -> None:
+        """Let no update run on while nobody tells before weights change."""
+        if averager.announces_steps and self.options.overlap:
+            self._log.warning(
+                'EMA: overlap=True has no effect from here on: the weights '
+                "changed outside of an optimizer's step(). Leave it out."
+            )
+        averager.announces_steps = False
+
+    def _note_replaced(self, averager: WeightAverager) -> None:
+        names = averager.take_replaced()
+        if names:
+            self._replacements += 1
+            if math.log10(self._replacements).is_integer():
+                self._log.info(describe_replaced(names))
+
+    def _stop_listening(self) -> None:
+        if self._changes is not None:
+            self._changes.detach()
+            self._changes = None
         if self.averager is not None:
-            self.averager.before_step()
+            self.averager.settle()
 
     def _plan(self, facts: RunFacts, before: Mapping[str, Any]) -> None:
         """Fix the schedule; it may need to know how long the run is."""
@@ -322,7 +411,7 @@ class EMALifecycle:
                 rule=self.options.rule,
                 copied=self.options.copied,
             )
-        averager.announces_steps = True
+        averager.announces_steps = TELLS_OF_STEPS
         self._noted = 0
         return averager
 
@@ -356,6 +445,11 @@ class EMALifecycle:
             self._log.info(describe_rule(self._schedule.name, counts))
             found = []
         found += [f'EMA: {x}' for x in unused(self.options, facts, done)]
+        if self.options.overlap and not TELLS_OF_STEPS:
+            found.append(
+                f'EMA: overlap=True has no effect: torch {torch.__version__} '
+                f'does not tell of the steps of optimizers, 2.0 does.'
+            )
         found += [copied_parameters(entries), changes(before, self._compared)]
         missing = unmatched(entries, self.options.copied)
         found += [f'EMA: {no_match(pattern)}' for pattern in missing]

@@ -177,11 +177,16 @@ class EMAHook(Hook):  # type: ignore[misc]
         # a runner without mmcv's OptimizerHook steps before any hook
         self._trained = runner.iter + int(self._steps_alone)
         model = runner_facts.model_of(runner)
-        self._life.before_iteration(model, runner.iter, runner.epoch)
+        optimizers = runner_facts.optimizers_of(runner)
+        self._life.before_iteration(
+            model, runner.iter, runner.epoch, optimizers
+        )
 
     def after_train_iter(self, runner: Any) -> None:
-        """Update the average if the optimizer stepped."""
-        self.make_equal(runner, by_epoch=False)
+        """Update the average if the weights changed."""
+        # else the optimizer's turn comes after ours
+        if self._trained > runner.iter:
+            self.make_equal(runner, by_epoch=False)
 
     def after_optimizer(self, runner: Any) -> None:
         """Note that the optimizer's turn of this iteration is over.
@@ -415,8 +420,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._started = True
         self._steps_alone = not runner_facts.has_optimizer_hook(runner)
         facts = runner_facts.facts_of(runner)
+        self._life.start(runner_facts.model_of(runner), facts)
         optimizers = runner_facts.optimizers_of(runner)
-        self._life.start(runner_facts.model_of(runner), optimizers, facts)
         scale_weight_decay(optimizers, facts.samples, self._log)
 
     def _resume(self, runner: Any) -> None:

@@ -161,8 +161,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._trained = False
         self._model = runner_facts.model_of(runner)
         facts = runner_facts.facts_of(runner)
+        self._life.start(self._model, facts)
         optimizers = runner_facts.optimizers_of(runner)
-        self._life.start(self._model, optimizers, facts)
         scale_weight_decay(optimizers, facts.samples, self._log)
         self._watch_loops(runner)
 
@@ -174,7 +174,14 @@ class EMAHook(Hook):  # type: ignore[misc]
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Start the average if its time has come."""
-        self._life.before_iteration(self._model, runner.iter, runner.epoch)
+        # a hook that comes after ours may have changed the weights
+        self._catch_up(runner, runner.iter)
+        self._life.before_iteration(
+            self._model,
+            runner.iter,
+            runner.epoch,
+            runner_facts.optimizers_of(runner),
+        )
 
     def after_train_iter(
         self,
@@ -183,7 +190,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """Update the average if the optimizer stepped."""
+        """Update the average if the weights changed."""
         self._catch_up(runner)
         if runner_facts.will_validate(runner, by_epoch=False):
             self._life.synchronize()
@@ -198,11 +205,13 @@ class EMAHook(Hook):  # type: ignore[misc]
         """
         if runner_facts.will_validate(runner, by_epoch=True):
             self._life.synchronize()
+        self._life.tell_steps()
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
+        self._catch_up(runner, runner.iter)
         self._life.finish()
-        self._catch_up(runner)
+        self._catch_up(runner, runner.iter)  # of a skip that shows just now
         self._trained = True
 
     def before_val_epoch(self, runner: Any) -> None:
@@ -257,9 +266,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         else:
             self._life.fine_tune(checkpoint, model)
 
-    def _catch_up(self, runner: Any) -> None:
+    def _catch_up(self, runner: Any, iteration: Optional[int] = None) -> None:
         """Update now; other hooks may save before our turn comes."""
-        taken = self._life.after_iteration(runner.iter + 1)
+        iteration = runner.iter + 1 if iteration is None else iteration
+        taken = self._life.after_iteration(iteration)
         if not taken and self._life.averager is not None:
             iteration = self._life.last_iteration
             self._log.skipped(runner, self._life.averager, iteration)

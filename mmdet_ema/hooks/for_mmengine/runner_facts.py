@@ -38,7 +38,8 @@ def model_of(runner: Any) -> nn.Module:
 
 def optimizers_of(runner: Any) -> List[Optimizer]:
     """Return every optimizer of the run."""
-    return [wrapper.optimizer for wrapper in _wrappers(runner)]
+    found = [getattr(w, 'optimizer', None) for w in _wrappers(runner)]
+    return [optimizer for optimizer in found if optimizer is not None]
 
 
 def made_optimizers_of(runner: Any) -> List[Optimizer]:
