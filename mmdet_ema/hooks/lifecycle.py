@@ -21,6 +21,7 @@ from typing import (
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from mmdet_ema.checkpoint.layout import (
     EMAPart,
