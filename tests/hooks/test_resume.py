@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
 from mmdet_ema.core.errors import CheckpointError
-from tests import oracle
+from tests import needs, oracle
 from tests.hooks.toy import (
     SAFELY,
     Run,
@@ -436,3 +436,26 @@ def test_file_of_the_older_framework_is_refused(tmp_path):
     run = Run(tmp_path, EMA, load_from=str(tmp_path / 'old.pth'), resume=True)
     with pytest.raises(ValueError, match=r'written by mmcv 1\.x'):
         run.train()
+
+
+def test_disabled_hook_resumes_the_raw_weights_and_does_nothing(tmp_path):
+    """``enabled=False`` trains on as if there had never been an average."""
+    ema = dict(type='EMAHook', decay=0.9, tau=3)
+    Run(tmp_path / 'first', ema, max_epochs=1).train()
+    file = str(tmp_path / 'first' / 'epoch_1.pth')
+    raw = {
+        name[len('module.') :]: value
+        for name, value in torch.load(file, weights_only=needs.SAFELY)[
+            'ema_state_dict'
+        ].items()
+    }
+    off = dict(type='EMAHook', enabled=False)
+    again = dict(load_from=file, resume=True, max_epochs=2)
+    run = Run(tmp_path / 'second', off, **again).train()
+    for name, value in run.recorder.start.items():
+        assert torch.equal(value, raw[name]), name
+    saved = run.load('epoch_2.pth')
+    assert 'ema_state_dict' not in saved
+    assert same(saved['state_dict'], state_of(run.model)) == []
+    (log,) = (tmp_path / 'second').glob('*/*.log')
+    assert 'enabled=False' in log.read_text()

@@ -9,6 +9,7 @@ import torch
 from mmengine.hooks import Hook
 
 from mmdet_ema.checkpoint.files import read_structure
+from mmdet_ema.core.check import check_flag
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmengine import runner_facts
 from mmdet_ema.hooks.for_mmengine.evaluation import (
@@ -75,6 +76,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             ``'*.mask'``) of tensors that are copied, not averaged. Integers,
             masks of -inf, pruning masks, the vectors of spectral norm and the
             observers of quantization are copied anyway. Defaults to ().
+        enabled (bool): False: put the raw weights back on resume, then do
+            nothing. Defaults to True.
         ema_type (str, optional): OpenMMLab's word: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): OpenMMLab's word: ``1 - decay``.
@@ -110,6 +113,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         strict_load: bool = False,
         scale_decay: bool = False,
         copied: Sequence[str] = (),
+        enabled: bool = True,
         ema_type: Any = None,
         momentum: Optional[float] = None,
         gamma: Optional[float] = None,
@@ -137,6 +141,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             find_rule=find_rule,
             **more,
         )
+        self.enabled = check_flag('enabled', enabled)
         self._log = RunLog()
         self._life = EMALifecycle(options, self._log)
         self._weights: Optional[str] = None
@@ -152,12 +157,16 @@ class EMAHook(Hook):  # type: ignore[misc]
         path = runner_facts.local_checkpoint(runner)
         if path is not None:
             read_structure(path)
+        if not self.enabled:
+            return
         self._watch_loops(runner)
         if runner_facts.is_training(runner):
             check_monitored(runner, self._life.passes)
 
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
+        if not self.enabled:
+            return
         self._trained = False
         self._model = runner_facts.model_of(runner)
         facts = runner_facts.facts_of(runner)
@@ -174,6 +183,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Start the average if its time has come."""
+        if not self.enabled:
+            return
         # a hook that comes after ours may have changed the weights
         self._catch_up(runner, runner.iter)
         self._life.before_iteration(
@@ -248,6 +259,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights beside."""
+        if not self.enabled:
+            return
         self._catch_up(runner)
         strip_wrapper(checkpoint, runner_facts.model_of(runner))
         self._life.save(checkpoint)
@@ -263,6 +276,11 @@ class EMAHook(Hook):  # type: ignore[misc]
             refuse_foreign(checkpoint, self._log)
             optimizers = runner_facts.made_optimizers_of(runner)
             self._life.resume(checkpoint, model, optimizers)
+            if not self.enabled:
+                self._log.warning(
+                    'EMA: enabled=False: training goes on from the raw '
+                    'weights, without an average.'
+                )
         else:
             self._life.fine_tune(checkpoint, model)
 
@@ -317,7 +335,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._weights = before
 
     def _enter_evaluation(self, runner: Any) -> None:
-        if self._evaluates:
+        if self._evaluates or not self.enabled:
             return
         if runner_facts.is_training(runner) and not self._trained:
             self._catch_up(runner)
