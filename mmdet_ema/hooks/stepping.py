@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import OrderedDict
 from operator import attrgetter
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -28,6 +29,7 @@ _TRIAL = 10
 # elements; smaller tensors are compared as they are, larger ones by their sum
 _SMALL = 4096
 _VERSION = attrgetter('_version')
+_POST_HOOKS = '_optimizer_step_post_hooks'
 
 
 class WeightChanges:
@@ -78,6 +80,7 @@ class WeightChanges:
         self.heard = self.told = self._skipped = self._taken = False
         if not _are(optimizers, self._optimizers):
             self._optimizers = list(optimizers)
+            _complete(optimizers)
             self._trial = max(self._trial, _TRIAL)
         parameters = self._list_parameters()
         versions = _versions(parameters)
@@ -171,6 +174,18 @@ def _listen(changes: WeightChanges) -> List[Any]:
     for handle in handles:
         weakref.finalize(changes, handle.remove)
     return handles
+
+
+def _complete(optimizers: Sequence[Any]) -> None:
+    """Give optimizers that skip torch's constructor what their step reads.
+
+    ``zero_grad()`` lets torch tell of their steps, which then fail without.
+    """
+    for optimizer in optimizers:
+        if TELLS_OF_STEPS and isinstance(optimizer, torch.optim.Optimizer):
+            for name in ('_optimizer_step_pre_hooks', _POST_HOOKS):
+                if not hasattr(optimizer, name):
+                    setattr(optimizer, name, OrderedDict())
 
 
 def _are(left: Sequence[Any], right: Sequence[Any]) -> bool:
