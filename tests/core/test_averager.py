@@ -762,7 +762,7 @@ def test_names():
 
 
 def test_buffer_of_another_shape(kernels):
-    """It is followed from the next update on, and nothing else is disturbed."""
+    """It is followed from the next update on; the rest goes on."""
     model = nn.Linear(2, 2)
     model.register_buffer('count', torch.arange(3))
     averager = WeightAverager(model, 'constant', decay=0.5)
