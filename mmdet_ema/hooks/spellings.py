@@ -12,7 +12,7 @@ _SAME = {
     'ema_type': ('ema_model', 'swa'),
     'evaluate': ('eval_with_ema', 'use_ema', 'validate_original_weights'),
     'interval': ('ema_interval', 'update_every', 'update_interval'),
-    'tau': ('ramp', 'warmup', 'warmup_steps'),
+    'tau': ('ramp', 'warmup_steps'),
     'update_buffers': ('average_buffers', 'include_buffers', 'use_buffers'),
 }
 _INSTEAD: Dict[str, str] = {
