@@ -328,3 +328,56 @@ def test_old_torch_that_reads_no_floats(tmp_path):
     path = tmp_path / 'float.pth'
     torch.save({'state_dict': {}, 'lr': 0.1}, path)
     assert {'state_dict': {}, 'lr': 0.1} == read_structure(str(path))
+
+
+@pytest.mark.parametrize('record', ['data.pkl', 'data/0', 'version'])
+def test_record_with_another_checksum(tmp_path, record):
+    """A flipped bit in any record is found; a tensor is named."""
+    path = tmp_path / 'a.pth'
+    write(path, dict(state_dict=dict(w=torch.arange(5.0))))
+    with zipfile.ZipFile(path) as archive:
+        held = archive.read(f'a/{record}')
+    data = path.read_bytes()
+    place = data.index(held) + len(held) - 1
+    path.write_bytes(
+        data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    )
+    name = 'state_dict.w' if record == 'data/0' else f'a/{record}'
+    assert f'{name} is not what was written' in message_of(str(path))
+
+
+def test_file_without_checksums(tmp_path):
+    """A writer can leave them out; such a file is read."""
+    if not hasattr(torch.serialization, 'set_crc32_options'):
+        pytest.skip('this torch always writes checksums')
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = write(tmp_path / 'a.pth')
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert list(content()) == list(read_structure(path))
+
+
+def test_record_that_is_too_short(tmp_path):
+    """A record with fewer bytes than its tensor needs is named."""
+    path = write(tmp_path / 'a.pth', dict(state_dict=dict(w=torch.ones(5))))
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, data in records.items():
+            archive.writestr(name, data[:-1] if '/data/' in name else data)
+    assert '19 of the 20 bytes of state_dict.w' in message_of(path)
+
+
+def test_program_of_torchscript(tmp_path):
+    """An archive of TorchScript is refused in words."""
+    path = str(tmp_path / 'a.pth')
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)), path)
+    assert 'TorchScript' in message_of(path)
+
+
+def test_name_of_safetensors(tmp_path):
+    """A file of safetensors is refused in words."""
+    path = tmp_path / 'a.safetensors'
+    path.write_bytes((2).to_bytes(8, 'little') + b'{}')
+    assert 'safetensors' in message_of(str(path))
