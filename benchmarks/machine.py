@@ -28,18 +28,10 @@ def describe() -> dict[str, str]:
         'system': f'{platform.system()} {platform.machine()}',
         'python': platform.python_version(),
         'torch': torch.__version__,
-        'compiled kernels': _kernels(),
         **{name: _version(name) for name in _PACKAGES},
         'read between cold calls': f'{flush_bytes("cpu") // MEGABYTE} MB',
         'load before the run': _load(),
     }
-
-
-def _kernels() -> str:
-    """Say whether this project's own kernels are there."""
-    from mmdet_ema.core.native.loader import load
-
-    return 'none' if load() is None else 'yes'
 
 
 def cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from typing import Any, List, Optional
 
@@ -23,14 +24,33 @@ def load_hook() -> Optional[Any]:
     return hooks[0] if hooks else None
 
 
+def own_logger() -> logging.Logger:
+    """Return the logger for lines that belong to no run.
+
+    The frameworks know nothing of it: mmcv takes the first logger that it
+    made for the run's, and writes to it what ``init_weights`` did; mmengine
+    would make one without a file, and give it to whoever asks for one later.
+    """
+    logger = logging.getLogger('mmdet_ema')
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            logging.Formatter('%(asctime)s - %(levelname)s - %(message)s')
+        )
+        logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    return logger
+
+
 def has_mmcv1() -> bool:
     """Return whether mmcv 1.x is installed; mmcv 2 has no runners."""
-    return _has('mmcv', 'runner')
+    return has_package('mmcv', 'runner')
 
 
 def has_mmengine() -> bool:
     """Return whether mmengine is installed."""
-    return _has('mmengine')
+    return has_package('mmengine')
 
 
 def _load_for_mmcv1() -> Any:
@@ -49,7 +69,7 @@ def _load_for_mmengine() -> Any:
     return EMAHook
 
 
-def _has(package: str, part: str = '') -> bool:
+def has_package(package: str, part: str = '') -> bool:
     """Return whether a package with a part is installed; import nothing."""
     try:
         spec = importlib.util.find_spec(package)

@@ -3,9 +3,9 @@
 Imports the core and torch only, and knows nothing of a runner.
 """
 
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.layout import EMAPart, pack, put_raw, unpack
 from mmdet_ema.checkpoint.plain import Codec, foreign, from_plain, to_plain
-from mmdet_ema.checkpoint.structure import read_structure
 
 __all__ = [
     'Codec',

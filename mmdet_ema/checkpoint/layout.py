@@ -7,15 +7,25 @@ the layout of mmengine's own ``EMAHook``. ``ema_meta`` says who wrote it, how.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, Dict, Mapping, MutableMapping, Optional, Tuple
+from typing import (
+    Any,
+    Dict,
+    Mapping,
+    MutableMapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor
 
 from mmdet_ema.core.errors import CheckpointError
-from mmdet_ema.core.state import read_count
+from mmdet_ema.core.state import read_count, read_progress
 
 WEIGHTS = 'state_dict'
 EMA = 'ema_state_dict'
@@ -24,6 +34,10 @@ STEPS = 'steps'
 PREFIX = 'module.'
 FORMAT_VERSION = 1
 _ROLES = {WEIGHTS: 'average', EMA: 'raw'}
+_COUNTS = ('batch_size', 'interval', 'world_size')
+# what optimizers keep in the shape of a parameter
+_LIKE_PARAMETER = ('exp_avg', 'exp_avg_sq', 'momentum_buffer', 'square_avg')
+_DAMAGED = 'the file is damaged. Take another checkpoint'
 
 
 @dataclass
@@ -93,9 +107,9 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
     Raises:
         CheckpointError: If there is one that cannot be understood.
     """
-    ema = checkpoint.get(EMA)
-    if ema is None:
+    if EMA not in checkpoint and META not in checkpoint:
         return None
+    ema = checkpoint.get(EMA)
     weights = checkpoint.get(WEIGHTS)
     if not isinstance(ema, Mapping) or STEPS not in ema:
         raise CheckpointError(
@@ -103,16 +117,172 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
             f'written by an EMAHook of this generation. Load the file with '
             f'load_from (no resume) to start from its weights.'
         )
-    meta = checkpoint.get(META) or {}
-    if not isinstance(weights, Mapping) or not isinstance(meta, Mapping):
-        raise CheckpointError(
-            f'{WEIGHTS!r} or {META!r} of the checkpoint is no dict; the file '
-            f'is damaged. Take another checkpoint.'
-        )
+    meta = {} if checkpoint.get(META) is None else checkpoint[META]
+    for part, name in ((weights, WEIGHTS), (ema, EMA), (meta, META)):
+        check_names(part, name)
+    assert isinstance(weights, Mapping)
     _check_meta(meta)
+    steps = read_count(ema, STEPS)
+    read_progress({**meta, 'num_steps': steps})
     raws = {k[len(PREFIX) :]: v for k, v in ema.items() if _is_raw(k)}
     averages = {_plain_name(k, raws): v for k, v in weights.items()}
-    return EMAPart(averages, raws, read_count(ema, STEPS), dict(meta))
+    return EMAPart(averages, raws, steps, dict(meta))
+
+
+def check_names(value: Any, what: str) -> None:
+    """Check that something in a checkpoint is a dict with names.
+
+    Args:
+        value: What there is.
+        what: Its place in the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    if not isinstance(value, Mapping):
+        kind = type(value).__name__
+        raise CheckpointError(
+            f'{what} of the checkpoint is a {kind}, not a dict; {_DAMAGED}.'
+        )
+    for name in value:
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f'{what} of the checkpoint has the name {name!r:.80}, which '
+                f'is no text; {_DAMAGED}.'
+            )
+
+
+def check_weights(
+    present: Mapping[str, Any], given: Mapping[str, Any], what: str = WEIGHTS
+) -> None:
+    """Check that the weights of a checkpoint are ordinary tensors.
+
+    A framework leaves out what it cannot copy into the model, with a line in
+    the log.
+
+    Args:
+        present: Tensors of the model by name.
+        given: Those of the checkpoint; names the model lacks are left alone.
+        what: Where they are in the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: At the first that is something else.
+    """
+    for name, value in given.items():
+        mine = present.get(_plain_name(name, present))
+        if not isinstance(mine, Tensor):
+            continue
+        kind = type(value).__name__
+        if isinstance(value, Tensor):
+            if value.layout == mine.layout and _holds(value, mine):
+                continue
+            kind = f'{kind} ({value.layout}, {value.dtype})'
+        raise CheckpointError(
+            f'{name} is a {kind} in {what} of the checkpoint, the model has '
+            f'{mine.dtype} there; the file is damaged, or belongs to another '
+            f'model.'
+        )
+
+
+def _holds(value: Tensor, mine: Tensor) -> bool:
+    """Return whether a tensor has values for one of the model."""
+    if value.is_quantized or mine.is_quantized:
+        return value.is_quantized == mine.is_quantized
+    if mine.is_floating_point():
+        return value.is_floating_point()
+    whole = torch.isfinite(value) & (value == value.round())
+    return not value.is_floating_point() or bool(whole.all())
+
+
+def check_training_state(
+    checkpoint: Mapping[str, Any], optimizers: Sequence[Any], log: Any
+) -> None:
+    """Check what else training resumes from, before anything is loaded.
+
+    Args:
+        checkpoint: What was read from a file.
+        optimizers: The optimizers of the run, as far as they are made.
+        log: Where a warning goes if the file has none.
+
+    Raises:
+        CheckpointError: If it is damaged, or of other optimizers.
+    """
+    meta = checkpoint.get('meta')
+    check_names(meta, "'meta'")
+    assert isinstance(meta, Mapping)
+    for key in ('epoch', 'iter', 'seed'):
+        if key == 'seed' and meta.get(key) is None:
+            continue
+        try:
+            whole = operator.index(meta[key]) >= 0  # NumPy's too
+        except Exception:  # a tensor, an array, nothing at all
+            whole = False
+        if not whole:
+            raise CheckpointError(
+                f'{key}={meta.get(key)!r:.80} in the meta of the checkpoint '
+                f'is no whole number from 0 on; {_DAMAGED}, or use load_from '
+                f'without resume.'
+            )
+    if 'optimizer' not in checkpoint:
+        log.warning(
+            'EMA: the checkpoint has no state of the optimizer; it starts '
+            'from nothing, and the run differs from one that went on.'
+        )
+        return
+    saved = checkpoint['optimizer']
+    check_names(saved, "'optimizer'")
+    # one state, or one a name; an optimizer of others' making has its own
+    states = [
+        x
+        for x in (saved, *saved.values())
+        if isinstance(x, Mapping) and 'state' in x and 'param_groups' in x
+    ]
+    for state, optimizer in zip(states, optimizers):
+        _check_optimizer(state, optimizer.param_groups)
+
+
+def _check_optimizer(
+    state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    saved, slots = state.get('param_groups'), state.get('state')
+    mine = [len(group['params']) for group in groups]
+    try:
+        assert isinstance(saved, list)
+        assert isinstance(slots, Mapping)
+        theirs = [len(group['params']) for group in saved]
+        order = [i for group in saved for i in group['params']]
+        own = {k: v for k, v in slots.items() if isinstance(k, int)}
+        assert {*own} <= {*order}
+        assert all(isinstance(slot, Mapping) for slot in own.values())
+        for group in saved:
+            for key, value in group.items():
+                if type(groups[0].get(key)) in (int, float):
+                    assert math.isfinite(value)
+    except Exception:  # anything may be anywhere
+        raise CheckpointError(
+            f'the groups of parameters of the optimizer in the checkpoint, '
+            f'or the state of one, are not what torch writes; {_DAMAGED}.'
+        ) from None
+    if theirs != mine:
+        raise CheckpointError(
+            f'the optimizer of the checkpoint has groups of {theirs} '
+            f'parameters, that of this run {mine}; resume with the same '
+            f'optimizer config, or use load_from without resume.'
+        )
+    parameters = [p for group in groups for p in group['params']]
+    for index, parameter in zip(order, parameters):
+        for key, value in own.get(index, {}).items():
+            if key not in _LIKE_PARAMETER or value is None:
+                continue
+            shape = getattr(value, 'shape', None)
+            fits = isinstance(value, Tensor) and shape == parameter.shape
+            if not fits or not value.is_floating_point() or value.is_sparse:
+                raise CheckpointError(
+                    f'{key} of parameter {index} in the optimizer of the '
+                    f'checkpoint is a {type(value).__name__} of shape '
+                    f'{shape}, the parameter has {tuple(parameter.shape)}; '
+                    f'{_DAMAGED}.'
+                )
 
 
 def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
@@ -153,10 +323,14 @@ def _plain_name(name: str, names: Mapping[str, Any]) -> str:
 
 def _check_meta(meta: Mapping[str, Any]) -> None:
     roles = meta.get('roles', _ROLES)
-    if roles != _ROLES:
+    # values that are arrays cannot be compared
+    known = isinstance(roles, Mapping) and {
+        k: str(v) for k, v in roles.items()
+    }
+    if known != _ROLES:
         raise CheckpointError(
-            f'{META} has roles={roles!r}, this mmdet_ema reads {_ROLES}; the '
-            f'file is damaged, or install a newer one.'
+            f'{META} has roles={roles!r:.80}, this mmdet_ema reads '
+            f'{_ROLES}; the file is damaged, or install a newer one.'
         )
     version = meta.get('format_version', FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -164,6 +338,8 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
             f'{META} has format_version={version!r}, this mmdet_ema reads up '
             f'to {FORMAT_VERSION}; install a newer one.'
         )
+    for key in _COUNTS:
+        read_count(meta, key, 1)
 
 
 class _Host:

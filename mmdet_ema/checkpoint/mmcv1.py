@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Mapping, MutableMapping
 
-from mmdet_ema.checkpoint.layout import EMA, META, PREFIX, WEIGHTS
+from mmdet_ema.checkpoint.layout import (
+    EMA,
+    META,
+    PREFIX,
+    WEIGHTS,
+    check_names,
+)
 
 MESSAGE = 'EMAHook'
 ITERATION = 'iteration'
@@ -35,12 +41,16 @@ def take_message(checkpoint: Checkpoint) -> None:
 
     Args:
         checkpoint: What was read from a file of mmcv, changed in place.
+
+    Raises:
+        CheckpointError: If there is something else where it belongs.
     """
     meta = checkpoint.get('meta')
-    messages = meta.get('hook_msgs') if isinstance(meta, dict) else None
-    part = messages.pop(MESSAGE, None) if isinstance(messages, dict) else None
-    if isinstance(part, dict):
-        checkpoint.update({k: part[k] for k in (EMA, META) if k in part})
+    messages = meta.get('hook_msgs', {}) if isinstance(meta, dict) else {}
+    check_names(messages, "'hook_msgs' in the meta")
+    part = messages.pop(MESSAGE, {})
+    check_names(part, f"{MESSAGE!r} in 'hook_msgs'")
+    checkpoint.update({k: part[k] for k in (EMA, META) if k in part})
 
 
 def put_iteration(checkpoint: Checkpoint, iteration: int) -> None:
@@ -73,7 +83,8 @@ def drop(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         checkpoint: A checkpoint, changed in place if it has an EMA part.
         names: The names.
     """
-    if isinstance(checkpoint.get(EMA), dict):
+    halves = (checkpoint.get(WEIGHTS), checkpoint.get(EMA))
+    if all(isinstance(half, dict) for half in halves):
         for name in names:
             checkpoint[WEIGHTS].pop(name, None)
             checkpoint[EMA].pop(PREFIX + name, None)

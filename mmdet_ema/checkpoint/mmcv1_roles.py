@@ -24,6 +24,13 @@ _PRIORITIES = {
     'VERY_LOW': 90,
     'LOWEST': 100,
 }
+# Python 3.8 has too little stack for hundreds of brackets: MemoryError
+_UNREADABLE = (MemoryError, RecursionError, SyntaxError, ValueError)
+_DATA = (
+    *(ast.Module, ast.Assign, ast.Expr, ast.Constant, ast.Name, ast.keyword),
+    *(ast.Dict, ast.List, ast.Set, ast.Tuple, ast.Load, ast.Store),
+    *(ast.UnaryOp, ast.USub, ast.UAdd),
+)
 # of equal priority, custom hooks come after the one and before the other
 _CHECKPOINT, _EVAL = 50, 71
 
@@ -73,7 +80,7 @@ def read_config(text: Any) -> Dict[str, Any]:
     """
     try:
         tree = ast.parse(text) if isinstance(text, str) else ast.parse('')
-    except (SyntaxError, ValueError, RecursionError):
+    except _UNREADABLE:
         return {}
     found = {}
     for node in tree.body:
@@ -82,6 +89,35 @@ def read_config(text: Any) -> Dict[str, Any]:
             if isinstance(target, ast.Name):
                 found[target.id] = _value(node.value)
     return found
+
+
+def take_program(checkpoint: Mapping[str, Any]) -> Optional[str]:
+    """Take the config's text out of a checkpoint if it is a program.
+
+    A runner of mmcv runs the text when it resumes, to compare the number of
+    GPUs. What mmcv's ``Config.pretty_text`` writes are plain values.
+
+    Args:
+        checkpoint: A checkpoint, changed in place.
+
+    Returns:
+        What was taken out; None if the text holds plain values only.
+    """
+    text = checkpoint['meta'].get('config')
+    try:
+        tree = ast.parse(text) if isinstance(text, str) else ast.parse('')
+        plain = '_base_' not in str(text) and all(
+            map(_is_data, ast.walk(tree))
+        )
+    except _UNREADABLE:
+        plain = False
+    return None if plain else checkpoint['meta'].pop('config')
+
+
+def _is_data(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        return getattr(node.func, 'id', '') == 'dict' and not node.args
+    return isinstance(node, _DATA)
 
 
 def _by_counters(pairs: Mapping[str, Any]) -> Optional[Roles]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any, List, Mapping, Optional
 
-from mmdet_ema.core.errors import OptionError
+from mmdet_ema.core.errors import OptionError, show
 
 PACKAGE = 'mmdet_ema'
-EMA_HOOKS = ('EMAHook', 'ExpMomentumEMAHook', 'LinearMomentumEMAHook')
+EMA_HOOKS = (
+    'EMAHook',
+    'ExpMomentumEMAHook',
+    'LinearMomentumEMAHook',
+    'MEGVIIEMAHook',
+)
 FOREIGN = 'MMEngineEMAHook'
 """mmengine's own hook beside ours: it knows none of our options."""
 
@@ -28,7 +33,8 @@ def add_ema(cfg: Any, options: Mapping[str, Any]) -> None:
         words = ', '.join(f'--{name} {v}' for name, v in options.items())
         raise OptionError(
             f'{words}: the config has an EMA hook of its own '
-            f'({dict(present[0])}); change it there, or by --cfg-options.'
+            f'({show(dict(present[0]))}); change it there, or by '
+            f'--cfg-options.'
         )
     if not present:
         hooks = list(cfg.get('custom_hooks') or [])
@@ -60,7 +66,8 @@ def choose_weights(cfg: Any, weights: Optional[str]) -> None:
 
 def ema_hooks(cfg: Any) -> List[Any]:
     """Return the EMA hooks in a config, as dicts."""
-    hooks = cfg.get('custom_hooks') or []
+    default = (cfg.get('default_hooks') or {}).values()
+    hooks = [*default, *(cfg.get('custom_hooks') or [])]
     return [hook for hook in hooks if _kind(hook) in (*EMA_HOOKS, FOREIGN)]
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Any, Callable, ContextManager, Optional, Tuple
 
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.layout import put_raw, unpack
-from mmdet_ema.checkpoint.structure import read_structure
 from mmdet_ema.core.errors import CheckpointError, OptionError
-from mmdet_ema.frameworks import has_mmcv1, has_mmengine
+from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
+
+SCOPES = ('mmdet', 'mmdet3d')
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Generation:
     Attributes:
         config: Its class of configs.
         scopes: The frameworks whose tools can be run.
-        default_scope: The framework of a config that does not say.
+        scope_of: Finds the framework of a config that does not say.
         check: Looks at a checkpoint before anything is done.
         reading_raw: While it is entered, the tools read raw weights; None
             where the hook sees to that.
@@ -28,7 +31,7 @@ class Generation:
 
     config: Any
     scopes: Tuple[str, ...]
-    default_scope: Optional[str]
+    scope_of: Callable[[Any], Optional[str]]
     check: Callable[[str], Any]
     reading_raw: Optional[Callable[[], ContextManager[None]]]
 
@@ -42,23 +45,46 @@ def installed() -> Generation:
     if has_mmcv1():
         from mmcv import Config
 
-        return Generation(
-            Config, ('mmdet',), 'mmdet', _check_exists, _reading_raw
-        )
+        return Generation(Config, SCOPES, _by_model, _check, _reading_raw)
     if has_mmengine():
         from mmengine.config import Config
 
-        scopes = ('mmdet', 'mmdet3d')
-        return Generation(Config, scopes, None, read_structure, None)
+        return Generation(Config, SCOPES, _unknown, read_structure, None)
     raise OptionError(
         'neither mmengine nor mmcv 1.7 is installed; install mmdet with '
         'what it needs (pip install mmdet mmengine).'
     )
 
 
-def _check_exists(path: str) -> None:
+def _unknown(cfg: Any) -> None:
+    return None
+
+
+def _by_model(cfg: Any) -> str:
+    """Return the framework that knows the model of a config of mmcv 1.x.
+
+    Raises:
+        OptionError: If none does.
+    """
+    kind = (cfg.get('model') or {}).get('type')
+    installed = [name for name in SCOPES if has_package(name)]
+    for scope in installed:
+        if kind in importlib.import_module(f'{scope}.models').builder.MODELS:
+            return scope
+    if installed and isinstance(kind, str):
+        raise OptionError(
+            f'model type {kind!r} is not known to {" or ".join(installed)}; '
+            f'install the framework of the config (pip install '
+            f'mmdet3d==1.0.0rc6 for one of mmdet3d), or import the module of '
+            f'the model by custom_imports.'
+        )
+    return 'mmdet'
+
+
+def _check(path: str) -> None:
     if not os.path.isfile(path):
         raise CheckpointError(f'there is no checkpoint {path!r}.')
+    read_structure(path)
 
 
 @contextlib.contextmanager

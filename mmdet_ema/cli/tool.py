@@ -83,7 +83,7 @@ def _scope(generation: Generation, config: str) -> str:
     if not os.path.isfile(config):
         raise OptionError(f'there is no config file {config!r}.')
     cfg = generation.config.fromfile(config)
-    scope = cfg.get('default_scope', generation.default_scope)
+    scope = cfg.get('default_scope') or generation.scope_of(cfg)
     if scope not in generation.scopes:
         near = did_you_mean(str(scope), generation.scopes)
         raise OptionError(

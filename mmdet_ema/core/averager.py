@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
+import warnings
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor, nn
 
-from mmdet_ema.core.check import check_choice, check_count, check_flag
+from mmdet_ema.core.check import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_patterns,
+)
 from mmdet_ema.core.device import check_device
-from mmdet_ema.core.errors import NonFiniteError, OptionError
+from mmdet_ema.core.errors import NonFiniteError, OptionError, show
 from mmdet_ema.core.finite import first_nonfinite
 from mmdet_ema.core.horizon import decay_over
 from mmdet_ema.core.interrupts import DeferredInterrupts
@@ -21,6 +37,7 @@ from mmdet_ema.core.schedule_spec import (
     build_schedule,
     check_decay,
 )
+from mmdet_ema.core.selection import Entry, no_match, unmatched
 from mmdet_ema.core.state import Progress, read_progress, read_tensors
 from mmdet_ema.core.step_plan import Step
 from mmdet_ema.core.store import AverageStore
@@ -53,10 +70,15 @@ class WeightAverager:
         overlap: Whether an update runs beside what follows it, up to
             :meth:`before_step`, which then has to be called before every
             optimizer step. Defaults to False.
-        nonfinite: What to do with NaN and Inf: 'skip' the step, 'raise', or
-            'ignore'. Defaults to 'skip'.
+        nonfinite: What to do with NaN and Inf in a parameter: 'skip' the
+            step, 'raise', or 'ignore'. A buffer that holds some keeps its
+            average. Defaults to 'skip'.
         rule: Updates one average in place, given the raw tensor and the step
             n, in the place of the schedule: slow. Defaults to None.
+        copied: Patterns of names (``'head.queue'``, ``'*.mask'``) of tensors
+            that are copied, not averaged. Integers, masks of -inf, pruning
+            masks, the vectors of spectral norm and the observers of
+            quantization are copied anyway. Defaults to ().
         **options: Options of a schedule given by name (``decay``, ``tau``).
 
     Raises:
@@ -85,10 +107,11 @@ class WeightAverager:
         overlap: bool = False,
         nonfinite: str = 'skip',
         rule: Optional[Rule] = None,
+        copied: Sequence[str] = (),
         **options: Any,
     ):
         if not isinstance(model, nn.Module):
-            raise OptionError(f'model={model!r} is no torch.nn.Module.')
+            raise OptionError(f'model={show(model)} is no torch.nn.Module.')
         self.schedule = build_schedule(schedule, **options)
         self.interval = check_count('interval', interval, 1)
         self.phase = check_count('phase', phase, 0)
@@ -98,10 +121,14 @@ class WeightAverager:
         self.rule = rule
         self.overlap = check_flag('overlap', overlap)
         self.announces_steps = self.overlap
+        self._followed = False
         self._progress = self._before = Progress()
+        copied = check_patterns('copied', copied)
         self._store = AverageStore(
-            model, update_buffers, check_device(device), self.overlap
+            model, update_buffers, check_device(device), self.overlap, copied
         )
+        for pattern in unmatched(self.entries, copied):
+            warnings.warn(no_match(pattern), stacklevel=2)
 
     @property
     def num_steps(self) -> int:
@@ -132,6 +159,11 @@ class WeightAverager:
         return check_decay(self.schedule, n) if n else 0.0
 
     @property
+    def trained(self) -> Sequence[nn.Parameter]:
+        """The parameters that have an average; another list if they change."""
+        return self._store.trained
+
+    @property
     def is_applied(self) -> bool:
         """Whether the model holds the averages at this moment."""
         return self._store.is_applied
@@ -151,7 +183,8 @@ class WeightAverager:
         """
         self._refuse_inside('update')
         self.settle()
-        self._store.follow()
+        self._store.follow(rebuilt=not self._followed)
+        self._followed = False
         step, after = self._next_step()
         intake = self._store.intake
         with DeferredInterrupts():
@@ -165,12 +198,26 @@ class WeightAverager:
     def before_step(self) -> None:
         """Let an optimizer change the weights; call it before its step.
 
-        Needed with ``overlap``; also gives an average to parameters that were
-        frozen and are trainable now.
+        Needed with ``overlap``; also calls :meth:`follow_changes`.
         """
         self._store.intake.release()
-        if self._store.can_thaw:
-            self.thaw()
+        self.follow_changes()
+        self._followed = True
+
+    def follow_changes(self) -> None:
+        """Follow parameters that are trainable only now, replaced or added.
+
+        An update does so, too, but for the first; called before the weights
+        change, their averages start from the values before.
+
+        Raises:
+            RuntimeError: If there are any and the model holds the averages.
+        """
+        if self._store.has_changed:
+            self._refuse_inside('follow_changes')
+            self.settle()
+            self._store.thaw()
+            self._store.follow()
 
     def thaw(self) -> None:
         """Average parameters that were frozen and are trainable now.
@@ -189,13 +236,28 @@ class WeightAverager:
         self.settle()
         self._store.refresh()
 
-    def synchronize(self) -> None:
+    def take_replaced(self) -> List[str]:
+        """Return the parameters that became other objects since the last call.
+
+        Their averages went on by name, with new names and shapes from the
+        values that they had.
+        """
+        replaced, self._store.replaced = self._store.replaced, []
+        return replaced
+
+    def synchronize(self) -> bool:
         """Make the averages of buffers the same on every rank.
 
-        Call it on all ranks together, before evaluating or saving.
+        Nothing else asks the other ranks: call it on all of them together,
+        before evaluating. Float buffers become the mean over the ranks, the
+        others those of rank 0.
+
+        Returns:
+            False if nothing was changed: the buffers of the ranks differ in
+            number, shape or dtype.
         """
         self.settle()
-        self._store.synchronize()
+        return self._store.synchronize()
 
     def apply(self) -> None:
         """Put the averages into the model until :meth:`restore`."""
@@ -257,6 +319,18 @@ class WeightAverager:
     def first_nonfinite(self) -> Optional[str]:
         """Return the first tensor of the model that holds NaN or Inf."""
         return first_nonfinite(self._store.gated())
+
+    def held_back(self) -> List[str]:
+        """Name the buffers whose average stays: they hold NaN or Inf now."""
+        if self.nonfinite == 'ignore':
+            return []
+        self.settle()
+        return self._store.held_back()
+
+    @property
+    def entries(self) -> List[Entry]:
+        """The unique tensors of the model, and what is done with each."""
+        return self._store.entries
 
     def counts(self) -> Dict[str, int]:
         """Return tensors per role, and ``'bytes'`` that the averages take."""
@@ -345,7 +419,7 @@ class WeightAverager:
             return True
         self._progress = before
         if self.nonfinite == 'raise':
-            where = self.first_nonfinite() or 'a tensor of another rank'
+            where = self.first_nonfinite() or 'a parameter'
             raise NonFiniteError(
                 f'{where} holds NaN or Inf after a step; the average was '
                 f'left as it was after {before.steps} steps.'

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Sequence
+from typing import Any, Sequence, Tuple
 
-from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.errors import OptionError, did_you_mean, show
 
 
 def check_number(
@@ -39,14 +39,14 @@ def check_number(
     allowed = _interval(low, high, low_open, high_open)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise OptionError(
-            f'{name}={value!r} is not a number; use one in {allowed}.'
+            f'{name}={show(value)} is not a number; use one in {allowed}.'
         )
     number = _as_float(value)
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
     if not (math.isfinite(number) and above and below):
         raise OptionError(
-            f'{name}={value!r} is out of range; use a number in '
+            f'{name}={show(value)} is out of range; use a number in '
             f'{allowed}.{" " + hint if hint else ""}'
         )
     return number
@@ -70,7 +70,7 @@ def check_count(name: str, value: Any, least: int, hint: str = '') -> int:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < least:
         raise OptionError(
-            f'{name}={value!r} is out of range; use a whole number of at '
+            f'{name}={show(value)} is out of range; use a whole number of at '
             f'least {least}.{" " + hint if hint else ""}'
         )
     return int(value)
@@ -91,7 +91,7 @@ def check_flag(name: str, value: Any) -> bool:
     """
     if not isinstance(value, bool):
         raise OptionError(
-            f'{name}={value!r} is not allowed; use True or False.'
+            f'{name}={show(value)} is not allowed; use True or False.'
         )
     return value
 
@@ -114,9 +114,34 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
         words = ', '.join(repr(word) for word in allowed)
         near = did_you_mean(value, allowed) if isinstance(value, str) else ''
         raise OptionError(
-            f'{name}={value!r} is not known; choose one of {words}.{near}'
+            f'{name}={show(value)} is not known; choose one of {words}.{near}'
         )
     return value
+
+
+def check_patterns(name: str, value: Any) -> Tuple[str, ...]:
+    """Return patterns of names if they are a list of text.
+
+    Args:
+        name: Name of the option, as the user writes it.
+        value: Value that was given.
+
+    Returns:
+        The patterns.
+
+    Raises:
+        OptionError: If the value is no list or tuple of non-empty strings.
+    """
+    right = isinstance(value, (list, tuple)) and all(
+        isinstance(pattern, str) and pattern for pattern in value
+    )
+    if not right:
+        raise OptionError(
+            f'{name}={value!r} is not allowed; use a list of names of the '
+            f"model's state_dict, in which '*' stands for any text, as "
+            f"{name}=['*.queue']."
+        )
+    return tuple(value)
 
 
 def _as_float(value: numbers.Real) -> float:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.core import capabilities
-from mmdet_ema.core.layouts import check_readable
-from mmdet_ema.core.native.copying import NativeCopy
+from mmdet_ema.core.layouts import Layouts, check_readable
 
 
 class CopyPlan:
@@ -24,7 +23,7 @@ class CopyPlan:
         pairs = list(zip(copies, raws))
         self._lists = copies, raws
         self._groups = list(group_pairs(pairs, placement).values())
-        self._native = NativeCopy(copies, raws)
+        self._layouts = Layouts(copies, raws)
 
     def check(self) -> None:
         """Refuse what could not be copied, before anything is changed.
@@ -33,8 +32,9 @@ class CopyPlan:
             RuntimeError: If a raw tensor has another shape now, or its
                 memory was freed.
         """
-        if not self._native.fits():
+        if not self._layouts.are_right():
             check_readable(*self._lists)
+            self._layouts = Layouts(*self._lists)
 
     def copy(self, skip: Optional[Tensor] = None, wait: bool = True) -> None:
         """Copy every raw tensor.
@@ -44,9 +44,6 @@ class CopyPlan:
                 1.
             wait: See :func:`copy_all`. Defaults to True.
         """
-        if skip is None and self._native.fits():
-            self._native.copy()
-            return
         for copies, raws in self._groups:
             if skip is None:
                 copy_all(copies, raws, wait)

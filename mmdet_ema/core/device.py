@@ -6,7 +6,7 @@ from typing import Optional, Union
 
 import torch
 
-from mmdet_ema.core.errors import OptionError
+from mmdet_ema.core.errors import OptionError, show
 
 
 def check_device(
@@ -32,7 +32,7 @@ def check_device(
         reason = str(error).splitlines()[0]
     if reason:
         raise OptionError(
-            f'device={device!r} cannot be used here ({reason}); use None, '
+            f'device={show(device)} cannot be used here ({reason}); use None, '
             f"'cpu' or a device of this machine."
         )
     return torch.device(device)

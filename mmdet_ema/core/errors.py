@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from typing import Iterable
+from typing import Any, Iterable
+
+_LONGEST = 100
 
 
 class OptionError(ValueError):
@@ -30,3 +32,19 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(word, list(allowed), n=1)
     return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def show(value: Any) -> str:
+    """Return ``repr(value)`` for a message: on one line, and not endless.
+
+    Args:
+        value: What a user gave; of any kind and size.
+
+    Returns:
+        The text; its middle is left out where it is longer than 100.
+    """
+    text = ' '.join(repr(value).split())
+    if len(text) <= _LONGEST:
+        return text
+    half = _LONGEST // 2
+    return f'{text[:half]} ... {text[-half:]} ({len(text)} characters)'

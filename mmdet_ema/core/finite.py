@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from mmdet_ema.core.capabilities import norm_order
-from mmdet_ema.core.selection import Entry
+from mmdet_ema.core.selection import Entry, is_finite
 
 # elements; larger ones gain nothing from being put together
 _SMALL = 2**14
@@ -46,7 +46,7 @@ class FiniteCheck:
         The sum of finite but huge values may overflow too: only then is every
         element looked at. On a GPU the answer costs one synchronisation.
         """
-        verdicts = [_are_finite(group, 2.0) for group in self._away]
+        verdicts = [_finite_each(group, 2.0).all() for group in self._away]
         if all(map(bool, verdicts)) and all(map(_sums_up, self._on_host())):
             return True
         return all(bool(torch.isfinite(t).all()) for t in self._tensors)
@@ -60,10 +60,7 @@ class FiniteCheck:
         Returns:
             A float32 scalar: 1 if there is NaN or Inf, else 0.
         """
-        verdicts = [
-            _are_finite(group, norm_order(group[0].device, group[0].dtype))
-            for group in _by_kind(self._tensors)
-        ]
+        verdicts = [finite_each(g).all() for g in _by_kind(self._tensors)]
         return (~torch.stack(verdicts).all()).to(torch.float32)
 
     def _on_host(self) -> Iterable[Tensor]:
@@ -90,10 +87,7 @@ def first_nonfinite(entries: Iterable[Entry]) -> Optional[str]:
     Returns:
         The name, or None if all are finite.
     """
-    for entry in entries:
-        if not all(bool(torch.isfinite(p).all()) for p in entry.parts):
-            return entry.name
-    return None
+    return next((x.name for x in entries if not is_finite(x)), None)
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> List[List[Tensor]]:
@@ -114,6 +108,16 @@ def _sums_up(tensor: Tensor) -> bool:
     return cmath.isfinite(tensor.sum(dtype=wide).item())
 
 
-def _are_finite(tensors: List[Tensor], order: float) -> Tensor:
+def finite_each(tensors: List[Tensor]) -> Tensor:
+    """Return, on the device, whether each tensor is free of NaN and Inf.
+
+    Args:
+        tensors: Tensors of one device and dtype, none of them empty.
+    """
+    first = tensors[0]
+    return _finite_each(tensors, norm_order(first.device, first.dtype))
+
+
+def _finite_each(tensors: List[Tensor], order: float) -> Tensor:
     norms = list(torch._foreach_norm(tensors, order))
-    return torch.isfinite(torch.stack(norms)).all()
+    return torch.isfinite(torch.stack(norms))

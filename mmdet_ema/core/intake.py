@@ -8,13 +8,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from mmdet_ema.core.background import (
-    Inline,
-    Snapshot,
-    Worker,
-    background_for,
-)
-from mmdet_ema.core.ranks import world_size
+from mmdet_ema.core.background import Inline, Snapshot, background_for
 from mmdet_ema.core.selection import Entry
 from mmdet_ema.core.step_plan import Step, StepPlan, Verdict
 
@@ -62,13 +56,6 @@ class Intake:
             step: The step; the one before has to be joined.
         """
         assert not self.is_open
-        off_thread = isinstance(self._background, Worker)
-        if step.gated and off_thread and world_size() > 1:
-            # ranks have to talk in one order: not from a thread
-            if not self._steps.is_finite(step):
-                self.is_open, self._verdict = True, False
-                return
-            step = step._replace(gated=False)
         job = functools.partial(self._steps.take_in, step)
         self._background.start(self._snapshot, job)
         self.is_open, self._verdict = True, None

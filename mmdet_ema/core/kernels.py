@@ -59,13 +59,21 @@ class UpdatePlan:
         averages: The averages; an update changes them in place.
         raws: The raw tensors, in the same order, of the same shapes. They are
             kept by reference, so an update reads their present values.
+        fused: Whether to use kernels that a flag on the device can stop,
+            where there are some; they pay on a GPU. Defaults to False.
     """
 
-    def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
+    def __init__(
+        self,
+        averages: Sequence[Tensor],
+        raws: Sequence[Tensor],
+        fused: bool = False,
+    ):
         self._pairs = list(zip(averages, raws))
+        key_of = _fused_key if fused else _plain_key
         self._groups = [
             _strategy(*key)(*lists)
-            for key, lists in group_pairs(self._pairs, _update_key).items()
+            for key, lists in group_pairs(self._pairs, key_of).items()
         ]
 
     def can_skip(self, decay: float) -> bool:
@@ -74,8 +82,8 @@ class UpdatePlan:
         Args:
             decay: Weight of the old averages.
         """
-        fused = all(isinstance(group, _Fused) for group in self._groups)
-        return decay > 0 and fused and all(g.fits() for g in self._groups)
+        self._check()
+        return decay > 0 and all(group.is_fused for group in self._groups)
 
     def update(self, decay: float, skip: Optional[Tensor] = None) -> None:
         """Apply ``avg = decay * avg + (1 - decay) * raw`` to every pair.
@@ -84,7 +92,12 @@ class UpdatePlan:
             decay: Weight of the old averages, in [0, 1].
             skip: A float32 scalar on the device: nothing changes where it is
                 1. Only where :meth:`can_skip` says so.
+
+        Raises:
+            RuntimeError: If a raw tensor has another shape now, or its
+                memory was freed; nothing is changed then.
         """
+        self._check()
         for group in self._groups:
             group.update(decay, skip)
 
@@ -98,15 +111,27 @@ class UpdatePlan:
         for average, raw in self._pairs:
             rule(average, raw.detach().to(average), step)
 
+    def _check(self) -> None:
+        for group in self._groups:
+            group.check()
+
 
 class _Lerp:
     """Tensors of one dtype, of any strides."""
 
+    is_fused = False
+
     def __init__(self, averages: List[Tensor], raws: List[Tensor]):
         self.averages, self.raws = averages, raws
+        self._layouts = Layouts(averages, raws)
 
-    def fits(self) -> bool:
-        return True
+    def check(self) -> bool:
+        """Return whether all is as it was; refuse what does not fit."""
+        if self._layouts.are_right():
+            return True
+        check_readable(self.averages, self.raws)
+        self._layouts = Layouts(self.averages, self.raws)
+        return False
 
     def update(self, decay: float, skip: Optional[Tensor]) -> None:
         assert skip is None
@@ -121,27 +146,23 @@ class _Lerp:
 
 
 class _Fused(_Lerp):
-    """Tensors of one dtype whose memory lies in the same order.
+    """Tensors whose memory lies in the same order as that of their averages.
 
-    Where ``raw.data`` was replaced by memory in another order, the group goes
-    on the other way.
+    One call that a flag on the device can stop. Where ``raw.data`` was
+    replaced by memory in another order, the group goes on the other way.
     """
 
-    def __init__(self, averages: List[Tensor], raws: List[Tensor]):
-        super().__init__(averages, raws)
-        self._layouts = Layouts(averages, raws)
-        self._alike = True
+    is_fused = True
 
-    def fits(self) -> bool:
-        if not self._layouts.are_right():
-            check_readable(self.averages, self.raws)
-            self._layouts = Layouts(self.averages, self.raws)
-            self._alike = all(map(is_alike, self.averages, self.raws))
-        return self._alike
+    def check(self) -> bool:
+        as_before = super().check()
+        if not as_before:
+            self.is_fused = all(map(is_alike, self.averages, self.raws))
+        return as_before
 
     def update(self, decay: float, skip: Optional[Tensor]) -> None:
         # where the raw tensor weighs more, lerp_ starts from it instead
-        if skip is None and (not self.fits() or decay <= 0.5):
+        if skip is None and (not self.is_fused or decay <= 0.5):
             super().update(decay, None)
         else:
             weight = 1 - decay
@@ -165,7 +186,11 @@ class _Mixed(_Lerp):
         _add_weighted(self.averages, near, decay)
 
 
-def _update_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
+def _plain_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
+    return (*placement(average, raw), False)
+
+
+def _fused_key(average: Tensor, raw: Tensor) -> Tuple[object, ...]:
     fused = is_alike(average, raw) and capabilities.can_fuse(
         raw.device, raw.dtype
     )

@@ -1,14 +1,16 @@
 """Several processes: the same averages on every rank.
 
-Parameters are equal on all ranks of data-parallel training, and so are their
-averages. Buffers are not: every rank has seen other samples. An average is
-linear in what it averages, so the mean of the ranks' averages is the average
-of their mean, whenever it is taken.
+After an optimizer step the parameters of data-parallel training are equal on
+all ranks, and so are their averages: nobody has to be asked. Buffers are not:
+every rank has seen other samples. An average is linear in what it averages, so
+the mean of the ranks' averages is the average of their mean, whenever it is
+taken.
 """
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence
+import zlib
+from typing import List, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,70 +23,95 @@ def world_size() -> int:
     return dist.get_world_size() if ready else 1
 
 
-def all_agree(local: bool) -> bool:
-    """Return whether every rank says True.
+@torch.no_grad()
+def make_equal(means: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+    """Make tensors the same on every rank, in place; call it on all of them.
+
+    It makes three collectives, however many tensors there are.
 
     Args:
-        local: What this rank says.
-    """
-    if world_size() == 1:
-        return local
-    votes = torch.tensor(int(local), device=_device())
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
-    return bool(votes.item())
-
-
-def can_agree_on_device() -> bool:
-    """Return whether ranks can agree without the host waiting for it."""
-    return world_size() == 1 or dist.get_backend() == 'nccl'
-
-
-def raise_flag(flag: Tensor) -> Tensor:
-    """Set a flag on every rank where it is set on one.
-
-    Args:
-        flag: A scalar on the device, 0 or 1.
+        means: Float or complex tensors that become the mean over the ranks.
+            Elements that are equal everywhere keep their bits.
+        copies: Tensors of any dtype that become those of rank 0.
 
     Returns:
-        The same scalar.
+        False if nothing was changed: on some rank the tensors have other
+        shapes or dtypes.
     """
-    if world_size() > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return flag
+    tensors = [*means, *copies]
+    if not _alike_on_all_ranks(tensors, len(means)):
+        return False
+    if not tensors:
+        return True
+    device = _device(tensors)
+    flat = torch.cat([_bytes_of(tensor).to(device) for tensor in tensors])
+    dist.broadcast(flat, src=0)
+    firsts = _from_bytes(flat, tensors)
+    for copy, first in zip(copies, firsts[len(means) :]):
+        copy.copy_(first)
+    if means:
+        _take_means(means, firsts)
+    return True
 
 
-@torch.no_grad()
-def reduce_mean(tensors: Sequence[Tensor]) -> None:
-    """Replace float tensors by their mean over the ranks, in place."""
-    for group in _by_dtype(tensors):
-        flat = torch.cat([t.reshape(-1) for t in group]).to(_device())
-        dist.all_reduce(flat)
-        _scatter(flat / world_size(), group)
+def _take_means(means: Sequence[Tensor], firsts: Sequence[Tensor]) -> None:
+    """Add to the values of rank 0 the mean of what differs from them.
+
+    So equal values stay, and a sum of large ones does not overflow.
+    """
+    differences = []
+    for mean, first in zip(means, firsts):
+        wide = _widen(mean.to(first.device)) - _widen(first)
+        # infinities that are equal differ by NaN
+        wide[mean.to(first.device) == first] = 0
+        differences.append(_as_reals(wide).reshape(-1) / world_size())
+    flat = torch.cat(differences)
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [part.numel() for part in differences])
+    for mean, first, part in zip(means, firsts, parts):
+        wide = _widen(first)
+        _as_reals(wide).add_(part.view(_as_reals(wide).shape))
+        mean.copy_(wide)
 
 
-@torch.no_grad()
-def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by those of rank 0, in place."""
-    for group in _by_dtype(tensors):
-        flat = torch.cat([t.reshape(-1) for t in group]).to(_device())
-        dist.broadcast(flat, src=0)
-        _scatter(flat, group)
+def _alike_on_all_ranks(tensors: Sequence[Tensor], means: int) -> bool:
+    kinds = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
+    code = zlib.crc32(repr((means, kinds)).encode())
+    mine = torch.tensor([code], device=_device(tensors))
+    codes = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(codes, mine)
+    return all(int(code) == int(mine) for code in codes)
 
 
-def _by_dtype(tensors: Sequence[Tensor]) -> List[List[Tensor]]:
-    groups: Dict[object, List[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return list(groups.values())
+def _widen(tensor: Tensor) -> Tensor:
+    """Return a copy in double precision."""
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return tensor.to(wide, copy=True)
 
 
-def _scatter(flat: Tensor, group: Sequence[Tensor]) -> None:
-    parts = torch.split(flat, [tensor.numel() for tensor in group])
-    for tensor, part in zip(group, parts):
-        tensor.copy_(part.view(tensor.shape))
+def _as_reals(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _device() -> torch.device:
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _from_bytes(flat: Tensor, tensors: Sequence[Tensor]) -> List[Tensor]:
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    # each part in memory of its own, as a view needs aligned bytes
+    return [
+        part.clone().view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(torch.split(flat, sizes), tensors)
+    ]
+
+
+def _device(tensors: Sequence[Tensor]) -> torch.device:
     """Return the device that the process group communicates on."""
-    nccl = dist.get_backend() == 'nccl'
-    return torch.device('cuda' if nccl else 'cpu')
+    if dist.get_backend() in ('gloo', 'mpi'):
+        return torch.device('cpu')
+    away = [t.device for t in tensors if t.device.type != 'cpu']
+    if away:
+        return away[0]
+    # of averages in host memory
+    return torch.device('cuda', torch.cuda.current_device())

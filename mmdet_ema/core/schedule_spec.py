@@ -9,7 +9,7 @@ import numbers
 from typing import Any, Callable, Dict, Mapping, Tuple, Union
 
 from mmdet_ema.core import schedules
-from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.errors import OptionError, did_you_mean, show
 from mmdet_ema.core.schedules import Schedule
 
 ScheduleSpec = Union[str, Mapping[str, Any], Callable[[int], float]]
@@ -75,7 +75,7 @@ def split_spec(
     if not isinstance(name, str) or name not in SCHEDULES:
         near = did_you_mean(name, SCHEDULES) if isinstance(name, str) else ''
         raise OptionError(
-            f'schedule={spec!r} is not known; use one of '
+            f'schedule={show(spec)} is not known; use one of '
             f'{", ".join(map(repr, SCHEDULES))}, dict(type=name, **options) '
             f'or a callable n -> decay.{near}'
         )
@@ -150,8 +150,8 @@ def check_decay(schedule: Schedule, n: int) -> float:
     if isinstance(decay, numbers.Real) and 0 <= decay <= 1:
         return float(decay)
     raise OptionError(
-        f'schedule {schedule} returned {decay!r} for n = {n}; it must return '
-        f'a decay in [0, 1].'
+        f'schedule {schedule} returned {show(decay)} for n = {n}; it must '
+        f'return a decay in [0, 1].'
     )
 
 
@@ -161,11 +161,14 @@ def _imported(path: str) -> Callable[[int], float]:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise OptionError(
-            f'schedule={path!r} cannot be imported ({error}); give the path '
-            f'of a callable n -> decay, or a name: {", ".join(SCHEDULES)}.'
+            f'schedule={show(path)} cannot be imported ({error}); give the '
+            f'path of a callable n -> decay, or a name: '
+            f'{", ".join(SCHEDULES)}.'
         ) from None
     if not callable(function):
-        raise OptionError(f'schedule={path!r} is {function!r}, no callable.')
+        raise OptionError(
+            f'schedule={show(path)} is {show(function)}, no callable.'
+        )
     return function  # type: ignore[no-any-return]
 
 
@@ -178,8 +181,9 @@ def _hint(option: str, taken: Mapping[str, bool]) -> str:
 def _refuse_options(spec: object, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         raise OptionError(
-            f'{name}={value!r} has no meaning beside the callable schedule '
-            f'{spec}; leave it out, or name a schedule that takes it.'
+            f'{name}={show(value)} has no meaning beside the callable '
+            f'schedule {show(spec)}; leave it out, or name a schedule that '
+            f'takes it.'
         )
 
 

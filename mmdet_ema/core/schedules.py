@@ -56,15 +56,19 @@ class Schedule:
         return f'{self.name}({options})'
 
 
-def exponential(decay: float = 0.9999, tau: float = 2000) -> Schedule:
-    """Exponential ramp, ``d(n) = decay * (1 - exp(-n / tau))``.
+def exponential(
+    decay: float = 0.9999, tau: float = 2000, init_updates: int = 0
+) -> Schedule:
+    """Exponential ramp, ``d(n) = decay * (1 - exp(-(init + n) / tau))``.
 
     The ramp of YOLOv5 (also YOLOX and RT-DETR). With the defaults it reaches
-    0.9 at n = 4,607, 0.99 at 9,231 and 0.999 at 14,027.
+    0.9 at n = 4,607, 0.99 at 9,231 and 0.999 at 14,027. With init =
+    ``init_updates`` it starts that far on: BEVDet's 10,560 leaves no ramp.
 
     Args:
         decay: Decay at the end of the ramp, in [0, 1).
         tau: Time constant of the ramp in updates, above 0.
+        init_updates: Updates that count as done at the start, at least 0.
 
     Returns:
         The schedule.
@@ -75,10 +79,14 @@ def exponential(decay: float = 0.9999, tau: float = 2000) -> Schedule:
     decay = check_number('decay', decay, 0, 1, high_open=True, hint=_FULL)
     hint = "For no ramp use schedule='constant'."
     tau = check_number('tau', tau, 0, math.inf, low_open=True, hint=hint)
+    done = check_count('init_updates', init_updates, 0)
+    options: Dict[str, Any] = dict(decay=decay, tau=tau)
+    if done:  # else a schedule reads as it did in earlier checkpoints
+        options['init_updates'] = done
     return Schedule(
         'exponential',
-        lambda n: -decay * math.expm1(-n / tau),
-        dict(decay=decay, tau=tau),
+        lambda n: -decay * math.expm1(-(done + n) / tau),
+        options,
         decay,
     )
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import List, Mapping, Optional, Tuple
+from fnmatch import fnmatchcase
+from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,23 @@ from mmdet_ema.core.memory import (
     storage_key,
 )
 
+# Modules whose buffers no mean makes sense of, by name: torch moves them from
+# package to package, and torchao has classes of its own.
+_COPIED_MODULES = {
+    'ObserverBase',  # quantization-aware training: ranges, histograms
+    'FakeQuantizeBase',  # and scales
+    '_SpectralNorm',  # vectors of length one
+    '_Orthogonal',  # an orthogonal matrix
+    'FakeSparsity',  # masks
+    'FakeStructuredSparsity',
+}
+# The same for what older functions of torch.nn.utils hook into a module: the
+# attribute that holds the name of the weight, endings of its buffers.
+_COPIED_HOOKS = {
+    'SpectralNorm': ('name', ('_u', '_v')),
+    'BasePruningMethod': ('_tensor_name', ('_mask',)),
+}
+
 
 class Role(enum.Enum):
     """What the averager does with a tensor."""
@@ -33,7 +51,7 @@ class Role(enum.Enum):
     """Trainable parameters, and float buffers unless told otherwise."""
     COPIED = 'copied'
     """Integer and boolean buffers; float buffers that are not averaged; what
-    holds NaN or Inf from the start, which no average can leave."""
+    has no mean, see :attr:`Entry.has_mean`."""
     SHARED = 'shared'
     """Frozen parameters: average and raw are the same tensor."""
 
@@ -79,15 +97,24 @@ class Entry:
         role: What is done with it.
         labels: Its names, in the order of the ``state_dict``.
         parameters: The parameters among its owners; empty for a buffer.
-        gated: Whether NaN or Inf in it means a bad step: not for integers,
-            nor for a buffer that held some from the start.
+        has_mean: Whether a mean of its values makes sense: not for integers,
+            nor where NaN or Inf belongs in it, as in attention masks, nor for
+            unit vectors, masks and the like.
+        holds_nonfinite: Whether it has no mean because it held NaN or Inf when
+            it was selected.
     """
 
     raw: Tensor
     role: Role
     labels: Tuple[Label, ...]
     parameters: Tuple[nn.Parameter, ...] = ()
-    gated: bool = True
+    has_mean: bool = True
+    holds_nonfinite: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether NaN or Inf in it means a bad step: not for a buffer."""
+        return bool(self.parameters) and self.role is Role.AVERAGED
 
     @property
     def name(self) -> str:
@@ -109,19 +136,18 @@ class Entry:
 def select(
     model: nn.Module,
     update_buffers: bool = True,
-    known: Optional[Mapping[str, bool]] = None,
+    copied: Sequence[str] = (),
 ) -> List[Entry]:
     """List the unique tensors of a model with what is to be done with them.
 
     Buffers that the ``state_dict`` leaves out (``persistent=False``) are left
-    alone: they are constants or can be computed anew. What holds NaN or Inf
-    from the start (attention masks) is copied, not averaged.
+    alone: they are constants or can be computed again.
 
     Args:
         model: The model; nothing in it is changed or copied.
         update_buffers: Whether float buffers are averaged. Defaults to True.
-        known: Whether a tensor was finite at the start, by name, where that
-            is known from then; the others are looked at now.
+        copied: Patterns of names that are copied, not averaged; ``*`` stands
+            for any text. Defaults to ().
 
     Returns:
         The entries, in the order of the ``state_dict``.
@@ -130,7 +156,60 @@ def select(
         ValueError: If a parameter has no shape yet (a lazy module).
     """
     groups = group_by_memory(_named_tensors(model))
-    return [_make_entry(g, update_buffers, known or {}) for g in groups]
+    meanless = set(map(id, _buffers_without_mean(model)))
+    entries = []
+    for group in groups:
+        without_mean = any(
+            id(item.tensor) in meanless or _matches(item.name, copied)
+            for item in group
+        )
+        entries.append(_make_entry(group, update_buffers, not without_mean))
+    return entries
+
+
+def unmatched(entries: Sequence[Entry], copied: Sequence[str]) -> List[str]:
+    """Return the patterns that match no name.
+
+    Args:
+        entries: The entries of a model.
+        copied: Patterns of names.
+    """
+    names = [label.name for entry in entries for label in entry.labels]
+    return [x for x in copied if not any(fnmatchcase(n, x) for n in names)]
+
+
+def no_match(pattern: str) -> str:
+    """Say that a pattern of ``copied`` matches nothing."""
+    return (
+        f'copied={[pattern]}: no parameter or buffer of the model has such a '
+        f"name; give a name of its state_dict, '*' stands for any text."
+    )
+
+
+def is_finite(entry: Entry) -> bool:
+    """Return whether a float tensor of a model holds neither NaN nor Inf."""
+    parts = entry.parts_of(entry.raw.detach())
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _buffers_without_mean(model: nn.Module) -> Iterator[Optional[Tensor]]:
+    for module in model.modules():
+        if _COPIED_MODULES & _kinds(module):
+            yield from module._buffers.values()
+        for hook in module._forward_pre_hooks.values():
+            for kind in _kinds(hook) & _COPIED_HOOKS.keys():
+                attribute, endings = _COPIED_HOOKS[kind]
+                weight = getattr(hook, attribute, None)
+                for ending in endings:
+                    yield module._buffers.get(f'{weight}{ending}')
+
+
+def _kinds(thing: object) -> Set[str]:
+    return {kind.__name__ for kind in type(thing).__mro__}
 
 
 def _named_tensors(model: nn.Module) -> List[NamedTensor]:
@@ -162,7 +241,7 @@ def _check_materialised(item: NamedTensor) -> None:
 
 
 def _make_entry(
-    group: List[NamedTensor], update_buffers: bool, known: Mapping[str, bool]
+    group: List[NamedTensor], update_buffers: bool, has_mean: bool
 ) -> Entry:
     raw, labels = _cover(group)
     owners = tuple(
@@ -174,18 +253,15 @@ def _make_entry(
     )
     if owners and not any(owner.requires_grad for owner in owners):
         return Entry(raw, Role.SHARED, labels, owners)
-    finite = known.get(labels[0].name)
-    finite = _is_finite(raw, labels) if finite is None else finite
-    averaged = finite and (bool(owners) or update_buffers)
-    role = Role.AVERAGED if averaged else Role.COPIED
-    return Entry(raw, role, labels, owners, finite)
-
-
-def _is_finite(raw: Tensor, labels: Tuple[Label, ...]) -> bool:
+    entry = Entry(raw, Role.COPIED, labels, owners, has_mean)
     if not (raw.is_floating_point() or raw.is_complex()):
-        return False
-    views = (label.of(raw.detach()) for label in labels)
-    return all(bool(torch.isfinite(view).all()) for view in views)
+        entry.has_mean = False
+    elif has_mean:
+        entry.holds_nonfinite = not is_finite(entry)
+        entry.has_mean = not entry.holds_nonfinite
+    if entry.has_mean and (owners or update_buffers):
+        entry.role = Role.AVERAGED
+    return entry
 
 
 def _cover(group: List[NamedTensor]) -> Tuple[Tensor, Tuple[Label, ...]]:

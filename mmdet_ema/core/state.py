@@ -6,7 +6,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 from torch import Tensor
 
-from mmdet_ema.core.errors import CheckpointError
+from mmdet_ema.core.errors import CheckpointError, show
 
 _LONGEST_INTERVAL = 100_000
 
@@ -40,7 +40,7 @@ def read_progress(state: Any) -> Progress:
         CheckpointError: If it is no such state.
     """
     if not isinstance(state, Mapping):
-        raise CheckpointError(f'{state!r} is no state of an average.')
+        raise CheckpointError(f'{show(state)} is no state of an average.')
     steps = read_count(state, 'num_steps')
     averaged = read_count(state, 'averaged_steps', steps)
     if not 0 <= steps - averaged < _LONGEST_INTERVAL:
@@ -71,12 +71,13 @@ def read_count(
     """
     value = state.get(key, default)
     if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
+        value = value.to_dense().item() if value.is_sparse else value.item()
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < 0:
         raise CheckpointError(
-            f'{key}={value!r} in the saved state is no number of steps; the '
-            f'state is damaged, or not what WeightAverager.state_dict() gave.'
+            f'{key}={show(value)} in the saved state is no number of steps; '
+            f'the state is damaged, or not what WeightAverager.state_dict() '
+            f'gave.'
         )
     return int(value)
 

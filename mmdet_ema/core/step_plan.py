@@ -1,9 +1,9 @@
 """What one optimizer step does to the averages, planned once.
 
-Whether the weights hold NaN or Inf has to be known before an average is
-written that cannot be taken back. So a step reads the weights twice, once to
-look and once to average; where compiled kernels can take back what they wrote,
-to the last bit, they do both at once.
+Whether the parameters hold NaN or Inf has to be known before an average is
+written, which cannot be taken back: so a step reads them twice, once to look
+and once to average. Parameters are equal on all ranks, and so is
+what is found: nobody is asked. A buffer makes no step bad.
 """
 
 from __future__ import annotations
@@ -13,17 +13,11 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+from mmdet_ema.core.buffers import BufferCopy, BufferUpdate, Row
 from mmdet_ema.core.copying import CopyPlan
 from mmdet_ema.core.finite import FiniteCheck
-from mmdet_ema.core.guarded import GuardedUpdate
 from mmdet_ema.core.kernels import Rule, UpdatePlan
-from mmdet_ema.core.native.update import can_update
-from mmdet_ema.core.ranks import (
-    all_agree,
-    can_agree_on_device,
-    raise_flag,
-    world_size,
-)
+from mmdet_ema.core.layouts import check_readable
 from mmdet_ema.core.selection import Entry, Role
 
 
@@ -34,7 +28,8 @@ class Step(NamedTuple):
         number: Which step it is, from 1.
         decay: Weight of the old averages; None if it is no update.
         rule: Updates one average, in the place of the decay.
-        gated: Whether NaN or Inf keeps it out of the averages.
+        gated: Whether NaN or Inf in a parameter keeps it out of the averages,
+            and in a buffer, that buffer.
     """
 
     number: int
@@ -92,32 +87,24 @@ class StepPlan:
         sources: Sequence[Tensor],
         deferred: Optional[bool] = None,
     ):
-        rows = list(zip(entries, averages, sources))
-        copied = [row for row in rows if row[0].role is Role.COPIED]
-        updated = [row for row in rows if row[0].role is Role.AVERAGED]
-        self._checks = _checks(rows)
-        self._live_checks = _checks([(e, a, e.raw) for e, a, _ in rows])
+        self._rows = list(zip(entries, averages, sources))
         if deferred is None:
             deferred = _on_one_gpu([*averages, *sources])
         self._deferred = deferred
-        guarded = [] if deferred else list(filter(_can_guard, updated))
-        kept = {id(row[0]) for row in guarded}
-        self._guarded = GuardedUpdate(*_columns(guarded))
-        self._rest_check = FiniteCheck(
-            _gated([row for row in rows if id(row[0]) not in kept])
+        averaged = [r for r in self._rows if r[0].role is Role.AVERAGED]
+        copied = [r for r in self._rows if r[0].role is Role.COPIED]
+        weights = [row for row in averaged if row[0].gated]
+        self._check = FiniteCheck(_parts(weights))
+        self._updates = UpdatePlan(*_columns(weights), fused=deferred)
+        self._copies = CopyPlan(
+            *_columns([row for row in copied if not row[0].has_mean])
         )
-        self._copies = CopyPlan(*_columns(copied))
-        self._updates = UpdatePlan(
-            *_columns([row for row in updated if id(row[0]) not in kept])
+        self._averaged_buffers = BufferUpdate(
+            [row for row in averaged if not row[0].gated], deferred
         )
-
-    def is_finite(self, step: Step) -> bool:
-        """Look at the raw tensors themselves; wait for all ranks.
-
-        Args:
-            step: The step.
-        """
-        return all_agree(self._live_checks[step.updates].passes())
+        self._copied_buffers = BufferCopy(
+            [row for row in copied if row[0].has_mean], deferred
+        )
 
     def take_in(self, step: Step) -> Verdict:
         """Take a step into the averages, unless it holds NaN or Inf.
@@ -127,69 +114,63 @@ class StepPlan:
 
         Returns:
             Whether it was finite.
+
+        Raises:
+            RuntimeError: If an average cannot follow its tensor; nothing is
+                changed then.
         """
+        try:
+            return self._take_in(step)
+        except RuntimeError:
+            check_readable(*_columns(self._rows), self._names())
+            raise
+
+    def _take_in(self, step: Step) -> Verdict:
         self._copies.check()
-        flag = self._flag(step, self._checks[step.updates])
-        if flag is None and not self._take_in_guarded(step):
+        self._copied_buffers.check()
+        flag = self._flag(step)
+        if flag is not None:
+            assert step.decay is not None
+            self._updates.update(step.decay, flag)
+        elif not self._take_in_weights(step):
             return False
         self._copies.copy(flag)
+        self._copied_buffers.update(0.0, step.gated, flag)
+        if step.rule is not None:
+            args = step.rule, step.number, step.gated
+            self._averaged_buffers.update_by(*args)
+        elif step.decay is not None:
+            self._averaged_buffers.update(step.decay, step.gated, flag)
+        return True if flag is None else DeviceVerdict(flag)
+
+    def _take_in_weights(self, step: Step) -> bool:
+        """Update the averages of parameters; return whether all are finite."""
+        if step.updates and step.gated and not self._check.passes():
+            return False
         if step.rule is not None:
             self._updates.update_by(step.rule, step.number)
         elif step.decay is not None:
-            self._updates.update(step.decay, flag)
-        return True if flag is None else DeviceVerdict(flag)
-
-    def _take_in_guarded(self, step: Step) -> bool:
-        """Update the averages that can be taken back; return the verdict.
-
-        It is one for all tensors, and for all ranks.
-        """
-        if step.decay is not None and (not step.gated or world_size() == 1):
-            if step.gated and not self._rest_check.passes():
-                return False
-            return self._guarded.update(step.decay, step.gated)
-        check = self._checks[step.updates]
-        if step.gated and not all_agree(check.passes()):
-            return False
-        if step.rule is not None:
-            self._guarded.update_by(step.rule, step.number)
-        elif step.decay is not None:
-            self._guarded.update(step.decay, gated=False)
+            self._updates.update(step.decay)
         return True
 
-    def _flag(self, step: Step, check: FiniteCheck) -> Optional[Tensor]:
+    def _flag(self, step: Step) -> Optional[Tensor]:
         """Return the verdict as a scalar on the device, where that can be."""
-        if not (step.gated and self._deferred and check):
+        if not (step.gated and self._deferred and self._check):
             return None
-        if step.rule is not None or not can_agree_on_device():
+        if step.decay is None or not self._updates.can_skip(step.decay):
             return None
-        if step.decay is not None and not self._updates.can_skip(step.decay):
-            return None
-        return raise_flag(check.flag())
+        return self._check.flag()
+
+    def _names(self) -> List[str]:
+        return [row[0].name for row in self._rows]
 
 
-_Row = Tuple[Entry, Tensor, Tensor]
-
-
-def _checks(rows: Sequence[_Row]) -> List[FiniteCheck]:
-    """Return the check of a step that only copies, and of an update."""
-    copied = [row for row in rows if row[0].role is Role.COPIED]
-    return [FiniteCheck(_gated(chosen)) for chosen in (copied, rows)]
-
-
-def _columns(rows: Sequence[_Row]) -> Tuple[List[Tensor], List[Tensor]]:
+def _columns(rows: Sequence[Row]) -> Tuple[List[Tensor], List[Tensor]]:
     return [row[1] for row in rows], [row[2] for row in rows]
 
 
-def _gated(rows: Sequence[_Row]) -> List[Tensor]:
-    return [p for e, _, source in rows if e.gated for p in e.parts_of(source)]
-
-
-def _can_guard(row: _Row) -> bool:
-    """Return whether a row's raw tensor is what is looked at, no more."""
-    entry, average, source = row
-    whole = entry.labels[0].view is None
-    return whole and entry.gated and can_update(average, source)
+def _parts(rows: Sequence[Row]) -> List[Tensor]:
+    return [p for entry, _, source in rows for p in entry.parts_of(source)]
 
 
 def _on_one_gpu(tensors: Sequence[Tensor]) -> bool:

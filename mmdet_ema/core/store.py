@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from operator import attrgetter
+from typing import (
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
 
 from mmdet_ema.core.distance import relative_distance
 from mmdet_ema.core.exchange import Exchange
+from mmdet_ema.core.finite import all_finite
 from mmdet_ema.core.fit import check_fit, count_roles
 from mmdet_ema.core.intake import Intake
 from mmdet_ema.core.kernels import average_dtype
-from mmdet_ema.core.ranks import broadcast, reduce_mean, world_size
-from mmdet_ema.core.selection import Entry, Role, select
+from mmdet_ema.core.parametrized import parametrized
+from mmdet_ema.core.ranks import make_equal, world_size
+from mmdet_ema.core.selection import Entry, Role, is_finite, select
 from mmdet_ema.core.watch import Watch
 
 Named = Iterator[Tuple[str, Tensor]]
+_TRAINS = attrgetter('requires_grad')
 
 
 class AverageStore:
@@ -27,6 +40,13 @@ class AverageStore:
         update_buffers: Whether float buffers are averaged.
         device: Where the averages live; None for where the tensors are.
         overlap: Whether steps are taken in beside the training.
+        copied: Patterns of names that are copied, not averaged.
+
+    Attributes:
+        replaced: Names of parameters that became other objects, until someone
+            takes them.
+        trained: The parameters that have an average; another list where they
+            are others.
     """
 
     def __init__(
@@ -35,14 +55,24 @@ class AverageStore:
         update_buffers: bool,
         device: Optional[torch.device] = None,
         overlap: bool = False,
+        copied: Sequence[str] = (),
     ):
         self._model = model
         self._update_buffers = update_buffers
+        self._copied = copied
         self._device = device
         self.intake = Intake(overlap)
+        self._watch: Watch
+        self.replaced: List[str] = []
+        self.trained: List[nn.Parameter] = []
         self._averages: Dict[int, Tensor] = {}
         self._entries: List[Entry] = []
         self._select()
+
+    @property
+    def entries(self) -> List[Entry]:
+        """The unique tensors of the model."""
+        return self._entries
 
     @property
     def is_applied(self) -> bool:
@@ -63,25 +93,35 @@ class AverageStore:
         averaged = [self._entries[i] for i in self._averages]
         return [entry for entry in averaged if entry.gated]
 
-    @property
-    def can_thaw(self) -> bool:
-        """Whether a parameter that was frozen is trainable now."""
-        return bool(self._thawed())
-
-    def synchronize(self) -> None:
+    def synchronize(self) -> bool:
         """Make the averages of buffers the same on every rank.
 
-        Floats become the mean over the ranks, integers those of rank 0.
+        Those that have a mean become it, the others those of rank 0.
+
+        Returns:
+            False if the buffers of the ranks do not fit each other.
         """
         if world_size() == 1 or self.is_applied:
-            return
-        buffers = [
-            average
-            for i, average in self._averages.items()
-            if not self._entries[i].parameters
+            return True
+        means: List[Tensor] = []
+        copies: List[Tensor] = []
+        for i, average in self._averages.items():
+            entry = self._entries[i]
+            if not entry.parameters:
+                (means if entry.has_mean else copies).append(average)
+        return make_equal(means, copies)
+
+    def held_back(self) -> List[str]:
+        """Name the buffers that keep their average: they hold NaN or Inf."""
+        entries = [
+            entry
+            for entry in self._entries
+            if entry.has_mean and not entry.parameters
         ]
-        reduce_mean([b for b in buffers if _is_float(b)])
-        broadcast([b for b in buffers if not _is_float(b)])
+        parts = [part for entry in entries for part in entry.parts]
+        if self.is_applied or all_finite(parts):
+            return []
+        return [entry.name for entry in entries if not is_finite(entry)]
 
     def thaw(self) -> None:
         """Give an average to parameters that are trainable by now."""
@@ -91,24 +131,57 @@ class AverageStore:
         if thawed:
             self._plan()
 
-    def follow(self) -> None:
-        """Follow what was replaced if it shows; cheap enough for each step."""
-        if self._watch.hints() and not self._rebind():
+    @property
+    def has_changed(self) -> bool:
+        """Whether parameters were thawed, replaced or added; cheap."""
+        return self._watch.is_rebuilt() or bool(self._thawed())
+
+    def follow(self, rebuilt: bool = True) -> None:
+        """Follow what was replaced if it shows; cheap enough for each step.
+
+        Args:
+            rebuilt: Whether to look for replaced modules and parameters, too.
+                Defaults to True.
+        """
+        if rebuilt and self._watch.is_rebuilt():
+            self.refresh()
+            # where every tensor is as before, too: once is enough
+            self._watch = Watch(self._model)
+        elif self._watch.hints() and not self._rebind():
             self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Follow replaced tensors; averages are carried over by name."""
+        """Follow replaced tensors; averages are carried over.
+
+        With the parameter where it is the same object under any name, else
+        by name.
+        """
         if self.is_applied or not self._watch.replaced():
             return
         old = dict(self._named(self._average_of, unsaved=True))
+        # a tensor may have got another name, as those that are pruned do
+        before, averages = self._entries, self._averages
+        known = {id(p) for entry in before for p in entry.parameters}
+        same = {id(before[i].raw): average for i, average in averages.items()}
         self._select()
+        for entry in self._entries:
+            if id(entry.raw) in same:
+                average = same[id(entry.raw)]
+                old.update((x.name, x.of(average)) for x in entry.labels)
+        old.update(parametrized(self._model, old))
         now = dict(self._named(self._average_of, unsaved=True))
         kept = {
             name: average
             for name, average in old.items()
             if name in now and now[name].shape == average.shape
         }
+        self.replaced += [
+            entry.name
+            for entry in self._entries
+            if entry.parameters
+            and not any(id(p) in known for p in entry.parameters)
+        ]
         self.load(kept, strict=False)
 
     def named_averages(self, stored: bool = False) -> Named:
@@ -127,6 +200,10 @@ class AverageStore:
     def load(self, averages: Mapping[str, Tensor], strict: bool) -> None:
         """Copy averages in by name; nothing changes if one does not fit.
 
+        An average that holds NaN or Inf is not copied in where the model's
+        tensor holds none: it starts again from there. Where only the model's
+        does, the average goes on.
+
         Args:
             averages: Averages by name.
             strict: Whether a missing name is an error.
@@ -136,6 +213,9 @@ class AverageStore:
         """
         assert not self.is_applied
         check_fit(dict(self.named_averages()), averages, strict)
+        all_are_finite = all_finite(
+            [x for x in averages.values() if _is_float(x)]
+        )
         for i, entry in enumerate(self._entries):
             new = [
                 (label, averages[label.name])
@@ -144,7 +224,14 @@ class AverageStore:
             ]
             if new and i in self._frozen and self._differs(i, new[0][1]):
                 self._own(i)
-            if i in self._averages:
+            finite = all_are_finite or all(
+                bool(torch.isfinite(average).all()) for _, average in new
+            )
+            if new and finite and entry.holds_nonfinite:
+                entry.has_mean, entry.holds_nonfinite = True, False
+                if entry.parameters or self._update_buffers:
+                    self._own(i)
+            if i in self._averages and (finite or not entry.has_mean):
                 for label, average in new:
                     label.write(self._averages[i], average)
         self._plan()
@@ -162,13 +249,7 @@ class AverageStore:
         return count_roles(self._entries)
 
     def _select(self) -> None:
-        known = {
-            label.name: entry.gated
-            for entry in self._entries
-            for label in entry.labels
-            if entry.role is not Role.SHARED
-        }
-        self._entries = select(self._model, self._update_buffers, known)
+        self._entries = select(self._model, self._update_buffers, self._copied)
         self._watch = Watch(self._model)
         self._averages = {}
         for i, entry in enumerate(self._entries):
@@ -218,17 +299,23 @@ class AverageStore:
         self._frozen = [
             i for i, entry in enumerate(entries) if entry.role is Role.SHARED
         ]
+        self._held = [p for i in self._frozen for p in entries[i].parameters]
         owned = [entries[i] for i in self._averages]
         averages, raws = list(self._averages.values()), [e.raw for e in owned]
         self._position = {i: k for k, i in enumerate(self._averages)}
         self._exchange = Exchange(averages, raws)
         self.intake.plan(owned, averages)
+        trained = [p for entry in owned for p in entry.parameters]
+        if list(map(id, trained)) != list(map(id, self.trained)):
+            self.trained = trained
 
     def _thawed(self) -> List[int]:
+        if not any(map(_TRAINS, self._held)):
+            return []
         return [
             i
             for i in self._frozen
-            if any(p.requires_grad for p in self._entries[i].parameters)
+            if any(map(_TRAINS, self._entries[i].parameters))
         ]
 
     def _named(

@@ -7,12 +7,16 @@ the parameter itself. ``module.weight = nn.Parameter(...)``, ``.to(device)``,
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import is_
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 _NUM_PROBES = 8
+_END = object()
+_VALUES: Any = dict.values
 _Owned = Tuple[Dict[str, Optional[Tensor]], str, Optional[Tensor]]
 
 
@@ -25,21 +29,41 @@ class Watch:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._seen = [_identity(tensor) for _, _, tensor in _owned(model)]
+        self._seen = _labels(model)
         self._buffers = list(_replaceable_buffers(model))
+        self._tensors = [t for _, _, t in self._buffers if t is not None]
+        self._shapes = [tensor.shape for tensor in self._tensors]
         self._probes = _probes(model)
+        # modules without any are left out: that halves the cost of a look
+        self._owners: List[Dict[str, Any]] = [
+            owner
+            for module in model.modules()
+            for owner in (module._modules, module._parameters)
+            if owner and isinstance(owner, dict)
+        ]
+        self._members = list(self._list_members())
+
+    def is_rebuilt(self) -> bool:
+        """Return whether a module or parameter is another object now.
+
+        Also where one was added beside others, or taken away. Cheap enough
+        for each step.
+        """
+        return not all(map(is_, self._list_members(), self._members))
 
     def hints(self) -> bool:
-        """Return whether something seems to be replaced; cheap.
+        """Return whether something seems to be replaced; cheaper still.
 
         Looks at the buffers of modules other than torch's normalisation
-        layers, which change theirs in place, and at some of the parameters:
-        whether the whole model was replaced, or went to another device or
+        layers, which change theirs in place and keep their shapes, and at
+        some of the parameters: whether the model went to another device or
         dtype.
         """
         if self._is_converted():
             return True
-        return any(owner.get(k) is not t for owner, k, t in self._buffers)
+        if any(owner.get(k) is not t for owner, k, t in self._buffers):
+            return True
+        return self._resized()
 
     def replaced_buffers(self) -> List[Tuple[Tensor, Tensor]]:
         """Return the buffers that another tensor has taken the place of.
@@ -48,13 +72,22 @@ class Watch:
             Pairs of the old and the new tensor; empty if more than that
             happened, or nothing did.
         """
-        if self._is_converted():
+        if self._is_converted() or self._resized():
             return []
         changed = [(t, o.get(k)) for o, k, t in self._buffers]
         changed = [(old, new) for old, new in changed if old is not new]
         if any(old is None or new is None for old, new in changed):
             return []
         return changed  # type: ignore[return-value]
+
+    def _list_members(self) -> Iterator[Any]:
+        """Return modules and parameters, with an end that is neither."""
+        # no loop of Python's: there are hundreds of each
+        members = chain.from_iterable(map(_VALUES, self._owners))
+        return chain(members, (_END,))
+
+    def _resized(self) -> bool:
+        return [t.shape for t in self._tensors] != self._shapes
 
     def _is_converted(self) -> bool:
         return any(
@@ -63,9 +96,18 @@ class Watch:
         )
 
     def replaced(self) -> bool:
-        """Return whether any tensor is another one, moved or converted."""
-        now = [_identity(tensor) for _, _, tensor in _owned(self._model)]
-        return now != self._seen
+        """Return whether any tensor is another one, moved or renamed."""
+        return _labels(self._model) != self._seen
+
+
+def _labels(model: nn.Module) -> List[Tuple[object, ...]]:
+    """Return what every tensor is, and where the model has it."""
+    return [
+        (path, name, _identity(tensor))
+        for path, module in model.named_modules()
+        for owner in (module._parameters, module._buffers)
+        for name, tensor in owner.items()
+    ]
 
 
 def _identity(tensor: Optional[Tensor]) -> object:

@@ -18,6 +18,8 @@ class RunFacts:
         batch_size: Samples that one process takes in an iteration.
         world_size: Number of processes.
         validates: Whether it has a validation.
+        agrees: Whether it has one that is sure to be run on all ranks at
+            once.
     """
 
     iteration: int
@@ -28,6 +30,7 @@ class RunFacts:
     batch_size: int = 1
     world_size: int = 1
     validates: bool = True
+    agrees: bool = True
 
     @property
     def samples(self) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 _MARK = '_mmdet_ema_guard'
 
 
-def guard_loop(loop: Any, leave: Callable[[], None]) -> None:
+def guard_loop(
+    loop: Any,
+    leave: Callable[[], None],
+    around: Optional[Callable[[Callable[[], Any]], Any]] = None,
+) -> None:
     """Make ``loop.run()`` call ``leave`` when it returns or raises.
 
     A framework's evaluation loop has no ``finally``: without this, an
@@ -17,6 +21,7 @@ def guard_loop(loop: Any, leave: Callable[[], None]) -> None:
     Args:
         loop: A loop object; its ``run`` is wrapped once.
         leave: Called at the end of every run.
+        around: Called instead of the loop's own ``run``, which it is given.
     """
     run = loop.run
     if getattr(run, _MARK, False):
@@ -24,8 +29,9 @@ def guard_loop(loop: Any, leave: Callable[[], None]) -> None:
 
     @functools.wraps(run)
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        once = functools.partial(run, *args, **kwargs)
         try:
-            return run(*args, **kwargs)
+            return around(once) if around is not None else once()
         finally:
             leave()
 

@@ -12,8 +12,9 @@ import math
 from typing import Any, Callable, Dict, Optional
 
 from mmdet_ema.core.check import check_number
-from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.errors import OptionError, did_you_mean, show
 from mmdet_ema.core.schedules import Schedule
+from mmdet_ema.hooks.spellings import instead_of
 
 MOMENTUM = 0.0002
 GAMMA = {'ExpMomentumEMA': 2000.0, 'MomentumAnnealingEMA': 100.0}
@@ -46,20 +47,21 @@ def check_words(
     """
     if decay is not None and momentum is not None:
         raise OptionError(
-            f'decay={decay!r} and momentum={momentum!r} are both given; they '
-            f'are one option, momentum = 1 - decay. Give decay alone.'
+            f'decay={show(decay)} and momentum={show(momentum)} are both '
+            f'given; they are one option, momentum = 1 - decay. Give decay '
+            f'alone.'
         )
     word = 'ema_type' if ema_type is not None else 'gamma'
     if (ema_type is not None or gamma is not None) and schedule is not None:
         raise OptionError(
-            f'schedule={schedule!r} and {word} are both given; write '
+            f'schedule={show(schedule)} and {word} are both given; write '
             f'schedule=dict(type=..., **options) without {word}.'
         )
     words = any(x is not None for x in (ema_type, momentum, gamma))
     if words and tau is not None and schedule is None:
         raise OptionError(
-            f"tau={tau!r} goes with schedule='exponential'; with ema_type, "
-            f'momentum or gamma the ramp constant is called gamma '
+            f"tau={show(tau)} goes with schedule='exponential'; with "
+            f'ema_type, momentum or gamma the ramp constant is called gamma '
             f"(ema_type='ExpMomentumEMA')."
         )
     return words
@@ -106,8 +108,8 @@ def family_schedule(
     name = _family_name(ema_type)
     if gamma is not None and name not in GAMMA:
         raise OptionError(
-            f'gamma={gamma!r} has no meaning for ema_type={name!r}; leave it '
-            f'out, or use one of {", ".join(GAMMA)}.'
+            f'gamma={show(gamma)} has no meaning for ema_type={name!r}; leave '
+            f'it out, or use one of {", ".join(GAMMA)}.'
         )
     gamma = GAMMA.get(name, 1.0) if gamma is None else gamma
     gamma = check_number('gamma', gamma, 0, math.inf, low_open=True)
@@ -137,9 +139,9 @@ def _family_name(ema_type: Any) -> str:
     short = name.rpartition('.')[2] if isinstance(name, str) else ''
     if short not in _FAMILIES:
         raise OptionError(
-            f'ema_type={ema_type!r} is not known; choose one of '
+            f'ema_type={show(ema_type)} is not known; choose one of '
             f'{", ".join(map(repr, _FAMILIES))}.'
-            f'{did_you_mean(short, _FAMILIES)}'
+            f'{instead_of(short) or did_you_mean(short, _FAMILIES)}'
         )
     return str(short)
 

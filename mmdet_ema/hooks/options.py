@@ -8,11 +8,20 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Union
 import torch
 
 from mmdet_ema.core.averager import NONFINITE
-from mmdet_ema.core.check import check_choice, check_count, check_flag
+from mmdet_ema.core.check import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_patterns,
+)
 from mmdet_ema.core.device import check_device
-from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.errors import OptionError, did_you_mean, show
 from mmdet_ema.core.kernels import Rule
-from mmdet_ema.core.schedule_spec import ScheduleSpec
+from mmdet_ema.core.schedule_spec import (
+    SCHEDULES,
+    ScheduleSpec,
+    options_of,
+)
 from mmdet_ema.core.schedules import Schedule
 from mmdet_ema.hooks.openmmlab_words import check_words
 from mmdet_ema.hooks.schedule_choice import (
@@ -21,6 +30,7 @@ from mmdet_ema.hooks.schedule_choice import (
     choose_native,
     choose_rule,
 )
+from mmdet_ema.hooks.spellings import instead_of
 
 EVALUATE = ('ema', 'raw', 'both')
 NAMES = (
@@ -37,6 +47,7 @@ NAMES = (
     'nonfinite',
     'strict_load',
     'scale_decay',
+    'copied',
     'ema_type',
     'momentum',
     'gamma',
@@ -61,6 +72,7 @@ class HookOptions:
         nonfinite: What is done with NaN and Inf.
         strict_load: Whether a missing average is an error on resume.
         scale_decay: Whether another batch size scales the decay on resume.
+        copied: Patterns of names that are copied, not averaged.
         no_effect: Options that were given and change nothing.
         rule: Updates one average in the place of the schedule.
     """
@@ -77,6 +89,7 @@ class HookOptions:
     nonfinite: str
     strict_load: bool
     scale_decay: bool = False
+    copied: Tuple[str, ...] = ()
     no_effect: Tuple[str, ...] = ()
     rule: Optional[Rule] = None
 
@@ -100,6 +113,7 @@ def parse_options(
     nonfinite: str = 'skip',
     strict_load: bool = False,
     scale_decay: bool = False,
+    copied: Sequence[str] = (),
     ema_type: Any = None,
     momentum: Optional[float] = None,
     gamma: Optional[float] = None,
@@ -150,6 +164,7 @@ def parse_options(
         nonfinite=check_choice('nonfinite', nonfinite, NONFINITE),
         strict_load=check_flag('strict_load', strict_load),
         scale_decay=check_flag('scale_decay', scale_decay),
+        copied=check_patterns('copied', copied),
         no_effect=choice.no_effect,
         rule=choice.rule,
     )
@@ -171,9 +186,14 @@ def refuse_unknown(
         OptionError: If there are any.
     """
     for name, value in unknown.items():
+        homes = [kind for kind in SCHEDULES if name in options_of(kind)]
+        hint = did_you_mean(name, names)
+        if homes:
+            own = f'schedule=dict(type={homes[0]!r}, {name}={show(value)})'
+            hint = f' It is an option of a schedule: {own}.'
         raise OptionError(
-            f'{hook} has no option {name!r} (given: {name}={value!r}); it '
-            f'takes {", ".join(names)}.{did_you_mean(name, names)}'
+            f'{hook} has no option {name!r} (given: {name}={show(value)}); it '
+            f'takes {", ".join(names)}.{instead_of(name) or hint}'
         )
 
 

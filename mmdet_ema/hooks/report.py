@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from mmdet_ema.core.horizon import decay_over, initial_share, window
 from mmdet_ema.core.schedules import Schedule
-from mmdet_ema.core.selection import Entry, Role
+from mmdet_ema.core.selection import Entry
 
 _LARGE_SHARE = 0.05
 _SMALL_DECAY = 0.5
@@ -110,12 +110,32 @@ def copied_parameters(entries: Sequence[Entry]) -> str:
     Returns:
         A sentence; empty if there are none.
     """
-    names = [e.name for e in entries if e.parameters and e.role is Role.COPIED]
+    names = [e.name for e in entries if e.parameters and e.holds_nonfinite]
     if not names:
         return ''
     return (
         f'EMA: {", ".join(names[:3])} ({len(names)} parameters) held NaN or '
         f'Inf before training; they are copied, not averaged.'
+    )
+
+
+def buffers_of_ranks(count: int, agrees: bool) -> str:
+    """Say what becomes of buffers that are not equal on all ranks.
+
+    Args:
+        count: How many buffers there are.
+        agrees: Whether the run has validations of all ranks at once.
+    """
+    start = f'EMA: the averages of {count} buffers differ between the ranks'
+    if agrees:
+        return (
+            f'{start}; they become the mean where the training loop '
+            f'validates. A file written at another time holds those of rank 0.'
+        )
+    return (
+        f'{start} and are never made equal, as no validation is sure to be '
+        f'run on all of them: each evaluates its own, and files hold those '
+        f'of rank 0.'
     )
 
 
@@ -132,7 +152,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     changed = [
         f'{name} {before[name]} -> {value}'
         for name, value in now.items()
-        if name in _REPORTED and name in before and before[name] != value
+        if name in _REPORTED
+        and name in before
+        and str(before[name]) != str(value)
     ]
     if not changed:
         return ''
@@ -241,6 +263,8 @@ def _warmer(schedule: Schedule) -> str:
         return 'Lower half_life.'
     if 'momentum' in schedule.options:
         return "Raise momentum, or use a ramp (ema_type='ExpMomentumEMA')."
+    if 'init_updates' in schedule.options:
+        return 'Lower decay or init_updates.'
     if 'decay' in schedule.options:
         return "Lower decay, or use a ramp (schedule='exponential')."
     return "Use a ramp (schedule='exponential')."

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from mmdet_ema.core.errors import OptionError
+from mmdet_ema.core.errors import OptionError, show
 from mmdet_ema.core.kernels import Rule
 from mmdet_ema.core.schedule_spec import (
     ScheduleSpec,
@@ -74,8 +74,8 @@ def choose_native(
             own[option] = value
         elif not _agree(own[option], value):
             raise OptionError(
-                f'{word}={given[word]!r} contradicts schedule={spec!r}; '
-                f'give {option} once.'
+                f'{word}={show(given[word])} contradicts '
+                f'schedule={show(spec)}; give {option} once.'
             )
     return ScheduleChoice(_late(name, own), 0, tuple(no_effect))
 

@@ -7,12 +7,20 @@ purpose, in place, before the framework loads it.
 
 from __future__ import annotations
 
-from typing import Any, Mapping, MutableMapping, Optional
+from typing import Any, List, Mapping, MutableMapping, Optional
 
 import torch
 from torch import nn
 
-from mmdet_ema.checkpoint.layout import EMAPart, put_raw, unpack
+from mmdet_ema.checkpoint.layout import (
+    EMA,
+    WEIGHTS,
+    EMAPart,
+    check_names,
+    check_weights,
+    put_raw,
+    unpack,
+)
 from mmdet_ema.core.errors import CheckpointError
 from mmdet_ema.core.fit import check_fit
 
@@ -50,25 +58,36 @@ def for_resume(
                 'strict_load=True, but the checkpoint has no EMA part. With '
                 'strict_load=False the average starts from its weights.'
             )
+        weights = _check_kinds(checkpoint, model)
         log.warning(
             'EMA: the checkpoint has no EMA part; the average starts from '
             'its weights.'
         )
+        _name_nonfinite(weights, model, 'weights', log)
         return None
     _check_fits(part, model, strict, log)
+    _restart_nonfinite(part, log)
     put_raw(checkpoint, part)
     begun = part.steps > 0 or 'num_steps' in part.meta
     return part if begun else None
 
 
-def for_fine_tuning(checkpoint: Checkpoint, log: Any) -> None:
+def for_fine_tuning(
+    checkpoint: Checkpoint, model: nn.Module, log: Any
+) -> None:
     """Note what a fresh training starts from; ``state_dict`` loads as it is.
 
     Args:
         checkpoint: The checkpoint.
+        model: The model, unwrapped; only its kinds of tensors are looked at.
         log: Where lines go.
+
+    Raises:
+        CheckpointError: If there is something else where tensors belong.
     """
+    weights = _check_kinds(checkpoint, model)
     part = _if_readable(checkpoint, log)
+    _name_nonfinite(weights, model, 'weights', log)
     origin = 'weights' if part is None else f'averages ({part.steps} steps)'
     log.info(
         f'EMA: the average starts anew (n = 0), from the {origin} of the '
@@ -94,6 +113,7 @@ def for_evaluation(
     Raises:
         CheckpointError: If raw weights are asked for and there are none.
     """
+    _check_kinds(checkpoint, model)
     needed = evaluate != 'ema'
     part = unpack(checkpoint) if needed else _if_readable(checkpoint, log)
     if part is None:
@@ -133,8 +153,8 @@ def _check_fits(
     state = model.state_dict().items()
     shapes = {k: v for k, v in state if isinstance(v, torch.Tensor)}
     try:
-        for half in (part.averages, part.raws):
-            _check_kinds(shapes, half)
+        for what, half in ((WEIGHTS, part.averages), (EMA, part.raws)):
+            check_weights(shapes, half, what)
             check_fit(shapes, part.tensors(half), strict)
     except CheckpointError as error:
         raise CheckpointError(
@@ -155,16 +175,70 @@ def _check_fits(
         )
 
 
-def _check_kinds(shapes: Mapping[str, Any], half: Mapping[str, Any]) -> None:
-    """Check that tensors are tensors, and floats floats."""
-    for name, present in shapes.items():
-        value = half.get(name, present)
-        kind = getattr(value, 'dtype', None)
-        if kind is None or (
-            kind.is_floating_point != present.dtype.is_floating_point
-        ):
-            raise CheckpointError(
-                f'{name} is {type(value).__name__} of {kind}, the model has '
-                f'{present.dtype} there; the file is damaged, or belongs to '
-                f'another model.'
-            )
+def _check_kinds(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """Return the weights that a framework loads; they are tensors."""
+    weights = checkpoint.get(WEIGHTS, checkpoint)
+    check_names(weights, WEIGHTS)
+    if not weights:
+        raise CheckpointError(
+            'the checkpoint holds no weights; take another checkpoint.'
+        )
+    check_weights(model.state_dict(), weights)
+    return weights  # type: ignore[no-any-return]
+
+
+def _nonfinite(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and (value.is_floating_point() or value.is_complex())
+        and not bool(torch.isfinite(value).all())
+    )
+
+
+def _named(names: List[str]) -> str:
+    more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+    return f'NaN or Inf in {names[0]}{more}'
+
+
+def _name_nonfinite(
+    weights: Mapping[str, Any], model: nn.Module, half: str, log: Any
+) -> None:
+    """Warn of weights that are not finite; a buffer may be a mask."""
+    parameters = dict(model.named_parameters())
+    bad = [k for k, v in weights.items() if k in parameters and _nonfinite(v)]
+    if bad:
+        log.warning(
+            f'EMA: the {half} of the checkpoint hold {_named(bad)}; training '
+            f'starts from them as they are. Take an earlier checkpoint.'
+        )
+
+
+def _restart_nonfinite(part: EMAPart, log: Any) -> None:
+    """Let averages that are not finite start again from the raw weights."""
+    bad: List[str] = []
+    lost: List[str] = []
+    for name, raw in part.raws.items():
+        average = part.averages.get(name)
+        if _nonfinite(raw) and not _is_constant(average, raw):
+            bad.append(name)
+        elif not _nonfinite(raw) and _nonfinite(average):
+            lost.append(name)
+            part.averages[name] = raw
+    if lost:
+        log.warning(
+            f'EMA: the averages of the checkpoint hold {_named(lost)}; these '
+            f'averages start again from the raw weights, which are finite.'
+        )
+    if bad:
+        log.warning(
+            f'EMA: the raw weights of the checkpoint hold {_named(bad)}; '
+            f'training goes on from them as they are. Take an earlier '
+            f'checkpoint, or load_from this one to start from its averages.'
+        )
+
+
+def _is_constant(average: Any, raw: Any) -> bool:
+    """Return whether a tensor never moved, as a mask of infinity does."""
+    return isinstance(average, torch.Tensor) and bool(
+        average.shape == raw.shape and (average == raw).all()
+    )

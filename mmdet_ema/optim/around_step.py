@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any, Callable, List
 
 from torch.optim import Optimizer
@@ -52,19 +53,20 @@ class AroundStep:
         """Listen to an optimizer without step hooks (torch 1.x).
 
         The wrapper stays when it is not active any more: others may have
-        wrapped it by then.
+        wrapped it by then. It is a bound method, as torch's schedulers want
+        it to be.
         """
         step = optimizer.step
 
         @functools.wraps(step)
-        def listened(*args: Any, **kwargs: Any) -> Any:
+        def listened(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             self._on_before()
             try:
                 return step(*args, **kwargs)
             finally:
                 self._on_after()
 
-        optimizer.step = listened
+        optimizer.step = types.MethodType(listened, optimizer)
 
     def _on_before(self, *args: Any) -> None:
         if self._active:

@@ -12,7 +12,7 @@ from mmdet_ema.core.check import (
     check_flag,
     check_number,
 )
-from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.errors import OptionError, did_you_mean, show
 from mmdet_ema.optim.kinds import KINDS, WEIGHT
 
 NOMINAL = 64
@@ -77,7 +77,9 @@ def parse_paramwise(cfg: Optional[Mapping[str, Any]]) -> Paramwise:
         OptionError: If an option is unknown or its value is not allowed.
     """
     if not isinstance(cfg, (Mapping, type(None))):
-        raise OptionError(f'paramwise_cfg={cfg!r} is not allowed; use a dict.')
+        raise OptionError(
+            f'paramwise_cfg={show(cfg)} is not allowed; use a dict.'
+        )
     given = dict(cfg or {})
     _refuse_unknown(given)
     check_flag('bypass_duplicate', given.pop('bypass_duplicate', False))
@@ -97,7 +99,7 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
         if name not in NAMES:
             raise OptionError(
                 f'paramwise_cfg has no option {name!r} (given: '
-                f'{name}={given[name]!r}); it takes {", ".join(NAMES)}.'
+                f'{name}={show(given[name])}); it takes {", ".join(NAMES)}.'
                 f'{did_you_mean(str(name), NAMES)}'
             )
 
@@ -105,8 +107,9 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
 def _custom_keys(given: Any) -> Dict[str, Mapping[str, Any]]:
     if not isinstance(given, Mapping):
         raise OptionError(
-            f'custom_keys={given!r} is not allowed; use a dict from a part '
-            f'of a name to a dict, as in dict(backbone=dict(lr_mult=0.1)).'
+            f'custom_keys={show(given)} is not allowed; use a dict from a '
+            f'part of a name to a dict, as in '
+            f'dict(backbone=dict(lr_mult=0.1)).'
         )
     return {key: _custom(key, options) for key, options in given.items()}
 
@@ -116,7 +119,7 @@ def _custom(key: str, options: Any) -> Dict[str, Any]:
     name = f'custom_keys[{key!r}]'
     if not isinstance(options, Mapping):
         raise OptionError(
-            f'{name}={options!r} is not allowed; use a dict, as in '
+            f'{name}={show(options)} is not allowed; use a dict, as in '
             f'dict(lr_mult=0.1, decay_mult=0.0).'
         )
     checked = dict(options)
@@ -141,7 +144,7 @@ def _multipliers(given: Mapping[str, Any]) -> Dict[str, float]:
 def _kinds(given: Any) -> Tuple[str, ...]:
     if isinstance(given, str) or not isinstance(given, (list, tuple)):
         raise OptionError(
-            f'decay_kinds={given!r} is not allowed; use a list of some of '
+            f'decay_kinds={show(given)} is not allowed; use a list of some of '
             f'{", ".join(map(repr, KINDS))}.'
         )
     return tuple(check_choice('decay_kinds', kind, KINDS) for kind in given)

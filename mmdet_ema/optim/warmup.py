@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Optional
 
 from mmdet_ema.core.check import check_count, check_number
-from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.core.errors import OptionError, did_you_mean, show
 from mmdet_ema.optim.kinds import BIAS
 
 NAMES = ('warmup_epochs', 'warmup_iters', 'min_iters', 'bias_lr', 'momentum')
@@ -70,7 +70,7 @@ def parse_warmup(
     for name, value in unknown.items():
         raise OptionError(
             f'BiasWarmupHook has no option {name!r} (given: {name}='
-            f'{value!r}); it takes {", ".join(NAMES)}.'
+            f'{show(value)}); it takes {", ".join(NAMES)}.'
             f'{did_you_mean(name, NAMES)}'
         )
     if warmup_iters is not None:

@@ -3,6 +3,7 @@
 import pytest
 from mmengine.config import Config
 
+from mmdet_ema.cli import generations
 from mmdet_ema.cli.edited_config import add_ema, choose_weights
 from mmdet_ema.cli.tool import find_tool
 from mmdet_ema.core.errors import OptionError
@@ -56,6 +57,58 @@ def test_weights_are_chosen_on_the_hook_of_the_config(kind):
     cfg = Config(dict(custom_hooks=[dict(type=kind)]))
     choose_weights(cfg, 'raw')
     assert cfg.custom_hooks == [dict(type=kind, evaluate='raw')]
+
+
+@pytest.mark.parametrize('own', ['EMAHook', 'ExpMomentumEMAHook'])
+def test_hook_in_default_hooks_is_a_hook(own):
+    """No second one is added, and ``--weights`` is for the one there."""
+    hooks = dict(timer=dict(type='IterTimerHook'), ema=dict(type=own))
+    cfg = Config(dict(default_hooks=hooks))
+    add_ema(cfg, {})
+    choose_weights(cfg, 'raw')
+    assert cfg.get('custom_hooks') is None
+    assert cfg.default_hooks == dict(
+        timer=dict(type='IterTimerHook'), ema=dict(type=own, evaluate='raw')
+    )
+    with pytest.raises(OptionError, match=r'--decay 0\.9: the config'):
+        add_ema(cfg, dict(decay=0.9))
+
+
+def test_hook_that_is_switched_off_in_default_hooks():
+    """``default_hooks.ema=None`` is no hook: one is added."""
+    cfg = Config(dict(default_hooks=dict(ema=None)))
+    add_ema(cfg, {})
+    assert cfg.custom_hooks == [dict(type='EMAHook')]
+
+
+@pytest.fixture
+def frameworks(tmp_path, monkeypatch):
+    """Two frameworks, of which the second knows more models."""
+    models = {'mmflat': ['Flat'], 'mmdeep': ['Flat', 'Deep']}
+    for name, known in models.items():
+        folder = tmp_path / name / 'models'
+        folder.mkdir(parents=True)
+        (folder.parent / '__init__.py').touch()
+        (folder / '__init__.py').write_text('from . import builder')
+        (folder / 'builder.py').write_text(f'MODELS = {known}')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(generations, 'SCOPES', tuple(models))
+
+
+@pytest.mark.parametrize(
+    ('kind', 'scope'), [('Flat', 'mmflat'), ('Deep', 'mmdeep')]
+)
+def test_framework_is_the_one_that_knows_the_model(frameworks, kind, scope):
+    """Where a config does not say, its model does."""
+    cfg = Config(dict(model=dict(type=kind)))
+    assert generations._by_model(cfg) == scope
+
+
+def test_model_that_no_framework_knows(frameworks):
+    """It is named, with what to do."""
+    cfg = Config(dict(model=dict(type='Deeper')))
+    with pytest.raises(OptionError, match="'Deeper' is not known to mmflat"):
+        generations._by_model(cfg)
 
 
 def test_mmengines_own_hook_is_a_hook():

@@ -18,7 +18,6 @@ from mmdet_ema.core import (
     WeightAverager,
     capabilities,
 )
-from mmdet_ema.core.native import loader
 from tests import oracle
 from tests.core.models import (
     Mixed,
@@ -29,12 +28,10 @@ from tests.core.models import (
     raw_bytes,
     state_of,
 )
-from tests.core.switches import switch_off
 from tests.core.trees import changing, trees
 
 # What has to be kept: float32 keeps 200 steps within 17 half ulps.
 TOLERANCE = 1e-6
-pytestmark = pytest.mark.usefixtures('kernels')
 BAD = (float('nan'), float('inf'), float('-inf'))
 
 
@@ -73,6 +70,11 @@ def check_averages(averager, start, states, decay_of, interval=1):
             'exponential',
             dict(decay=0.99, tau=30),
             lambda n: oracle.ramp(n, 0.99, 30),
+        ),
+        (
+            'exponential',
+            dict(decay=0.99, tau=30, init_updates=45),
+            lambda n: oracle.ramp(45 + n, 0.99, 30),
         ),
         ('constant', dict(decay=0.9), lambda n: 0.9),
         ('constant', dict(decay=0.9999), lambda n: 0.9999),
@@ -164,15 +166,21 @@ def test_dtypes(raw, average):
     assert torch.equal(torch.full((3,), 1.5, dtype=average), found)
 
 
+@pytest.mark.parametrize('done', [0, 6])
 @pytest.mark.parametrize('interval', [2, 3, 4, 7])
-def test_interval(interval):
+def test_interval(interval, done):
     """Every k steps the average takes the product of the k decays."""
     model = Mixed()
     start = state_of(model)
-    averager = WeightAverager(model, decay=0.9, tau=9, interval=interval)
+    ramp = dict(decay=0.9, tau=9, init_updates=done)
+    averager = WeightAverager(model, interval=interval, **ramp)
     states = record(model, averager, 29)
     check_averages(
-        averager, start, states, lambda n: oracle.ramp(n, 0.9, 9), interval
+        averager,
+        start,
+        states,
+        lambda n: oracle.ramp(done + n, 0.9, 9),
+        interval,
     )
     assert (29, 29 // interval) == (averager.num_steps, averager.num_updates)
 
@@ -420,7 +428,7 @@ def test_skip_does_not_advance_the_decay():
         good = state_of(model)
         for bad in BAD[: step % 3]:
             with torch.no_grad():
-                model.norm.running_var[0] = bad
+                model.norm.bias[0] = bad
             averager.update()
         model.load_state_dict(good)
         averager.update()
@@ -558,12 +566,6 @@ class CountCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def torch_kernels(monkeypatch):
-    """Leave updates to torch's own kernels."""
-    switch_off(monkeypatch)
-
-
 def calls_of(layers, **options):
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
     averager = WeightAverager(model, **options)
@@ -574,7 +576,7 @@ def calls_of(layers, **options):
     return [name for name in count.calls if name != 'view']
 
 
-def test_calls_of_an_update(torch_kernels):
+def test_calls_of_an_update():
     """The calls of an update do not grow with the model.
 
     Before torch 2.0 there is no call for many tensors on the host.
@@ -585,13 +587,6 @@ def test_calls_of_an_update(torch_kernels):
     assert ['_foreach_lerp_'] == calls_of(1, nonfinite='ignore')
     assert ['_foreach_lerp_'] == calls_of(100, nonfinite='ignore')
     assert len(calls_of(1)) == len(calls_of(100)) <= 10
-
-
-def test_calls_of_a_compiled_update():
-    """Compiled kernels leave torch nothing to do, with the gate or without."""
-    if loader.load() is not None:
-        for options in ({}, {'nonfinite': 'ignore'}):
-            assert [] == calls_of(1, **options) == calls_of(100, **options)
 
 
 def test_copies_go_on_by_themselves():
@@ -641,7 +636,7 @@ def test_interrupt_of_an_update(monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_synchronisation(torch_kernels):
+def test_synchronisation():
     """Under 'ignore' an update never waits for the device, else once."""
     wait = '_local_scalar_dense'
     assert 0 == calls_of(5, nonfinite='ignore').count(wait)
@@ -762,17 +757,16 @@ def test_names():
     assert pointers == averages['tied.weight'].data_ptr()
 
 
-def test_buffer_of_another_shape(kernels):
-    """It is refused before any average is changed, at each update."""
+def test_buffer_of_another_shape():
+    """It is followed from the next update on; the rest goes on."""
     model = nn.Linear(2, 2)
     model.register_buffer('count', torch.arange(3))
     averager = WeightAverager(model, 'constant', decay=0.5)
     before = averages_of(averager)
     nn.init.zeros_(model.weight)
     model.count.data = torch.arange(4)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r'\(3,\).*\(4,\)'):
-            averager.update()
-    found = averages_of(averager)
-    assert all(torch.equal(before[name], found[name]) for name in before)
-    assert 0 == averager.num_updates
+    for n in (1, 2):
+        assert averager.update()
+        found = averages_of(averager)
+        assert torch.equal(model.count, found['count'])
+        assert torch.equal(before['weight'] / 2**n, found['weight'])

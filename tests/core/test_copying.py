@@ -12,9 +12,6 @@ from mmdet_ema.core.copying import (
     placement,
 )
 from tests.core.models import odd_tensors, raw_bytes
-from tests.core.switches import switch_off
-
-pytestmark = pytest.mark.usefixtures('kernels')
 
 NAN, INF = float('nan'), float('inf')
 
@@ -135,9 +132,8 @@ class CountCalls(TorchDispatchMode):
     not capabilities.HAS_FOREACH_COPY,
     reason='torch before 2.2 has no _foreach_copy_',
 )
-def test_one_call_a_dtype(monkeypatch):
+def test_one_call_a_dtype():
     """Three hundred tensors of two dtypes are copied by two calls."""
-    switch_off(monkeypatch)
     raws = [torch.ones(2) for _ in range(300)]
     raws += [torch.ones(2, dtype=torch.int64) for _ in range(300)]
     plan = CopyPlan([torch.zeros_like(raw) for raw in raws], raws)

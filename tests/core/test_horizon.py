@@ -92,6 +92,12 @@ def test_window_is_the_mean_age():
         ('constant', dict(decay=0.9999), 10_000, 0.9999**10_000),
         ('constant', dict(decay=0.9998), 1000, 0.9998**1000),
         ('exponential', {}, 2, 0.9999**2 * 5.0e-4 * 1e-3),
+        (
+            'exponential',
+            dict(decay=0.9, tau=10, init_updates=20),
+            3,
+            np.prod([0.9 * (1 - np.exp(-n / 10)) for n in (21, 22, 23)]),
+        ),
         ('mean', {}, 5, 0.0),
         ('annealing', {}, 5, 0.0),
         ('constant', dict(decay=0.0), 1, 0.0),

@@ -444,7 +444,10 @@ def test_flag_that_is_not_set(dtype):
     raws = draw(SHAPES, dtype, generator)
     flagged = draw(SHAPES, dtype, generator)
     plain = [average.clone() for average in flagged]
-    plans = UpdatePlan(flagged, raws), UpdatePlan(plain, raws)
+    plans = (
+        UpdatePlan(flagged, raws, fused=True),
+        UpdatePlan(plain, raws, fused=True),
+    )
     flag, eps = torch.zeros(()), torch.finfo(dtype).eps
     for decay in (1e-9, 0.0005, 0.3, 0.5, 0.5000001, 0.9, 0.9999, 1.0):
         for raw, new in zip(raws, draw(SHAPES, dtype, generator)):
@@ -467,7 +470,7 @@ def test_flag_that_is_set():
     averages = draw(SHAPES, torch.float32, seeded())
     before = [raw_bytes(average) for average in averages]
     raws = [torch.full_like(a, float('nan')) for a in averages]
-    plan = UpdatePlan(averages, raws)
+    plan = UpdatePlan(averages, raws, fused=True)
     for decay in (1e-9, 0.0005, 0.5, 0.9999, 1.0):
         assert plan.can_skip(decay)
         plan.update(decay, torch.ones(()))
@@ -478,14 +481,18 @@ def test_flag_that_is_set():
 def test_what_cannot_skip():
     """A decay of 0, and tensors for other kernels, take no flag."""
     ones, low = torch.ones(3), torch.ones(3, dtype=torch.bfloat16)
-    assert UpdatePlan([], []).can_skip(0.5)
-    assert UpdatePlan([ones.clone()], [ones]).can_skip(0.5)
-    assert not UpdatePlan([ones.clone()], [ones]).can_skip(0.0)
-    assert not UpdatePlan([ones.clone(), ones], [ones, low]).can_skip(0.5)
+    assert UpdatePlan([], [], fused=True).can_skip(0.5)
+    assert UpdatePlan([ones.clone()], [ones], fused=True).can_skip(0.5)
+    assert not UpdatePlan([ones.clone()], [ones], fused=True).can_skip(0.0)
+    assert not UpdatePlan(
+        [ones.clone(), ones], [ones, low], fused=True
+    ).can_skip(0.5)
     sliced = torch.ones(4, 4)[:, :2]
-    assert not UpdatePlan([sliced.contiguous()], [sliced]).can_skip(0.5)
+    assert not UpdatePlan(
+        [sliced.contiguous()], [sliced], fused=True
+    ).can_skip(0.5)
     whole = torch.ones(3, dtype=torch.complex64)
-    assert not UpdatePlan([whole.clone()], [whole]).can_skip(0.5)
+    assert not UpdatePlan([whole.clone()], [whole], fused=True).can_skip(0.5)
 
 
 def replaced_by_a_transposed_view(raw):
@@ -530,7 +537,7 @@ def test_data_that_is_replaced(replace, decay):
         torch.nn.Parameter(torch.arange(16.0).view(4, 4) + k) for k in (0, 1)
     ]
     averages = [torch.full((4, 4), float(k)) for k in (2, 3)]
-    plan = UpdatePlan(averages, raws)
+    plan = UpdatePlan(averages, raws, fused=True)
     with torch.no_grad():
         for raw in raws[1:], raws[:1], raws:
             for tensor in raw:

@@ -150,7 +150,7 @@ def test_unknown_option():
     """An unknown option is answered with those that there are."""
     message = message_of(build_schedule, dict(type='exponential', taw=3))
     assert "'exponential' has no option 'taw'" in message
-    assert 'it takes decay, tau.' in message
+    assert 'it takes decay, tau, init_updates.' in message
     assert "Did you mean 'tau'?" in message
     message = message_of(build_schedule, dict(type='constant', momentum=3))
     assert 'decay = 1 - momentum.' in message

@@ -59,6 +59,14 @@ TABLE = [
     (module.exponential(0.9998, 1000), lambda n: ramp(n, 0.9998, 1000)),
     (module.exponential(0, 1), lambda n: Decimal(0)),
     (module.exponential(0.5, 1e-9), lambda n: Decimal('0.5')),
+    (
+        module.exponential(0.999, 2000, init_updates=10_560),
+        lambda n: ramp(10_560 + n, 0.999, 2000),
+    ),
+    (
+        module.exponential(init_updates=1),
+        lambda n: ramp(1 + n, 0.9999, 2000),
+    ),
     (module.constant(), lambda n: Decimal('0.9999')),
     (module.constant(0.25), lambda n: Decimal('0.25')),
     (
@@ -159,6 +167,11 @@ def test_quoted_operating_points(name, quoted):
     """The docstrings quote the operating points of the table."""
     text = ' '.join(getattr(module, name).__doc__.split())
     assert [] == [q for q in quoted if q not in text]
+
+
+def test_quoted_start_of_the_ramp_leaves_none():
+    """From 10,560 updates on, a ramp is within 1 % of its end."""
+    assert module.exponential(init_updates=10_560)(1) > 0.99 * 0.9999
 
 
 def test_other_quoted_numbers():
@@ -302,6 +315,9 @@ BAD = [
     (module.exponential, dict(tau=0), 'tau=0', '(0, inf)', "'constant'"),
     (module.exponential, dict(tau=math.inf), 'tau=inf', '(0, inf)', ''),
     (module.exponential, dict(tau=10**400), 'tau=1000', '(0, inf)', ''),
+    (module.exponential, dict(init_updates=-1), '=-1', 'at least 0', ''),
+    (module.exponential, dict(init_updates=1.5), '=1.5', 'at least 0', ''),
+    (module.exponential, dict(init_updates=True), '=True', 'at least 0', ''),
     (module.constant, dict(decay=1.0), 'decay=1.0', '[0, 1)', 'never move'),
     (module.inverse, dict(decay=1.5), 'decay=1.5', '[0, 1)', 'never move'),
     (module.annealing, dict(decay=1), 'decay=1 ', '[0, 1)', 'never move'),
@@ -345,6 +361,10 @@ def test_half_life_without_an_end():
     ('schedule', 'expected'),
     [
         (module.exponential(), 'exponential(decay=0.9999, tau=2000.0)'),
+        (
+            module.exponential(init_updates=5),
+            'exponential(decay=0.9999, tau=2000.0, init_updates=5)',
+        ),
         (module.mean(), 'mean()'),
         (
             module.cosine(9),

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.ao import quantization
+from torch.nn.utils import parametrizations, prune
 
 from mmdet_ema.core.finite import first_nonfinite
 from mmdet_ema.core.fit import count_roles
-from mmdet_ema.core.selection import Role, select
+from mmdet_ema.core.selection import Role, select, unmatched
 from tests.core.models import Mixed, state_of
 from tests.core.trees import Node, memory_of, trees
 
@@ -228,15 +229,96 @@ def test_buffer_with_inf(bad):
 
 
 def test_gates():
-    """Float and complex tensors are gates, integers are not."""
+    """Float and complex parameters are gates, buffers are not."""
     model = holder(
         real=nn.Parameter(torch.ones(1)),
         phase=nn.Parameter(torch.ones(1, dtype=torch.complex64)),
         count=torch.ones(1, dtype=torch.int64),
+        mean=torch.ones(1),
     )
     gates = {entry.name: entry.gated for entry in select(model)}
-    assert dict(real=True, phase=True, count=False) == gates
+    assert dict(real=True, phase=True, count=False, mean=False) == gates
     assert 'averaged' == roles_of(model)['phase']
+    assert 'averaged' == roles_of(model)['mean']
+
+
+def copied_floats(model, **options):
+    """Names of the float tensors that are copied."""
+    return {
+        entry.name
+        for entry in select(model, **options)
+        if entry.role is Role.COPIED and entry.raw.is_floating_point()
+    }
+
+
+def quantized():
+    """A layer with observers of weights and activations."""
+    layer = nn.Sequential(nn.Linear(3, 2)).train()
+    layer.qconfig = quantization.get_default_qat_qconfig('x86')
+    return quantization.prepare_qat(layer)
+
+
+MEANLESS = {
+    'spectral norm': (
+        lambda: parametrizations.spectral_norm(nn.Linear(3, 2)),
+        {'parametrizations.weight.0._u', 'parametrizations.weight.0._v'},
+    ),
+    'old spectral norm': (
+        lambda: nn.utils.spectral_norm(nn.Linear(3, 2)),
+        {'weight_u', 'weight_v'},
+    ),
+    'orthogonal': (
+        lambda: parametrizations.orthogonal(nn.Linear(3, 3)),
+        {'parametrizations.weight.0.base'},
+    ),
+    'weight norm': (lambda: nn.utils.weight_norm(nn.Linear(3, 2)), set()),
+    'pruned': (
+        lambda: prune.l1_unstructured(nn.Linear(3, 2), 'weight', 2),
+        {'weight_mask'},
+    ),
+    'pruned twice': (
+        lambda: prune.random_structured(
+            prune.l1_unstructured(nn.Linear(3, 2), 'weight', 2), 'weight', 1, 1
+        ),
+        {'weight_mask'},
+    ),
+    'norm': (lambda: nn.BatchNorm2d(3), set()),
+}
+
+
+@pytest.mark.parametrize('kind', MEANLESS)
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_buffers_without_a_mean_are_copied(kind):
+    """Unit vectors and masks are copied; the weights beside are averaged."""
+    make, expected = MEANLESS[kind]
+    assert expected == copied_floats(make())
+    prefixed = nn.ModuleDict(dict(layer=make()))
+    assert {f'layer.{name}' for name in expected} == copied_floats(prefixed)
+    roles = roles_of(make())
+    assert all(
+        'averaged' == roles[name] for name, _ in make().named_parameters()
+    )
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_observers_are_copied():
+    """Ranges and scales of quantization are copied, not averaged."""
+    model = quantized()
+    floats = {n for n, x in model.named_buffers() if x.is_floating_point()}
+    # some versions of torch do not save eps
+    saved = floats & model.state_dict().keys()
+    assert len(saved) >= 6
+    assert saved == copied_floats(model)
+
+
+def test_named_tensors_are_copied():
+    """``copied`` takes patterns of names, of parameters too."""
+    model = nn.ModuleDict(dict(a=nn.BatchNorm1d(2), b=nn.BatchNorm1d(2)))
+    model.register_buffer('queue', torch.ones(3))
+    found = copied_floats(model, copied=['queue', 'a.running_*', '*.bias'])
+    expected = {'queue', 'a.running_mean', 'a.running_var', 'a.bias', 'b.bias'}
+    assert expected == found
+    assert ['c.*'] == unmatched(select(model), ['a.*', 'c.*', 'queue'])
 
 
 @pytest.mark.parametrize(

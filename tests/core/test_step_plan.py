@@ -1,5 +1,7 @@
 """One step into the averages, with the verdict on the host or the device."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,6 @@ from tests.core.models import Mixed, averages_of, perturb, raw_bytes
 
 NAN, INF = float('nan'), float('inf')
 BAD = (NAN, INF, -INF)
-pytestmark = pytest.mark.usefixtures('kernels')
 needs_fused = pytest.mark.skipif(
     not can_fuse(torch.device('cpu'), torch.float32),
     reason='this torch has no fused step on the host',
@@ -135,7 +136,7 @@ def test_bad_step_of_any_tensor_changes_no_bit(bad, update_buffers, decay):
     model.counts.add_(1)
     before = bits(averages)
     tensors = [
-        *(model.conv.weight, model.norm.running_var, model.head.bias),
+        *(model.conv.weight, model.norm.weight, model.head.bias),
         *(model.wide, model.low, model.sliced),
     ]
     for tensor in tensors:
@@ -201,23 +202,79 @@ def test_huge_values_are_finite():
     assert torch.allclose(torch.full_like(average, 0.25e30), average)
 
 
-@needs_fused
+DEFERRED = [pytest.param(True, marks=needs_fused), False]
+
+
 @pytest.mark.parametrize('bad', BAD)
-@pytest.mark.parametrize('decay', [None, 0.5001])
-def test_copied_floats_are_gated(bad, decay):
-    """Float buffers that are copied are gated between updates as well."""
+@pytest.mark.parametrize('decay', [None, 0.0, 0.3, 0.9999])
+@pytest.mark.parametrize('update_buffers', [True, False])
+@pytest.mark.parametrize('deferred', DEFERRED)
+def test_buffer_with_nan_is_left_out_alone(
+    deferred, update_buffers, decay, bad
+):
+    """Its average stays, bit for bit; every other one moves on as ever."""
+    model = Several()
+    twin = copy.deepcopy(model)
+    plan, averages = planned(model, deferred, update_buffers=update_buffers)
+    other, expected = planned(twin, deferred, update_buffers=update_buffers)
+    stays = bits(averages)['norm.running_var']
+    for each in (model, twin):
+        perturb(each, seeded())
+        each.counts.add_(1)
+    model.norm.running_var[1] = bad
+    assert take_in(plan, number=1, decay=decay)
+    assert take_in(other, number=1, decay=decay)
+    found, wanted = bits(averages), bits(expected)
+    assert stays == found.pop('norm.running_var')
+    # where all are finite the statistics move with everything else
+    moves = decay is not None or not update_buffers
+    assert moves == (stays != wanted.pop('norm.running_var'))
+    assert wanted == found
+
+
+@needs_fused
+@pytest.mark.parametrize('update_buffers', [True, False])
+def test_buffers_of_a_bad_step_stay(update_buffers):
+    """With NaN in a weight no buffer moves, finite or not."""
     model = Wide()
-    plan, averages = planned(model, True, update_buffers=False)
+    plan, averages = planned(model, True, update_buffers=update_buffers)
     before = bits(averages)
     perturb(model, seeded())
-    model.norm.running_mean[1] = bad
-    found = take_in(plan, number=1, decay=decay)
-    assert isinstance(found, DeviceVerdict)
-    assert not found
+    model.norm.running_var[1] = NAN
+    model.head.weight.data[0] = NAN
+    assert not take_in(plan, number=1, decay=0.9)
     assert before == bits(averages)
-    model.norm.running_mean[1] = 0
-    assert take_in(plan, number=1, decay=decay)
-    assert torch.equal(model.norm.running_var, averages['norm.running_var'])
+
+
+@pytest.mark.parametrize('deferred', DEFERRED)
+def test_rule_passes_over_a_buffer_with_nan(deferred):
+    """A rule of the user's own does not see a buffer that is not finite."""
+    model, seen = nn.BatchNorm1d(2), []
+    plan, averages = planned(model, deferred)
+    model.running_mean.fill_(3.0)
+    model.running_var[0] = INF
+
+    def rule(average, raw, step):
+        seen.append(raw.tolist())
+        average.copy_(raw)
+
+    assert take_in(plan, number=1, rule=rule)
+    assert [[1, 1], [0, 0], [3, 3]] == seen
+    assert [1, 1] == averages['running_var'].tolist()
+
+
+@pytest.mark.parametrize('deferred', DEFERRED)
+def test_buffer_of_the_lowest_number(deferred):
+    """A constant mask of the lowest finite number keeps its bits."""
+    model = nn.Module()
+    lowest = torch.finfo(torch.float32).min
+    model.register_buffer('mask', torch.tensor([0.0, lowest, lowest]))
+    model.register_buffer('narrow', torch.full((5,), 6e4, dtype=torch.float16))
+    plan, averages = planned(model, deferred)
+    for n in range(1, 200):
+        assert take_in(plan, number=n, decay=0.99)
+    assert [0, lowest, lowest] == averages['mask'].tolist()
+    assert [60000.0] * 5 == averages['narrow'].tolist()
 
 
 class OnlyEmpty(nn.Module):
@@ -387,20 +444,3 @@ def test_decay_of_zero(on_device):
     model.weight.data.fill_(2)
     assert averager.update() is True
     assert torch.equal(model.weight, averages_of(averager)['weight'])
-
-
-@pytest.mark.parametrize('bad', BAD, ids=str)
-@pytest.mark.parametrize('where', ['conv.weight', 'norm.running_var'])
-def test_raw_tensors_are_looked_at_beside_what_was_copied(where, bad):
-    """``is_finite`` sees the model's own tensors, not copies of them."""
-    model = Wide()
-    entries = [e for e in select(model) if e.role is not Role.SHARED]
-    copies = [entry.raw.detach().clone() for entry in entries]
-    plan = StepPlan(entries, [c.clone() for c in copies], copies)
-    update, between = Step(1, decay=0.5), Step(1)
-    assert plan.is_finite(update)
-    assert plan.is_finite(between)
-    with torch.no_grad():
-        model.state_dict()[where][0] = bad
-    assert not plan.is_finite(update)
-    assert plan.is_finite(between)

@@ -196,13 +196,14 @@ def test_both_with_a_metric_that_owns_a_folder(tmp_path):
 
 
 def test_both_with_a_metric_that_cannot_be_copied(tmp_path):
-    """Such a metric is refused by name before anything happens."""
+    """The run's own metrics see both sets, whatever they hold."""
     metric = Score()
     metric.lock = threading.Lock()
-    run = Run(tmp_path, dict(EMA, evaluate='both'), metric=metric)
-    with pytest.raises(ValueError, match='Score, which cannot be copied'):
-        run.train()
-    assert run.records == []
+    hook = dict(EMA, evaluate='both')
+    run = Run(tmp_path / 'a', hook, metric=metric).train()
+    plain = Run(tmp_path / 'b', hook).train()
+    for name in ('val/score', 'val/raw/score'):
+        assert run.scalar(name).tolist() == plain.scalar(name).tolist()
 
 
 class Augmented(BaseTTAModel):
@@ -242,11 +243,3 @@ def test_raw_weights_that_are_missing_are_refused(tmp_path):
     run = a_tester(tmp_path / 'b', path, 'raw')
     with pytest.raises(ValueError, match='no raw weights of 14 tensors'):
         run.runner.test()
-
-
-def test_late_hook_with_both_is_warned_of(tmp_path):
-    """A priority after the logger's comes too late for raw metrics."""
-    hook = dict(EMA, evaluate='both', priority='LOWEST')
-    Run(tmp_path, hook, max_epochs=1).train()
-    log = next(tmp_path.glob('*/*.log')).read_text()
-    assert "EMA: with priority='LOWEST' the hook comes after" in log

@@ -311,6 +311,22 @@ def test_unknown_option(name, near):
     assert all(known in message for known in NAMES)
 
 
+@pytest.mark.parametrize(
+    ('name', 'home'),
+    [
+        ('init_updates', 'exponential'),
+        ('half_life', 'half_life'),
+        ('inv_gamma', 'power'),
+        ('total_steps', 'cosine'),
+    ],
+)
+def test_option_of_a_schedule(name, home):
+    """An option of a schedule is answered with where it goes."""
+    message = message_of(**{name: 3})
+    assert f'schedule=dict(type={home!r}, {name}=3)' in message
+    assert '\n' not in message
+
+
 def test_unknown_option_without_a_near_one():
     """A word unlike any option is answered without a guess."""
     assert 'Did you mean' not in message_of(zzz=1)

@@ -220,6 +220,14 @@ def test_cold():
     assert "schedule='exponential'" in text
 
 
+def test_cold_behind_the_ramp():
+    """A ramp that starts at its end is no remedy for initial weights."""
+    schedule = build_schedule('exponential', decay=0.99, init_updates=20_000)
+    (text,) = warnings(schedule, 1, 200)
+    assert '13% of the average will still be the initial weights' in text
+    assert text.endswith('Lower decay or init_updates.')
+
+
 @pytest.mark.parametrize(('steps', 'expected'), [(298, 1), (299, 0)])
 def test_cold_from_five_percent(steps, expected):
     """More than 5 % of initial weights is worth a word."""

@@ -15,6 +15,7 @@ from mmcv.parallel import MMDistributedDataParallel
 from mmcv.runner import DistEvalHook
 from torch import nn
 
+from tests.collectives import CALLS, count_collectives
 from tests.mmcv1.toy import Run, ToyModel, loader
 
 
@@ -58,7 +59,7 @@ def hook_of(spec):
 
 def train(spec, work_dir):
     """Train and dump start, records and what evaluations saw."""
-    rank = dist.get_rank()
+    rank, before = dist.get_rank(), len(CALLS)
     model = Model()
     run = Run(
         work_dir,
@@ -69,6 +70,7 @@ def train(spec, work_dir):
         **options_of(spec),
     ).train()
     seen = dict(
+        calls=len(CALLS) - before,
         start=run.recorder.start,
         records=run.records,
         seen=run.recorder.seen,
@@ -79,6 +81,7 @@ def train(spec, work_dir):
 def main():
     """Train with each spec, one after the other."""
     time.sleep = lambda seconds: None
+    count_collectives()
     dist.init_process_group('gloo')
     for spec in sys.argv[2:]:
         train(spec, Path(sys.argv[1], spec))

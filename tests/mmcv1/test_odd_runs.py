@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mmcv.parallel import MMDataParallel
-from mmcv.runner import BaseRunner, EpochBasedRunner, EvalHook, Hook
+from mmcv.runner import EpochBasedRunner, EvalHook, Hook
 from mmcv.runner.builder import RUNNERS
 from torch import nn
 
@@ -129,16 +129,15 @@ def test_step_to_come_is_not_counted(tmp_path):
     assert 5 == len(rest.records)
 
 
-def test_runner_that_was_made_before_the_import(tmp_path, monkeypatch):
+def test_hook_that_is_registered_after_the_resume(tmp_path):
     """A file that mmcv has loaded by itself is sorted out at the start."""
     epochs = dict(max_epochs=4)
     whole = Run(tmp_path / 'a', EMA, runner=epochs).train()
     Run(tmp_path / 'b', EMA).train()
-    unwrapped = BaseRunner.__init__.__wrapped__
-    with monkeypatch.context() as patch:
-        patch.setattr(BaseRunner, '__init__', unwrapped)
-        rest = Run(tmp_path / 'b', EMA, runner=epochs)
-    rest.train(resume=tmp_path / 'b' / 'epoch_2.pth')
+    rest = Run(tmp_path / 'b', runner=epochs)
+    rest.runner.resume(str(tmp_path / 'b' / 'epoch_2.pth'))
+    rest.runner.register_hook_from_cfg(EMA)
+    rest.train()
     saved, expected = rest.load('epoch_4.pth'), whole.load('epoch_4.pth')
     raws = raw_of(saved), raw_of(expected)
     assert [] == same(*raws)

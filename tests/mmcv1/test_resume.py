@@ -9,6 +9,7 @@ import torch
 from mmcv.runner import RUNNERS, EpochBasedRunner, load_checkpoint
 
 from mmdet_ema import CheckpointError, OptionError
+from mmdet_ema.hooks.for_mmcv1.ema_hook import EMAHook
 from tests.mmcv1.toy import EMA, Lines, Run, ToyModel, quiet, raw_of, same
 
 EPOCHS = dict(max_epochs=4)
@@ -53,7 +54,11 @@ def test_iteration_runner_repeats_no_iteration(priority, tmp_path):
     for folder, hooks, steps in (('a', [], 5), ('b', [hook], 4)):
         run(folder, 4, *hooks).train()
         rest = run(folder, 8, *hooks)
-        rest.train(resume=tmp_path / folder / 'iter_4.pth')
+        # by itself it wants a GPU
+        location = {} if hooks else dict(map_location='cpu')
+        path = str(tmp_path / folder / 'iter_4.pth')
+        rest.runner.resume(path, **location)
+        rest.train()
         assert steps == len(rest.records)
     assert [] == same(rest.records[-1], whole.records[-1])
     saved, expected = rest.load('iter_8.pth'), whole.load('iter_8.pth')
@@ -180,16 +185,36 @@ def test_run_without_meta_saves_the_part(tmp_path):
     assert 8 == steps_of(run.load('epoch_2.pth'))
 
 
-def test_resume_without_the_hook_takes_the_raw_weights(tmp_path):
-    """Where the hook was taken out, training goes on from raw weights."""
-    whole = Run(tmp_path / 'whole', runner=EPOCHS).train()
-    Run(tmp_path / 'half', EMA).train()
+@pytest.mark.parametrize('runner', ['epochs', 'iters'])
+def test_going_on_without_an_average(runner, tmp_path):
+    """``enabled=False`` takes the raw weights and leaves nothing of ours."""
+    lengths = dict(
+        epochs=[dict(max_epochs=n) for n in (2, 4)],
+        iters=[dict(type='IterBasedRunner', max_iters=n) for n in (8, 16)],
+    )
+    first, second = lengths[runner]
+    log = dict(interval=1, hooks=[dict(type='TextLoggerHook')])
+    whole = Run(tmp_path / 'whole', runner=second).train()
+    Run(tmp_path / 'half', EMA, runner=first).train()
     lines = Lines()
-    rest = Run(tmp_path / 'half', runner=EPOCHS, logger=quiet(lines))
-    rest.train(resume=tmp_path / 'half' / 'epoch_2.pth')
+    off = dict(EMA, enabled=False)
+    rest = Run(
+        tmp_path / 'half', off, runner=second, log=log, logger=quiet(lines)
+    )
+    names = {'epochs': ('epoch_2', 'epoch_4'), 'iters': ('iter_8', 'iter_16')}
+    before, after = (f'{name}.pth' for name in names[runner])
+    rest.train(resume=tmp_path / 'half' / before)
     assert [] == same(whole.records[-1], rest.records[-1])
-    assert [x for x in lines.lines if 'raw weights' in x]
-    assert 'EMAHook' not in rest.load('epoch_4.pth')['meta']['hook_msgs']
+    assert [x for x in lines.lines if 'enabled=False' in x]
+    saved, expected = rest.load(after), whole.load(after)
+    assert [] == same(saved['state_dict'], expected['state_dict'])
+    assert 'EMAHook' not in saved['meta'].get('hook_msgs', {})
+
+
+def test_enabled_is_a_flag():
+    """Another value is refused in one line."""
+    with pytest.raises(OptionError, match="enabled='no'"):
+        EMAHook(enabled='no')
 
 
 def test_checkpoint_without_ema_resumes(tmp_path):

@@ -187,6 +187,14 @@ def test_around_a_step_without_hooks():
     assert ['>', 'step', '<', 'step'] == calls
 
 
+def test_step_that_is_wrapped_is_a_bound_method():
+    """Schedulers of torch 1.x ask ``optimizer.step`` whose it is."""
+    optimizer = Plain()
+    AroundStep(optimizer, lambda: None, lambda: None)
+    assert optimizer is optimizer.step.__self__
+    assert callable(optimizer.step.__func__)
+
+
 LENGTHS = [
     (dict(), 500, 1500),
     (dict(), 100, 1000),

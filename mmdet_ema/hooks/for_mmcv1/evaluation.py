@@ -7,18 +7,20 @@ the data and call the model themselves, and cannot share a pass.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from typing import Any, Callable, Dict, Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from mmcv.runner import DistEvalHook
 
 from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.for_mmcv1.runner_facts import broadcast_statistics
 
 PREFIX = 'raw/'
-Evaluate = Callable[[Any], Any]
+Evaluate = Callable[..., Any]
 
 
 def check_best(hook: Any, both: bool) -> None:
@@ -43,7 +45,9 @@ def check_best(hook: Any, both: bool) -> None:
     hook.key_indicator = hook.save_best.replace('/', '_')
 
 
-def evaluate_with(ema: Any, hook: Any, evaluate: Evaluate, runner: Any) -> Any:
+def evaluate_with(
+    ema: Any, hook: Any, evaluate: Evaluate, runner: Any, *args: Any, **kw: Any
+) -> Any:
     """Run an evaluation hook's ``_do_evaluate`` on the averages.
 
     Args:
@@ -51,19 +55,55 @@ def evaluate_with(ema: Any, hook: Any, evaluate: Evaluate, runner: Any) -> Any:
         hook: The evaluation hook.
         evaluate: Its own ``_do_evaluate``.
         runner: The runner.
+        *args: What else it takes.
+        **kw: The same.
     """
-    if not hook._should_evaluate(runner):
-        return evaluate(runner)
+    if isinstance(hook, DistEvalHook):
+        ema.make_equal(runner, hook.by_epoch)
+    again = functools.partial(evaluate, runner, *args, **kw)
     if getattr(hook, 'broadcast_bn_buffer', False):
-        broadcast_statistics(runner)
-    raw: Dict[str, Any] = {}
+        with ema.raw(runner):
+            broadcast_statistics(runner)
     if ema.evaluates_both:
-        ema.show_raw()
-        raw = _raw_metrics(hook, evaluate, runner)
-    with ema.evaluating(runner), _best_by(hook, raw):
-        result = evaluate(runner)
-    runner.log_buffer.output.update(raw)
+        with ema.raw(runner):
+            ema.raw_metrics = _raw_metrics(hook, again, runner)
+    try:
+        with ema.evaluating(runner):
+            result = again()
+        runner.log_buffer.output.update(ema.raw_metrics)
+    finally:
+        ema.raw_metrics = {}
     return result
+
+
+def evaluate_by_raw(
+    ema: Any,
+    hook: Any,
+    evaluate: Evaluate,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run an evaluation hook's ``evaluate``; a raw metric chooses the best.
+
+    Args:
+        ema: Our hook.
+        hook: The evaluation hook.
+        evaluate: Its own ``evaluate``.
+        *args: For it.
+        **kwargs: For it.
+
+    Returns:
+        The metric of the raw weights where ``save_best`` names one; None
+        where they were not evaluated, so that there is no best file.
+    """
+    if not _wants_raw(hook):
+        return evaluate(*args, **kwargs)
+    best, hook.save_best = hook.save_best, None
+    try:
+        evaluate(*args, **kwargs)
+    finally:
+        hook.save_best = best
+    return _score(ema.raw_metrics, best) if ema.raw_metrics else None
 
 
 def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
@@ -74,7 +114,7 @@ def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
     hook.save_best = None
     try:
         with _same_randomness():
-            evaluate(runner)
+            evaluate()
         found = dict(buffer.output)
     finally:
         hook.save_best, buffer.ready = best, ready
@@ -84,29 +124,6 @@ def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
         dist.barrier()  # the second pass writes into the same folder
     found.pop('eval_iter_num', None)
     return {f'{PREFIX}{name}': value for name, value in found.items()}
-
-
-@contextlib.contextmanager
-def _best_by(hook: Any, raw: Dict[str, Any]) -> Iterator[None]:
-    """Let a metric of the raw weights choose the best file."""
-    if not _wants_raw(hook):
-        yield
-        return
-    evaluate, best = hook.evaluate, hook.save_best
-
-    def evaluate_by_raw(runner: Any, results: Any) -> Any:
-        hook.save_best = None
-        try:
-            evaluate(runner, results)
-        finally:
-            hook.save_best = best
-        return _score(raw, best) if raw else None
-
-    hook.evaluate = evaluate_by_raw
-    try:
-        yield
-    finally:
-        hook.evaluate = evaluate
 
 
 def _score(raw: Dict[str, Any], name: str) -> Any:
@@ -122,10 +139,12 @@ def _score(raw: Dict[str, Any], name: str) -> Any:
 def _same_randomness() -> Iterator[None]:
     """Leave the random number generators as they were."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _wants_raw(hook: Any) -> bool:

@@ -6,10 +6,10 @@ import os
 from typing import Any, Callable
 
 from mmcv.runner import HOOKS
-from mmcv.utils import get_logger
 
+from mmdet_ema.frameworks import own_logger
+from mmdet_ema.hooks.for_mmcv1.bevdet_hook import MEGVIIEMAHook
 from mmdet_ema.hooks.for_mmcv1.ema_hook import EMAHook
-from mmdet_ema.hooks.for_mmcv1.loading import watch_loading
 from mmdet_ema.hooks.for_mmcv1.mmdet_hooks import (
     ExpMomentumEMAHook,
     LinearMomentumEMAHook,
@@ -25,14 +25,16 @@ _OURS = {
         LinearMomentumEMAHook,
         'MMDetLinearMomentumEMAHook',
     ),
+    'MEGVIIEMAHook': (MEGVIIEMAHook, 'BEVDetMEGVIIEMAHook'),
 }
 
 
 def register() -> None:
     """Register the hooks in mmcv's registry; say so in one line.
 
-    mmcv's own hook and mmdet 2's stay there under names of their own; mmdet's
-    get theirs also where mmdet is imported after us.
+    mmcv's own hook, mmdet 2's and BEVDet's stay there under names of their
+    own; mmdet's and BEVDet's get theirs also where they are imported after
+    us.
     """
     for name, (ours, spare) in _OURS.items():
         theirs = HOOKS.get(name)
@@ -40,14 +42,15 @@ def register() -> None:
             HOOKS.register_module(name=spare, module=theirs, force=True)
         HOOKS.register_module(name=name, module=ours, force=True)
     wrap_once(HOOKS, '_register_module', _register)
-    watch_loading()
     register_optim()
     if os.environ.get('RANK', '0') == '0':
-        get_logger('mmdet_ema').info(
+        own_logger().info(
             f"mmdet_ema {__version__}: dict(type='EMAHook'), "
-            f"'ExpMomentumEMAHook' and 'LinearMomentumEMAHook' build its own "
-            f"hooks; mmcv's is 'MMCVEMAHook' now, mmdet's are "
-            f"'MMDetExpMomentumEMAHook' and 'MMDetLinearMomentumEMAHook'."
+            f"'ExpMomentumEMAHook', 'LinearMomentumEMAHook' and "
+            f"'MEGVIIEMAHook' build its own hooks; mmcv's is 'MMCVEMAHook' "
+            f"now, mmdet's are 'MMDetExpMomentumEMAHook' and "
+            f"'MMDetLinearMomentumEMAHook', BEVDet's is "
+            f"'BEVDetMEGVIIEMAHook'."
         )
 
 
@@ -57,9 +60,13 @@ def _register(
     module_name: Any = None,
     force: bool = False,
 ) -> Any:
-    """Register a class; mmdet's EMA hooks do not meet ours."""
+    """Register a class; mmdet's and BEVDet's EMA hooks do not meet ours.
+
+    BEVDet's is in the packages of many projects, in a copy each.
+    """
     name = module.__name__
     mmdets = module.__module__.startswith('mmdet.') and name in _OURS
-    if mmdets and module_name in (None, name):
+    bevdets = name == 'MEGVIIEMAHook' and module is not MEGVIIEMAHook
+    if (mmdets or bevdets) and module_name in (None, name):
         module_name, force = _OURS[name][1], True
     return register(module=module, module_name=module_name, force=force)

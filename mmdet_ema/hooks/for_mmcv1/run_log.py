@@ -6,25 +6,33 @@ import logging
 import math
 from typing import Any, Callable, Dict, Optional, Tuple
 
+from mmcv.utils.logging import logger_initialized
+
 from mmdet_ema.core.averager import WeightAverager
+from mmdet_ema.frameworks import own_logger
 from mmdet_ema.hooks.skips import describe_skip
 
 
 class RunLog:
-    """Forwards lines to the runner's logger and scalars to its buffer."""
+    """Forwards lines to the runner's logger and scalars to its buffer.
 
-    def __init__(self) -> None:
-        self.logger = logging.getLogger('mmdet_ema')
+    Args:
+        logger: The runner's logger; None before there is a runner, for that
+            of the tool that runs, which writes into a file. Defaults to None.
+    """
+
+    def __init__(self, logger: Optional[logging.Logger] = None):
+        self.logger = logger
         self._scalars: Dict[str, float] = {}
         self._moment: Tuple[Any, ...] = ()
 
     def info(self, text: str) -> None:
         """Log a line."""
-        self.logger.info(text)
+        (self.logger or _logger_of_the_tool()).info(text)
 
     def warning(self, text: str) -> None:
         """Log a warning."""
-        self.logger.warning(text)
+        (self.logger or _logger_of_the_tool()).warning(text)
 
     def with_scalars(
         self,
@@ -68,6 +76,14 @@ class RunLog:
         if moment != self._moment:
             self._scalars, self._moment = _scalars(averager), moment
         return self._scalars
+
+
+def _logger_of_the_tool() -> logging.Logger:
+    for name in logger_initialized:
+        logger = logging.getLogger(name)
+        if any(isinstance(h, logging.FileHandler) for h in logger.handlers):
+            return logger
+    return own_logger()
 
 
 def _scalars(averager: Optional[WeightAverager]) -> Dict[str, float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Set
 
 import torch.distributed as dist
 from mmcv.parallel import is_module_wrapper
-from mmcv.runner import EvalHook, OptimizerHook
+from mmcv.runner import DistEvalHook, EvalHook, OptimizerHook
 from mmcv.runner.checkpoint import get_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,7 +16,7 @@ from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.facts import RunFacts
 
 _LOADER = '_mmdet_ema_loader'
-_OTHERS = ('EMAHook', 'BaseEMAHook')
+_OTHERS = ('EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook')
 
 
 def model_of(runner: Any) -> nn.Module:
@@ -46,23 +46,30 @@ def facts_of(runner: Any) -> RunFacts:
         batch_size=_batch_size(runner),
         world_size=runner.world_size,
         validates=any(isinstance(hook, EvalHook) for hook in runner.hooks),
+        agrees=any(isinstance(hook, DistEvalHook) for hook in runner.hooks),
+    )
+
+
+def will_evaluate(runner: Any, by_epoch: bool) -> bool:
+    """Return whether all ranks evaluate after this epoch or iteration.
+
+    mmcv's ``DistEvalHook`` does, and has collectives of its own there.
+
+    Args:
+        runner: The runner.
+        by_epoch: Whether an epoch ends; else an iteration.
+    """
+    return any(
+        isinstance(hook, DistEvalHook)
+        and hook.by_epoch == by_epoch
+        and hook._should_evaluate(runner)
+        for hook in runner.hooks
     )
 
 
 def has_optimizer_hook(runner: Any) -> bool:
     """Return whether one of mmcv's hooks calls the optimizer."""
     return any(isinstance(hook, OptimizerHook) for hook in runner.hooks)
-
-
-def ema_hook_of(runner: Any, ours: Any) -> Optional[Any]:
-    """Return our hook among the runner's; None if there is none.
-
-    Args:
-        runner: The runner.
-        ours: The class of our hook.
-    """
-    found = (hook for hook in runner.hooks if isinstance(hook, ours))
-    return next(found, None)
 
 
 def tied_names(model: nn.Module) -> List[List[str]]:

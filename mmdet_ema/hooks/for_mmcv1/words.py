@@ -1,4 +1,4 @@
-"""The words of mmcv's ``EMAHook`` and of mmdet 2's two hooks.
+"""The words of mmcv's ``EMAHook``, of mmdet 2's two hooks and of BEVDet's.
 
 A config that says them gets what those hooks were meant to do, with their
 defaults. Their defects are not kept: the warm-up fires (theirs compares a
@@ -12,7 +12,7 @@ import math
 from typing import Any, Dict, Mapping, Optional
 
 from mmdet_ema.core.check import check_count, check_flag, check_number
-from mmdet_ema.core.errors import OptionError
+from mmdet_ema.core.errors import OptionError, show
 from mmdet_ema.core.schedule_spec import make_schedule
 from mmdet_ema.core.schedules import Schedule
 from mmdet_ema.hooks.openmmlab_words import check_words, decay_of
@@ -22,14 +22,20 @@ from mmdet_ema.hooks.options import (
     parse_options,
     refuse_unknown,
 )
-from mmdet_ema.hooks.schedule_choice import ScheduleChoice
+from mmdet_ema.hooks.schedule_choice import ScheduleChoice, choose_native
 
 WORDS = ('warm_up', 'total_iter', 'skip_buffers', 'resume_from')
 TOTAL_ITER = 2000.0
 WARM_UP = 100
+MEGVII_DECAY = 0.999
 
 _EXP, _LINEAR = 'ExpMomentumEMAHook', 'LinearMomentumEMAHook'
-_FIXED = {_EXP: ('total_iter', 'tau'), _LINEAR: ('warm_up',)}
+_MEGVII = 'MEGVIIEMAHook'
+_FIXED = {
+    _EXP: ('total_iter', 'tau'),
+    _LINEAR: ('warm_up',),
+    _MEGVII: ('init_updates', 'tau'),
+}
 _RAMPS = ('warm_up', 'total_iter', 'tau', 'schedule', 'ema_type', 'gamma')
 
 
@@ -37,8 +43,8 @@ def parse_words(hook: str, given: Mapping[str, Any]) -> HookOptions:
     """Check the options of one of the hooks.
 
     Args:
-        hook: Name of the hook: ``EMAHook``, ``ExpMomentumEMAHook`` or
-            ``LinearMomentumEMAHook``.
+        hook: Name of the hook: ``EMAHook``, ``ExpMomentumEMAHook``,
+            ``LinearMomentumEMAHook`` or ``MEGVIIEMAHook``.
         given: Options by name; those that are None are left out.
 
     Returns:
@@ -49,20 +55,26 @@ def parse_words(hook: str, given: Mapping[str, Any]) -> HookOptions:
             another one.
     """
     given = {name: x for name, x in given.items() if x is not None}
-    known = (*NAMES, *WORDS)
+    megvii = ('init_updates', 'resume') if hook == _MEGVII else ()
+    known = (*NAMES, *WORDS, *megvii)
     unknown = {name: x for name, x in given.items() if name not in known}
     refuse_unknown(unknown, hook, known)
     _check_ramps(hook, given)
     kind = _kind_of(hook, given)
-    options = {n: x for n, x in given.items() if n not in WORDS}
+    options = {n: x for n, x in given.items() if n not in (*WORDS, *megvii)}
     options.update(_update_buffers(kind, hook, given))
     if kind is None:
         return parse_options(**options)
     words = {n: options.pop(n, None) for n in ('decay', 'momentum')}
     tau = options.pop('tau', None)
     check_words(words['decay'], None, None, None, words['momentum'], None)
+    if kind == _MEGVII and words['momentum'] is None:
+        words['decay'] = given.get('decay', MEGVII_DECAY)
     rate = decay_of(words['decay'], words['momentum'])
-    if kind == _EXP:
+    if kind == _MEGVII:
+        ramp = dict(type='exponential', init_updates=given['init_updates'])
+        choice = choose_native(ramp, rate, tau, None)
+    elif kind == _EXP:
         choice = _exponential(rate, given.get('total_iter', tau))
     else:
         choice = _warm_up(rate, given.get('warm_up', WARM_UP), hook)
@@ -114,13 +126,13 @@ def _check_ramps(hook: str, given: Mapping[str, Any]) -> None:
     for word in found:
         if word not in allowed:
             raise OptionError(
-                f'{word}={given[word]!r} has no meaning for {hook}, whose '
+                f'{word}={show(given[word])} has no meaning for {hook}, whose '
                 f'ramp is set by {allowed[0]}; leave it out, or use '
                 f"dict(type='EMAHook', {word}=...)."
             )
     own = {'warm_up', 'total_iter'} & set(found)
     if own and len(found) > 1:
-        both = ' and '.join(f'{word}={given[word]!r}' for word in found)
+        both = ' and '.join(f'{word}={show(given[word])}' for word in found)
         raise OptionError(
             f'{both} each choose a ramp of the decay; give one of them.'
         )
@@ -141,7 +153,7 @@ def _update_buffers(
         return {'update_buffers': not skip}
     if kind is None or 'update_buffers' in given:
         return {}
-    return {'update_buffers': kind == _EXP or hook == _LINEAR}
+    return {'update_buffers': kind in (_EXP, _MEGVII) or hook == _LINEAR}
 
 
 def check_path(name: str, value: Any) -> Optional[str]:
@@ -160,6 +172,6 @@ def check_path(name: str, value: Any) -> Optional[str]:
     if value is None or (isinstance(value, str) and value):
         return value
     raise OptionError(
-        f'{name}={value!r} is no path of a checkpoint; give one as a string, '
-        f'or leave {name} out.'
+        f'{name}={show(value)} is no path of a checkpoint; give one as a '
+        f'string, or leave {name} out.'
     )

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Union
+import functools
+from typing import Any, Callable, Dict, Optional, Sequence, Union
 
 import torch
 from mmengine.hooks import Hook
 
-from mmdet_ema.checkpoint.structure import read_structure
+from mmdet_ema.checkpoint.files import read_structure
+from mmdet_ema.core.check import check_flag
 from mmdet_ema.core.schedule_spec import ScheduleSpec
 from mmdet_ema.hooks.for_mmengine import runner_facts
+from mmdet_ema.hooks.for_mmengine.evaluation import (
+    check_monitored,
+    forget_results,
+    run_passes,
+)
 from mmdet_ema.hooks.for_mmengine.plain_checkpoint import (
     make_plain,
     refuse_foreign,
     strip_wrapper,
     unmake,
 )
-from mmdet_ema.hooks.for_mmengine.raw_evaluation import RawEvaluation
 from mmdet_ema.hooks.for_mmengine.run_log import RunLog
 from mmdet_ema.hooks.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.hooks.for_mmengine.user_classes import find_rule
@@ -56,15 +62,22 @@ class EMAHook(Hook):  # type: ignore[misc]
             own; the numbers are the same. Nothing but the optimizer may
             change parameters then. Defaults to False.
         evaluate (str): Weights that validation and test run on: 'ema', 'raw'
-            or 'both' (one pass over the data; the metrics of the raw weights
-            come under ``raw/<name>``). Defaults to 'ema'.
+            or 'both' (a pass over the data for each; the metrics of the raw
+            weights come under ``raw/<name>``). Defaults to 'ema'.
         nonfinite (str): What to do with a step that leaves NaN or Inf:
-            'skip' it, 'raise', or 'ignore' (take it in). Defaults to 'skip'.
+            in a parameter: 'skip' it, 'raise', or 'ignore' (take it in). A
+            buffer that holds some keeps its average. Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
             is an error on resume. Defaults to False.
         scale_decay (bool): Whether a resume with another batch size or world
             size uses ``decay ** kappa``, which keeps the averaging window in
             samples. Defaults to False.
+        copied (Sequence[str]): Patterns of names (``'head.queue'``,
+            ``'*.mask'``) of tensors that are copied, not averaged. Integers,
+            masks of -inf, pruning masks, the vectors of spectral norm and the
+            observers of quantization are copied anyway. Defaults to ().
+        enabled (bool): False: put the raw weights back on resume, then do
+            nothing. Defaults to True.
         ema_type (str, optional): OpenMMLab's word: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): OpenMMLab's word: ``1 - decay``.
@@ -99,6 +112,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         nonfinite: str = 'skip',
         strict_load: bool = False,
         scale_decay: bool = False,
+        copied: Sequence[str] = (),
+        enabled: bool = True,
         ema_type: Any = None,
         momentum: Optional[float] = None,
         gamma: Optional[float] = None,
@@ -119,17 +134,18 @@ class EMAHook(Hook):  # type: ignore[misc]
             nonfinite=nonfinite,
             strict_load=strict_load,
             scale_decay=scale_decay,
+            copied=copied,
             ema_type=ema_type,
             momentum=momentum,
             gamma=gamma,
             find_rule=find_rule,
             **more,
         )
+        self.enabled = check_flag('enabled', enabled)
         self._log = RunLog()
         self._life = EMALifecycle(options, self._log)
-        self._both = options.evaluate == 'both'
-        self._raws: Dict[int, RawEvaluation] = {}
-        self._raw: Optional[RawEvaluation] = None
+        self._weights: Optional[str] = None
+        self._evaluates = False
         self._trained = False
         self._model: Any = None
 
@@ -141,17 +157,21 @@ class EMAHook(Hook):  # type: ignore[misc]
         path = runner_facts.local_checkpoint(runner)
         if path is not None:
             read_structure(path)
+        if not self.enabled:
+            return
         self._watch_loops(runner)
-        if self._both:
-            runner_facts.warn_of_order(runner, self, self._log)
+        if runner_facts.is_training(runner):
+            check_monitored(runner, self._life.passes)
 
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
+        if not self.enabled:
+            return
         self._trained = False
         self._model = runner_facts.model_of(runner)
         facts = runner_facts.facts_of(runner)
+        self._life.start(self._model, facts)
         optimizers = runner_facts.optimizers_of(runner)
-        self._life.start(self._model, optimizers, facts)
         scale_weight_decay(optimizers, facts.samples, self._log)
         self._watch_loops(runner)
 
@@ -163,7 +183,16 @@ class EMAHook(Hook):  # type: ignore[misc]
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Start the average if its time has come."""
-        self._life.before_iteration(self._model, runner.iter, runner.epoch)
+        if not self.enabled:
+            return
+        # a hook that comes after ours may have changed the weights
+        self._catch_up(runner, runner.iter)
+        self._life.before_iteration(
+            self._model,
+            runner.iter,
+            runner.epoch,
+            runner_facts.optimizers_of(runner),
+        )
 
     def after_train_iter(
         self,
@@ -172,59 +201,66 @@ class EMAHook(Hook):  # type: ignore[misc]
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """Update the average if the optimizer stepped."""
+        """Update the average if the weights changed."""
         self._catch_up(runner)
-        if runner_facts.will_save(runner):
+        if runner_facts.will_validate(runner, by_epoch=False):
             self._life.synchronize()
         if runner_facts.will_log(runner, self, batch_idx):
             self._log.scalars(runner, self._life.averager)
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Agree between the ranks; a checkpoint may be written now."""
-        self._life.synchronize()
+        """Make buffers equal on all ranks, if all validate next.
+
+        Here, not at the validation: a file that is written first is to hold
+        what is evaluated.
+        """
+        if runner_facts.will_validate(runner, by_epoch=True):
+            self._life.synchronize()
+        self._life.tell_steps()
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
+        self._catch_up(runner, runner.iter)
         self._life.finish()
-        self._catch_up(runner)
+        self._catch_up(runner, runner.iter)  # of a skip that shows just now
         self._trained = True
 
     def before_val_epoch(self, runner: Any) -> None:
         """Put the averages into the model."""
-        self._enter_evaluation(runner, runner.val_loop)
+        self._enter_evaluation(runner)
 
     def before_test_epoch(self, runner: Any) -> None:
         """Put the averages into the model."""
-        self._enter_evaluation(runner, runner.test_loop)
+        self._enter_evaluation(runner)
 
     def before_val_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Evaluate the raw weights on the batch too, if both are wanted."""
-        if self._raw is not None:
-            self._raw.process(runner.model.val_step, data_batch)
+        """Put the averages in where a loop did not say that it begins."""
+        self._enter_evaluation(runner)
 
     def before_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Evaluate the raw weights on the batch too, if both are wanted."""
-        if self._raw is not None:
-            self._raw.process(runner.model.test_step, data_batch)
+        """Put the averages in where a loop did not say that it begins."""
+        self._enter_evaluation(runner)
 
     def after_val_epoch(
         self, runner: Any, metrics: Optional[Dict[str, float]] = None
     ) -> None:
-        """Put the raw weights back; add their metrics."""
-        self._finish_evaluation(runner, 'val', metrics)
+        """Put the raw weights back."""
+        self._leave_evaluation()
 
     def after_test_epoch(
         self, runner: Any, metrics: Optional[Dict[str, float]] = None
     ) -> None:
-        """Put the raw weights back; add their metrics."""
-        self._finish_evaluation(runner, 'test', metrics)
+        """Put the raw weights back."""
+        self._leave_evaluation()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights beside."""
+        if not self.enabled:
+            return
         self._catch_up(runner)
         strip_wrapper(checkpoint, runner_facts.model_of(runner))
         self._life.save(checkpoint)
@@ -237,49 +273,76 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not runner_facts.is_training(runner) or self._trained:
             self._life.choose(checkpoint, model)
         elif runner._resume:
-            refuse_foreign(checkpoint)
-            self._life.resume(checkpoint, model)
+            refuse_foreign(checkpoint, self._log)
+            optimizers = runner_facts.made_optimizers_of(runner)
+            self._life.resume(checkpoint, model, optimizers)
+            if not self.enabled:
+                self._log.warning(
+                    'EMA: enabled=False: training goes on from the raw '
+                    'weights, without an average.'
+                )
         else:
-            self._life.fine_tune(checkpoint)
+            self._life.fine_tune(checkpoint, model)
 
-    def _catch_up(self, runner: Any) -> None:
+    def _catch_up(self, runner: Any, iteration: Optional[int] = None) -> None:
         """Update now; other hooks may save before our turn comes."""
-        taken = self._life.after_iteration(runner.iter + 1)
+        iteration = runner.iter + 1 if iteration is None else iteration
+        taken = self._life.after_iteration(iteration)
         if not taken and self._life.averager is not None:
             iteration = self._life.last_iteration
             self._log.skipped(runner, self._life.averager, iteration)
 
     def _watch_loops(self, runner: Any) -> None:
+        """Watch the evaluation loops that there are, and those to come."""
         for loop in runner_facts.evaluation_loops(runner):
-            guard_loop(loop, self._leave_evaluation)
-            if self._both:
-                self._raw_of(loop)
+            self._watch(runner, loop)
+        for name in ('build_val_loop', 'build_test_loop'):
+            if name not in vars(runner):
+                build = getattr(runner, name)
+                build = functools.partial(self._build, runner, build)
+                setattr(runner, name, build)
 
-    def _raw_of(self, loop: Any) -> RawEvaluation:
-        """Return the twin of a loop; a metric is copied once a run."""
-        if id(loop) not in self._raws:
-            self._raws[id(loop)] = RawEvaluation(loop, self._life)
-        return self._raws[id(loop)]
+    def _build(
+        self, runner: Any, build: Callable[[Any], Any], cfg: Any
+    ) -> Any:
+        loop = build(cfg)
+        self._watch(runner, loop)
+        return loop
 
-    def _enter_evaluation(self, runner: Any, loop: Any) -> None:
+    def _watch(self, runner: Any, loop: Any) -> None:
+        """Let a loop run once for each set of weights."""
+
+        def around(run: Callable[[], Any]) -> Any:
+            evaluator = getattr(loop, 'evaluator', None)
+            passes = self._life.passes
+            try:
+                return run_passes(
+                    runner, evaluator, passes, lambda w: self._pass(run, w)
+                )
+            except BaseException:
+                forget_results(evaluator)
+                raise
+
+        guard_loop(loop, self._leave_evaluation, around)
+
+    def _pass(self, run: Callable[[], Any], weights: str) -> Any:
+        """Run a loop on one set of weights."""
+        before, self._weights = self._weights, weights
+        try:
+            return run()
+        finally:
+            self._leave_evaluation()
+            self._weights = before
+
+    def _enter_evaluation(self, runner: Any) -> None:
+        if self._evaluates or not self.enabled:
+            return
         if runner_facts.is_training(runner) and not self._trained:
             self._catch_up(runner)
-        self._life.enter_evaluation(runner_facts.model_of(runner))
-        if self._both:
-            self._raw = self._raw_of(loop)
-            self._raw.begin()
-
-    def _finish_evaluation(
-        self, runner: Any, mode: str, metrics: Optional[Dict[str, float]]
-    ) -> None:
-        added = self._raw.metrics(metrics or {}) if self._raw else {}
-        self._leave_evaluation()
-        if added and metrics is not None:
-            metrics.update(added)
-            self._log.metrics(runner, mode, added)
+        model = runner_facts.model_of(runner)
+        self._life.enter_evaluation(model, self._weights)
+        self._evaluates = True
 
     def _leave_evaluation(self) -> None:
-        if self._raw is not None:
-            self._raw.end()
-            self._raw = None
+        self._evaluates = False
         self._life.leave_evaluation()

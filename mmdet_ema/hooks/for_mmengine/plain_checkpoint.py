@@ -11,13 +11,15 @@ from typing import Any, Dict, List, MutableMapping
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
+from mmdet_ema.checkpoint.layout import check_names
 from mmdet_ema.checkpoint.plain import Codec, foreign, from_plain, to_plain
 from mmdet_ema.core.errors import CheckpointError
 
 _WEIGHTS = ('state_dict', 'ema_state_dict')
+_HUB = ('log_scalars', 'runtime_info', 'resumed_keys')
 
 
 def make_plain(checkpoint: MutableMapping[str, Any], log: Any) -> None:
@@ -27,26 +29,33 @@ def make_plain(checkpoint: MutableMapping[str, Any], log: Any) -> None:
         checkpoint: The checkpoint, about to be written.
         log: Where to warn of what cannot be made plain.
     """
+    meta = checkpoint.get('meta', {})
+    data_set = to_plain(meta.get('dataset_meta'), [])
     for key in list(checkpoint):
         if key not in _WEIGHTS:
             checkpoint[key] = to_plain(checkpoint[key], CODECS)
+    if 'dataset_meta' in meta:
+        # tools read it without our hook, and need what the data set gave
+        checkpoint['meta']['dataset_meta'] = data_set
     left = foreign(dict(checkpoint))
     if left:
         log.warning(
-            f'EMA: the checkpoint holds {", ".join(left)}; reading it needs '
-            f'these types allow-listed (torch.serialization.add_safe_globals).'
+            f'EMA: the checkpoint holds {", ".join(left)}; to read it with '
+            f'weights_only=True, import mmdet_ema or allow-list these types '
+            f'(torch.serialization.add_safe_globals).'
         )
 
 
-def refuse_foreign(checkpoint: MutableMapping[str, Any]) -> None:
-    """Refuse to resume from a file of mmcv 1.x.
+def refuse_foreign(checkpoint: MutableMapping[str, Any], log: Any) -> None:
+    """Refuse to resume from what mmengine's runner did not write.
 
     Args:
         checkpoint: What was read.
+        log: Where a warning goes.
 
     Raises:
-        CheckpointError: If mmcv's runner wrote it; mmengine would stop at
-            ``message_hub`` later, with the weights loaded.
+        CheckpointError: If mmcv's runner wrote it, or it is damaged;
+            mmengine would stop later, with the weights loaded.
     """
     meta = checkpoint.get('meta')
     if isinstance(meta, dict) and 'hook_msgs' in meta:
@@ -54,6 +63,33 @@ def refuse_foreign(checkpoint: MutableMapping[str, Any]) -> None:
             'the checkpoint was written by mmcv 1.x, which mmengine cannot '
             'resume; use load_from without resume to start from its weights.'
         )
+    if isinstance(meta, dict) and meta.pop('config', None) is not None:
+        log.warning(
+            "EMA: meta['config'] of the checkpoint is left out; mmengine "
+            'writes none, and would run it as a program.'
+        )
+    hub: Any = checkpoint.get('message_hub')
+    if isinstance(hub, MessageHub):
+        return
+    check_names(hub, "'message_hub'")
+    for key in _HUB:
+        check_names(hub.get(key), f"{key!r} in 'message_hub'")
+    resumed = hub['resumed_keys'].values()
+    if not all(isinstance(value, bool) for value in resumed):
+        raise CheckpointError(
+            "'resumed_keys' in 'message_hub' of the checkpoint are not true "
+            'or false; the file is damaged. Take another checkpoint.'
+        )
+    schedulers = checkpoint.get('param_schedulers', [])
+    several = isinstance(schedulers, dict)
+    for found in schedulers.values() if several else [schedulers]:
+        if not isinstance(found, list) or not all(
+            isinstance(x, dict) for x in found
+        ):
+            raise CheckpointError(
+                "'param_schedulers' of the checkpoint is no list of states; "
+                'the file is damaged. Take another checkpoint.'
+            )
 
 
 def strip_wrapper(
@@ -82,10 +118,19 @@ def unmake(checkpoint: MutableMapping[str, Any]) -> None:
 
     Args:
         checkpoint: The checkpoint, just read.
+
+    Raises:
+        CheckpointError: If something in it is damaged.
     """
     for key in list(checkpoint):
         if key not in _WEIGHTS:
-            checkpoint[key] = from_plain(checkpoint[key], CODECS)
+            try:
+                checkpoint[key] = from_plain(checkpoint[key], CODECS)
+            except Exception as error:  # damaged values can raise anything
+                raise CheckpointError(
+                    f'{key!r} of the checkpoint is damaged '
+                    f'({type(error).__name__}). Take another checkpoint.'
+                ) from None
 
 
 def _encode_history(history: HistoryBuffer) -> Dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Any
+from typing import Any, Callable
 
 from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
-from mmengine.logging import print_log
-from mmengine.registry import HOOKS, build_from_cfg
+from mmengine.registry import HOOKS
 
+from mmdet_ema.core.errors import OptionError
+from mmdet_ema.frameworks import own_logger
 from mmdet_ema.hooks.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.hooks.for_mmengine.safe_globals import allow_framework_types
+from mmdet_ema.hooks.spellings import instead_of
 from mmdet_ema.optim.for_mmengine import register as register_optim
 from mmdet_ema.version import __version__
 
@@ -27,20 +30,29 @@ def register() -> None:
     HOOKS.register_module(
         name='MMEngineEMAHook', module=MMEngineEMAHook, force=True
     )
-    HOOKS.build_func = _build
+    HOOKS.build_func = functools.partial(_build, HOOKS.build_func)
     register_optim()
     allow_framework_types()
     if os.environ.get('RANK', '0') == '0':
-        print_log(
+        own_logger().info(
             f"mmdet_ema {__version__}: dict(type='EMAHook') builds its own "
-            f"hook; mmengine's is 'MMEngineEMAHook' now.",
-            logger='current',
+            f"hook; mmengine's is 'MMEngineEMAHook' now."
         )
 
 
-def _build(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+def _build(
+    build: Callable[..., Any], cfg: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Build a hook; new-style configs name the class, not the registry."""
     kind = cfg.get('type') if isinstance(cfg, dict) else None
     if kind is MMEngineEMAHook or (isinstance(kind, str) and kind in _NAMES):
         cfg = {**cfg, 'type': EMAHook}
-    return build_from_cfg(cfg, *args, **kwargs)
+    try:
+        return build(cfg, *args, **kwargs)
+    except KeyError as error:
+        advice = instead_of(kind) if isinstance(kind, str) else ''
+        if not advice or 'is not in the' not in str(error):
+            raise
+        raise OptionError(
+            f'type={kind!r} is not a hook of this generation.{advice}'
+        ) from None

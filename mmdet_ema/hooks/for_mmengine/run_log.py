@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Mapping, Optional
+from typing import Any, Optional
 
 from mmengine.logging import print_log
 
@@ -50,13 +50,3 @@ class RunLog:
         line = describe_skip(averager, iteration)
         if line is not None:
             self.warning(line)
-
-    def metrics(
-        self, runner: Any, mode: str, metrics: Mapping[str, Any]
-    ) -> None:
-        """Record metrics of an evaluation, as the runner records its own."""
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                runner.message_hub.update_scalar(f'{mode}/{name}', value)
-            else:
-                runner.message_hub.update_info(f'{mode}/{name}', value)

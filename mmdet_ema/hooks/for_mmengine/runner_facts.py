@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 from typing import Any, List, Optional
 
-from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.hooks import EMAHook as MMEngineEMAHook
+from mmengine.hooks import LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import BaseLoop, find_latest_checkpoint
+from mmengine.runner import (
+    BaseLoop,
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    find_latest_checkpoint,
+)
 from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.facts import RunFacts
+
+# the loops, and what a subclass may not change of them
+_OWN_LOOPS = {
+    EpochBasedTrainLoop: ('run', 'run_epoch', '_decide_current_val_interval'),
+    IterBasedTrainLoop: ('run', 'run_iter', '_decide_current_val_interval'),
+}
 
 
 def model_of(runner: Any) -> nn.Module:
@@ -26,7 +38,17 @@ def model_of(runner: Any) -> nn.Module:
 
 def optimizers_of(runner: Any) -> List[Optimizer]:
     """Return every optimizer of the run."""
-    return [wrapper.optimizer for wrapper in _wrappers(runner)]
+    found = [getattr(w, 'optimizer', None) for w in _wrappers(runner)]
+    return [optimizer for optimizer in found if optimizer is not None]
+
+
+def made_optimizers_of(runner: Any) -> List[Optimizer]:
+    """Return the optimizers that are made by now; the others are configs."""
+    wrapper = runner.optim_wrapper
+    made = hasattr(wrapper, 'update_params') or hasattr(
+        wrapper, 'optim_wrappers'
+    )
+    return optimizers_of(runner) if made else []
 
 
 def facts_of(runner: Any) -> RunFacts:
@@ -48,6 +70,7 @@ def facts_of(runner: Any) -> RunFacts:
         batch_size=_batch_size(runner.train_dataloader),
         world_size=runner.world_size,
         validates=runner._val_loop is not None,
+        agrees=validates_together(runner),
     )
 
 
@@ -92,18 +115,45 @@ def will_log(runner: Any, hook: Any, batch_idx: int) -> bool:
     return bool(hook.every_n_inner_iters(batch_idx, 10))
 
 
-def will_save(runner: Any) -> bool:
-    """Return whether a checkpoint is written after this iteration.
+def validates_together(runner: Any, kind: Any = BaseLoop) -> bool:
+    """Return whether validations are sure to be run on all ranks at once.
 
-    Only rank 0 writes, and only by iterations is it decided here; all ranks
-    have to know.
+    That is known of mmengine's own training loops alone: one of the user's
+    own may validate on one rank, or end an epoch on one rank before the
+    others do (torch's ``Join``).
+
+    Args:
+        runner: The runner.
+        kind: The loop that is meant. Defaults to any.
     """
-    return any(
-        hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
-        or (hook.save_last and hook.is_last_train_iter(runner))
-        for hook in runner.hooks
-        if isinstance(hook, CheckpointHook) and not hook.by_epoch
+    loop = runner.train_loop
+    owns = any(
+        isinstance(loop, own)
+        and issubclass(own, kind)
+        and all(getattr(type(loop), x) is getattr(own, x) for x in methods)
+        for own, methods in _OWN_LOOPS.items()
     )
+    return owns and runner._val_loop is not None
+
+
+def will_validate(runner: Any, by_epoch: bool) -> bool:
+    """Return whether all ranks validate after this epoch or iteration.
+
+    Args:
+        runner: The runner.
+        by_epoch: Whether an epoch ends; else an iteration.
+    """
+    kind = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
+    if not validates_together(runner, kind):
+        return False
+    loop = runner.train_loop
+    done = (loop.epoch if by_epoch else loop.iter) + 1
+    last = loop.max_epochs if by_epoch else loop.max_iters
+    # the loop looks up its interval when the epoch is over
+    place = bisect.bisect(loop.dynamic_milestones, done + 1) - 1
+    interval = loop.dynamic_intervals[place]
+    validates = done % interval == 0 or done == last
+    return bool(validates and done >= loop.val_begin)
 
 
 def refuse_second(runner: Any, ours: Any) -> None:
@@ -122,28 +172,6 @@ def refuse_second(runner: Any, ours: Any) -> None:
         raise OptionError(
             f'there are {len(found)} EMA hooks: {names}. They would average '
             f"each other's weights; keep one in custom_hooks."
-        )
-
-
-def warn_of_order(runner: Any, ours: Any, log: Any) -> None:
-    """Warn if a hook that wants the raw metrics comes before ours.
-
-    Args:
-        runner: The runner.
-        ours: Our hook, which adds the metrics.
-        log: Where the line goes.
-    """
-    order = list(runner.hooks)
-    early = [
-        type(hook).__name__
-        for hook in order[: order.index(ours)]
-        if isinstance(hook, (CheckpointHook, LoggerHook))
-    ]
-    if early:
-        log.warning(
-            f'EMA: with priority={ours.priority!r} the hook comes after '
-            f'{" and ".join(early)}, too late for raw/... metrics in logs '
-            f"and save_best; use priority='NORMAL'."
         )
 
 

@@ -3,11 +3,12 @@
 torch from 2.6 on reads files with ``weights_only=True``; mmengine 0.10.7 does
 not know of it and cannot read what it wrote: its ``HistoryBuffer`` (with its
 statistics methods, pickled as ``getattr(HistoryBuffer, 'mean')``) and NumPy
-values.
+values. An older torch needs no list.
 """
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from typing import Any, List
 
@@ -15,25 +16,29 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-_ARRAYS = ('numpy.core.multiarray', 'numpy._core.multiarray')
-_STATISTICS = ('current', 'max', 'mean', 'min')
-_DTYPES = ('f2', 'f4', 'f8', 'i4', 'i8', 'u1', '?')
+from mmdet_ema.checkpoint.files import LOADS_SAFELY, STATISTICS
+
+_ARRAYS = ('numpy._core.multiarray', 'numpy.core.multiarray')
+_DTYPES = '?bBhHiIlLqQefdgFDGSU'
 
 
 def allow_framework_types() -> None:
     """Allow-list the types in mmengine's checkpoints for this process."""
-    if hasattr(torch.serialization, 'add_safe_globals'):
+    if LOADS_SAFELY:
         torch.serialization.add_safe_globals(_globals())
 
 
 def _globals() -> List[Any]:
-    arrays = (getattr(np, '_core', None) or np.core).multiarray
+    try:
+        arrays = importlib.import_module(_ARRAYS[0])
+    except ImportError:  # NumPy 1
+        arrays = importlib.import_module(_ARRAYS[1])
     renamed = [
         (getattr(arrays, name), f'{module}.{name}')
         for module in _ARRAYS
         for name in ('_reconstruct', 'scalar')
     ]
-    dtypes = [type(np.dtype(kind)) for kind in _DTYPES]
+    dtypes = {type(np.dtype(kind)) for kind in _DTYPES}
     own = [HistoryBuffer, (_statistics_method, 'builtins.getattr')]
     return [*own, np.ndarray, np.dtype, *renamed, *dtypes]
 
@@ -44,7 +49,7 @@ def _statistics_method(owner: Any, name: str) -> Any:
     The real one would hand a malicious file any attribute of what is
     allow-listed.
     """
-    if owner is HistoryBuffer and name in _STATISTICS:
+    if owner is HistoryBuffer and name in STATISTICS:
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(
         f'the file asks for the attribute {name!r} of {owner!r}, which a '

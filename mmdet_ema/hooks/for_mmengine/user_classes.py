@@ -9,7 +9,7 @@ from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdet_ema.core.errors import OptionError
+from mmdet_ema.core.errors import OptionError, show
 from mmdet_ema.core.kernels import Rule
 from mmdet_ema.hooks.openmmlab_words import is_family
 
@@ -35,7 +35,7 @@ def find_rule(ema_type: Any, options: Mapping[str, Any]) -> Optional[Rule]:
         return None
     if kind.update_parameters is not BaseAveragedModel.update_parameters:
         raise OptionError(
-            f'ema_type={ema_type!r} overrides update_parameters; only an '
+            f'ema_type={show(ema_type)} overrides update_parameters; only an '
             f'avg_func can be used. Move what it does there.'
         )
     given = {k: v for k, v in options.items() if v is not None}

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.core.errors import OptionError
+from mmdet_ema.hooks.for_mmcv1.run_log import RunLog
 from mmdet_ema.optim.construction import Construction
-from mmdet_ema.optim.for_mmcv1.run_log import RunLog
 from mmdet_ema.optim.rules import MMCV1
 
 
