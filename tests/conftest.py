@@ -5,8 +5,6 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 # waiting OpenMP threads make small operators slow on a busy machine
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
@@ -36,13 +34,3 @@ if not has('mmdet3d'):
     collect_ignore_glob += ['mmdet3d', 'mmdet3d_mmcv1']
 if not has('psutil'):
     collect_ignore_glob += ['benchmarks']
-
-
-def pytest_collection_modifyitems(items):
-    """Leave slow tests out unless MMDET_EMA_SLOW=1 asks for them."""
-    if os.environ.get('MMDET_EMA_SLOW') == '1':
-        return
-    skip = pytest.mark.skip(reason='slow: run it with MMDET_EMA_SLOW=1')
-    for item in items:
-        if 'slow' in item.keywords:
-            item.add_marker(skip)
