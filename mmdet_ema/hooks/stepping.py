@@ -32,6 +32,13 @@ _VERSION = attrgetter('_version')
 _POST_HOOKS = '_optimizer_step_post_hooks'
 
 
+# A run that stops with an error does not detach: what it leaves behind must
+# not keep its model alive. torch's hooks stay until somebody detaches, as they
+# must not be removed by a garbage collection in the middle of a step.
+_LISTENERS: weakref.WeakSet[WeightChanges] = weakref.WeakSet()
+_HANDLES: List[Any] = []
+
+
 class WeightChanges:
     """Knows whether an iteration changed the weights.
 
@@ -66,7 +73,8 @@ class WeightChanges:
         self._fingerprint: Optional[List[Tensor]] = None
         self._trial: float = _TRIAL
         self._skipped, self._taken = False, True
-        self._handles = _listen(self) if TELLS_OF_STEPS else []
+        if TELLS_OF_STEPS:
+            _listen(self)
 
     def begin(self, optimizers: Sequence[Any]) -> None:
         """Begin an iteration: changes up to now do not count in it.
@@ -105,9 +113,7 @@ class WeightChanges:
 
     def detach(self) -> None:
         """Stop listening to optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        _stop_listening(self)
 
     def _have_changed(self) -> bool:
         versions = _versions(self._parameters)
@@ -149,31 +155,33 @@ class WeightChanges:
         return any(id(p) in ours for group in groups for p in group['params'])
 
 
-def _listen(changes: WeightChanges) -> List[Any]:
-    """Let torch tell of the steps of all optimizers, as long as it is asked.
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for changes in list(_LISTENERS):
+        changes._on_pre_step()
 
-    A run that stops with an error does not detach; what it leaves behind must
-    not keep its model alive.
-    """
-    weak = weakref.ref(changes)
 
-    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-        found = weak()
-        if found is not None:
-            found._on_pre_step()
+def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for changes in list(_LISTENERS):
+        changes._on_post_step(optimizer)
 
-    def after(optimizer: Any, args: Any, kwargs: Any) -> None:
-        found = weak()
-        if found is not None:
-            found._on_post_step(optimizer)
 
-    handles = [
-        torch_optimizer.register_optimizer_step_pre_hook(before),
-        torch_optimizer.register_optimizer_step_post_hook(after),
-    ]
-    for handle in handles:
-        weakref.finalize(changes, handle.remove)
-    return handles
+def _listen(changes: WeightChanges) -> None:
+    """Let torch tell of the steps of all optimizers, as long as it is asked."""
+    _LISTENERS.add(changes)
+    if not _HANDLES:
+        _HANDLES.append(
+            torch_optimizer.register_optimizer_step_pre_hook(_before_step)
+        )
+        _HANDLES.append(
+            torch_optimizer.register_optimizer_step_post_hook(_after_step)
+        )
+
+
+def _stop_listening(changes: WeightChanges) -> None:
+    _LISTENERS.discard(changes)
+    if not _LISTENERS:
+        while _HANDLES:
+            _HANDLES.pop().remove()
 
 
 def _complete(optimizers: Sequence[Any]) -> None:

@@ -134,4 +134,5 @@ def test_masks_and_unit_vectors(tmp_path, update_buffers):
     for name in ('lowest', 'infinite', *vectors):
         assert torch.equal(run.records[-1][name], saved['state_dict'][name])
     assert 2 == len(vectors)
-    assert 'NaN' not in log_of(tmp_path)
+    assert '8 steps averaged, 0 skipped' in log_of(tmp_path)
+    assert 'holds NaN' not in log_of(tmp_path)

@@ -57,6 +57,7 @@ def test_defaults():
         no_effect=(),
         rule=None,
         scale_decay=False,
+        copied=(),
     )
     schedule = options.schedule_for(1000)
     assert 'exponential(decay=0.9999, tau=2000.0)' == str(schedule)
