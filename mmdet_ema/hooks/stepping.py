@@ -166,7 +166,7 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 def _listen(changes: WeightChanges) -> None:
-    """Let torch tell of the steps of all optimizers, as long as it is asked."""
+    """Let torch tell of the steps of all optimizers."""
     _LISTENERS.add(changes)
     if not _HANDLES:
         _HANDLES.append(

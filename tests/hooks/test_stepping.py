@@ -413,9 +413,11 @@ def test_run_that_is_collected_in_the_middle_of_a_step():
     dropped = [WeightChanges(list, lambda: None) for _ in range(3)]
     model, optimizer = model_and()
     handle = optimizer.register_step_pre_hook(lambda *args: dropped.clear())
-    other = torch_optimizer.register_optimizer_step_pre_hook(
-        lambda *args: gc.collect() and None
-    )
+
+    def collect(*args):
+        gc.collect()
+
+    other = torch_optimizer.register_optimizer_step_pre_hook(collect)
     training = Training(model, optimizer)
     training.run(optimizer.step)
     handle.remove()
