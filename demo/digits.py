@@ -189,7 +189,7 @@ def _pick_scans(
     return [(int(labels[i]), pixels[i]) for i in picked]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _load_scans(split: str) -> tuple[npt.NDArray[np.int64], Pixels]:
     scans = load_digits()
     return scans.target[SCANS[split]], scans.images[SCANS[split]]

@@ -81,7 +81,7 @@ def main():
     seen = Seen()
     train = dict(Runner=through_runner, FlexibleRunner=through_flexible_runner)
     start, records = train[kind](work_dir, seen)
-    start = {k.removeprefix('module.'): v for k, v in start.items()}
+    start = {k.replace('module.', '', 1): v for k, v in start.items()}
     dump = dict(start=start, records=records, seen=seen.states)
     torch.save(dump, work_dir / f'rank{os.environ["RANK"]}.pt')
     dist.destroy_process_group()
