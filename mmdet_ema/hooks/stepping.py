@@ -73,6 +73,7 @@ class WeightChanges:
         self._fingerprint: Optional[List[Tensor]] = None
         self._trial: float = _TRIAL
         self._skipped, self._taken = False, True
+        self._progress: Optional[int] = None
         if TELLS_OF_STEPS:
             _listen(self)
 
@@ -97,6 +98,7 @@ class WeightChanges:
         self._parameters, self._versions = parameters, versions
         if self._trial > 0:
             self._trial -= 1
+            self._progress = None if TELLS_OF_STEPS else _progress(optimizers)
             if self._fingerprint is None:
                 self._fingerprint = _fingerprint(parameters)
 
@@ -129,10 +131,16 @@ class WeightChanges:
             # a first silent iteration: the next can be compared with it
             return False
         changed = not _equal(before, self._fingerprint)
+        if written and not changed and self._has_progressed():
+            return True  # a step with a learning rate of 0, as in a warm-up
         if changed is not written:
             # here the cheap signs mislead: never go by them alone again
             self._trial = math.inf
         return changed
+
+    def _has_progressed(self) -> bool:
+        before, self._progress = self._progress, None
+        return before is not None and before != _progress(self._optimizers)
 
     def _on_pre_step(self) -> None:
         self._before_step()
@@ -198,6 +206,20 @@ def _complete(optimizers: Sequence[Any]) -> None:
 
 def _are(left: Sequence[Any], right: Sequence[Any]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right))
+
+
+def _progress(optimizers: Sequence[Any]) -> int:
+    """Return a number that moves with the state of optimizers.
+
+    Momentum and counters move in a step that changes no weight, too.
+    """
+    return sum(
+        1 + int(getattr(value, '_version', value))
+        for optimizer in optimizers
+        for state in getattr(optimizer, 'state', {}).values()
+        for value in (state.values() if isinstance(state, dict) else ())
+        if isinstance(value, (int, Tensor))
+    )
 
 
 def _versions(parameters: Sequence[nn.Parameter]) -> int:

@@ -21,7 +21,12 @@ PACKAGE = Path(mmdet_ema.__file__).parent
 # Python before 3.10 keeps no list of its standard modules
 STANDARD = getattr(sys, 'stdlib_module_names', None) or {
     *sys.builtin_module_names,
-    *(m.name for m in pkgutil.iter_modules([sysconfig.get_path('stdlib')])),
+    *(
+        module.name
+        for path in ('stdlib', 'platstdlib')
+        for end in ('', '/lib-dynload')
+        for module in pkgutil.iter_modules([sysconfig.get_path(path) + end])
+    ),
 }
 
 HARNESS = """

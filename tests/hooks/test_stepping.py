@@ -91,6 +91,26 @@ def test_step(kind, options):
     assert expected == Training(model, optimizer).run(*actions)
 
 
+@pytest.mark.parametrize(
+    ('kind', 'options'),
+    [
+        (torch.optim.SGD, dict(momentum=0.9)),
+        (torch.optim.AdamW, {}),
+    ],
+)
+def test_steps_with_a_learning_rate_of_zero(kind, options):
+    """The first steps of a warm-up count, though they move nothing."""
+    model, optimizer = model_and(kind, **options)
+
+    def step(rate):
+        optimizer.param_groups[0]['lr'] = rate
+        optimizer.step()
+
+    actions = [lambda: step(0.0), lambda: step(0.0), lambda: step(0.1)] * 5
+    expected = [(True, False), (True, False), RIGHT] * 5
+    assert expected == Training(model, optimizer).run(*actions)
+
+
 def test_closure():
     """A step with a closure counts once."""
     model = nn.Linear(2, 1)

@@ -287,7 +287,7 @@ def evil(folder):
         (other_shape, {}, 'does not fit: .*head.bias'),
         (no_count, {}, "no EMA file of BEVDet's .*epoch_N_ema.pth"),
         (cut_off, {}, 'cut off'),
-        (evil, {}, 'holds objects other than weights'),
+        (evil, {}, 'which is not a part of weights'),
         (None, dict(init_updates=10569), 'init_updates=10569 is more than '),
         (None, dict(resume='nowhere.pth'), "no file 'nowhere.pth'"),
         (None, dict(resume='epoch_1.pth'), 'no EMA file of'),

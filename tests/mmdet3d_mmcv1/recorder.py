@@ -30,9 +30,21 @@ class ValRecorderHook(RecorderHook):
 
 @HOOKS.register_module()
 class SeedHook(Hook):
-    """Seeds each epoch: mmcv does not save the state of random numbers."""
+    """Makes each epoch random in the same way, whatever came before it.
+
+    mmcv saves no state of random numbers, nor the place at which mmdet3d's
+    sampler of pasted objects stands.
+    """
 
     def before_epoch(self, runner):
         random.seed(runner.epoch)
         np.random.seed(runner.epoch)
         torch.manual_seed(runner.epoch)
+        data = runner.data_loader.dataset
+        while hasattr(data, 'dataset'):
+            data = data.dataset
+        for step in data.pipeline.transforms:
+            samplers = getattr(step, 'db_sampler', None)
+            for sampler in samplers.sampler_dict.values() if samplers else ():
+                sampler._indices.sort()
+                sampler._reset()

@@ -209,4 +209,6 @@ def test_monocular_detector(tools):
     assert differing(saved, load(part / 'epoch_2.pth')) == []
     config = tools.config('smoke_plain', **small)
     found, _ = tools.test(config, whole / 'epoch_2.pth', 'smoke_of_averages')
-    assert np.array_equal(found, predictions(tools.folder / 'smoke'))
+    # another process may take other float32 kernels
+    expected = predictions(tools.folder / 'smoke')
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
