@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from mmdet_ema.core.finite import all_finite
+
 TELLS_OF_STEPS = hasattr(torch_optimizer, 'register_optimizer_step_post_hook')
 """Whether torch tells when an optimizer steps."""
 # iterations in which the cheap signs are compared with the fingerprint
@@ -131,8 +133,12 @@ class WeightChanges:
             # a first silent iteration: the next can be compared with it
             return False
         changed = not _equal(before, self._fingerprint)
-        if written and not changed and self._has_progressed():
-            return True  # a step with a learning rate of 0, as in a warm-up
+        # a step with a learning rate of 0, as in a warm-up, moves no weight,
+        # nor does any step once the weights are NaN
+        if (written and not changed) and (
+            self._has_progressed() or not all_finite(self._fingerprint)
+        ):
+            return True
         if changed is not written:
             # here the cheap signs mislead: never go by them alone again
             self._trial = math.inf

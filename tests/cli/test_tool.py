@@ -7,6 +7,7 @@ from mmdet_ema.cli import generations
 from mmdet_ema.cli.edited_config import add_ema, choose_weights
 from mmdet_ema.cli.tool import find_tool
 from mmdet_ema.core.errors import OptionError
+from tests import needs
 
 
 def test_missing_framework_is_refused():
@@ -25,6 +26,7 @@ def test_framework_without_tools_is_refused(tmp_path, monkeypatch):
     assert str(tmp_path / 'mmtoolless' / '.mim') in str(error.value)
 
 
+@needs.mmdet
 def test_tool_of_an_installed_framework_is_found():
     """Mmdet's released package has its tools inside."""
     assert find_tool('mmdet', 'train').name == 'train.py'

@@ -163,6 +163,7 @@ def test_slow_updates_are_waited_for(tmp_path, monkeypatch):
     check_equal(*both(tmp_path, max_epochs=3))
 
 
+@needs.told_of_steps
 @pytest.mark.parametrize('first', [True, False])
 def test_resume(tmp_path, first):
     """A run that is resumed with or without overlap equals the whole one."""
@@ -231,7 +232,16 @@ def log_of(run):
 
 
 @pytest.mark.parametrize(
-    'bad', [(3,), (3, 4), (3, 4, 6), (7,), (8,), (4,), (1, 2)], ids=str
+    'bad',
+    [
+        *((3,), (7,), (8,), (4,)),
+        # the same NaN as before is no change that shows in the weights
+        *(
+            pytest.param(bad, marks=needs.told_of_steps)
+            for bad in ((3, 4), (3, 4, 6), (1, 2))
+        ),
+    ],
+    ids=str,
 )
 def test_bad_steps(tmp_path, bad):
     """Steps with NaN are left out and counted as without overlap.
@@ -257,6 +267,7 @@ def test_bad_step_is_reported(tmp_path, bad):
         assert run.scalar('train/ema_skipped')[-1] == 1
 
 
+@needs.told_of_steps
 def test_tenth_bad_step_is_reported(tmp_path):
     """Of bad steps in a row the tenth is named by its own iteration."""
     bad = tuple(range(3, 13))
@@ -374,6 +385,7 @@ def train_on_two_ranks(folder, overlap):
     return [torch.load(dump, weights_only=needs.SAFELY) for dump in dumps]
 
 
+@needs.gloo_bfloat16
 def test_two_ranks(tmp_path):
     """Two gloo ranks see and save what they do without overlap."""
     names = ('beside', 'plain')

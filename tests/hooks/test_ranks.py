@@ -13,6 +13,7 @@ from tests import needs, oracle
 from tests.hooks.toy import Run, same
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = needs.gloo_bfloat16
 
 
 @pytest.fixture(scope='module', params=['Runner', 'FlexibleRunner'])

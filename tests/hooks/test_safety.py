@@ -92,7 +92,7 @@ def test_best_checkpoint_has_the_right_roles(tmp_path):
     raw = {k[7:]: v for k, v in saved['ema_state_dict'].items() if '.' in k}
     assert (
         same(
-            raw | {'low': saved['ema_state_dict']['module.low']},
+            {**raw, 'low': saved['ema_state_dict']['module.low']},
             run.records[-1],
         )
         == []

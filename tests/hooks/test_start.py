@@ -10,7 +10,7 @@ from mmengine.hooks import EMAHook as PeerHook
 from mmengine.registry import HOOKS, DefaultScope
 
 import mmdet_ema
-from tests import oracle
+from tests import needs, oracle
 from tests.hooks.toy import Run, loader
 
 
@@ -130,6 +130,7 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
+@needs.mmdet
 def test_hook_of_the_package_is_built_from_any_scope():
     """``EMAHook`` is ours from no scope, mmengine's, mmdet's."""
     import mmdet.registry

@@ -401,6 +401,7 @@ def _train_with_synced_buffers(rank, folder):
     os._exit(0)
 
 
+@needs.gloo_bfloat16
 def test_sync_buffers_hook(tmp_path):
     """On two ranks: it means the raw buffers, we those of the averages."""
     torch.multiprocessing.spawn(
