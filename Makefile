@@ -8,7 +8,7 @@ ARGS ?=
 # a stack of environments/stacks.txt is made in .venv-NAME
 VENV := .venv-$(STACK)
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 VERSION := $(shell awk '$$1 == "$(STACK)" {print $$2}' environments/stacks.txt)
 PYTHON ?= $(shell for p in python$(VERSION) \
 	$(HOME)/.pyenv/versions/$(VERSION).*/bin/python; do \

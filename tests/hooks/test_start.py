@@ -147,13 +147,14 @@ def test_hook_of_the_package_is_built_from_any_scope():
 def test_import_says_so_in_one_line():
     """Importing the package logs one INFO line about the hook."""
     done = subprocess.run(
-        # what the frameworks warn of on this version of Python is not ours
-        [sys.executable, '-W', 'ignore', '-c', 'import mmdet_ema'],
+        [sys.executable, '-c', 'import mmdet_ema'],
         capture_output=True,
         text=True,
         check=True,
     )
-    lines = (done.stdout + done.stderr).strip().splitlines()
+    printed = (done.stdout + done.stderr).strip().splitlines()
+    # mmengine's own imports warn of torch's on some versions
+    lines = [x for x in printed if 'mmengine/optim' not in x and x[0] != ' ']
     assert len(lines) == 1
     assert 'INFO' in lines[0]
     assert "dict(type='EMAHook')" in lines[0]
