@@ -32,8 +32,8 @@ def package(name):
 
 # torch 1.13 refuses every file with a float in it
 SAFELY = TORCH >= (2, 0)
-compile = torch(2, 1, why='torch.compile')
-gloo_bfloat16 = torch(2, 0, why='gloo for bfloat16')
+compile = torch(2, 4, why='torch.compile of an optimizer with momentum')
+gloo_bfloat16 = torch(2, 4, why='gloo for bfloat16')
 told_of_steps = torch(2, 0, why='hooks around the steps of optimizers')
 cpu_scaler = torch(2, 3, why='a gradient scaler for the CPU')
 mmdet = package('mmdet')

@@ -100,7 +100,8 @@ class WeightChanges:
         self._parameters, self._versions = parameters, versions
         if self._trial > 0:
             self._trial -= 1
-            self._progress = None if TELLS_OF_STEPS else _progress(optimizers)
+            # torch.compile of some versions takes torch's hooks away
+            self._progress = _progress(optimizers)
             if self._fingerprint is None:
                 self._fingerprint = _fingerprint(parameters)
 

@@ -102,7 +102,10 @@ print(shape.numel(), (after - before) // 1024)
 )
 def test_kinds_of_tensors(tmp_path, value):
     """Every kind of tensor that torch reads is read."""
-    path = write(tmp_path / 'a.pth', dict(state_dict=dict(w=value)))
+    try:
+        path = write(tmp_path / 'a.pth', dict(state_dict=dict(w=value)))
+    except KeyError:
+        pytest.skip(f'this torch cannot save {value.dtype}')
     found = read_structure(path)['state_dict']['w']
     assert value.shape == found.shape
 

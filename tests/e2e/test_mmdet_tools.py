@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from tests import needs
 from tests.e2e.conftest import differing, environment, load
 
 pytestmark = pytest.mark.e2e
@@ -163,7 +164,9 @@ def test_files_of_mmengines_own_hook_are_tested_and_resumed(tools, trained):
     plain = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True
     )
-    assert 'Weights only load failed' in plain.stderr
+    # torch before 2.6 reads files unsafely unless asked
+    refused = 'Weights only load failed' in plain.stderr
+    assert refused is (needs.TORCH >= (2, 6))
     assert 'coco/bbox_mAP' in tools.test(config, file, 'peer')
     short = tools.config('go_on', 'train_cfg = dict(max_epochs=2)\n')
     tools.run('train', short, work_dir, '--resume')
