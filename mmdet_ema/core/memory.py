@@ -160,39 +160,16 @@ def is_dense(tensor: Tensor) -> bool:
 def is_alike(average: Tensor, raw: Tensor) -> bool:
     """Return whether two tensors have one dtype and lie in memory alike.
 
-    Args:
-        average: A strided tensor.
-        raw: Another one.
-    """
-    return average.dtype == raw.dtype and lies_alike(average, raw)
-
-
-def lies_alike(average: Tensor, raw: Tensor) -> bool:
-    """Return whether two tensors lie in memory in the same order, densely.
+    That is: in the same order, densely.
 
     Args:
         average: A strided tensor.
         raw: Another one.
     """
     return (
-        average.device == raw.device
+        average.dtype == raw.dtype
+        and average.device == raw.device
         and average.shape == raw.shape
         and average.stride() == raw.stride()
         and is_dense(raw)
-    )
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is numbers in host memory, and no more.
-
-    Args:
-        tensor: Any tensor.
-    """
-    return (
-        tensor.device.type == 'cpu'
-        and tensor.layout == torch.strided
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and tensor.data_ptr() != 0
     )

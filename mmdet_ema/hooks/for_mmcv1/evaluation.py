@@ -6,18 +6,15 @@ the data and call the model themselves, and cannot share a pass.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import random
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from mmcv.runner import DistEvalHook
 
 from mmdet_ema.core.errors import OptionError
 from mmdet_ema.hooks.for_mmcv1.runner_facts import broadcast_statistics
+from mmdet_ema.hooks.no_trace import same_randomness
 
 PREFIX = 'raw/'
 Evaluate = Callable[..., Any]
@@ -113,7 +110,7 @@ def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
     buffer.output.clear()
     hook.save_best = None
     try:
-        with _same_randomness():
+        with same_randomness():
             evaluate()
         found = dict(buffer.output)
     finally:
@@ -133,18 +130,6 @@ def _score(raw: Dict[str, Any], name: str) -> Any:
             f'weights: {", ".join(raw)}.'
         )
     return raw[name]
-
-
-@contextlib.contextmanager
-def _same_randomness() -> Iterator[None]:
-    """Leave the random number generators as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _wants_raw(hook: Any) -> bool:
