@@ -102,7 +102,9 @@ def _copy_unless(
     """Copy where ``skip`` is not 1; what is copied is a few small buffers."""
     old = torch.cat([copy.reshape(-1) for copy in copies])
     new = torch.cat([raw.reshape(-1) for raw in raws])
-    kept = torch.where(skip > 0, old, new)
+    # as bytes: torch.where knows no float8 before torch 2.5
+    kept = torch.where(skip > 0, old.view(torch.uint8), new.view(torch.uint8))
+    kept = kept.view(old.dtype)
     parts = torch.split(kept, [copy.numel() for copy in copies])
     shaped = [part.view(copy.shape) for part, copy in zip(parts, copies)]
     copy_all(copies, shaped)

@@ -55,7 +55,7 @@ def test_exact(flag):
 def test_flag_that_is_set():
     """With a flag of 1, no bit of a copy changes, and none of a source."""
     raws = sources()
-    copies = [torch.ones_like(raw) for raw in raws]
+    copies = [torch.zeros_like(raw) for raw in raws]
     copies[3].copy_(torch.tensor([-0.0, NAN, INF, 7.0]))
     before = bits(copies), bits(raws)
     strides = [copy.stride() for copy in copies]
