@@ -7,7 +7,7 @@ config. Without a framework there is :class:`WeightAverager` alone.
 
 from typing import Any
 
-from mmdet_ema.core import (
+from mmdet_ema.averaging import (
     CheckpointError,
     NonFiniteError,
     OptionError,

@@ -54,16 +54,16 @@ def has_mmengine() -> bool:
 
 
 def _load_for_mmcv1() -> Any:
-    from mmdet_ema.hooks.for_mmcv1.ema_hook import EMAHook
-    from mmdet_ema.hooks.for_mmcv1.registration import register
+    from mmdet_ema.for_mmcv1.ema_hook import EMAHook
+    from mmdet_ema.for_mmcv1.registration import register
 
     register()
     return EMAHook
 
 
 def _load_for_mmengine() -> Any:
-    from mmdet_ema.hooks.for_mmengine.ema_hook import EMAHook
-    from mmdet_ema.hooks.for_mmengine.registration import register
+    from mmdet_ema.for_mmengine.ema_hook import EMAHook
+    from mmdet_ema.for_mmengine.registration import register
 
     register()
     return EMAHook

@@ -26,7 +26,7 @@ def _counting(name, call):
     @functools.wraps(call)
     def counted(*args, **kwargs):
         caller = sys._getframe(1).f_globals.get('__name__', '')
-        if caller.startswith('mmdet_ema.core'):
+        if caller.startswith('mmdet_ema.averaging'):
             CALLS.append(name)
         return call(*args, **kwargs)
 

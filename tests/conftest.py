@@ -24,12 +24,12 @@ def has(package, part=''):
 # left, so that a broken installation does not pass for a small one.
 MMCV1 = has('mmcv', 'runner')
 collect_ignore_glob = (
-    ['hooks', 'e2e', 'mmdet3d', 'cli', 'benchmarks', '*/mmengine']
+    ['*/mmengine', 'for_mmengine', 'e2e', 'mmdet3d', 'cli', 'benchmarks']
     if MMCV1
-    else ['mmcv1*', 'mmdet3d_mmcv1', '*/mmcv1']
+    else ['*/mmcv1', 'for_mmcv1', 'mmcv1_tools', 'mmdet3d_mmcv1']
 )
 if not has('mmdet'):
-    collect_ignore_glob += ['e2e', 'mmcv1_tools', 'optim']
+    collect_ignore_glob += ['e2e', 'mmcv1_tools', 'optimizers']
 if not has('mmdet3d'):
     collect_ignore_glob += ['mmdet3d', 'mmdet3d_mmcv1']
 if not has('psutil'):

@@ -15,7 +15,7 @@ import torch
 
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.layout import EMA, PREFIX, STEPS, WEIGHTS
-from mmdet_ema.core.errors import CheckpointError
+from mmdet_ema.errors import CheckpointError
 
 UPDATES = 'updates'
 

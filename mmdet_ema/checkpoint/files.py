@@ -21,7 +21,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-from mmdet_ema.core.errors import CheckpointError
+from mmdet_ema.errors import CheckpointError
 
 UNSAFE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 LOADS_SAFELY = torch.torch_version.TorchVersion(torch.__version__) >= '2.6'

@@ -24,8 +24,8 @@ from typing import (
 import torch
 from torch import Tensor
 
-from mmdet_ema.core.errors import CheckpointError
-from mmdet_ema.core.state import read_count, read_progress
+from mmdet_ema.averaging.state import read_count, read_progress
+from mmdet_ema.errors import CheckpointError
 
 WEIGHTS = 'state_dict'
 EMA = 'ema_state_dict'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, List, Mapping, Optional
 
-from mmdet_ema.core.errors import OptionError, show
+from mmdet_ema.errors import OptionError, show
 
 PACKAGE = 'mmdet_ema'
 EMA_HOOKS = (

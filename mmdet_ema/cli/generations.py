@@ -10,7 +10,7 @@ from typing import Any, Callable, ContextManager, Optional, Tuple
 
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.layout import put_raw, unpack
-from mmdet_ema.core.errors import CheckpointError, OptionError
+from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
 
 SCOPES = ('mmdet', 'mmdet3d')
@@ -89,7 +89,7 @@ def _check(path: str) -> None:
 
 @contextlib.contextmanager
 def _reading_raw() -> Any:
-    from mmdet_ema.hooks.for_mmcv1.loading import reading_through
+    from mmdet_ema.for_mmcv1.loading import reading_through
 
     with reading_through(_take_raw):
         yield

@@ -7,7 +7,7 @@ import sys
 from typing import List, Optional
 
 from mmdet_ema.cli import test, train
-from mmdet_ema.core.errors import CheckpointError, OptionError
+from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.version import __version__
 
 _DESCRIPTION = """\

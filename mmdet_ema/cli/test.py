@@ -8,7 +8,7 @@ from typing import Any, List
 from mmdet_ema.cli.edited_config import choose_weights
 from mmdet_ema.cli.generations import installed
 from mmdet_ema.cli.tool import run_tool
-from mmdet_ema.hooks.options import EVALUATE
+from mmdet_ema.training.options import EVALUATE
 
 _EPILOG = """\
 Every other option goes to the framework's tools/test.py as it is: --work-dir,

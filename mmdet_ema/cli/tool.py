@@ -11,7 +11,7 @@ from typing import Any, Callable, List
 from unittest import mock
 
 from mmdet_ema.cli.generations import Generation, installed
-from mmdet_ema.core.errors import OptionError, did_you_mean
+from mmdet_ema.errors import OptionError, did_you_mean
 
 
 def run_tool(

@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmdet_ema.averaging import CheckpointError
 from mmdet_ema.checkpoint import read_structure
-from mmdet_ema.core import CheckpointError
-from tests.core.models import FLOAT8, Mixed, run_python
+from tests.averaging.models import FLOAT8, Mixed, run_python
 
 # torch before 2.6 reads anything unless told otherwise
 READS_SAFELY = hasattr(torch.serialization, 'safe_globals')

@@ -6,9 +6,9 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from mmdet_ema.averaging import CheckpointError, WeightAverager
 from mmdet_ema.checkpoint import pack, put_raw, unpack
-from mmdet_ema.core import CheckpointError, WeightAverager
-from tests.core.models import Mixed, averages_of, perturb, state_of
+from tests.averaging.models import Mixed, averages_of, perturb, state_of
 
 
 def checkpoint_of(model):

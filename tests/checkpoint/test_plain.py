@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdet_ema.checkpoint import Codec, foreign, from_plain, to_plain
-from tests.core.models import run_python
+from tests.averaging.models import run_python
 
 
 class Point:

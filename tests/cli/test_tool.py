@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmdet_ema.cli import generations
 from mmdet_ema.cli.edited_config import add_ema, choose_weights
 from mmdet_ema.cli.tool import find_tool
-from mmdet_ema.core.errors import OptionError
+from mmdet_ema.errors import OptionError
 from tests import needs
 
 

@@ -1,0 +1,19 @@
+"""Maths and tensors: schedules, update kernels, selection, the averager.
+
+Imports torch only, and knows nothing of any trainer.
+"""
+
+from mmdet_ema.averaging.averager import WeightAverager
+from mmdet_ema.errors import CheckpointError, NonFiniteError, OptionError
+from mmdet_ema.schedule_spec import SCHEDULES, build_schedule
+from mmdet_ema.schedules import Schedule
+
+__all__ = [
+    'SCHEDULES',
+    'CheckpointError',
+    'NonFiniteError',
+    'OptionError',
+    'Schedule',
+    'WeightAverager',
+    'build_schedule',
+]

@@ -1,0 +1,96 @@
+"""``BiasWarmupHook`` for mmcv's runners: forwards to the warm-up."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional
+
+from mmcv.runner.hooks import Hook, LrUpdaterHook
+from mmcv.runner.hooks.momentum_updater import MomentumUpdaterHook
+
+from mmdet_ema.for_mmcv1.run_log import RunLog
+from mmdet_ema.for_mmcv1.runner_facts import facts_of, optimizers_of
+from mmdet_ema.optimizers.warm_steps import WarmSteps
+from mmdet_ema.optimizers.warmup import parse_warmup
+from mmdet_ema.optimizers.warmup_start import start_warmup
+
+_UPDATERS = {'lr': LrUpdaterHook, 'momentum': MomentumUpdaterHook}
+
+
+class BiasWarmupHook(Hook):  # type: ignore[misc]
+    """Warm-up of the learning rates and the momentum.
+
+    At iteration i of n, a value v of the schedule is, in the step,
+    ``start + (v - start) * i / n``. Works beside every ``lr_config`` and
+    ``momentum_config``, which never see these values. It also completes the
+    scaling of the weight decay of ``EMAOptimizerConstructor``.
+
+    Args:
+        warmup_epochs (float): Length in epochs; 0 for no warm-up. Defaults
+            to 3.
+        warmup_iters (int, optional): Length in iterations, in the place of
+            epochs. Defaults to None.
+        min_iters (int): Least iterations of a warm-up in epochs. Defaults to
+            1000.
+        bias_lr (float, optional): Learning rate that the groups of biases
+            start from; the others start from 0. Defaults to 0.1, or to 0
+            with an optimizer that has ``betas``.
+        momentum (float): Momentum, or first beta, to start from. Defaults
+            to 0.8.
+
+    Raises:
+        OptionError: If an option is unknown or out of range (a
+            ``ValueError``).
+
+    Example:
+        >>> custom_hooks = [dict(type='EMAHook'), dict(type='BiasWarmupHook')]
+    """
+
+    def __init__(self, **options: Any):
+        self._options = parse_warmup(**options)
+        self._steps: Optional[WarmSteps] = None
+
+    def before_run(self, runner: Any) -> None:
+        """Forget an earlier run."""
+        self._stop()
+
+    def before_train_iter(self, runner: Any) -> None:
+        """Begin at the first iteration; tell the warm-up where it is."""
+        if self._steps is None:
+            self._steps = self._start(runner)
+        self._steps.restore()
+        self._steps.iteration = runner.iter
+        runner.log_buffer.update(self._steps.now())
+
+    def after_run(self, runner: Any) -> None:
+        """Leave the optimizers alone."""
+        self._stop()
+
+    def _start(self, runner: Any) -> WarmSteps:
+        facts = facts_of(runner)
+        return start_warmup(
+            optimizers_of(runner),
+            self._options,
+            iters_per_epoch=len(runner.data_loader),
+            max_iters=facts.max_iters,
+            samples=facts.samples,
+            log=RunLog(runner.logger),
+            others=_other_warmups(runner),
+        )
+
+    def _stop(self) -> None:
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+
+
+def _other_warmups(runner: Any) -> Dict[str, List[str]]:
+    """Name hooks that warm up the same values and are not done."""
+    return {
+        value: [
+            f'{value}_config(warmup={hook.warmup!r})'
+            for hook in runner.hooks
+            if isinstance(hook, updater) and hook.warmup is not None
+            if hook.warmup_iters is None or hook.warmup_iters > runner.iter
+        ]
+        for value, updater in _UPDATERS.items()
+    }

@@ -1,0 +1,137 @@
+"""Evaluations of mmcv: which weights they see, under which names.
+
+``evaluate='both'`` evaluates twice, first the raw weights: mmcv's hooks read
+the data and call the model themselves, and cannot share a pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, Dict
+
+import torch.distributed as dist
+from mmcv.runner import DistEvalHook
+
+from mmdet_ema.errors import OptionError
+from mmdet_ema.for_mmcv1.runner_facts import broadcast_statistics
+from mmdet_ema.training.no_trace import same_randomness
+
+PREFIX = 'raw/'
+Evaluate = Callable[..., Any]
+
+
+def check_best(hook: Any, both: bool) -> None:
+    """Check the metric that an evaluation hook chooses the best file by.
+
+    Args:
+        hook: mmcv's evaluation hook; the word ``raw/`` is taken out of the
+            name of its file.
+        both: Whether raw weights and averages are evaluated.
+
+    Raises:
+        OptionError: If it is one of the raw weights, which are not evaluated.
+    """
+    if not _wants_raw(hook):
+        return
+    if not both:
+        raise OptionError(
+            f'save_best={hook.save_best!r} needs the metrics of the raw '
+            f"weights; give the EMA hook evaluate='both', or use "
+            f'save_best={hook.save_best[len(PREFIX) :]!r}.'
+        )
+    hook.key_indicator = hook.save_best.replace('/', '_')
+
+
+def evaluate_with(
+    ema: Any, hook: Any, evaluate: Evaluate, runner: Any, *args: Any, **kw: Any
+) -> Any:
+    """Run an evaluation hook's ``_do_evaluate`` on the averages.
+
+    Args:
+        ema: Our hook.
+        hook: The evaluation hook.
+        evaluate: Its own ``_do_evaluate``.
+        runner: The runner.
+        *args: What else it takes.
+        **kw: The same.
+    """
+    if isinstance(hook, DistEvalHook):
+        ema.make_equal(runner, hook.by_epoch)
+    again = functools.partial(evaluate, runner, *args, **kw)
+    if getattr(hook, 'broadcast_bn_buffer', False):
+        with ema.raw(runner):
+            broadcast_statistics(runner)
+    if ema.evaluates_both:
+        with ema.raw(runner):
+            ema.raw_metrics = _raw_metrics(hook, again, runner)
+    try:
+        with ema.evaluating(runner):
+            result = again()
+        runner.log_buffer.output.update(ema.raw_metrics)
+    finally:
+        ema.raw_metrics = {}
+    return result
+
+
+def evaluate_by_raw(
+    ema: Any,
+    hook: Any,
+    evaluate: Evaluate,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run an evaluation hook's ``evaluate``; a raw metric chooses the best.
+
+    Args:
+        ema: Our hook.
+        hook: The evaluation hook.
+        evaluate: Its own ``evaluate``.
+        *args: For it.
+        **kwargs: For it.
+
+    Returns:
+        The metric of the raw weights where ``save_best`` names one; None
+        where they were not evaluated, so that there is no best file.
+    """
+    if not _wants_raw(hook):
+        return evaluate(*args, **kwargs)
+    best, hook.save_best = hook.save_best, None
+    try:
+        evaluate(*args, **kwargs)
+    finally:
+        hook.save_best = best
+    return _score(ema.raw_metrics, best) if ema.raw_metrics else None
+
+
+def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
+    """Evaluate what the model holds; nothing is logged or saved."""
+    buffer, best = runner.log_buffer, hook.save_best
+    before, ready = dict(buffer.output), buffer.ready
+    buffer.output.clear()
+    hook.save_best = None
+    try:
+        with same_randomness():
+            evaluate()
+        found = dict(buffer.output)
+    finally:
+        hook.save_best, buffer.ready = best, ready
+        buffer.output.clear()
+        buffer.output.update(before)
+    if runner.world_size > 1:
+        dist.barrier()  # the second pass writes into the same folder
+    found.pop('eval_iter_num', None)
+    return {f'{PREFIX}{name}': value for name, value in found.items()}
+
+
+def _score(raw: Dict[str, Any], name: str) -> Any:
+    if name not in raw:
+        raise OptionError(
+            f'save_best={name!r} is not among the metrics of the raw '
+            f'weights: {", ".join(raw)}.'
+        )
+    return raw[name]
+
+
+def _wants_raw(hook: Any) -> bool:
+    best = getattr(hook, 'save_best', None)
+    return isinstance(best, str) and best.startswith(PREFIX)

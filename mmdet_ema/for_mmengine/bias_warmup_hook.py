@@ -1,0 +1,110 @@
+"""``BiasWarmupHook`` for mmengine's runners: forwards to the warm-up."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional
+
+from mmengine.hooks import Hook
+
+from mmdet_ema.for_mmengine import runner_facts
+from mmdet_ema.for_mmengine.run_log import RunLog
+from mmdet_ema.optimizers.warm_steps import WarmSteps
+from mmdet_ema.optimizers.warmup import parse_warmup
+from mmdet_ema.optimizers.warmup_start import start_warmup
+
+_RISING = ('Linear', 'Constant', 'QuadraticWarmup')
+_ENDINGS = {'lr': 'LR', 'momentum': 'Momentum'}
+
+
+class BiasWarmupHook(Hook):  # type: ignore[misc]
+    """Warm-up of the learning rates and the momentum.
+
+    At iteration i of n, a value v of the schedule is, in the step,
+    ``start + (v - start) * i / n``. Works beside every ``param_scheduler``,
+    which never sees these values. It also completes the scaling of the
+    weight decay of ``EMAOptimizerConstructor``.
+
+    Args:
+        warmup_epochs (float): Length in epochs; 0 for no warm-up. Defaults
+            to 3.
+        warmup_iters (int, optional): Length in iterations, in the place of
+            epochs. Defaults to None.
+        min_iters (int): Least iterations of a warm-up in epochs. Defaults to
+            1000.
+        bias_lr (float, optional): Learning rate that the groups of biases
+            start from; the others start from 0. Defaults to 0.1, or to 0
+            with an optimizer that has ``betas``.
+        momentum (float): Momentum, or first beta, to start from. Defaults
+            to 0.8.
+
+    Raises:
+        OptionError: If an option is unknown or out of range (a
+            ``ValueError``).
+
+    Example:
+        >>> custom_hooks = [dict(type='EMAHook'), dict(type='BiasWarmupHook')]
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, **options: Any):
+        self._options = parse_warmup(**options)
+        self._log = RunLog()
+        self._steps: Optional[WarmSteps] = None
+
+    def before_train(self, runner: Any) -> None:
+        """Begin; optimizers and schedulers are loaded by now."""
+        self._stop()
+        facts = runner_facts.facts_of(runner)
+        self._steps = start_warmup(
+            runner_facts.optimizers_of(runner),
+            self._options,
+            iters_per_epoch=_length(runner.train_dataloader),
+            max_iters=facts.max_iters,
+            samples=facts.samples,
+            log=self._log,
+            others=_other_warmups(runner),
+        )
+
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Tell the warm-up where it is; record what the step will use."""
+        if self._steps is not None:
+            self._steps.restore()
+            self._steps.iteration = runner.iter
+            for name, value in self._steps.now().items():
+                runner.message_hub.update_scalar(f'train/{name}', value)
+
+    def after_train(self, runner: Any) -> None:
+        """Leave the optimizers alone."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+
+
+def _length(dataloader: Any) -> Optional[int]:
+    try:
+        return len(dataloader)
+    except TypeError:  # an iterable dataset without a length
+        return None
+
+
+def _other_warmups(runner: Any) -> Dict[str, List[str]]:
+    """Name schedulers that raise the same values from the start."""
+    schedulers = runner.param_schedulers or []
+    if isinstance(schedulers, dict):
+        schedulers = [s for several in schedulers.values() for s in several]
+    return {
+        value: [
+            f'{type(s).__name__}(end={s.end})'
+            for s in schedulers
+            if type(s).__name__ in [f'{word}{ending}' for word in _RISING]
+            if s.begin == 0
+            if s.end > (runner.epoch if s.by_epoch else runner.iter)
+        ]
+        for value, ending in _ENDINGS.items()
+    }

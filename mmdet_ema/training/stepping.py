@@ -1,0 +1,270 @@
+"""Notice the iterations that changed the weights, whoever changed them.
+
+Asked in this order, as far as needed:
+
+1. torch tells of every ``step()`` of its optimizers (2.0 and newer).
+2. A tensor counts how often it was written to; not where somebody wrote
+   through ``.data``, as many optimizers do.
+3. A fingerprint of the weights tells for certain. It takes one reading of
+   them, so it is taken where nothing else says that there was a step, and in
+   the first iterations of an optimizer, to see whether the others are right.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import OrderedDict
+from operator import attrgetter
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
+
+from mmdet_ema.averaging.finite import all_finite
+
+TELLS_OF_STEPS = hasattr(torch_optimizer, 'register_optimizer_step_post_hook')
+"""Whether torch tells when an optimizer steps."""
+# iterations in which the cheap signs are compared with the fingerprint
+_TRIAL = 10
+# elements; smaller tensors are compared as they are, larger ones by their sum
+_SMALL = 4096
+_VERSION = attrgetter('_version')
+_POST_HOOKS = '_optimizer_step_post_hooks'
+
+
+# A run that stops with an error does not detach: what it leaves behind must
+# not keep its model alive. torch's hooks stay until somebody detaches, as they
+# must not be removed by a garbage collection in the middle of a step.
+_LISTENERS: weakref.WeakSet[WeightChanges] = weakref.WeakSet()
+_HANDLES: List[Any] = []
+
+
+class WeightChanges:
+    """Knows whether an iteration changed the weights.
+
+    Micro-batches of gradient accumulation do not, nor do steps that a
+    gradient scaler skipped: it calls a fused optimizer all the same, with
+    ``found_inf`` set.
+
+    Args:
+        parameters: Returns the parameters whose changes count; the same list
+            as long as they are the same.
+        before_step: Called just before a step that torch tells of.
+        accumulation: Iterations to one step, as far as is known.
+
+    Attributes:
+        heard: Whether torch told before a step of this iteration.
+        told: Whether torch told of a step of this iteration.
+        idle: Iterations in a row that changed nothing, before this one.
+    """
+
+    def __init__(
+        self,
+        parameters: Callable[[], Sequence[nn.Parameter]],
+        before_step: Callable[[], None],
+        accumulation: int = 1,
+    ):
+        self.heard, self.told, self.idle = False, False, 0
+        self._list_parameters, self._before_step = parameters, before_step
+        self._accumulation = accumulation
+        self._parameters: Sequence[nn.Parameter] = ()
+        self._optimizers: Sequence[Any] = ()
+        self._versions = 0
+        self._fingerprint: Optional[List[Tensor]] = None
+        self._trial: float = _TRIAL
+        self._skipped, self._taken = False, True
+        self._progress: Optional[int] = None
+        if TELLS_OF_STEPS:
+            _listen(self)
+
+    def begin(self, optimizers: Sequence[Any]) -> None:
+        """Begin an iteration: changes up to now do not count in it.
+
+        Args:
+            optimizers: The optimizers of the run, as they are now.
+        """
+        self.idle = 0 if self._taken else self.idle + 1
+        if self._taken:
+            self._fingerprint = None
+        self.heard = self.told = self._skipped = self._taken = False
+        if not _are(optimizers, self._optimizers):
+            self._optimizers = list(optimizers)
+            _complete(optimizers)
+            self._trial = max(self._trial, _TRIAL)
+        parameters = self._list_parameters()
+        versions = _versions(parameters)
+        if parameters is not self._parameters or versions != self._versions:
+            self._fingerprint = None
+        self._parameters, self._versions = parameters, versions
+        if self._trial > 0:
+            self._trial -= 1
+            # torch.compile of some versions takes torch's hooks away
+            self._progress = _progress(optimizers)
+            if self._fingerprint is None:
+                self._fingerprint = _fingerprint(parameters)
+
+    def take(self) -> bool:
+        """Return whether the weights changed; True once an iteration."""
+        if self._taken or not self._parameters:
+            return False
+        self._taken = self.told or self._have_changed()
+        return self._taken
+
+    def were_written(self) -> bool:
+        """Return whether anything wrote to the weights in this iteration."""
+        return _versions(self._parameters) != self._versions
+
+    def detach(self) -> None:
+        """Stop listening to optimizers."""
+        _stop_listening(self)
+
+    def _have_changed(self) -> bool:
+        versions = _versions(self._parameters)
+        written = versions != self._versions and not self._skipped
+        self._versions = versions
+        if written and self._fingerprint is None:
+            return True
+        if not written and self.idle + 1 < self._accumulation:
+            return False
+        before = self._fingerprint
+        self._fingerprint = _fingerprint(self._parameters)
+        if before is None:
+            # a first silent iteration: the next can be compared with it
+            return False
+        changed = not _equal(before, self._fingerprint)
+        # a step with a learning rate of 0, as in a warm-up, moves no weight,
+        # nor does any step once the weights are NaN
+        if (written and not changed) and (
+            self._has_progressed() or not all_finite(self._fingerprint)
+        ):
+            return True
+        if changed is not written:
+            # here the cheap signs mislead: never go by them alone again
+            self._trial = math.inf
+        return changed
+
+    def _has_progressed(self) -> bool:
+        before, self._progress = self._progress, None
+        return before is not None and before != _progress(self._optimizers)
+
+    def _on_pre_step(self) -> None:
+        self._before_step()
+        self.heard = True
+
+    def _on_post_step(self, optimizer: Any) -> None:
+        if not self._is_ours(optimizer):
+            return
+        found_inf = getattr(optimizer, 'found_inf', None)
+        if found_inf is None or not bool(found_inf):
+            self.told = True
+        else:
+            self._skipped = True
+
+    def _is_ours(self, optimizer: Any) -> bool:
+        if any(optimizer is known for known in self._optimizers):
+            return True
+        ours = set(map(id, self._list_parameters()))
+        groups = optimizer.param_groups
+        return any(id(p) in ours for group in groups for p in group['params'])
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for changes in list(_LISTENERS):
+        changes._on_pre_step()
+
+
+def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for changes in list(_LISTENERS):
+        changes._on_post_step(optimizer)
+
+
+def _listen(changes: WeightChanges) -> None:
+    """Let torch tell of the steps of all optimizers."""
+    _LISTENERS.add(changes)
+    if not _HANDLES:
+        _HANDLES.append(
+            torch_optimizer.register_optimizer_step_pre_hook(_before_step)
+        )
+        _HANDLES.append(
+            torch_optimizer.register_optimizer_step_post_hook(_after_step)
+        )
+
+
+def _stop_listening(changes: WeightChanges) -> None:
+    _LISTENERS.discard(changes)
+    if not _LISTENERS:
+        while _HANDLES:
+            _HANDLES.pop().remove()
+
+
+def _complete(optimizers: Sequence[Any]) -> None:
+    """Give optimizers that skip torch's constructor what their step reads.
+
+    ``zero_grad()`` lets torch tell of their steps, which then fail without.
+    """
+    for optimizer in optimizers:
+        if TELLS_OF_STEPS and isinstance(optimizer, torch.optim.Optimizer):
+            for name in ('_optimizer_step_pre_hooks', _POST_HOOKS):
+                if not hasattr(optimizer, name):
+                    setattr(optimizer, name, OrderedDict())
+
+
+def _are(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right))
+
+
+def _progress(optimizers: Sequence[Any]) -> int:
+    """Return a number that moves with the state of optimizers.
+
+    Momentum and counters move in a step that changes no weight, too.
+    """
+    return sum(
+        1 + int(getattr(value, '_version', value))
+        for optimizer in optimizers
+        for state in getattr(optimizer, 'state', {}).values()
+        for value in (state.values() if isinstance(state, dict) else ())
+        if isinstance(value, (int, Tensor))
+    )
+
+
+def _versions(parameters: Sequence[nn.Parameter]) -> int:
+    """Return how often the parameters were written to, all together."""
+    return sum(map(_VERSION, parameters))
+
+
+def _fingerprint(parameters: Sequence[nn.Parameter]) -> List[Tensor]:
+    """Return numbers that keep their bits as long as the parameters do."""
+    small: Dict[object, List[Tensor]] = {}
+    sums: Dict[object, List[Tensor]] = {}
+    for parameter in parameters:
+        tensor: Tensor = parameter.detach()
+        if hasattr(tensor, 'to_local'):
+            tensor = tensor.to_local()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        key: Tuple[Any, ...] = (tensor.device, tensor.dtype)
+        if tensor.numel() <= _SMALL:
+            small.setdefault(key, []).append(tensor.reshape(-1))
+        else:
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            sums.setdefault(key, []).append(tensor.sum(dtype=wide))
+    return [
+        *map(torch.cat, small.values()),
+        *map(torch.stack, sums.values()),
+    ]
+
+
+def _equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Return whether two fingerprints have the same bits, also of NaN."""
+    return len(left) == len(right) and all(
+        (a.dtype, a.device) == (b.dtype, b.device)
+        and torch.equal(_bits(a), _bits(b))
+        for a, b in zip(left, right)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.element_size()])

@@ -1,0 +1,244 @@
+"""Which weights of a checkpoint go where when it is loaded.
+
+A checkpoint with an EMA part holds two sets of weights, and the framework
+loads one, ``state_dict``. Each function here prepares a checkpoint for one
+purpose, in place, before the framework loads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, List, Mapping, MutableMapping, Optional
+
+import torch
+from torch import nn
+
+from mmdet_ema.averaging.fit import check_fit
+from mmdet_ema.checkpoint.layout import (
+    EMA,
+    WEIGHTS,
+    EMAPart,
+    check_names,
+    check_weights,
+    put_raw,
+    unpack,
+)
+from mmdet_ema.errors import CheckpointError
+
+Checkpoint = MutableMapping[str, Any]
+
+_SETS = {
+    'ema': 'the averages',
+    'raw': 'the raw weights',
+    'both': 'the averages and the raw weights',
+}
+
+
+def for_resume(
+    checkpoint: Checkpoint, model: nn.Module, strict: bool, log: Any
+) -> Optional[EMAPart]:
+    """Prepare a checkpoint that training resumes from: raw weights load.
+
+    Args:
+        checkpoint: The checkpoint, changed in place.
+        model: The model, unwrapped; only its shapes are looked at.
+        strict: Whether all names must be the same.
+        log: Where lines go.
+
+    Returns:
+        The EMA part to go on from; None to start from the loaded weights.
+
+    Raises:
+        CheckpointError: If the EMA part does not fit the model, or with
+            ``strict`` if there is none.
+    """
+    part = unpack(checkpoint)
+    if part is None:
+        if strict:
+            raise CheckpointError(
+                'strict_load=True, but the checkpoint has no EMA part. With '
+                'strict_load=False the average starts from its weights.'
+            )
+        weights = _check_kinds(checkpoint, model)
+        log.warning(
+            'EMA: the checkpoint has no EMA part; the average starts from '
+            'its weights.'
+        )
+        _name_nonfinite(weights, model, 'weights', log)
+        return None
+    _check_fits(part, model, strict, log)
+    _restart_nonfinite(part, log)
+    put_raw(checkpoint, part)
+    begun = part.steps > 0 or 'num_steps' in part.meta
+    return part if begun else None
+
+
+def for_fine_tuning(
+    checkpoint: Checkpoint, model: nn.Module, log: Any
+) -> None:
+    """Note what a fresh training starts from; ``state_dict`` loads as it is.
+
+    Args:
+        checkpoint: The checkpoint.
+        model: The model, unwrapped; only its kinds of tensors are looked at.
+        log: Where lines go.
+
+    Raises:
+        CheckpointError: If there is something else where tensors belong.
+    """
+    weights = _check_kinds(checkpoint, model)
+    part = _if_readable(checkpoint, log)
+    _name_nonfinite(weights, model, 'weights', log)
+    origin = 'weights' if part is None else f'averages ({part.steps} steps)'
+    log.info(
+        f'EMA: the average starts anew (n = 0), from the {origin} of the '
+        f'checkpoint.'
+    )
+
+
+def for_evaluation(
+    checkpoint: Checkpoint, model: nn.Module, evaluate: str, log: Any
+) -> Optional[EMAPart]:
+    """Prepare a checkpoint that is only evaluated.
+
+    Args:
+        checkpoint: The checkpoint, changed in place.
+        model: The model, unwrapped; only its shapes are looked at.
+        evaluate: 'ema', 'raw' or 'both'.
+        log: Where lines go.
+
+    Returns:
+        The EMA part if both sets will be evaluated: then the raw weights
+        load, and the averages are put in for the evaluation.
+
+    Raises:
+        CheckpointError: If raw weights are asked for and there are none.
+    """
+    _check_kinds(checkpoint, model)
+    needed = evaluate != 'ema'
+    part = unpack(checkpoint) if needed else _if_readable(checkpoint, log)
+    if part is None:
+        _check_single(evaluate, log)
+        return None
+    log.info(f'EMA: evaluating {_SETS[evaluate]} (n={part.steps}).')
+    if needed:
+        put_raw(checkpoint, part)
+    if evaluate != 'both':
+        return None
+    _check_fits(part, model, False, log)
+    return part
+
+
+def _if_readable(checkpoint: Checkpoint, log: Any) -> Optional[EMAPart]:
+    """Return the EMA part where ``state_dict`` is all that is needed."""
+    try:
+        return unpack(checkpoint)
+    except CheckpointError as error:
+        log.warning(f'EMA: the EMA part is left out: {error}')
+        return None
+
+
+def _check_single(evaluate: str, log: Any) -> None:
+    if evaluate != 'ema':
+        raise CheckpointError(
+            f'evaluate={evaluate!r} needs raw weights, but the checkpoint '
+            f'holds one set of weights and no EMA part; use '
+            f"evaluate='ema' to evaluate what it holds."
+        )
+    log.info('EMA: the checkpoint has no EMA part; evaluating its weights.')
+
+
+def _check_fits(
+    part: EMAPart, model: nn.Module, strict: bool, log: Any
+) -> None:
+    state = model.state_dict().items()
+    shapes = {k: v for k, v in state if isinstance(v, torch.Tensor)}
+    try:
+        for what, half in ((WEIGHTS, part.averages), (EMA, part.raws)):
+            check_weights(shapes, half, what)
+            check_fit(shapes, part.tensors(half), strict)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f'the EMA part of the checkpoint does not fit: {error} To start '
+            f'a new training from this file, use load_from without resume.'
+        ) from None
+    missing = [name for name in shapes if name not in part.averages]
+    if shapes and len(missing) == len(shapes):
+        raise CheckpointError(
+            'no tensor of the model is in the EMA part of the checkpoint; it '
+            'belongs to another model.'
+        )
+    if missing:
+        log.warning(
+            f'EMA: {len(missing)} tensors of the model are not in the '
+            f'checkpoint ({", ".join(missing[:3])}); their average starts '
+            f'from the weights that they have.'
+        )
+
+
+def _check_kinds(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """Return the weights that a framework loads; they are tensors."""
+    weights = checkpoint.get(WEIGHTS, checkpoint)
+    check_names(weights, WEIGHTS)
+    if not weights:
+        raise CheckpointError(
+            'the checkpoint holds no weights; take another checkpoint.'
+        )
+    check_weights(model.state_dict(), weights)
+    return weights  # type: ignore[no-any-return]
+
+
+def _nonfinite(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and (value.is_floating_point() or value.is_complex())
+        and not bool(torch.isfinite(value).all())
+    )
+
+
+def _named(names: List[str]) -> str:
+    more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+    return f'NaN or Inf in {names[0]}{more}'
+
+
+def _name_nonfinite(
+    weights: Mapping[str, Any], model: nn.Module, half: str, log: Any
+) -> None:
+    """Warn of weights that are not finite; a buffer may be a mask."""
+    parameters = dict(model.named_parameters())
+    bad = [k for k, v in weights.items() if k in parameters and _nonfinite(v)]
+    if bad:
+        log.warning(
+            f'EMA: the {half} of the checkpoint hold {_named(bad)}; training '
+            f'starts from them as they are. Take an earlier checkpoint.'
+        )
+
+
+def _restart_nonfinite(part: EMAPart, log: Any) -> None:
+    """Let averages that are not finite start again from the raw weights."""
+    bad: List[str] = []
+    lost: List[str] = []
+    for name, raw in part.raws.items():
+        average = part.averages.get(name)
+        if _nonfinite(raw) and not _is_constant(average, raw):
+            bad.append(name)
+        elif not _nonfinite(raw) and _nonfinite(average):
+            lost.append(name)
+            part.averages[name] = raw
+    if lost:
+        log.warning(
+            f'EMA: the averages of the checkpoint hold {_named(lost)}; these '
+            f'averages start again from the raw weights, which are finite.'
+        )
+    if bad:
+        log.warning(
+            f'EMA: the raw weights of the checkpoint hold {_named(bad)}; '
+            f'training goes on from them as they are. Take an earlier '
+            f'checkpoint, or load_from this one to start from its averages.'
+        )
+
+
+def _is_constant(average: Any, raw: Any) -> bool:
+    """Return whether a tensor never moved, as a mask of infinity does."""
+    return isinstance(average, torch.Tensor) and bool(
+        average.shape == raw.shape and (average == raw).all()
+    )

@@ -1,0 +1,772 @@
+"""The averager's numbers, against the NumPy float64 oracle."""
+
+import copy
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmdet_ema.averaging import (
+    NonFiniteError,
+    OptionError,
+    WeightAverager,
+    capabilities,
+)
+from tests import oracle
+from tests.averaging.models import (
+    Mixed,
+    averages_of,
+    bits_of,
+    numpy64,
+    perturb,
+    raw_bytes,
+    state_of,
+)
+from tests.averaging.trees import changing, trees
+
+# What has to be kept: float32 keeps 200 steps within 17 half ulps.
+TOLERANCE = 1e-6
+BAD = (float('nan'), float('inf'), float('-inf'))
+
+
+def record(model, averager, steps, seed=0, size=0.1):
+    """Take steps; return the states after each."""
+    generator = torch.Generator().manual_seed(seed)
+    states = []
+    for _ in range(steps):
+        perturb(model, generator, size)
+        states.append(state_of(model))
+        assert averager.update() is True
+    return states
+
+
+def check_averages(averager, start, states, decay_of, interval=1):
+    """Compare every average with the oracle, integers exactly."""
+    for name, average in averager.named_averages():
+        if start[name].is_floating_point():
+            expected = oracle.average_every(
+                numpy64(start[name]),
+                [numpy64(state[name]) for state in states],
+                decay_of,
+                interval,
+            )
+            error = oracle.relative_error(numpy64(average), expected)
+            assert error <= TOLERANCE, (name, error)
+        else:
+            assert torch.equal(states[-1][name], average), name
+
+
+@pytest.mark.parametrize(
+    ('schedule', 'options', 'decay_of'),
+    [
+        ('exponential', {}, oracle.ramp),
+        (
+            'exponential',
+            dict(decay=0.99, tau=30),
+            lambda n: oracle.ramp(n, 0.99, 30),
+        ),
+        (
+            'exponential',
+            dict(decay=0.99, tau=30, init_updates=45),
+            lambda n: oracle.ramp(45 + n, 0.99, 30),
+        ),
+        ('constant', dict(decay=0.9), lambda n: 0.9),
+        ('constant', dict(decay=0.9999), lambda n: 0.9999),
+        ('constant', dict(decay=0.0), lambda n: 0.0),
+        ('mean', {}, lambda n: 1 - 1 / n),
+        (lambda n: 0.5 if n % 2 else 1.0, {}, lambda n: (1.0, 0.5)[n % 2]),
+    ],
+)
+def test_two_hundred_steps(schedule, options, decay_of):
+    """The averages are the formula, in every tensor of every dtype."""
+    model = Mixed()
+    start = state_of(model)
+    averager = WeightAverager(model, schedule, **options)
+    states = []
+    for steps in (1, 1, 8, 90, 100):
+        states += record(model, averager, steps, seed=steps)
+        check_averages(averager, start, states, decay_of)
+    assert (200, 200, 0) == (
+        averager.num_steps,
+        averager.num_updates,
+        averager.num_skipped,
+    )
+
+
+def test_defaults():
+    """Without options the decay is that of YOLOv5's ramp."""
+    averager = WeightAverager(nn.Linear(1, 1))
+    assert 0.0 == averager.decay
+    for n in range(1, 5):
+        averager.update()
+        # exp and expm1 differ in the last digits for small n / tau.
+        assert pytest.approx(oracle.ramp(n), rel=1e-12) == averager.decay
+
+
+def test_training():
+    """An average beside a real optimizer and BatchNorm is the formula."""
+    torch.manual_seed(0)
+    model = Mixed()
+    # small: the loss is chaotic, and with 0.01 some processors reach NaN
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    start, states = state_of(model), []
+    averager = WeightAverager(model, decay=0.95, tau=20)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(torch.randn(4, 2, 5, 5)).sin().backward()
+        optimizer.step()
+        averager.update()
+        states.append(state_of(model))
+    check_averages(averager, start, states, lambda n: oracle.ramp(n, 0.95, 20))
+    averages = averages_of(averager)
+    assert 60 == int(averages['norm.num_batches_tracked'])
+    assert not torch.equal(
+        states[-1]['norm.running_mean'], averages['norm.running_mean']
+    )
+
+
+def test_copied_buffers():
+    """``update_buffers=False`` keeps float buffers as they are."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', update_buffers=False)
+    states = record(model, averager, 5)
+    averages = averages_of(averager)
+    for name in ('norm.running_mean', 'norm.running_var', 'float_buffer'):
+        assert torch.equal(states[-1][name], averages[name])
+    assert not torch.equal(states[-1]['conv.weight'], averages['conv.weight'])
+
+
+@pytest.mark.parametrize(
+    ('raw', 'average'),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.complex64, torch.complex64),
+    ],
+    ids=str,
+)
+def test_dtypes(raw, average):
+    """Averages of half precision are float32, others keep their dtype."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(3, dtype=raw))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    with torch.no_grad():
+        model.w.fill_(2)
+    averager.update()
+    found = dict(averager.named_averages())['w']
+    assert average == found.dtype
+    assert torch.equal(torch.full((3,), 1.5, dtype=average), found)
+
+
+@pytest.mark.parametrize('done', [0, 6])
+@pytest.mark.parametrize('interval', [2, 3, 4, 7])
+def test_interval(interval, done):
+    """Every k steps the average takes the product of the k decays."""
+    model = Mixed()
+    start = state_of(model)
+    ramp = dict(decay=0.9, tau=9, init_updates=done)
+    averager = WeightAverager(model, interval=interval, **ramp)
+    states = record(model, averager, 29)
+    check_averages(
+        averager,
+        start,
+        states,
+        lambda n: oracle.ramp(done + n, 0.9, 9),
+        interval,
+    )
+    assert (29, 29 // interval) == (averager.num_steps, averager.num_updates)
+
+
+def test_integers_between_updates():
+    """Integer buffers are exact also between two updates."""
+    model = Mixed()
+    averager = WeightAverager(model, interval=4)
+    states = record(model, averager, 6)
+    assert torch.equal(states[-1]['counts'], averages_of(averager)['counts'])
+
+
+@pytest.mark.parametrize('phase', range(5))
+def test_phase(phase):
+    """The phase chooses the step of an interval; decays stay products."""
+    model = nn.Linear(2, 1)
+    averager = WeightAverager(
+        model, lambda n: 0.5 + 0.4 / n, interval=3, phase=phase
+    )
+    mean, decay = numpy64(model.weight), 1.0
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 12):
+        perturb(model, generator)
+        averager.update()
+        decay *= 0.5 + 0.4 / step
+        if (step - phase) % 3 == 0:
+            raw = numpy64(model.weight)
+            mean, decay = decay * mean + (1 - decay) * raw, 1.0
+    found = numpy64(averages_of(averager)['weight'])
+    assert oracle.relative_error(found, mean) <= TOLERANCE
+
+
+@pytest.mark.parametrize('stop', [1, 2, 3, 4, 5, 6, 9])
+@pytest.mark.parametrize('interval', [1, 4])
+def test_resume(interval, stop):
+    """A resumed average equals one that was not stopped, bit for bit."""
+
+    def run(model, averager, first, last):
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            perturb(model, generator)
+            averager.update()
+
+    options = dict(decay=0.9, tau=5, interval=interval)
+    whole = Mixed()
+    expected = WeightAverager(whole, **options)
+    run(whole, expected, 0, 12)
+    model = Mixed()
+    averager = WeightAverager(model, **options)
+    run(model, averager, 0, stop)
+    state = copy.deepcopy(averager.state_dict())
+    resumed = Mixed(seed=7)
+    resumed.load_state_dict(model.state_dict())
+    averager = WeightAverager(resumed, **options)
+    averager.load_state_dict(state)
+    run(resumed, averager, stop, 12)
+    raw, expected_raw = state_of(resumed), state_of(whole)
+    for name in raw:
+        assert raw_bytes(expected_raw[name]) == raw_bytes(raw[name]), name
+    assert expected.progress() == averager.progress()
+    found = averages_of(averager)
+    for name, average in averages_of(expected).items():
+        assert raw_bytes(average) == raw_bytes(found[name]), name
+
+
+@settings(max_examples=150, deadline=None)
+@given(model=trees(), interval=st.integers(1, 3))
+def test_random_trees(model, interval):
+    """Random trees with random ties: every name follows the formula.
+
+    A tied tensor is averaged once, and the raw values survive a swap.
+    """
+    averager = WeightAverager(model, 'constant', decay=0.75, interval=interval)
+    start, states = state_of(model), []
+    generator = torch.Generator().manual_seed(0)
+    moving = {id(t): t for t in changing(model).values()}
+    for _ in range(4):
+        shift = float(torch.randn((), generator=generator))
+        with torch.no_grad():
+            for tensor in moving.values():
+                tensor.mul_(2).add_(int(shift * 9))
+        states.append(state_of(model))
+        averager.update()
+    for name, average in averager.named_averages():
+        if not start[name].is_floating_point():
+            assert torch.equal(states[-1][name], average)
+            continue
+        expected = oracle.average_every(
+            numpy64(start[name]),
+            [numpy64(state[name]) for state in states],
+            lambda n: 0.75,
+            interval,
+        )
+        found = numpy64(average)
+        assert oracle.relative_error(found, expected) <= TOLERANCE, name
+    before = bits_of(model)
+    with averager.applied():
+        live = state_of(model)
+        for name, average in averager.named_averages():
+            assert torch.equal(average.to(live[name].dtype), live[name])
+    assert before == bits_of(model)
+
+
+def test_tied_once():
+    """A tensor with three names moves by 1 - d, not 1 - d ** 3."""
+    conv = nn.Conv2d(1, 1, 1)
+    model = nn.ModuleList([conv, conv, conv])
+    nn.init.zeros_(conv.weight)
+    averager = WeightAverager(model, 'constant', decay=0.75)
+    nn.init.ones_(conv.weight)
+    averager.update()
+    averages = averages_of(averager)
+    assert [0.25] * 3 == [float(averages[f'{i}.weight']) for i in range(3)]
+    with averager.applied():
+        assert 0.25 == conv.weight.item()
+    assert 1.0 == conv.weight.item()
+
+
+def test_expanded_buffer():
+    """A buffer that repeats its memory is averaged once and swapped."""
+    memory = torch.tensor([[2.0], [4.0]])
+    model = nn.Module()
+    model.register_buffer('x', memory.expand(2, 3))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    memory.zero_()
+    averager.update()
+    expected = torch.tensor([[1.0] * 3, [2.0] * 3])
+    assert torch.equal(expected, averages_of(averager)['x'])
+    with averager.applied():
+        assert torch.equal(expected, model.x)
+    assert torch.equal(torch.zeros(2, 3), model.x)
+    averager.load_state_dict(copy.deepcopy(averager.state_dict()))
+    assert torch.equal(expected, averages_of(averager)['x'])
+
+
+def test_overlapping_windows():
+    """A buffer of overlapping windows is averaged and swapped."""
+    memory = torch.arange(6.0)
+    model = nn.Module()
+    model.register_buffer('x', memory.unfold(0, 3, 1))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    memory.add_(2)
+    averager.update()
+    expected = (torch.arange(6.0) + 1).unfold(0, 3, 1)
+    assert torch.equal(expected, averages_of(averager)['x'])
+    with averager.applied():
+        assert torch.equal(expected, model.x)
+    assert torch.equal(torch.arange(2.0, 8.0), memory)
+
+
+def test_memory_between_columns():
+    """NaN that no name owns, between two columns, skips no step."""
+    matrix = torch.full((4, 3), float('nan'))
+    matrix[:, :2] = 1
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(matrix[:, 0]), nn.Parameter(matrix[:, 1])
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    matrix[:, :2] = 2
+    assert averager.update() is True
+    averages = averages_of(averager)
+    assert torch.equal(torch.full((4,), 1.5), averages['a'])
+    assert torch.equal(torch.full((4,), 1.5), averages['b'])
+
+
+def test_extra_state_is_not_frozen():
+    """Extra state that is a tensor is never given as it was long ago."""
+
+    class Scaled(nn.Linear):
+        calls = 0
+
+        def get_extra_state(self):
+            return torch.tensor(float(self.calls))
+
+        def set_extra_state(self, state):
+            self.calls = float(state)
+
+    model = Scaled(1, 1)
+    averager = WeightAverager(model)
+    model.calls = 5
+    averager.update()
+    found = averages_of(averager).get('_extra_state', torch.tensor(5.0))
+    assert 5.0 == float(found)
+
+
+def test_state_dict_hook_that_copies():
+    """A weight that a hook saves as a copy is averaged, or not named."""
+
+    class Converted(nn.Linear):
+        def __init__(self):
+            super().__init__(1, 1)
+            self._register_state_dict_hook(self._convert)
+
+        @staticmethod
+        def _convert(module, state, prefix, metadata):
+            name = prefix + 'weight'
+            state[name] = state[name].detach() * 1.0
+
+    model = Converted()
+    nn.init.zeros_(model.weight)
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    nn.init.ones_(model.weight)
+    averager.update()
+    assert 0.5 == float(averages_of(averager).get('weight', 0.5))
+    with averager.applied():
+        assert 0.5 == float(model.weight)
+
+
+# Steps that leave NaN or Inf
+
+
+def spoil(model, bad=float('nan')):
+    with torch.no_grad():
+        model.conv.weight.view(-1)[3] = bad
+
+
+@pytest.mark.parametrize('bad', BAD)
+def test_skip(bad):
+    """A step with NaN or Inf changes nothing but the count of skips."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    record(model, averager, 3)
+    before, good = averages_of(averager), state_of(model)
+    perturb(model, torch.Generator().manual_seed(9))
+    spoil(model, bad)
+    assert averager.update() is False
+    assert (
+        dict(num_steps=3, num_updates=3, num_skipped=1, averaged_steps=3)
+        == averager.progress()
+    )
+    after = averages_of(averager)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    model.load_state_dict(good)
+    assert averager.update() is True
+    assert 4 == averager.num_steps
+
+
+def test_skip_does_not_advance_the_decay():
+    """After skips the averages are those of a run without them."""
+    model, plain = Mixed(), Mixed()
+    averager = WeightAverager(model, decay=0.9, tau=5)
+    expected = WeightAverager(plain, decay=0.9, tau=5)
+    for step in range(10):
+        perturb(model, torch.Generator().manual_seed(step))
+        perturb(plain, torch.Generator().manual_seed(step))
+        good = state_of(model)
+        for bad in BAD[: step % 3]:
+            with torch.no_grad():
+                model.norm.bias[0] = bad
+            averager.update()
+        model.load_state_dict(good)
+        averager.update()
+        expected.update()
+    found = averages_of(averager)
+    for name, average in averages_of(expected).items():
+        assert torch.equal(average, found[name])
+    assert 9 == averager.num_skipped
+
+
+def test_raise():
+    """Under 'raise' the tensor is named and nothing is changed."""
+    model = Mixed()
+    averager = WeightAverager(model, nonfinite='raise')
+    record(model, averager, 2)
+    before = averages_of(averager)
+    spoil(model)
+    with pytest.raises(NonFiniteError, match=r'conv\.weight .* 2 steps'):
+        averager.update()
+    after = averages_of(averager)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert (2, 0) == (averager.num_steps, averager.num_skipped)
+    assert 'conv.weight' == averager.first_nonfinite()
+
+
+def test_ignore():
+    """Under 'ignore' NaN goes into the average."""
+    model = Mixed()
+    averager = WeightAverager(model, nonfinite='ignore')
+    spoil(model)
+    assert averager.update() is True
+    assert bool(averages_of(averager)['conv.weight'].isnan().any())
+    assert 1 == averager.num_steps
+
+
+def test_nan_in_what_is_not_averaged():
+    """NaN in a frozen parameter or a mask of -inf is no bad step."""
+    model = Mixed()
+    model.register_buffer('attention', torch.tensor([0.0, float('-inf')]))
+    nn.init.constant_(model.frozen.weight, float('nan'))
+    averager = WeightAverager(model, nonfinite='raise')
+    record(model, averager, 3)
+    assert 3 == averager.num_steps
+    assert torch.equal(model.attention, averages_of(averager)['attention'])
+
+
+@pytest.mark.parametrize('bad', BAD)
+def test_nan_between_updates(bad):
+    """With an interval, NaN in a step that is not read is passed over."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5, interval=2)
+    good = state_of(model)
+    spoil(model, bad)
+    assert averager.update() is True
+    model.load_state_dict(good)
+    assert averager.update() is True
+    assert averager.first_nonfinite() is None
+    values = dict(averager.named_averages()).values()
+    assert all(bool(torch.isfinite(value).all()) for value in values)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(interval=0), ('interval=0', 'at least 1')),
+        (dict(interval=2.0), ('interval=2.0', 'at least 1')),
+        (dict(phase=-1), ('phase=-1', 'at least 0')),
+        (dict(nonfinite='skp'), ("'skp'", "Did you mean 'skip'?")),
+        (dict(update_buffers=1), ('update_buffers=1', 'True or False')),
+        (dict(device='gpu'), ("device='gpu'", "'cpu'")),
+        (dict(device='cuda:977'), ("device='cuda:977'", 'this machine')),
+        (dict(device=[]), ('device=[]', "'cpu'")),
+        (dict(device='meta'), ("device='meta'", "'cpu'")),
+        (dict(decay=1), ('decay=1', '[0, 1)')),
+        (dict(taw=1), ("'taw'", "Did you mean 'tau'?")),
+        (dict(schedule='linear'), ("'linear'", "'exponential'")),
+    ],
+)
+def test_bad_options(options, words):
+    """A bad option is one clear line with value, range and remedy."""
+    with pytest.raises(OptionError) as error:
+        WeightAverager(nn.Linear(1, 1), **options)
+    assert [] == [word for word in words if word not in str(error.value)]
+    assert '\n' not in str(error.value)
+
+
+def test_options_of_a_ready_schedule():
+    """An option beside a callable schedule is refused, not ignored."""
+    with pytest.raises(OptionError, match='decay'):
+        WeightAverager(nn.Linear(1, 1), lambda n: 0.9, decay=0.5)
+
+
+@pytest.mark.parametrize('device', ['cpu', torch.device('cpu'), None])
+def test_device(device):
+    """The averages live where they were asked to."""
+    averager = WeightAverager(Mixed(), device=device)
+    devices = {str(t.device) for _, t in averager.named_averages()}
+    assert {'cpu'} == devices
+
+
+# Cost
+
+
+def test_module_that_cannot_be_copied():
+    """The module itself is never deep-copied or pickled."""
+
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise RuntimeError('no copy')
+
+        def __reduce_ex__(self, protocol):
+            raise RuntimeError('no pickle')
+
+    model = nn.Sequential(Stubborn(2, 2))
+    averager = WeightAverager(model)
+    averager.update()
+    with averager.applied():
+        pass
+    averager.refresh()
+    averager.load_state_dict(averager.state_dict())
+
+
+class CountCalls(TorchDispatchMode):
+    """Records the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of(layers, **options):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
+    averager = WeightAverager(model, **options)
+    averager.update()
+    with CountCalls() as count:
+        averager.update()
+    # views made within one call, to put small tensors together
+    return [name for name in count.calls if name != 'view']
+
+
+def test_calls_of_an_update():
+    """The calls of an update do not grow with the model.
+
+    Before torch 2.0 there is no call for many tensors on the host.
+    """
+    if not capabilities.HAS_FOREACH_LERP:
+        assert {'lerp_'} == set(calls_of(100, nonfinite='ignore'))
+        return
+    assert ['_foreach_lerp_'] == calls_of(1, nonfinite='ignore')
+    assert ['_foreach_lerp_'] == calls_of(100, nonfinite='ignore')
+    assert len(calls_of(1)) == len(calls_of(100)) <= 10
+
+
+def test_copies_go_on_by_themselves():
+    """A copy of an average, with its model, leaves the first alone."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    averager.update()
+    other = copy.deepcopy(averager)
+    assert other.model is not model
+    before = {k: v.clone() for k, v in averager.named_averages()}
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(1)
+    assert other.update()
+    assert 2 == other.num_updates
+    assert 1 == averager.num_updates
+    changed = 0
+    for name, average in averager.named_averages():
+        assert torch.equal(before[name], average)
+        changed += not torch.equal(dict(other.named_averages())[name], average)
+    assert changed > 3
+
+
+def test_interrupt_of_an_update(monkeypatch):
+    """Ctrl-C waits until averages, copies and counters agree."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    twin = WeightAverager(model, 'constant', decay=0.5)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(1) if tensor.dtype != torch.bool else None
+    assert twin.update()
+    steps = averager._store.intake._steps
+    take_in = steps._updates.update
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        take_in(*arguments)
+
+    monkeypatch.setattr(steps._updates, 'update', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        averager.update()
+    assert 1 == averager.num_steps
+    for (_, a), (_, b) in zip(
+        averager.named_averages(), twin.named_averages()
+    ):
+        assert torch.equal(a, b)
+
+
+def test_synchronisation():
+    """Under 'ignore' an update never waits for the device, else once."""
+    wait = '_local_scalar_dense'
+    assert 0 == calls_of(5, nonfinite='ignore').count(wait)
+    assert calls_of(5, nonfinite='skip').count(wait) <= 1
+
+
+def test_inference_mode():
+    """Averages that are applied in inference mode go on afterwards."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    before = bits_of(model)
+    with torch.inference_mode(), averager.applied():
+        pass
+    assert before == bits_of(model)
+    assert averager.update() is True
+
+
+def test_refresh_in_inference_mode():
+    """A tensor that is found replaced in inference mode is averaged on."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    model.float_buffer = torch.ones(4)
+    with torch.inference_mode(), averager.applied():
+        pass
+    assert averager.update() is True
+    assert torch.equal(
+        torch.full((4,), 0.5), averages_of(averager)['float_buffer']
+    )
+
+
+def test_no_graph():
+    """Averages need no gradient, and updates record none."""
+    model = Mixed()
+    averager = WeightAverager(model)
+    averager.update()
+    tensors = [t for _, t in averager.named_averages()]
+    tensors += [t for _, t in averager.named_raws()]
+    assert not any(t.requires_grad or t.grad_fn for t in tensors)
+    assert all(p.grad_fn is None for p in model.parameters())
+
+
+def test_distance():
+    """The distance is the relative L2 norm over trained parameters."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    assert 0.0 == averager.distance()
+    record(model, averager, 3)
+    averages, raws = averages_of(averager), state_of(model)
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    gaps = [numpy64(averages[n]) - numpy64(raws[n]) for n in names]
+    gap = np.sqrt(sum((g**2).sum() for g in gaps))
+    size = np.sqrt(sum((numpy64(raws[n]) ** 2).sum() for n in names))
+    # Differences are rounded to float32; that is far below 1e-6.
+    expected = pytest.approx(gap / size, rel=1e-6)
+    assert expected == averager.distance()
+    with averager.applied():
+        assert expected == averager.distance()
+
+
+def test_distance_of_large_tensors():
+    """Large tensors, also in channels_last, are measured in pieces."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 128, 5), nn.Linear(300, 700))
+    model = model.to(memory_format=torch.channels_last)
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    before = [numpy64(p) for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    averager.update()
+    raws = [numpy64(p) for p in model.parameters()]
+    gap = sum(((b - r) ** 2).sum() / 4 for b, r in zip(before, raws))
+    size = sum((r**2).sum() for r in raws)
+    # Averages, differences and sums are rounded to float32.
+    expected = pytest.approx(np.sqrt(gap / size), rel=1e-5)
+    assert expected == averager.distance()
+
+
+def test_distance_of_complex_weights():
+    """The distance counts the imaginary parts."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.tensor([3j, 4j]))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    with torch.no_grad():
+        model.w.mul_(2)
+    averager.update()
+    # Averages 1.5 times the start, raw weights 2 times.
+    assert 0.25 == averager.distance()
+
+
+def test_distance_without_weights():
+    """A model without trained weights, or of zeros, has distance 0."""
+    assert 0.0 == WeightAverager(nn.ReLU()).distance()
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    assert 0.0 == WeightAverager(frozen).distance()
+    zero = nn.Linear(1, 1)
+    nn.init.zeros_(zero.weight)
+    nn.init.zeros_(zero.bias)
+    assert 0.0 == WeightAverager(zero).distance()
+
+
+def test_names():
+    """Averages and raws come under every name of the ``state_dict``."""
+    model = Mixed()
+    averager = WeightAverager(model)
+    names = list(model.state_dict())
+    assert sorted(names) == sorted(dict(averager.named_averages()))
+    assert sorted(names) == sorted(dict(averager.named_raws()))
+    frozen = {'frozen.weight', 'frozen.bias'}
+    stored = dict(averager.named_averages(stored=True))
+    assert set(names) - frozen == set(stored)
+    averages = dict(averager.named_averages())
+    pointers = averages['first.weight'].data_ptr()
+    assert pointers == averages['tied.weight'].data_ptr()
+
+
+def test_buffer_of_another_shape():
+    """It is followed from the next update on; the rest goes on."""
+    model = nn.Linear(2, 2)
+    model.register_buffer('count', torch.arange(3))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    before = averages_of(averager)
+    nn.init.zeros_(model.weight)
+    model.count.data = torch.arange(4)
+    for n in (1, 2):
+        assert averager.update()
+        found = averages_of(averager)
+        assert torch.equal(model.count, found['count'])
+        assert torch.equal(before['weight'] / 2**n, found['weight'])

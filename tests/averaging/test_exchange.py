@@ -1,0 +1,637 @@
+"""Averages in and out of the model, bit for bit, whatever happens."""
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmdet_ema.averaging import WeightAverager, exchange
+from mmdet_ema.averaging.exchange import Exchange
+from mmdet_ema.averaging.interrupts import DeferredInterrupts
+from tests.averaging.models import (
+    Mixed,
+    OutOfMemoryError,
+    averages_of,
+    bits_of,
+    perturb,
+    raw_bytes,
+    state_of,
+    storage_of,
+)
+
+
+def averaged(model=None, **options):
+    """Return a model, an averager a few steps on, and its averages."""
+    model = Mixed() if model is None else model
+    averager = WeightAverager(model, 'constant', decay=0.5, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        perturb(model, generator)
+        averager.update()
+    return model, averager, averages_of(averager)
+
+
+def same_averages(averager, expected):
+    """Return whether the averages are those, bit for bit."""
+    found = averages_of(averager)
+    return all(raw_bytes(expected[k]) == raw_bytes(found[k]) for k in expected)
+
+
+def check_raw(model, averager, bits, averages):
+    """Check that the model is raw and that everything goes on."""
+    assert bits == bits_of(model)
+    assert averager.is_applied is False
+    assert same_averages(averager, averages)
+    with averager.applied():
+        assert same_averages(averager, averages)
+    assert bits == bits_of(model)
+    assert averager.update() is True
+
+
+def test_applied():
+    """Inside, the model holds the averages; afterwards the raw weights."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+    with averager.applied() as inside:
+        assert inside is model
+        assert averager.is_applied is True
+        for name, value in model.state_dict().items():
+            expected = averages[name].to(value.dtype)
+            assert raw_bytes(expected) == raw_bytes(value), name
+        assert raw_bytes(model.tied.weight) == raw_bytes(model.first.weight)
+    check_raw(model, averager, bits, averages)
+
+
+def test_names_while_applied():
+    """Averages and raws are the same by name while they are applied."""
+    model, averager, averages = averaged()
+    raws = state_of(model)
+    with averager.applied():
+        assert same_averages(averager, averages)
+        for name, raw in averager.named_raws():
+            assert raw_bytes(raws[name]) == raw_bytes(raw), name
+            assert raws[name].dtype == raw.dtype
+        stored = dict(averager.named_averages(stored=True))
+        assert all(torch.equal(averages[k], v) for k, v in stored.items())
+        state = averager.state_dict()['averages']
+        assert all(torch.equal(averages[k], v) for k, v in state.items())
+    assert list(averages) == list(state)
+
+
+def test_objects_stay():
+    """A swap changes values only: objects, storage and strides stay."""
+    model, averager, _ = averaged(nn.Conv2d(2, 3, 2))
+    model.to(memory_format=torch.channels_last)
+    before = [(id(p), p.data_ptr(), p.stride()) for p in model.parameters()]
+    with averager.applied():
+        inside = [
+            (id(p), p.data_ptr(), p.stride()) for p in model.parameters()
+        ]
+    after = [(id(p), p.data_ptr(), p.stride()) for p in model.parameters()]
+    assert before == inside == after
+
+
+@pytest.mark.parametrize(
+    'error', [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit]
+)
+def test_exception_inside(error):
+    """The raw weights come back after any exception, which goes on."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+    with pytest.raises(error), averager.applied():
+        raise error
+    check_raw(model, averager, bits, averages)
+
+
+def test_generator_that_is_closed():
+    """The raw weights come back when a generator is thrown away."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+
+    def predictions():
+        with averager.applied():
+            yield 1
+            yield 2
+
+    generator = predictions()
+    next(generator)
+    generator.close()
+    check_raw(model, averager, bits, averages)
+
+
+def test_nested():
+    """Only the outermost block takes the averages out again."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+    with averager.applied():
+        with averager.applied():
+            pass
+        with contextlib.suppress(ValueError), averager.applied():
+            raise ValueError
+        assert averager.is_applied is True
+        assert bits != bits_of(model)
+    check_raw(model, averager, bits, averages)
+
+
+def test_apply_and_restore():
+    """``apply`` and ``restore`` do nothing where nothing is to do."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+    averager.restore()
+    assert bits == bits_of(model)
+    averager.apply()
+    averager.apply()
+    assert bits != bits_of(model)
+    averager.restore()
+    averager.restore()
+    check_raw(model, averager, bits, averages)
+
+
+def test_restored_early():
+    """A block whose body restores is left without a second swap."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+    with averager.applied():
+        averager.restore()
+        assert bits == bits_of(model)
+    check_raw(model, averager, bits, averages)
+
+
+def test_decorator_and_many_times():
+    """A hundred swaps leave every bit as it was."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+    for _ in range(100):
+        with averager.applied():
+            pass
+    check_raw(model, averager, bits, averages)
+
+
+def test_update_inside():
+    """An update inside is refused and changes nothing."""
+    model, averager, averages = averaged()
+    bits, progress = bits_of(model), averager.progress()
+    with averager.applied():
+        with pytest.raises(RuntimeError, match=r'applied\(\)'):
+            averager.update()
+        assert same_averages(averager, averages)
+    assert progress == averager.progress()
+    check_raw(model, averager, bits, averages)
+
+
+def test_load_inside():
+    """Loading inside is refused in words and changes nothing."""
+    model, averager, averages = averaged()
+    state = averager.state_dict()
+    bits = bits_of(model)
+    with averager.applied(), pytest.raises(RuntimeError, match='applied'):
+        averager.load_state_dict(state)
+    check_raw(model, averager, bits, averages)
+
+
+def test_thaw_inside():
+    """A parameter that is thawed inside does not lose the raw weights."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+    with averager.applied():
+        model.frozen.requires_grad_(True)
+        with contextlib.suppress(RuntimeError):
+            averager.thaw()
+    check_raw(model, averager, bits, averages)
+
+
+def test_refresh_inside():
+    """A refresh inside changes nothing."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+    with averager.applied():
+        averager.refresh()
+        assert averager.is_applied is True
+    check_raw(model, averager, bits, averages)
+
+
+@pytest.mark.parametrize(
+    'value', [float('nan'), float('inf'), -0.0, 1e-45, 'max']
+)
+@pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_odd_values(dtype, value):
+    """NaN, infinities, -0.0 and denormals come back bit for bit."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(4, dtype=dtype))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    with torch.no_grad():
+        model.w.fill_(torch.finfo(dtype).max if value == 'max' else value)
+        if dtype == torch.float32:  # a NaN with a payload
+            model.w.view(torch.int32)[0] = 0x7FC12345
+    bits = bits_of(model)
+    with averager.applied():
+        assert torch.equal(torch.ones(4, dtype=dtype), model.w.detach())
+    assert bits == bits_of(model)
+
+
+def test_low_precision_does_not_round_the_average():
+    """A float32 average is not rounded by a stay in a bfloat16 model."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    averager = WeightAverager(model, 'constant', decay=0.9999)
+    with torch.no_grad():
+        model.w.fill_(2)
+    averager.update()
+    before = averages_of(averager)['w']
+    assert not torch.equal(before, before.bfloat16().float())
+    with averager.applied():
+        pass
+    assert torch.equal(before, averages_of(averager)['w'])
+
+
+def test_hook_handles_and_training_mode():
+    """Training mode, gradients and ``requires_grad`` are left alone."""
+    model, averager, _ = averaged()
+    model(torch.ones(2, 2, 4, 4)).backward()
+    grads = {
+        k: p.grad.clone()
+        for k, p in model.named_parameters()
+        if p.grad is not None
+    }
+    flags = [p.requires_grad for p in model.parameters()]
+    with averager.applied():
+        assert model.training
+    assert flags == [p.requires_grad for p in model.parameters()]
+    for name, parameter in model.named_parameters():
+        if name in grads:
+            assert torch.equal(grads[name], parameter.grad)
+
+
+# Something strikes at the n-th operator of a swap
+
+ALLOCATING = frozenset(
+    ['clone', '_to_copy', 'empty', 'empty_like', 'empty_strided', 'new_empty']
+)
+
+
+class StrikeAt(TorchDispatchMode):
+    """Runs ``action`` before the n-th operator, or the n-th of some."""
+
+    def __init__(self, number, action, names=None, forever=False):
+        super().__init__()
+        self.number, self.action = number, action
+        self.names, self.forever = names, forever
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.names or func.overloadpacket.__name__ in self.names:
+            self.calls += 1
+            late = self.forever and self.calls > self.number
+            if self.calls == self.number or late:
+                self.action()
+        return func(*args, **(kwargs or {}))
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def out_of_memory():
+    raise OutOfMemoryError('out of memory')
+
+
+def calls_of_swap(names=None):
+    """Count the operators of a swap in, and of the swap out after it."""
+    _, averager, _ = averaged()
+    with StrikeAt(0, None, names) as entering:
+        averager.apply()
+    with StrikeAt(0, None, names) as leaving:
+        averager.restore()
+    assert entering.calls >= 1
+    return entering.calls, leaving.calls
+
+
+def test_interrupt_while_swapping_in():
+    """Ctrl-C at any moment of the swap in leaves the raw weights."""
+    entered, _ = calls_of_swap()
+    for number in range(1, entered + 1):
+        model, averager, averages = averaged()
+        bits = bits_of(model)
+        reached = []
+        strike = StrikeAt(number, interrupt)
+        with strike, pytest.raises(KeyboardInterrupt), averager.applied():
+            reached.append(number)
+        assert [] == reached
+        check_raw(model, averager, bits, averages)
+
+
+def test_interrupt_while_swapping_out():
+    """Ctrl-C at any moment of the swap out leaves the raw weights."""
+    _, left = calls_of_swap()
+    for number in range(1, left + 1):
+        model, averager, averages = averaged()
+        bits = bits_of(model)
+        averager.apply()
+        strike = StrikeAt(number, interrupt)
+        with strike, pytest.raises(KeyboardInterrupt):
+            averager.restore()
+        check_raw(model, averager, bits, averages)
+
+
+def test_interrupt_during_apply():
+    """After Ctrl-C in ``apply`` the averager knows what the model holds."""
+    entered, _ = calls_of_swap()
+    for number in range(1, entered + 1):
+        model, averager, averages = averaged()
+        bits = bits_of(model)
+        strike = StrikeAt(number, interrupt)
+        with strike, pytest.raises(KeyboardInterrupt):
+            averager.apply()
+        averager.restore()
+        check_raw(model, averager, bits, averages)
+
+
+def test_interrupt_comes_through_once():
+    """A deferred Ctrl-C is raised at the end of the body, once."""
+    reached = []
+
+    def body():
+        with DeferredInterrupts():
+            interrupt()
+            interrupt()
+            reached.append('end')
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
+    assert ['end'] == reached
+    assert signal.default_int_handler is signal.getsignal(signal.SIGINT)
+
+
+def test_no_interrupt():
+    """Without Ctrl-C the handler of before is back, and nothing is raised."""
+    before = signal.getsignal(signal.SIGINT)
+    with DeferredInterrupts():
+        assert before is not signal.getsignal(signal.SIGINT)
+    assert before is signal.getsignal(signal.SIGINT)
+
+
+def test_handler_of_the_user():
+    """A handler that the user has set is called with the signal."""
+    received = []
+    before = signal.signal(
+        signal.SIGINT, lambda number, frame: received.append(number)
+    )
+    try:
+        with DeferredInterrupts():
+            interrupt()
+            assert [] == received
+        assert [signal.SIGINT] == received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize('handler', [signal.SIG_IGN, signal.SIG_DFL])
+def test_other_handlers(handler):
+    """Handlers that are no functions are left alone."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with DeferredInterrupts():
+            assert handler == signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_error_and_interrupt():
+    """The handler of before is back after an exception in the body."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match='x'), DeferredInterrupts():
+        raise ValueError('x')
+    assert before is signal.getsignal(signal.SIGINT)
+
+
+def test_other_thread():
+    """A swap in another thread works without touching signals."""
+    model, averager, averages = averaged()
+    bits = bits_of(model)
+    errors = []
+
+    def evaluate():
+        try:
+            with averager.applied():
+                assert same_averages(averager, averages)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    thread.join()
+    assert [] == errors
+    check_raw(model, averager, bits, averages)
+
+
+def test_out_of_memory_while_swapping_in():
+    """Out of memory at any moment of the swap in changes nothing."""
+    entered, _ = calls_of_swap(ALLOCATING)
+    for number in range(1, entered + 1):
+        model, averager, averages = averaged()
+        bits = bits_of(model)
+        strike = StrikeAt(number, out_of_memory, ALLOCATING)
+        with strike, pytest.raises(OutOfMemoryError):
+            averager.apply()
+        check_raw(model, averager, bits, averages)
+
+
+def test_memory_that_stays_out():
+    """The raw weights come back also if no memory comes back."""
+    entered, _ = calls_of_swap(ALLOCATING)
+    for number in range(1, entered + 1):
+        model, averager, averages = averaged()
+        bits = bits_of(model)
+        strike = StrikeAt(number, out_of_memory, ALLOCATING, forever=True)
+        with strike, pytest.raises(OutOfMemoryError):
+            averager.apply()
+        check_raw(model, averager, bits, averages)
+
+
+def test_out_of_memory_while_swapping_out():
+    """Out of memory in the swap out leaves averages that can be restored."""
+    _, left = calls_of_swap(ALLOCATING)
+    for number in range(1, left + 1):
+        model, averager, averages = averaged()
+        bits = bits_of(model)
+        averager.apply()
+        inside = bits_of(model)
+        strike = StrikeAt(number, out_of_memory, ALLOCATING)
+        with strike, pytest.raises(OutOfMemoryError):
+            averager.restore()
+        assert averager.is_applied is True
+        assert inside == bits_of(model)
+        averager.restore()
+        check_raw(model, averager, bits, averages)
+
+
+def test_exchange_trades_places():
+    """Equal dtypes trade places; a narrow raw is set aside meanwhile."""
+    wide, narrow = torch.zeros(2), torch.full((2,), 0.1)
+    raw, low = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
+    exchange = Exchange([wide, narrow], [raw, low])
+    exchange.swap_in()
+    assert [0.0, 0.0] == raw.tolist()
+    assert torch.equal(narrow.bfloat16(), low)
+    assert exchange.average(0).data_ptr() == raw.data_ptr()
+    assert [1.0, 1.0] == exchange.raw(0).tolist() == exchange.raw(1).tolist()
+    assert exchange.average(1) is narrow
+    exchange.swap_out()
+    assert [1.0, 1.0] == raw.tolist() == low.tolist()
+    assert exchange.average(0) is wide
+    assert exchange.raw(1).data_ptr() == low.data_ptr()
+
+
+class WatchNew(TorchDispatchMode):
+    """Records the most bytes of new tensors that live at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {
+            storage_of(item).data_ptr()
+            for item in args
+            if isinstance(item, torch.Tensor)
+        }
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            storage = storage_of(found)
+            if storage.data_ptr() not in known:
+                weak = StorageWeakRef(storage)
+                self.made[weak.cdata] = weak, storage.nbytes()
+        live = (size for w, size in self.made.values() if not w.expired())
+        self.most = max(self.most, sum(live))
+        return found
+
+
+def test_no_second_copy():
+    """A swap holds 4 MiB beside the model, not a second model."""
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(20)))
+    averager = WeightAverager(model)
+    with WatchNew() as watch:
+        averager.apply()
+        averager.restore()
+    assert 512 * 512 * 4 <= watch.most <= 4 * 2**20
+
+
+def test_scratch_of_a_large_tensor():
+    """A tensor larger than 4 MiB is swapped through one of its size."""
+    model = nn.Sequential(nn.Linear(2048, 1024), nn.Linear(1024, 2048))
+    averager = WeightAverager(model)
+    with WatchNew() as watch:
+        averager.apply()
+        averager.restore()
+    assert 2048 * 1024 * 4 == watch.most
+
+
+class Layouts(nn.Module):
+    """Tied, strided, zero-sized, integer and low-precision tensors."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        whole = torch.randn(6, 40)
+        self.last = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.tied = nn.Conv2d(3, 4, 3)
+        self.tied.weight = self.last.weight
+        self.turned = nn.Parameter(torch.randn(5, 7).t())
+        self.same = nn.Parameter(self.turned.detach().t())
+        self.sliced = nn.Parameter(whole[:, 3:9])
+        self.beside = nn.Parameter(whole[:, 20:])
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.scalar = nn.Parameter(torch.tensor(-0.0))
+        self.low = nn.Parameter(torch.randn(33).half())
+        self.wide = nn.Parameter(torch.randn(9, dtype=torch.float64))
+        self.register_buffer('row', torch.randn(1, 5).expand(4, 5))
+        self.register_buffer('counts', torch.arange(20))
+        self.register_buffer('mask', torch.rand(3) > 0.5)
+
+
+def moved():
+    """Return such a model, averaged after its weights moved."""
+    model = Layouts()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    with torch.no_grad():
+        for entry in averager._store._entries:
+            raw = entry.raw
+            raw.copy_(~raw if raw.dtype == torch.bool else raw * 3)
+    averager.update()
+    return model, averager, averages_of(averager)
+
+
+@pytest.mark.parametrize('room', [1, 7, 64, 2**20])
+def test_chunks_of_every_layout(monkeypatch, room):
+    """However small the scratch: averages go in and raw weights come back."""
+    monkeypatch.setattr(exchange, '_SCRATCH', room)
+    model, averager, averages = moved()
+    bits = bits_of(model)
+    places = [t.data_ptr() for t in model.state_dict().values()]
+    for _ in range(2):
+        with averager.applied():
+            for name, value in model.state_dict().items():
+                expected = averages[name].to(value.dtype)
+                assert torch.equal(expected, value), name
+        assert bits == bits_of(model)
+    check_raw(model, averager, bits, averages)
+    assert places == [t.data_ptr() for t in model.state_dict().values()]
+
+
+def test_interrupts_between_chunks(monkeypatch):
+    """Ctrl-C at any call of a swap in many pieces leaves it whole."""
+    monkeypatch.setattr(exchange, '_SCRATCH', 7)
+    for number in itertools.count(1):
+        model, averager, averages = moved()
+        bits, strike = bits_of(model), StrikeAt(number, interrupt)
+        try:
+            with strike:
+                averager.apply()
+        except KeyboardInterrupt:
+            assert averager.is_applied
+            for name, value in model.state_dict().items():
+                assert torch.equal(averages[name].to(value.dtype), value)
+        else:
+            break
+        averager.restore()
+        check_raw(model, averager, bits, averages)
+    assert number > 20
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    extra=st.integers(0, 100),
+)
+def test_chunks_cover_all_and_fit(sizes, extra):
+    """Chunks follow each other without a gap; each fits, none is empty."""
+    room = max(sizes) + extra
+    chunks = [sizes[chunk] for chunk in exchange._chunks(sizes, room)]
+    assert sizes == list(itertools.chain(*chunks))
+    assert all(chunks)
+    assert max(map(sum, chunks)) <= room
+
+
+def test_swap_between_forward_and_backward():
+    """A swap there and back leaves the gradients as they would have been."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    inputs = torch.randn(2, 3, requires_grad=True)
+    model.first(inputs).sum().backward()
+    expected, inputs.grad = inputs.grad.clone(), None
+    loss = model.first(inputs).sum()
+    with averager.applied():
+        pass
+    loss.backward()
+    assert torch.equal(expected, inputs.grad)

@@ -1,0 +1,501 @@
+"""What is averaged, copied, shared or left, and what is tied."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.ao import quantization
+from torch.nn.utils import parametrizations, prune
+
+from mmdet_ema.averaging.finite import first_nonfinite
+from mmdet_ema.averaging.fit import count_roles
+from mmdet_ema.averaging.selection import Role, select, unmatched
+from tests.averaging.models import Mixed, state_of
+from tests.averaging.trees import Node, memory_of, trees
+
+BAD = float('nan')
+
+
+def names_of(entries):
+    """Return the names of each entry, unsaved ones in brackets."""
+    return [
+        tuple(x.name if x.saved else f'({x.name})' for x in entry.labels)
+        for entry in entries
+    ]
+
+
+def roles_of(model, **options):
+    """Return the role of every name."""
+    return {
+        label.name: entry.role.value
+        for entry in select(model, **options)
+        for label in entry.labels
+    }
+
+
+def holder(**tensors):
+    """Make a module of parameters and buffers by name."""
+    module = Node()
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor)
+    return module
+
+
+def test_roles():
+    """Parameters and float buffers are averaged, integers are copied."""
+    expected = dict.fromkeys(state_of(Mixed()), 'averaged')
+    expected['norm.num_batches_tracked'] = 'copied'
+    expected['counts'] = expected['mask'] = 'copied'
+    expected['frozen.weight'] = expected['frozen.bias'] = 'shared'
+    assert expected == roles_of(Mixed())
+
+
+def test_roles_without_buffers():
+    """``update_buffers=False`` copies float buffers too."""
+    copied = {
+        name
+        for name, role in roles_of(Mixed(), update_buffers=False).items()
+        if role == 'copied'
+    }
+    assert copied == {
+        'float_buffer',
+        'counts',
+        'mask',
+        'norm.running_mean',
+        'norm.running_var',
+        'norm.num_batches_tracked',
+    }
+
+
+def test_order():
+    """Entries come in the order of the ``state_dict``."""
+    model = Mixed()
+    firsts = [entry.name for entry in select(model)]
+    order = [n for n in model.state_dict() if n != 'tied.weight']
+    assert order == firsts
+
+
+def test_nothing_changes():
+    """Selecting neither copies nor changes the model's tensors."""
+    model = Mixed()
+    before = state_of(model)
+    pointers = [t.data_ptr() for t in model.state_dict().values()]
+    entries = select(model)
+    after = model.state_dict()
+    assert pointers == [t.data_ptr() for t in after.values()]
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    raws = {id(entry.raw) for entry in entries}
+    assert all(id(p) in raws for p in model.parameters())
+
+
+def test_same_object():
+    """One parameter under several names is one entry."""
+    shared = nn.Parameter(torch.ones(3))
+    model = nn.Module()
+    model.a, model.b, model.c = holder(w=shared), holder(w=shared), Node()
+    model.c.again = shared
+    assert [('a.w', 'b.w', 'c.again')] == names_of(select(model))
+
+
+def test_same_module():
+    """One module under several names is one set of entries."""
+    conv = nn.Conv2d(1, 1, 1)
+    model = nn.ModuleList([conv, conv, conv])
+    expected = [
+        ('0.weight', '1.weight', '2.weight'),
+        ('0.bias', '1.bias', '2.bias'),
+    ]
+    assert expected == names_of(select(model))
+
+
+def test_same_data():
+    """Two parameters over one storage are one entry with both owners."""
+    first = nn.Parameter(torch.ones(3), requires_grad=False)
+    second = nn.Parameter(torch.ones(3))
+    second.data = first.data
+    (entry,) = select(holder(a=first, b=second))
+    assert (first, second) == entry.parameters
+    assert entry.raw is second
+    assert Role.AVERAGED is entry.role
+
+
+def test_transposed_view():
+    """A transpose is tied, and each name sees its own shape."""
+    base = torch.arange(6.0).reshape(2, 3)
+    model = holder(a=nn.Parameter(base), b=nn.Parameter(base.t()))
+    (entry,) = select(model)
+    values = {label.name: label.of(entry.raw) for label in entry.labels}
+    assert torch.equal(model.a.detach(), values['a'])
+    assert torch.equal(model.b.detach(), values['b'])
+
+
+def test_buffer_tied_to_a_parameter():
+    """A buffer that views a parameter is part of its entry."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    model = holder(view=weight.detach()[0], weight=weight)
+    (entry,) = select(model)
+    assert Role.AVERAGED is entry.role
+    assert {'view', 'weight'} == {label.name for label in entry.labels}
+    weight.requires_grad_(False)
+    assert Role.SHARED is select(model)[0].role
+
+
+def test_expanded_buffer():
+    """An expanded buffer takes the memory of what it repeats."""
+    model = holder(x=torch.tensor([[1.0], [2.0]]).expand(2, 1000))
+    (entry,) = select(model)
+    assert 2 == entry.raw.numel()
+    assert torch.equal(model.x, entry.labels[0].of(entry.raw))
+
+
+def test_overlapping_windows():
+    """A buffer of overlapping windows takes the memory that it spans."""
+    model = holder(x=torch.arange(6.0).unfold(0, 3, 1))
+    (entry,) = select(model)
+    assert 6 == entry.raw.numel()
+    assert torch.equal(model.x, entry.labels[0].of(entry.raw))
+
+
+def test_slices_of_one_flat_buffer():
+    """Slices that do not overlap are tensors of their own."""
+    flat = torch.zeros(10)
+    model = holder(
+        a=nn.Parameter(flat[:4]),
+        b=nn.Parameter(flat[4:7].view(3, 1), requires_grad=False),
+        c=flat[7:],
+    )
+    assert [('a',), ('b',), ('c',)] == names_of(select(model))
+    assert ['averaged', 'shared', 'averaged'] == [
+        entry.role.value for entry in select(model)
+    ]
+
+
+def test_slices_that_overlap():
+    """Slices that overlap are one entry, and other slices are not in it."""
+    flat = torch.arange(10.0)
+    model = holder(a=flat[:4], b=flat[3:6], c=flat[6:])
+    entries = select(model)
+    assert [('a', 'b'), ('c',)] == names_of(entries)
+    for label in entries[0].labels:
+        seen = label.of(entries[0].raw)
+        assert torch.equal(getattr(model, label.name), seen)
+
+
+def test_slices_inside_a_slice():
+    """Slices that do not touch are tied where both lie inside a third."""
+    flat = torch.arange(10.0)
+    model = holder(whole=flat, a=flat[1:3], b=flat[6:8])
+    (entry,) = select(model)
+    assert [('whole', 'a', 'b')] == names_of([entry])
+    for label in entry.labels:
+        seen = label.of(entry.raw)
+        assert torch.equal(getattr(model, label.name), seen)
+
+
+def test_gap_between_columns():
+    """Memory between the columns of a matrix that no name owns is nothing.
+
+    NaN in it is no bad step, and no reason to copy a buffer.
+    """
+    matrix = torch.full((4, 3), BAD)
+    matrix[:, :2] = 1
+    model = holder(a=nn.Parameter(matrix[:, 0]), b=nn.Parameter(matrix[:, 1]))
+    assert first_nonfinite(select(model)) is None
+    buffers = holder(a=matrix[:, 0], b=matrix[:, 1])
+    assert {'averaged'} == set(roles_of(buffers).values())
+
+
+def test_non_persistent_buffers():
+    """Buffers that are not saved are left alone."""
+    model = nn.Module()
+    model.register_buffer('kept', torch.ones(2))
+    model.register_buffer('left', torch.ones(2), persistent=False)
+    assert [('kept',)] == names_of(select(model))
+
+
+@pytest.mark.parametrize('bad', [BAD, float('inf'), float('-inf')])
+def test_buffer_with_inf(bad):
+    """A float buffer with NaN or Inf is copied and never a bad step."""
+    model = holder(
+        mask=torch.tensor([0.0, bad]), w=nn.Parameter(torch.ones(1))
+    )
+    entries = {entry.name: entry for entry in select(model)}
+    assert Role.COPIED is entries['mask'].role
+    assert not entries['mask'].gated
+    assert entries['w'].gated
+
+
+def test_gates():
+    """Float and complex parameters are gates, buffers are not."""
+    model = holder(
+        real=nn.Parameter(torch.ones(1)),
+        phase=nn.Parameter(torch.ones(1, dtype=torch.complex64)),
+        count=torch.ones(1, dtype=torch.int64),
+        mean=torch.ones(1),
+    )
+    gates = {entry.name: entry.gated for entry in select(model)}
+    assert dict(real=True, phase=True, count=False, mean=False) == gates
+    assert 'averaged' == roles_of(model)['phase']
+    assert 'averaged' == roles_of(model)['mean']
+
+
+def copied_floats(model, **options):
+    """Names of the float tensors that are copied."""
+    return {
+        entry.name
+        for entry in select(model, **options)
+        if entry.role is Role.COPIED and entry.raw.is_floating_point()
+    }
+
+
+def quantized():
+    """A layer with observers of weights and activations."""
+    layer = nn.Sequential(nn.Linear(3, 2)).train()
+    layer.qconfig = quantization.get_default_qat_qconfig('x86')
+    return quantization.prepare_qat(layer)
+
+
+MEANLESS = {
+    'spectral norm': (
+        lambda: parametrizations.spectral_norm(nn.Linear(3, 2)),
+        {'parametrizations.weight.0._u', 'parametrizations.weight.0._v'},
+    ),
+    'old spectral norm': (
+        lambda: nn.utils.spectral_norm(nn.Linear(3, 2)),
+        {'weight_u', 'weight_v'},
+    ),
+    'orthogonal': (
+        lambda: parametrizations.orthogonal(nn.Linear(3, 3)),
+        {'parametrizations.weight.0.base'},
+    ),
+    'weight norm': (lambda: nn.utils.weight_norm(nn.Linear(3, 2)), set()),
+    'pruned': (
+        lambda: prune.l1_unstructured(nn.Linear(3, 2), 'weight', 2),
+        {'weight_mask'},
+    ),
+    'pruned twice': (
+        lambda: prune.random_structured(
+            prune.l1_unstructured(nn.Linear(3, 2), 'weight', 2), 'weight', 1, 1
+        ),
+        {'weight_mask'},
+    ),
+    'norm': (lambda: nn.BatchNorm2d(3), set()),
+}
+
+
+@pytest.mark.parametrize('kind', MEANLESS)
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_buffers_without_a_mean_are_copied(kind):
+    """Unit vectors and masks are copied; the weights beside are averaged."""
+    make, expected = MEANLESS[kind]
+    assert expected == copied_floats(make())
+    prefixed = nn.ModuleDict(dict(layer=make()))
+    assert {f'layer.{name}' for name in expected} == copied_floats(prefixed)
+    roles = roles_of(make())
+    assert all(
+        'averaged' == roles[name] for name, _ in make().named_parameters()
+    )
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_observers_are_copied():
+    """Ranges and scales of quantization are copied, not averaged."""
+    model = quantized()
+    floats = {n for n, x in model.named_buffers() if x.is_floating_point()}
+    # some versions of torch do not save eps
+    saved = floats & model.state_dict().keys()
+    assert len(saved) >= 6
+    assert saved == copied_floats(model)
+
+
+def test_named_tensors_are_copied():
+    """``copied`` takes patterns of names, of parameters too."""
+    model = nn.ModuleDict(dict(a=nn.BatchNorm1d(2), b=nn.BatchNorm1d(2)))
+    model.register_buffer('queue', torch.ones(3))
+    found = copied_floats(model, copied=['queue', 'a.running_*', '*.bias'])
+    expected = {'queue', 'a.running_mean', 'a.running_var', 'a.bias', 'b.bias'}
+    assert expected == found
+    assert ['c.*'] == unmatched(select(model), ['a.*', 'c.*', 'queue'])
+
+
+@pytest.mark.parametrize(
+    ('layer', 'name'),
+    [
+        (lambda: nn.LazyLinear(3), '1.weight'),
+        (lambda: nn.LazyBatchNorm1d(), '1.weight'),
+    ],
+)
+def test_lazy_modules(layer, name):
+    """A parameter without a shape is refused by name, with the remedy."""
+    model = nn.Sequential(nn.Linear(2, 4), layer())
+    with pytest.raises(ValueError, match='one forward pass') as error:
+        select(model)
+    assert f'{name} has no shape yet' in str(error.value)
+    model(torch.ones(2, 2))
+    assert '1.weight' in roles_of(model)
+
+
+class WithExtraState(nn.Linear):
+    """Saves something that is neither parameter nor buffer."""
+
+    def __init__(self, extra):
+        super().__init__(1, 1)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize('extra', [{'scale': 3}, 3, 'x', None])
+def test_extra_state(extra):
+    """Extra state of a module is left alone."""
+    expected = [('weight',), ('bias',)]
+    assert expected == names_of(select(WithExtraState(extra)))
+
+
+def test_extra_state_as_a_tensor():
+    """Extra state is left alone also where it is a tensor."""
+    expected = [('weight',), ('bias',)]
+    model = WithExtraState(torch.ones(3))
+    assert expected == names_of(select(model))
+
+
+class Renamed(nn.Linear):
+    """Saves its weight under another name."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self._register_state_dict_hook(self._rename)
+
+    @staticmethod
+    def _rename(module, state, prefix, metadata):
+        state[prefix + 'kernel'] = state.pop(prefix + 'weight')
+
+
+def test_state_dict_hook_that_renames():
+    """A tensor has the name under which it is saved."""
+    model = nn.Sequential(Renamed())
+    entries = select(model)
+    assert [('0.bias',), ('0.kernel',)] == names_of(entries)
+    assert entries[1].raw is model[0].weight
+
+
+class Unsaved(nn.Linear):
+    """Leaves its weight out of the ``state_dict``."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self._register_state_dict_hook(self._leave_out)
+
+    @staticmethod
+    def _leave_out(module, state, prefix, metadata):
+        del state[prefix + 'weight']
+
+
+def test_parameter_that_is_not_saved():
+    """A parameter that is not saved is averaged all the same."""
+    model = nn.Sequential(Unsaved())
+    entries = select(model)
+    assert [('0.bias',), ('(0.weight)',)] == names_of(entries)
+    assert Role.AVERAGED is entries[1].role
+
+
+class Converted(nn.Linear):
+    """Saves a converted copy of its weight."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self._register_state_dict_hook(self._convert)
+
+    @staticmethod
+    def _convert(module, state, prefix, metadata):
+        state[prefix + 'weight'] = state[prefix + 'weight'].detach() * 1.0
+
+
+def test_state_dict_hook_that_copies():
+    """A copy that a hook puts into the ``state_dict`` is no live tensor."""
+    model = Converted()
+    live = {t.data_ptr() for t in (model.weight, model.bias)}
+    entries = select(model)
+    assert live == {entry.raw.data_ptr() for entry in entries}
+
+
+@pytest.mark.skipif(
+    not hasattr(parametrizations, 'weight_norm'),
+    reason='torch before 2.1 has no parametrization of this name',
+)
+def test_parametrized():
+    """A parametrized weight is averaged as its originals."""
+    model = parametrizations.weight_norm(nn.Linear(2, 2))
+    prefix = 'parametrizations.weight.original'
+    expected = {'bias', f'{prefix}0', f'{prefix}1'}
+    assert expected == set(roles_of(model))
+
+
+def test_zero_sized():
+    """Tensors without elements are entries of their own."""
+    model = holder(
+        a=nn.Parameter(torch.zeros(0)),
+        b=nn.Parameter(torch.zeros(0, 3)),
+        c=torch.zeros(0),
+    )
+    assert [('a',), ('b',), ('c',)] == names_of(select(model))
+
+
+def test_empty_model():
+    """A model without tensors has no entries."""
+    assert [] == select(nn.Sequential(nn.ReLU()))
+
+
+def test_counts():
+    """Counts a role, and bytes, are those of the tensors that change."""
+    model = Mixed()
+    state = model.state_dict()
+    size = 0
+    for name, value in state.items():
+        frozen = name.startswith('frozen') or name == 'tied.weight'
+        width = 4 if value.dtype == torch.bfloat16 else value.element_size()
+        size += 0 if frozen else value.numel() * width
+    expected = dict(averaged=11, copied=3, shared=2, bytes=size)
+    assert expected == count_roles(select(model))
+
+
+@settings(max_examples=300, deadline=None)
+@given(model=trees())
+def test_random_trees(model):
+    """Every saved name appears once, sees its tensor, and no byte is twice."""
+    state = model.state_dict(keep_vars=True)
+    entries = select(model)
+    labels = [(e, x) for e in entries for x in e.labels if x.saved]
+    assert sorted(state) == sorted(label.name for _, label in labels)
+    for entry, label in labels:
+        seen = label.of(entry.raw)
+        assert torch.equal(state[label.name].detach(), seen.detach())
+        if seen.numel():
+            assert state[label.name].data_ptr() == seen.data_ptr()
+    spans = [memory_of(entry.raw) for entry in entries]
+    assert sum(map(len, spans)) == len(set().union(*spans))
+    owned = set().union(*(memory_of(t) for t in state.values()))
+    assert owned <= set().union(*spans)
+
+
+@settings(max_examples=200, deadline=None)
+@given(model=trees())
+def test_random_roles(model):
+    """What shares memory with a trainable parameter is averaged."""
+    state = model.state_dict(keep_vars=True)
+    parameters = [t for t in state.values() if isinstance(t, nn.Parameter)]
+    trained = [t for t in parameters if t.requires_grad]
+    moving = set().union(*map(memory_of, trained)) if trained else set()
+    roles = roles_of(model)
+    for name, tensor in state.items():
+        if memory_of(tensor) & moving:
+            assert 'averaged' == roles[name]
+        elif not tensor.is_floating_point():
+            assert 'copied' == roles[name]

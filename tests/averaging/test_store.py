@@ -1,0 +1,656 @@
+"""What the averages follow, what loads into them, and what they cost."""
+
+import copy
+import gc
+from inspect import signature
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_ema.averaging import CheckpointError, WeightAverager
+from tests import oracle
+from tests.averaging.models import (
+    Mixed,
+    averages_of,
+    bits_of,
+    numpy64,
+    perturb,
+    raw_bytes,
+    run_python,
+    state_of,
+    storage_of,
+)
+
+
+def constant(model, **options):
+    return WeightAverager(model, 'constant', decay=0.5, **options)
+
+
+def fill(model, value):
+    """Set every parameter and float buffer of a model."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.fill_(value)
+
+
+# Thawing
+
+
+def test_thaw():
+    """A thawed parameter is averaged from its frozen value on."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    model[0].requires_grad_(False)
+    fill(model, 0.0)
+    averager = constant(model)
+    with torch.no_grad():
+        model[1].weight.fill_(8)
+    averager.update()
+    model[0].requires_grad_(True)
+    averager.thaw()
+    with torch.no_grad():
+        model[0].weight.fill_(4)
+    averager.update()
+    averages = averages_of(averager)
+    assert (2.0, 6.0) == (
+        averages['0.weight'].item(),
+        averages['1.weight'].item(),
+    )
+    assert dict(averaged=4, copied=0, shared=0, bytes=16) == averager.counts()
+    with averager.applied():
+        assert 2.0 == model[0].weight.item()
+    assert 4.0 == model[0].weight.item()
+
+
+def test_thaw_without_anything_frozen():
+    """Thawing does nothing to what is averaged already."""
+    model = Mixed()
+    averager = constant(model)
+    perturb(model, torch.Generator().manual_seed(0))
+    averager.update()
+    before = averages_of(averager)
+    averager.thaw()
+    after = averages_of(averager)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_frozen_in_mid_run():
+    """A parameter that is frozen in mid-run keeps its average."""
+    model = nn.Linear(1, 1)
+    fill(model, 0.0)
+    averager = constant(model)
+    fill(model, 8.0)
+    averager.update()
+    model.requires_grad_(False)
+    averager.refresh()
+    averager.update()
+    assert 6.0 == averages_of(averager)['weight'].item()
+
+
+def test_frozen_in_mid_run_and_followed():
+    """What was frozen in mid-run keeps its average when tensors move."""
+    model = Mixed()
+    averager = constant(model)
+    perturb(model, torch.Generator().manual_seed(0))
+    averager.update()
+    expected = averages_of(averager)
+    model.requires_grad_(False)
+    model.float_buffer = model.float_buffer.clone()
+    averager.refresh()
+    found = averages_of(averager)
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+# Tensors that are replaced
+
+
+class Replaces(nn.Module):
+    """Replaces its buffer at every step, as ``x = x * 2`` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer('x', torch.zeros(2))
+
+
+def test_replaced_buffer():
+    """A buffer that is another object at every step is followed."""
+    model = Replaces()
+    averager = constant(model)
+    expected = torch.zeros(2)
+    for step in range(1, 6):
+        model.x = model.x + step
+        assert averager.update() is True
+        expected = (expected + model.x) / 2
+        assert torch.equal(expected, averages_of(averager)['x'])
+    with averager.applied():
+        assert torch.equal(expected, model.x)
+    assert torch.equal(torch.full((2,), 15.0), model.x)
+
+
+def test_replaced_integer_buffer():
+    """A replaced integer buffer is copied exactly."""
+    model = nn.Module()
+    model.register_buffer('n', torch.tensor(0))
+    averager = constant(model)
+    for step in range(1, 4):
+        model.n = model.n + 2**40
+        averager.update()
+        assert step * 2**40 == averages_of(averager)['n'].item()
+
+
+def test_buffer_of_another_shape():
+    """A buffer that grew is averaged anew."""
+    model = Replaces()
+    averager = constant(model)
+    model.x = torch.ones(3)
+    averager.update()
+    assert torch.equal(torch.ones(3), averages_of(averager)['x'])
+
+
+def test_buffer_that_appears_and_goes():
+    """A buffer that was None is followed, and one that goes is dropped."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(1))
+    model.register_buffer('late', None)
+    averager = constant(model)
+    model.late = torch.ones(2)
+    averager.update()
+    assert torch.equal(torch.ones(2), averages_of(averager)['late'])
+    model.late = None
+    averager.update()
+    assert {'weight'} == set(averages_of(averager))
+
+
+def test_replaced_parameter():
+    """A replaced parameter is followed; its average goes on."""
+    model = nn.Linear(1, 1)
+    fill(model, 0.0)
+    averager = constant(model)
+    fill(model, 8.0)
+    averager.update()
+    model.weight = nn.Parameter(torch.full((1, 1), 6.0))
+    averager.refresh()
+    assert 4.0 == averages_of(averager)['weight'].item()
+    averager.update()
+    assert 5.0 == averages_of(averager)['weight'].item()
+
+
+def test_applied_follows():
+    """The averages go into the tensors that the model has by then."""
+    model = nn.Linear(1, 1)
+    fill(model, 0.0)
+    averager = constant(model)
+    fill(model, 8.0)
+    averager.update()
+    model.weight = nn.Parameter(torch.full((1, 1), 6.0))
+    with averager.applied():
+        assert 4.0 == model.weight.item()
+    assert 6.0 == model.weight.item()
+
+
+def test_replaced_storage():
+    """``parameter.data = ...`` needs no notice."""
+    model = Mixed()
+    averager = constant(model)
+    start, states = state_of(model), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        perturb(model, generator)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        states.append(state_of(model))
+        averager.update()
+    for name in ('conv.weight', 'first.weight', 'low', 'scale'):
+        expected = oracle.average(
+            numpy64(start[name]),
+            [numpy64(state[name]) for state in states],
+            lambda n: 0.5,
+        )
+        found = numpy64(averages_of(averager)[name])
+        # Four float32 updates.
+        assert oracle.relative_error(found, expected) <= 1e-6
+    bits = bits_of(model)
+    with averager.applied():
+        pass
+    assert bits == bits_of(model)
+
+
+def test_load_state_dict():
+    """Loading into the model in place needs no notice."""
+    model, other = Mixed(), Mixed(seed=5)
+    averager = constant(model)
+    before = averages_of(averager)
+    model.load_state_dict(other.state_dict())
+    averager.update()
+    weight = averages_of(averager)['conv.weight']
+    expected = (before['conv.weight'] + other.conv.weight.detach()) / 2
+    # One float32 rounding of numbers near 1.
+    torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    'assign' not in signature(nn.Module.load_state_dict).parameters,
+    reason='torch before 2.1 has no load_state_dict(assign=True)',
+)
+def test_load_state_dict_with_assign():
+    """After ``load_state_dict(assign=True)`` the next update follows."""
+    model, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    fill(model, 0.0)
+    fill(other, 8.0)
+    averager = constant(model)
+    model.load_state_dict(other.state_dict(), assign=True)
+    averager.update()
+    assert 4.0 == averages_of(averager)['weight'].item()
+    with averager.applied():
+        assert 4.0 == model.weight.item()
+    assert 8.0 == model.weight.item()
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'expected'),
+    [
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+def test_model_that_is_converted(dtype, expected):
+    """A model that is converted in mid-run keeps its averages."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    fill(model, 0.0)
+    averager = constant(model)
+    fill(model, 8.0)
+    averager.update()
+    model.to(dtype)
+    averager.refresh()
+    assert 4.0 == averages_of(averager)['0.weight'].item()
+    fill(model, 6.0)
+    averager.update()
+    for name in ('0.weight', '1.running_mean'):
+        average = averages_of(averager)[name]
+        assert expected == average.dtype
+        assert 5.0 == average.item()
+    bits = bits_of(model)
+    with averager.applied():
+        assert dtype == model[0].weight.dtype
+        assert 5.0 == model[0].weight.item()
+    assert bits == bits_of(model)
+
+
+def test_model_that_is_converted_without_notice():
+    """An update right after ``model.double()`` follows by itself."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    fill(model, 0.0)
+    averager = constant(model)
+    model.double()
+    fill(model, 8.0)
+    averager.update()
+    assert 4.0 == averages_of(averager)['0.weight'].item()
+    assert 4.0 == averages_of(averager)['1.running_mean'].item()
+
+
+def test_untied_by_data():
+    """Names whose memory is no longer shared are averaged apart."""
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    second.data = first.data
+    model = nn.Module()
+    model.first, model.second = first, second
+    averager = constant(model)
+    second.data = torch.zeros(2)
+    averager.refresh()
+    with torch.no_grad():
+        first.fill_(2)
+        second.fill_(4)
+    averager.update()
+    averages = averages_of(averager)
+    assert [1.0, 1.0] == averages['first'].tolist()
+    assert [2.0, 2.0] == averages['second'].tolist()
+
+
+def test_tied_later():
+    """Names that come to share memory are averaged once."""
+    model = nn.Module()
+    model.first, model.second = nn.Linear(1, 1), nn.Linear(1, 1)
+    fill(model, 0.0)
+    averager = constant(model)
+    model.second.weight = model.first.weight
+    averager.refresh()
+    fill(model, 4.0)
+    averager.update()
+    averages = averages_of(averager)
+    assert 2.0 == averages['first.weight'].item()
+    assert 2.0 == averages['second.weight'].item()
+
+
+class Unsaved(nn.Linear):
+    """Leaves its weight out of the ``state_dict``."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.register_buffer('x', torch.zeros(1))
+        self._register_state_dict_hook(self._leave_out)
+
+    @staticmethod
+    def _leave_out(module, state, prefix, metadata):
+        del state[prefix + 'weight']
+
+
+def test_unsaved_parameter_is_followed():
+    """A parameter that is not saved keeps its average when tensors move."""
+    model = Unsaved()
+    fill(model, 0.0)
+    averager = constant(model)
+    fill(model, 8.0)
+    averager.update()
+    model.x = model.x.clone()
+    averager.refresh()
+    with averager.applied():
+        assert 4.0 == model.weight.item()
+    assert 8.0 == model.weight.item()
+
+
+def test_replaced_module():
+    """The next update follows it, one of many modules, and it is named."""
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(100)))
+    fill(model, 0.0)
+    averager = constant(model)
+    averager.update()
+    assert not averager._store.has_changed
+    model[41] = nn.Linear(1, 1)
+    model[43].weight = nn.Parameter(torch.zeros(1, 1))
+    fill(model, 8.0)
+    averager.update()
+    averages = averages_of(averager)
+    assert {4.0} == {average.item() for average in averages.values()}
+    expected = ['41.weight', '41.bias', '43.weight']
+    assert expected == averager.take_replaced()
+    assert [] == averager.take_replaced()
+    assert not averager._store.has_changed
+
+
+def test_module_of_another_shape():
+    """Its average starts from the weights it has before the step."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    fill(model, 0.0)
+    averager = constant(model)
+    model[1] = nn.Linear(1, 3)
+    fill(model, 4.0)
+    averager.before_step()
+    fill(model, 8.0)
+    averager.update()
+    averages = averages_of(averager)
+    assert [6.0] * 3 == averages['1.bias'].tolist()
+    assert 4.0 == averages['0.bias'].item()
+
+
+def test_added_module():
+    """A module that is put beside others is averaged from then on."""
+    model = nn.Sequential(nn.Linear(1, 1))
+    fill(model, 0.0)
+    averager = constant(model)
+    model.add_module('more', nn.Linear(1, 1))
+    fill(model, 4.0)
+    averager.before_step()
+    fill(model, 8.0)
+    averager.update()
+    averages = averages_of(averager)
+    assert (4.0, 6.0) == (
+        averages['0.bias'].item(),
+        averages['more.bias'].item(),
+    )
+
+
+def test_renamed_parameter():
+    """A parameter keeps its average where a module is put around its own."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    fill(model, 0.0)
+    averager = constant(model)
+    fill(model, 8.0)
+    averager.update()
+    model[1] = nn.Sequential(model[1])
+    fill(model, 6.0)
+    averager.update()
+    averages = averages_of(averager)
+    assert ['0.weight', '0.bias', '1.0.weight', '1.0.bias'] == list(averages)
+    assert {5.0} == {average.item() for average in averages.values()}
+    assert [] == averager.take_replaced()
+
+
+# Loading
+
+
+def test_round_trip():
+    """What ``state_dict`` returns loads into another averager."""
+    model = Mixed()
+    averager = WeightAverager(model, decay=0.9, tau=3, interval=2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        perturb(model, generator)
+        averager.update()
+    state = copy.deepcopy(averager.state_dict())
+    assert 'exponential(decay=0.9, tau=3.0)' == state['schedule']
+    other = WeightAverager(Mixed(seed=4), decay=0.9, tau=3, interval=2)
+    other.load_state_dict(state)
+    found = averages_of(other)
+    for name, average in averages_of(averager).items():
+        assert raw_bytes(average) == raw_bytes(found[name]), name
+    assert averager.progress() == other.progress()
+
+
+def test_state_dict_is_plain(tmp_path):
+    """A state loads with ``weights_only=True``, tied names tied."""
+    model = Mixed()
+    averager = constant(model)
+    torch.save(averager.state_dict(), tmp_path / 'a.pth')
+    state = torch.load(tmp_path / 'a.pth', weights_only=True)
+    averages = state['averages']
+    pointer = averages['first.weight'].data_ptr()
+    assert pointer == averages['tied.weight'].data_ptr()
+    constant(Mixed()).load_state_dict(state)
+
+
+def test_load_copies():
+    """Loaded averages are copied: the given tensors stay as they are."""
+    model = nn.Linear(1, 1)
+    averager = constant(model)
+    state = dict(
+        num_steps=3,
+        averages=dict(weight=torch.zeros(1, 1), bias=torch.zeros(1)),
+    )
+    averager.load_state_dict(state)
+    fill(model, 8.0)
+    averager.update()
+    assert 0.0 == state['averages']['weight'].item()
+    assert 4.0 == averages_of(averager)['weight'].item()
+    assert (
+        dict(num_steps=4, num_updates=4, num_skipped=0, averaged_steps=4)
+        == averager.progress()
+    )
+
+
+def test_load_converts():
+    """Averages of another dtype are converted on the way in."""
+    averager = constant(nn.Linear(1, 1))
+    averages = dict(
+        weight=torch.full((1, 1), 0.5).double(), bias=torch.ones(1).half()
+    )
+    averager.load_state_dict(dict(num_steps=1, averages=averages))
+    found = averages_of(averager)
+    assert (0.5, torch.float32) == (
+        found['weight'].item(),
+        found['weight'].dtype,
+    )
+
+
+def test_load_of_another_frozen_value():
+    """A frozen parameter whose average differs from it gets one."""
+    model = nn.Linear(1, 1).requires_grad_(False)
+    averager = constant(model)
+    averages = dict(weight=model.weight + 1, bias=model.bias.detach().clone())
+    averager.load_state_dict(dict(num_steps=1, averages=averages))
+    found = averages_of(averager)
+    assert torch.equal(averages['weight'].detach(), found['weight'])
+    assert 1 == averager.counts()['shared']
+    bits = bits_of(model)
+    with averager.applied():
+        assert torch.equal(averages['weight'].detach(), model.weight.detach())
+    assert bits == bits_of(model)
+
+
+def state_with(model, **changes):
+    """Return a state that fits a model, other values than its own."""
+    averages = {k: v + 1 for k, v in model.state_dict().items()}
+    averages.update(changes)
+    averages = {k: v for k, v in averages.items() if v is not None}
+    return dict(num_steps=9, num_updates=9, averages=averages)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        (dict(bias=torch.ones(5)), ('bias', '(5,)', '(3,)')),
+        (dict(bias=None), ('1 missing', 'bias')),
+        (dict(extra=torch.ones(1)), ('1 unknown', 'extra')),
+    ],
+)
+def test_load_errors(changes, words):
+    """An average that does not fit is named, and nothing is changed."""
+    model = nn.Linear(2, 3)
+    averager = constant(model)
+    averager.update()
+    before, progress = averages_of(averager), averager.progress()
+    with pytest.raises(CheckpointError) as error:
+        averager.load_state_dict(state_with(model, **changes))
+    assert [] == [word for word in words if word not in str(error.value)]
+    after = averages_of(averager)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert progress == averager.progress()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda state: state.pop('num_steps'),
+        lambda state: state.pop('averages'),
+        lambda state: state.update(num_steps='many'),
+        lambda state: state.update(num_steps=-1),
+        lambda state: state['averages'].update(weight='text'),
+    ],
+    ids=['no steps', 'no averages', 'a word', 'negative', 'no tensor'],
+)
+def test_load_of_no_state(change):
+    """What is no state of an averager is refused before any change."""
+    model = nn.Linear(2, 3)
+    averager = constant(model)
+    averager.update()
+    before, progress = averages_of(averager), averager.progress()
+    state = state_with(model)
+    change(state)
+    with pytest.raises(CheckpointError):
+        averager.load_state_dict(state)
+    after = averages_of(averager)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert progress == averager.progress()
+
+
+def test_load_shape_error_without_strict():
+    """A shape that differs is an error also without ``strict``."""
+    model = nn.Linear(2, 3)
+    with pytest.raises(CheckpointError, match=r'bias .*\(5,\).*\(3,\)'):
+        constant(model).load_state_dict(
+            state_with(model, bias=torch.ones(5)), strict=False
+        )
+
+
+def test_load_without_strict():
+    """Without ``strict`` a missing average starts from the weights."""
+    model = nn.Linear(2, 3)
+    averager = constant(model)
+    state = state_with(model, bias=None, extra=torch.ones(1))
+    averager.load_state_dict(state, strict=False)
+    found = averages_of(averager)
+    assert torch.equal(model.bias.detach(), found['bias'])
+    assert torch.equal(model.weight.detach() + 1, found['weight'])
+
+
+# Memory
+
+
+def storages_of(root):
+    """Return the storages of all tensors that an object leads to."""
+    seen, found, todo = set(), {}, [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, (type, nn.Module)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = storage_of(item)
+            found[storage.data_ptr()] = storage.nbytes()
+        elif not callable(item) or hasattr(item, '__dict__'):
+            todo += gc.get_referents(item)
+    return found
+
+
+def test_memory():
+    """An averager holds one copy of what can change."""
+    model = Mixed()
+    averager = WeightAverager(model)
+    averager.update()
+    tensors = [*model.parameters(), *model.buffers()]
+    own = {storage_of(t).data_ptr() for t in tensors}
+    found = storages_of(averager._store)
+    extra = sum(size for p, size in found.items() if p not in own)
+    copied = averager.counts()['bytes']
+    assert copied == extra
+
+
+def test_frozen_parameters_cost_nothing():
+    """60 million frozen parameters add no memory, in bytes and in RSS."""
+    code = """
+import resource, torch
+from mmdet_ema.averaging import WeightAverager
+with torch.no_grad():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(60_000, 1000, bias=False), torch.nn.Linear(9, 9))
+    model[0].weight.fill_(0.5)
+model[0].requires_grad_(False)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+averager = WeightAverager(torch.nn.Linear(3, 3))
+averager.update()
+with averager.applied():
+    pass
+averager.distance()
+before = peak()
+averager = WeightAverager(model)
+for _ in range(3):
+    averager.update()
+with averager.applied():
+    dict(averager.named_averages())
+averager.refresh()
+averager.state_dict()
+averager.distance()
+print(averager.counts()['bytes'], peak() - before)
+"""
+    run = run_python(code, OMP_NUM_THREADS='1')
+    assert 0 == run.returncode, run.stderr
+    size, grown = run.stdout.split()[-2:]
+    assert 4 * 90 == int(size)
+    # The weights are 229 MiB; the rest is the allocator's.
+    assert float(grown) < 20
+
+
+def test_refresh_frees():
+    """Averages of tensors that were replaced are let go."""
+    model = Replaces()
+    averager = constant(model)
+    found = []
+    for _ in range(20):
+        model.x = model.x + 1
+        averager.update()
+        gc.collect()
+        found.append(len(storages_of(averager._store)))
+    assert found[0] == found[-1]

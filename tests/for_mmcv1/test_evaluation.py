@@ -1,0 +1,269 @@
+"""What evaluations see, and that the raw weights come back."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmcv.runner import EvalHook
+
+from mmdet_ema import OptionError
+from tests import oracle
+from tests.for_mmcv1.test_orders import RUNNERS, plain_records, wrong
+from tests.for_mmcv1.toy import (
+    EMA,
+    Run,
+    ToyData,
+    loader,
+    raw_of,
+    same,
+    state_of,
+)
+
+BEST = dict(rule='greater')
+
+
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('evaluate', ['ema', 'raw', 'both'])
+def test_exception_leaves_the_raw_weights(error, evaluate, tmp_path):
+    """Whatever ends an evaluation, the model holds the raw weights."""
+
+    def fail(model, data_loader):
+        raise error('in the evaluation')
+
+    hook = dict(EMA, evaluate=evaluate)
+    run = Run(tmp_path, hook, evaluation=dict(test_fn=fail))
+    with pytest.raises(error, match='in the evaluation'):
+        run.train()
+    assert 4 == len(run.records)
+    assert [] == same(state_of(run.model), run.records[-1])
+
+
+def test_training_goes_on_after_an_exception(tmp_path):
+    """A run that is started again goes on from the raw weights."""
+    plain = Run(tmp_path / 'plain', runner=dict(max_epochs=2)).train()
+    run = Run(tmp_path, EMA)
+    test, run.evaluator.test_fn = run.evaluator.test_fn, None
+    with pytest.raises(TypeError):
+        run.train()
+    run.evaluator.test_fn = test
+    run.runner._epoch = 1
+    run.train()
+    assert [] == same(plain.records[-1], run.records[-1])
+
+
+@pytest.mark.parametrize('runner', list(RUNNERS))
+@pytest.mark.parametrize('evaluate', ['ema', 'raw', 'both'])
+def test_val_in_the_workflow_sees_the_averages(runner, evaluate, tmp_path):
+    """The val flow runs on the averages and changes nothing."""
+    times = 1 if runner == 'epochs' else 4
+    workflow = [('train', times), ('val', times)]
+    options = dict(runner=RUNNERS[runner], workflow=workflow, evaluation=None)
+    plain = Run(tmp_path / 'plain', **options).train()
+    run = Run(tmp_path, dict(EMA, evaluate=evaluate), **options).train()
+    assert [] == same(plain.records[-1], run.records[-1])
+    assert [4, 8, 12, 16] == [step for step, _ in run.recorder.vals]
+    for step, seen in run.recorder.vals:
+        if evaluate == 'raw':
+            assert [] == same(seen, run.records[step - 1])
+        else:
+            assert [] == wrong(run, seen, step)
+
+
+def test_val_before_train_sees_the_initial_weights(tmp_path):
+    """A workflow that begins with val has nothing but the first weights."""
+    workflow = [('val', 1), ('train', 1)]
+    run = Run(tmp_path, EMA, workflow=workflow).train()
+    assert [] == same(run.recorder.vals[0][1], run.recorder.start)
+    assert [] == wrong(run, run.recorder.vals[1][1], 4)
+
+
+def test_failing_val_leaves_the_raw_weights(tmp_path):
+    """An exception in the val flow restores, too."""
+    run = Run(tmp_path, EMA, workflow=[('train', 1), ('val', 1)])
+    run.model.val_step = lambda *args, **kwargs: 'no dict'
+    with pytest.raises(TypeError, match='must return a dict'):
+        run.train()
+    assert [] == same(state_of(run.model), run.records[-1])
+
+
+def test_raw_evaluates_the_raw_weights(tmp_path):
+    """``evaluate='raw'`` evaluates what is trained; files do not change."""
+    run = Run(tmp_path, dict(EMA, evaluate='raw')).train()
+    for step, seen in run.recorder.seen:
+        assert [] == same(seen, run.records[step - 1])
+    saved = run.load('epoch_2.pth')
+    assert [] == wrong(run, saved['state_dict'], 8)
+
+
+class Noted(EvalHook):
+    """Keeps what every evaluation leaves for the loggers."""
+
+    def _do_evaluate(self, runner):
+        super()._do_evaluate(runner)
+
+    def after_train_epoch(self, runner):
+        super().after_train_epoch(runner)
+        noted = self.__dict__.setdefault('noted', [])
+        noted.append(dict(runner.log_buffer.output))
+
+
+def test_both_evaluates_raw_then_averages(tmp_path):
+    """The metrics of the raw weights come under ``raw/<name>``."""
+    evaluation = dict(kind=Noted, save_best='score', **BEST)
+    run = Run(tmp_path, dict(EMA, evaluate='both'), evaluation=evaluation)
+    run.train()
+    seen = run.recorder.seen
+    assert [4, 4, 8, 8] == [step for step, _ in seen]
+    for (step, raw), (_, averages) in zip(seen[::2], seen[1::2]):
+        assert [] == same(raw, run.records[step - 1])
+        assert [] == wrong(run, averages, step)
+    names = {'eval_iter_num', 'score', 'mAP', 'raw/score', 'raw/mAP'}
+    assert [names, names] == [set(output) for output in run.evaluator.noted]
+    output = run.evaluator.noted[-1]
+    assert output['score'] != output['raw/score']
+    run.model.load_state_dict(run.records[-1])
+    with torch.no_grad():
+        results = run.recorder.test(run.model, loader(4, seed=1))
+    assert output['raw/score'] == ToyData(1, 0).evaluate(results)['score']
+    assert run.runner.meta['hook_msgs']['best_score'] == max(
+        output['score'] for output in run.evaluator.noted
+    )
+
+
+@pytest.mark.parametrize('best', ['raw/score', 'score'])
+def test_best_file_by_either_metric(best, tmp_path):
+    """``save_best='raw/...'`` chooses by the raw weights' metric."""
+    evaluation = dict(kind=Noted, save_best=best, **BEST)
+    hook = dict(EMA, evaluate='both')
+    run = Run(tmp_path, hook, evaluation=evaluation, runner=dict(max_epochs=4))
+    run.train()
+    scores = [output[best] for output in run.evaluator.noted]
+    chosen = 1 + int(np.argmax(scores))
+    assert run.runner.meta['hook_msgs']['best_score'] == max(scores)
+    name = best.replace('/', '_')
+    saved = run.load(f'best_{name}_epoch_{chosen}.pth')
+    assert [] == wrong(run, saved['state_dict'], 4 * chosen)
+    assert [] == same(raw_of(saved), run.records[4 * chosen - 1])
+
+
+def test_best_by_raw_needs_both(tmp_path):
+    """Without ``evaluate='both'`` there is no such metric, and a line."""
+    evaluation = dict(save_best='raw/score', **BEST)
+    with pytest.raises(OptionError, match=r"raw/score.*evaluate='both'"):
+        Run(tmp_path, EMA, evaluation=evaluation).train()
+
+
+def test_best_by_an_unknown_raw_metric_is_named(tmp_path):
+    """A metric that the data set does not have is named, with those it has."""
+    evaluation = dict(save_best='raw/AP', **BEST)
+    hook = dict(EMA, evaluate='both')
+    run = Run(tmp_path, hook, evaluation=evaluation)
+    with pytest.raises(OptionError, match=r'raw/AP.*raw/score'):
+        run.train()
+    assert [] == same(state_of(run.model), run.records[-1])
+
+
+@pytest.mark.parametrize('evaluate', ['ema', 'both'])
+def test_randomness_is_that_of_a_run_without_ema(evaluate, tmp_path):
+    """A second evaluation draws no numbers that training would have drawn."""
+
+    class Random(ToyData):
+        def __getitem__(self, index):
+            noise = torch.rand(4) + random.random() + np.random.rand()
+            return dict(inputs=super().__getitem__(index)['inputs'] * noise)
+
+    runs = []
+    for hooks in ([], [dict(EMA, evaluate=evaluate)]):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        data = torch.utils.data.DataLoader(
+            Random(16, 0), batch_size=4, shuffle=True
+        )
+        folder = tmp_path / str(len(hooks))
+        run = Run(folder, *hooks, loader=data)
+        run.evaluator.dataloader = torch.utils.data.DataLoader(Random(4, 1))
+        runs.append(run.train())
+    assert [] == same(runs[0].records[-1], runs[1].records[-1])
+
+
+@pytest.mark.parametrize('start', [None, 0, 2, 3])
+def test_start_and_interval(start, tmp_path):
+    """``start`` and ``interval`` of the evaluation are followed as ever."""
+    evaluation = dict(start=start, interval=2)
+    options = dict(runner=dict(max_epochs=4))
+    plain = Run(tmp_path, evaluation=dict(evaluation), **options).train()
+    run = Run(tmp_path, EMA, evaluation=dict(evaluation), **options).train()
+    steps = [step for step, _ in run.recorder.seen]
+    assert [step for step, _ in plain.recorder.seen] == steps
+    assert 1 <= len(steps)
+    assert [] == [
+        s for s, seen in run.recorder.seen if s and wrong(run, seen, s)
+    ]
+
+
+def test_evaluation_before_the_first_epoch_of_a_resumed_run(tmp_path):
+    """With ``start`` behind it, a resumed run evaluates the averages first."""
+    first = Run(tmp_path, EMA, runner=dict(max_epochs=2)).train()
+    rest = Run(
+        tmp_path,
+        EMA,
+        runner=dict(max_epochs=3),
+        evaluation=dict(start=1, interval=1),
+    ).train(resume=tmp_path / 'epoch_2.pth')
+    step, seen = rest.recorder.seen[0]
+    assert 0 == step
+    assert [] == wrong(first, seen, 8)
+
+
+def test_dynamic_intervals_of_mmdet(tmp_path):
+    """The ``EvalHook`` of mmdet 2, with dynamic intervals, sees averages."""
+    core = pytest.importorskip('mmdet.core')
+    seen = []
+
+    run = Run(
+        tmp_path,
+        EMA,
+        runner=dict(max_epochs=4),
+        evaluation=dict(
+            kind=core.EvalHook, interval=2, dynamic_intervals=[(3, 1)]
+        ),
+    )
+    forward = run.model.forward
+
+    def watched(inputs, return_loss=True, **kwargs):
+        if not return_loss:
+            seen.append((len(run.records), state_of(run.model)))
+        return forward(inputs, return_loss)
+
+    run.model.forward = watched
+    run.train()
+    assert [8, 12, 16] == [step for step, _ in seen]
+    assert [] == [step for step, state in seen if wrong(run, state, step)]
+
+
+def test_hook_that_is_registered_late_is_watched(tmp_path):
+    """An evaluation hook that comes during the run sees the averages."""
+    run = Run(tmp_path, EMA, evaluation=None, runner=dict(max_epochs=2))
+    late = EvalHook(loader(4, seed=1), test_fn=run.recorder.test)
+    before_run = run.recorder.before_run
+
+    def register(runner):
+        before_run(runner)
+        runner.register_hook(late, priority='LOW')
+
+    run.recorder.before_run = register
+    run.train()
+    assert [4, 8] == [step for step, _ in run.recorder.seen]
+    assert [] == [s for s, seen in run.recorder.seen if wrong(run, seen, s)]
+
+
+def test_plain_records_are_those_of_the_oracle(tmp_path):
+    """The comparison itself sees a difference where there is one."""
+    records = plain_records('epochs', True)
+    run = Run(tmp_path, EMA, runner=RUNNERS['epochs']).train()
+    assert wrong(run, records[-1], 16)
+    start, values = run.trace('head.weight')
+    average = oracle.average(start, values, lambda n: 0.5)
+    assert oracle.relative_error(average, values[-1]) > 1e-3

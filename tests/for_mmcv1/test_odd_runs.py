@@ -1,0 +1,150 @@
+"""Runs that are put together in unusual ways."""
+
+import pytest
+import torch
+from mmcv.parallel import MMDataParallel
+from mmcv.runner import EpochBasedRunner, EvalHook, Hook
+from mmcv.runner.builder import RUNNERS
+from torch import nn
+
+from mmdet_ema import OptionError
+from mmdet_ema.for_mmcv1.ema_hook import EMAHook
+from tests.for_mmcv1.test_orders import wrong
+from tests.for_mmcv1.toy import (
+    EMA,
+    Run,
+    ToyModel,
+    loader,
+    raw_of,
+    same,
+    state_of,
+)
+
+ITERS = dict(type='IterBasedRunner', max_iters=8)
+
+
+@pytest.mark.parametrize('evaluate', ['ema', 'both'])
+def test_evaluation_between_forward_and_backward(evaluate, tmp_path):
+    """Evaluating before the OptimizerHook does not disturb autograd."""
+    options = dict(interval=2, by_epoch=False)
+    runs = [
+        Run(tmp_path / str(i), *hooks, runner=ITERS, evaluation=None)
+        for i, hooks in enumerate(([], [dict(EMA, evaluate=evaluate)]))
+    ]
+    for run in runs:
+        hook = EvalHook(
+            loader(4, seed=1), test_fn=run.recorder.test, **options
+        )
+        run.runner.register_hook(hook, priority='VERY_HIGH')
+        run.train()
+    assert [] == same(runs[0].records[-1], runs[1].records[-1])
+
+
+def test_validation_before_training_knows_the_batch_size(tmp_path):
+    """The batch size is that of the training, whatever comes first."""
+    flow = [('val', 1), ('train', 1)]
+    run = Run(tmp_path, EMA, workflow=flow).train()
+    message = run.load('epoch_2.pth')['meta']['hook_msgs']['EMAHook']
+    assert run.train_loader.batch_size == message['ema_meta']['batch_size']
+
+
+@RUNNERS.register_module(force=True)
+class OwnSaving(EpochBasedRunner):
+    """Saves what the wrapped model says."""
+
+    def save_checkpoint(self, out_dir, filename_tmpl='', *args, **kwargs):
+        content = dict(state_dict=self.model.state_dict(), meta=self.meta)
+        torch.save(content, f'{out_dir}/own_{self.epoch + 1}.pth')
+
+
+def test_runner_that_saves_the_wrapped_model(tmp_path):
+    """Names with a wrapper's prefix get their averages, too."""
+    model = ToyModel()
+    run = Run(
+        tmp_path,
+        EMA,
+        model=model,
+        wrapped=MMDataParallel(model, device_ids=[-1]),
+        runner=dict(type='OwnSaving', max_epochs=2),
+    ).train()
+    saved = run.load('own_2.pth')['state_dict']
+    plain = {name[len('module.') :]: value for name, value in saved.items()}
+    assert [] == wrong(run, plain, 8)
+
+
+class Namesake(ToyModel):
+    """Owns ``ema_scale`` beside ``scale``, as mmcv's hook would."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.ema_scale = nn.Parameter(torch.ones(2) * 2)
+
+    def forward(self, inputs, **kwargs):
+        out = super().forward(inputs, **kwargs)
+        if isinstance(out, list):
+            return out
+        return out + (self.scale * self.ema_scale).sum() ** 2
+
+
+def test_model_that_owns_an_ema_name(tmp_path):
+    """A tensor of the model is not taken for a buffer of mmcv's hook."""
+    hook, epochs = EMA, dict(max_epochs=4)
+    whole = Run(tmp_path / 'a', hook, model=Namesake(), runner=epochs).train()
+    Run(tmp_path / 'b', hook, model=Namesake()).train()
+    rest = Run(tmp_path / 'b', hook, model=Namesake(), runner=epochs)
+    rest.train(resume=tmp_path / 'b' / 'epoch_2.pth')
+    saved, expected = rest.load('epoch_4.pth'), whole.load('epoch_4.pth')
+    assert [] == same(saved['state_dict'], expected['state_dict'])
+    assert [] == same(raw_of(saved), raw_of(expected))
+
+
+def test_evaluation_hook_with_a_way_of_its_own(tmp_path):
+    """An overridden ``after_train_epoch`` sees the averages as well."""
+
+    class Own(EvalHook):
+        def after_train_epoch(self, runner):
+            self.__dict__.setdefault('seen', []).append(state_of(run.model))
+
+    run = Run(tmp_path, EMA, evaluation=dict(kind=Own, by_epoch=True))
+    run.train()
+    assert [] == wrong(run, run.evaluator.seen[-1], 8)
+    assert [] == same(state_of(run.model), run.records[-1])
+
+
+def test_step_to_come_is_not_counted(tmp_path):
+    """A file that is saved before the optimizer's turn resumes before it."""
+    hooks = [dict(EMA)]
+
+    class Early(Hook):
+        def after_train_iter(self, runner):
+            if runner.iter == 3:
+                runner.save_checkpoint(str(tmp_path), 'early.pth')
+
+    run = Run(tmp_path, *hooks, runner=ITERS)
+    run.runner.register_hook(Early(), priority='VERY_HIGH')
+    run.train()
+    rest = Run(tmp_path / 'rest', *hooks, runner=ITERS)
+    rest.train(resume=tmp_path / 'early.pth')
+    assert 5 == len(rest.records)
+
+
+def test_hook_that_is_registered_after_the_resume(tmp_path):
+    """A file that mmcv has loaded by itself is sorted out at the start."""
+    epochs = dict(max_epochs=4)
+    whole = Run(tmp_path / 'a', EMA, runner=epochs).train()
+    Run(tmp_path / 'b', EMA).train()
+    rest = Run(tmp_path / 'b', runner=epochs)
+    rest.runner.resume(str(tmp_path / 'b' / 'epoch_2.pth'))
+    rest.runner.register_hook_from_cfg(EMA)
+    rest.train()
+    saved, expected = rest.load('epoch_4.pth'), whole.load('epoch_4.pth')
+    raws = raw_of(saved), raw_of(expected)
+    assert [] == same(*raws)
+
+
+@pytest.mark.parametrize('path', ['', 5])
+def test_resume_from_that_is_no_path(path):
+    """What is no path is refused with its value."""
+    with pytest.raises(OptionError, match=f'resume_from={path!r} is no path'):
+        EMAHook(resume_from=path)

@@ -1,0 +1,139 @@
+"""Two real processes: the same averages on both, whatever the order."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.for_mmcv1.toy import raw_of, same
+
+# float32 rounds each of 8 updates to 6e-8 of the magnitude
+TOLERANCE = 1e-6
+ROOT = Path(__file__).parents[2]
+SPECS = [
+    'epochs',
+    'epochs,VERY_HIGH,both',
+    'epochs,VERY_LOW',
+    'iters,VERY_HIGH',
+    'iters,VERY_LOW',
+    'iters,runner,VERY_LOW',
+]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Train with every spec on two ranks; return the folder of all."""
+    path = tmp_path_factory.mktemp('ranks')
+    specs = [*SPECS, *sorted({plain(spec) for spec in SPECS})]
+    program = ['-m', 'tests.for_mmcv1.ranks_program', str(path), *specs]
+    environment = dict(
+        OMP_NUM_THREADS='1',
+        WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(free_port()),
+    )
+    # torchrun of torch 1.13 does not run under Python 3.11
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, '-W', 'ignore', *program],
+            cwd=ROOT,
+            env={**os.environ, **environment, 'RANK': str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    codes = [rank.returncode for rank in ranks]
+    assert [0, 0] == codes, '\n'.join(o[-4000:] for o in outputs)
+    return path
+
+
+def free_port():
+    """Return a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+def plain(spec):
+    """Return the spec of the same run without an EMA hook."""
+    kept = [w for w in spec.split(',') if w.islower() and w != 'both']
+    return ','.join([*kept, 'plain'])
+
+
+def dumped(folder):
+    """Read what the two ranks dumped."""
+    return [torch.load(folder / f'rank{rank}.pt') for rank in range(2)]
+
+
+def average_of(ranks, key, steps, every):
+    """The average of rank 0; both become the mean at every evaluation."""
+    averages = [rank['start'][key].double().numpy() for rank in ranks]
+    for n in range(1, steps + 1):
+        decay = oracle.ramp(n, 0.9, 3)
+        averages = [
+            decay * a + (1 - decay) * r['records'][n - 1][key].double().numpy()
+            for a, r in zip(averages, ranks)
+        ]
+        if n % every == 0:
+            averages = [sum(averages) / 2] * 2
+    return averages[0]
+
+
+def wrong(ranks, weights, steps, every):
+    """Names of the tensors that are not the average that they should be."""
+    found = []
+    for key, value in weights.items():
+        expected = average_of(ranks, key, steps, every)
+        if 'tracked' in key:
+            expected = ranks[0]['records'][steps - 1][key].numpy()
+        error = oracle.relative_error(value.double(), expected)
+        found += [f'{key} {error}'] if error > TOLERANCE else []
+    return found
+
+
+def steps_in(path):
+    number = int(path.stem.rpartition('_')[2])
+    return number if 'iter_' in path.stem else 4 * number
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_two_ranks(spec, folder):
+    """Evaluations have the averages of both ranks, and so have their files.
+
+    Statistics in a file that is written without an evaluation are averages
+    of rank 0. Raw weights, and each rank's own statistics, are those of a run
+    without an EMA hook, bit for bit.
+    """
+    every = 3 if 'iters' in spec else 4
+    ranks = dumped(folder / spec)
+    for rank, without in zip(ranks, dumped(folder / plain(spec))):
+        assert 8 == len(rank['records'])
+        assert [] == [
+            step
+            for step, state in enumerate(rank['records'])
+            if same(state, without['records'][step])
+        ]
+    seen = [rank['seen'] for rank in ranks]
+    assert [step for step, _ in seen[0]] == [step for step, _ in seen[1]]
+    for (step, left), (_, right) in list(zip(*seen))['both' in spec :: 2]:
+        assert [] == same(left, right)
+        assert [] == wrong(ranks, left, step, every)
+    files = [p for p in (folder / spec).glob('*.pth') if not p.is_symlink()]
+    assert len(files) >= 3
+    # as often as all ranks evaluate, and never else
+    evaluations = 8 // every
+    assert [3 * evaluations] * 2 == [rank['calls'] for rank in ranks]
+    for path in files:
+        saved, steps = torch.load(path), steps_in(path)
+        found = wrong(ranks, saved['state_dict'], steps, every)
+        assert [] == found, path.name
+        raw = ranks[0]['records'][steps - 1]
+        assert [] == same(raw_of(saved), raw), path.name

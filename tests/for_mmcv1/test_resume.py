@@ -1,0 +1,309 @@
+"""Stop and resume, fine-tune, and what is in the files."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmcv.runner import RUNNERS, EpochBasedRunner, load_checkpoint
+
+from mmdet_ema import CheckpointError, OptionError
+from mmdet_ema.for_mmcv1.ema_hook import EMAHook
+from tests.for_mmcv1.toy import EMA, Lines, Run, ToyModel, quiet, raw_of, same
+
+EPOCHS = dict(max_epochs=4)
+
+
+def averages(checkpoint):
+    return checkpoint['state_dict']
+
+
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
+def test_resume_equals_the_run_that_was_not_stopped(priority, tmp_path):
+    """Raw weights, averages and n are those of one run, bit for bit."""
+    hook = dict(EMA, priority=priority)
+    whole = Run(tmp_path / 'whole', hook, runner=EPOCHS).train()
+    Run(tmp_path / 'half', hook, runner=dict(max_epochs=2)).train()
+    rest = Run(tmp_path / 'half', hook, runner=EPOCHS)
+    rest.train(resume=tmp_path / 'half' / 'latest.pth')
+    assert 8 == len(rest.records)
+    assert [] == same(rest.records[-1], whole.records[-1])
+    saved, expected = rest.load('epoch_4.pth'), whole.load('epoch_4.pth')
+    assert [] == same(averages(saved), averages(expected))
+    assert [] == same(raw_of(saved), raw_of(expected))
+    assert 16 == steps_of(saved) == steps_of(expected)
+
+
+def steps_of(checkpoint):
+    message = checkpoint['meta']['hook_msgs']['EMAHook']
+    assert message['ema_meta']['steps'] == message['ema_meta']['num_steps']
+    return message['ema_meta']['steps']
+
+
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
+def test_iteration_runner_repeats_no_iteration(priority, tmp_path):
+    """The saved iteration is trained once; mmcv alone would repeat it."""
+
+    def run(folder, iters, *hooks):
+        kind = dict(type='IterBasedRunner', max_iters=iters)
+        return Run(tmp_path / folder, *hooks, runner=kind)
+
+    hook = dict(EMA, priority=priority)
+    whole = run('whole', 8, hook).train()
+    for folder, hooks, steps in (('a', [], 5), ('b', [hook], 4)):
+        run(folder, 4, *hooks).train()
+        rest = run(folder, 8, *hooks)
+        # by itself it wants a GPU
+        location = {} if hooks else dict(map_location='cpu')
+        path = str(tmp_path / folder / 'iter_4.pth')
+        rest.runner.resume(path, **location)
+        rest.train()
+        assert steps == len(rest.records)
+    assert [] == same(rest.records[-1], whole.records[-1])
+    saved, expected = rest.load('iter_8.pth'), whole.load('iter_8.pth')
+    assert [] == same(averages(saved), averages(expected))
+    assert 8 == steps_of(saved) == steps_of(expected)
+
+
+def test_runner_with_a_resume_of_its_own(tmp_path):
+    """A runner class that overrides ``resume`` resumes exactly, too."""
+
+    @RUNNERS.register_module(force=True)
+    class OwnRunner(EpochBasedRunner):
+        def resume(self, path, map_location='cpu'):
+            checkpoint = self.load_checkpoint(path, map_location=map_location)
+            self._epoch = checkpoint['meta']['epoch']
+            self._iter = checkpoint['meta']['iter']
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+
+    def run(folder, epochs):
+        kind = dict(type='OwnRunner', max_epochs=epochs)
+        return Run(tmp_path / folder, EMA, runner=kind)
+
+    whole = run('whole', 4).train()
+    run('half', 2).train()
+    rest = run('half', 4).train(resume=tmp_path / 'half' / 'epoch_2.pth')
+    saved, expected = rest.load('epoch_4.pth'), whole.load('epoch_4.pth')
+    assert [] == same(averages(saved), averages(expected))
+    assert [] == same(raw_of(saved), raw_of(expected))
+
+
+def test_resume_from_is_mmcvs_word(tmp_path):
+    """``resume_from=`` of the hook resumes like the tool's option."""
+    Run(tmp_path / 'a', EMA, runner=dict(max_epochs=2)).train()
+    path = str(tmp_path / 'a' / 'epoch_2.pth')
+    hook = dict(EMA, resume_from=path)
+    by_hook = Run(tmp_path / 'b', hook, runner=EPOCHS).train()
+    by_tool = Run(tmp_path / 'c', EMA, runner=EPOCHS).train(resume=path)
+    left, right = by_hook.load('epoch_4.pth'), by_tool.load('epoch_4.pth')
+    assert 16 == steps_of(left)
+    assert [] == same(averages(left), averages(right))
+    assert [] == same(raw_of(left), raw_of(right))
+
+
+def test_resume_from_yields_to_the_tools_resume(tmp_path):
+    """A run that resumed already is not thrown back by ``resume_from``."""
+    Run(tmp_path, EMA, runner=dict(max_epochs=2)).train()
+    hook = dict(EMA, resume_from=str(tmp_path / 'epoch_1.pth'))
+    lines = Lines()
+    run = Run(tmp_path, hook, runner=EPOCHS, logger=quiet(lines))
+    run.train(resume=tmp_path / 'epoch_2.pth')
+    assert 8 == len(run.records)
+    assert [x for x in lines.lines if 'resume_from' in x and 'WARN' in x]
+
+
+def test_fine_tuning_starts_from_the_averages(tmp_path):
+    """``load_from`` loads the averages; n starts at 0."""
+    run = Run(tmp_path / 'a', EMA).train()
+    saved = run.load('epoch_2.pth')
+    tuned = Run(tmp_path / 'b', EMA, runner=dict(max_epochs=1))
+    tuned.train(load=tmp_path / 'a' / 'epoch_2.pth')
+    low = {k: v.to(v.dtype) for k, v in averages(saved).items() if k != 'low'}
+    start = {k: v for k, v in tuned.recorder.start.items() if k != 'low'}
+    assert [] == same(start, low)
+    assert 4 == steps_of(tuned.load('epoch_1.pth'))
+
+
+def test_fine_tuning_with_another_number_of_classes(tmp_path):
+    """Tensors of another shape keep their weights, as mmcv does it."""
+    Run(tmp_path / 'a', EMA).train()
+    model = ToyModel(classes=3)
+    tuned = Run(tmp_path / 'b', EMA, model=model)
+    tuned.train(load=tmp_path / 'a' / 'epoch_2.pth')
+    assert averages(tuned.load('epoch_2.pth'))['head.weight'].shape == (3, 4)
+
+
+def test_plain_keys_load_into_the_model_without_a_word(tmp_path):
+    """``tools/test.py`` finds no missing and no unexpected key."""
+    run = Run(tmp_path, EMA).train()
+    lines = Lines()
+    model = ToyModel()
+    path = str(tmp_path / 'epoch_2.pth')
+    load_checkpoint(model, path, strict=True, logger=quiet(lines))
+    assert [] == [x for x in lines.lines if 'load checkpoint' not in x]
+    weights = averages(run.load('epoch_2.pth'))
+    assert torch.equal(model.head.weight, weights['head.weight'])
+    assert weights['low'].dtype == torch.float32
+
+
+def test_file_is_read_where_the_package_is_not(tmp_path):
+    """Any process reads the file, with nothing of ours imported."""
+    Run(tmp_path, EMA).train()
+    code = (
+        'import sys, torch\n'
+        'part = torch.load(sys.argv[1])["meta"]["hook_msgs"]["EMAHook"]\n'
+        'print(int(part["ema_state_dict"]["steps"]))\n'
+        'loaded = {name.split(".")[0] for name in sys.modules}\n'
+        'print(sorted(loaded & {"mmdet_ema", "mmcv", "mmdet"}))'
+    )
+    path = tmp_path / 'epoch_2.pth'
+    found = subprocess.run(
+        [sys.executable, '-c', code, path],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, 'PYTHONPATH': ''},
+    )
+    assert '8\n[]\n' == found.stdout
+
+
+def test_nothing_of_ours_stays_in_the_runner(tmp_path):
+    """No tensors stay in ``runner.meta``, no hook on the model."""
+    run = Run(tmp_path, EMA, meta=None, evaluation=None).train()
+    assert run.runner.meta == {} or run.runner.meta is None
+    assert not run.model._state_dict_hooks
+    Run(tmp_path, EMA, runner=EPOCHS).train(resume=tmp_path / 'latest.pth')
+    run = Run(tmp_path, EMA, runner=EPOCHS)
+    run.runner.resume(str(tmp_path / 'epoch_2.pth'))
+    assert 'EMAHook' not in run.runner.meta['hook_msgs']
+
+
+def test_run_without_meta_saves_the_part(tmp_path):
+    """A runner without ``meta`` writes it for the file alone."""
+    run = Run(tmp_path, EMA, meta=None, evaluation=None).train()
+    assert 8 == steps_of(run.load('epoch_2.pth'))
+
+
+@pytest.mark.parametrize('runner', ['epochs', 'iters'])
+def test_going_on_without_an_average(runner, tmp_path):
+    """``enabled=False`` takes the raw weights and leaves nothing of ours."""
+    lengths = dict(
+        epochs=[dict(max_epochs=n) for n in (2, 4)],
+        iters=[dict(type='IterBasedRunner', max_iters=n) for n in (8, 16)],
+    )
+    first, second = lengths[runner]
+    log = dict(interval=1, hooks=[dict(type='TextLoggerHook')])
+    whole = Run(tmp_path / 'whole', runner=second).train()
+    Run(tmp_path / 'half', EMA, runner=first).train()
+    lines = Lines()
+    off = dict(EMA, enabled=False)
+    rest = Run(
+        tmp_path / 'half', off, runner=second, log=log, logger=quiet(lines)
+    )
+    names = {'epochs': ('epoch_2', 'epoch_4'), 'iters': ('iter_8', 'iter_16')}
+    before, after = (f'{name}.pth' for name in names[runner])
+    rest.train(resume=tmp_path / 'half' / before)
+    assert [] == same(whole.records[-1], rest.records[-1])
+    assert [x for x in lines.lines if 'enabled=False' in x]
+    saved, expected = rest.load(after), whole.load(after)
+    assert [] == same(saved['state_dict'], expected['state_dict'])
+    assert 'EMAHook' not in saved['meta'].get('hook_msgs', {})
+
+
+def test_enabled_is_a_flag():
+    """Another value is refused in one line."""
+    with pytest.raises(OptionError, match="enabled='no'"):
+        EMAHook(enabled='no')
+
+
+def test_checkpoint_without_ema_resumes(tmp_path):
+    """The average starts from its weights; one line says so."""
+    Run(tmp_path, runner=dict(max_epochs=2)).train()
+    lines = Lines()
+    rest = Run(tmp_path, EMA, runner=EPOCHS, logger=quiet(lines))
+    rest.train(resume=tmp_path / 'epoch_2.pth')
+    assert [x for x in lines.lines if 'no EMA part' in x]
+    assert 8 == steps_of(rest.load('epoch_4.pth'))
+
+
+@pytest.mark.parametrize('size', [10, 1000])
+def test_damaged_file_is_refused_before_anything_changes(size, tmp_path):
+    """One line names the file; the weights are as they were."""
+    Run(tmp_path, EMA).train()
+    path = tmp_path / 'epoch_2.pth'
+    path.write_bytes(path.read_bytes()[:size])
+    run = Run(tmp_path, EMA, runner=EPOCHS)
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match='cut off or no checkpoint'):
+        run.train(resume=path)
+    assert [] == same(before, run.model.state_dict())
+
+
+def test_file_of_another_model_is_refused_before_anything_changes(tmp_path):
+    """A part that does not fit is named; the weights are as they were."""
+    Run(tmp_path, EMA).train()
+    run = Run(tmp_path, EMA, model=ToyModel(classes=3))
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match='does not fit'):
+        run.train(resume=tmp_path / 'epoch_2.pth')
+    assert [] == same(before, run.model.state_dict())
+
+
+def test_missing_file_is_named(tmp_path):
+    """A line of mmcv names a file that is not there."""
+    with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
+        Run(tmp_path, EMA).train(resume=tmp_path / 'nowhere.pth')
+    hook = dict(EMA, resume_from='nowhere.pth')
+    with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
+        Run(tmp_path, hook).train()
+
+
+def test_changed_schedule_is_reported(tmp_path):
+    """A resume with another decay says so in one line."""
+    Run(tmp_path, EMA).train()
+    lines = Lines()
+    hook = dict(EMA, decay=0.8)
+    rest = Run(tmp_path, hook, runner=EPOCHS, logger=quiet(lines))
+    rest.train(resume=tmp_path / 'epoch_2.pth')
+    found = [x for x in lines.lines if 'changed since' in x]
+    assert 1 == len(found)
+    assert 'batch_size' not in found[0]
+
+
+def test_strict_load_takes_a_complete_file(tmp_path):
+    """Non-persistent buffers, which mmcv saves, are no unknown names."""
+
+    class Model(ToyModel):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('grid', torch.ones(3), persistent=False)
+
+    hook = dict(EMA, strict_load=True)
+    Run(tmp_path, hook, model=Model()).train()
+    rest = Run(tmp_path, hook, model=Model(), runner=EPOCHS)
+    rest.train(resume=tmp_path / 'epoch_2.pth')
+    assert 16 == steps_of(rest.load('epoch_4.pth'))
+
+
+def test_a_file_is_never_half_written(tmp_path, monkeypatch):
+    """A write that fails leaves the old file, and no other."""
+    run = Run(tmp_path, EMA).train()
+    before = (tmp_path / 'epoch_2.pth').read_bytes()
+    names = sorted(os.listdir(tmp_path))
+
+    def fail(*args):
+        raise OSError('disk full')
+
+    monkeypatch.setattr(os, 'replace', fail)
+    with pytest.raises(OSError, match='disk full'):
+        run.runner.save_checkpoint(str(tmp_path), 'epoch_2.pth')
+    assert before == (tmp_path / 'epoch_2.pth').read_bytes()
+    assert names == sorted(os.listdir(tmp_path))
+
+
+def test_two_hooks_are_refused(tmp_path):
+    """Ours twice, or mmcv's beside ours: both are named."""
+    for other in (EMA, dict(type='MMCVEMAHook')):
+        with pytest.raises(OptionError, match=r'2 EMA hooks.*EMAHook'):
+            Run(tmp_path, EMA, other).train()

@@ -1,0 +1,384 @@
+"""Steps, not iterations, whatever mmcv's hooks do with the optimizer."""
+
+import pytest
+import torch
+from mmcv.runner import (
+    Fp16OptimizerHook,
+    GradientCumulativeOptimizerHook,
+    Hook,
+    OptimizerHook,
+)
+from mmcv.runner.hooks.optimizer import GradientCumulativeFp16OptimizerHook
+from torch import nn
+
+from mmdet_ema import NonFiniteError
+from tests.for_mmcv1.test_orders import wrong
+from tests.for_mmcv1.toy import (
+    EMA,
+    Lines,
+    RecordingSGD,
+    Run,
+    ToyModel,
+    loader,
+    quiet,
+    raw_of,
+    same,
+    state_of,
+)
+
+STEPS = 'num_steps'
+
+
+def meta_of(run, name):
+    message = run.load(name)['meta']['hook_msgs']['EMAHook']
+    return message['ema_meta']
+
+
+def check(run, steps, name='epoch_2.pth'):
+    """The file has the average of the steps that were taken."""
+    saved = run.load(name)
+    assert steps == len(run.records) == meta_of(run, name)[STEPS]
+    assert [] == wrong(run, saved['state_dict'], steps)
+    assert [] == same(raw_of(saved), run.records[-1])
+
+
+OPTIMIZER_HOOKS = [
+    (lambda: OptimizerHook(grad_clip=dict(max_norm=0.1)), 8),
+    (lambda: OptimizerHook(detect_anomalous_params=True), 8),
+    (lambda: GradientCumulativeOptimizerHook(cumulative_iters=2), 4),
+    (lambda: GradientCumulativeOptimizerHook(cumulative_iters=3), 3),
+    (lambda: Fp16OptimizerHook(loss_scale='dynamic'), 8),
+    (lambda: Fp16OptimizerHook(grad_clip=dict(max_norm=0.1)), 8),
+    (lambda: GradientCumulativeFp16OptimizerHook(cumulative_iters=3), 3),
+]
+
+
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
+@pytest.mark.parametrize(('make', 'steps'), OPTIMIZER_HOOKS)
+def test_optimizer_hooks(make, steps, priority, tmp_path):
+    """Micro-batches of an accumulation are no steps; what is left over is."""
+    hook = dict(EMA, priority=priority)
+    run = Run(tmp_path, hook, optimizer_config=make()).train()
+    check(run, steps)
+
+
+def test_accumulation_is_planned(tmp_path):
+    """The report counts the steps that will be taken, not iterations."""
+    lines = Lines()
+    Run(
+        tmp_path,
+        EMA,
+        optimizer_config=GradientCumulativeOptimizerHook(cumulative_iters=3),
+        logger=quiet(lines),
+    ).train()
+    assert [x for x in lines.lines if 'steps: 3 planned' in x]
+
+
+class Overflowing:
+    """A gradient scaler that finds Inf in some steps, as on a GPU."""
+
+    def __init__(self, skipped):
+        self.calls, self.skipped = 0, skipped
+
+    def scale(self, loss):
+        return loss
+
+    def unscale_(self, optimizer):
+        pass
+
+    def step(self, optimizer):
+        self.calls += 1
+        if self.calls not in self.skipped:
+            optimizer.step()
+
+    def update(self, scale):
+        pass
+
+    def state_dict(self):
+        return {}
+
+
+def test_steps_that_the_scaler_skips_do_not_count(tmp_path):
+    """A step without ``optimizer.step()`` is none."""
+    hook = Fp16OptimizerHook()
+    hook.loss_scaler = Overflowing({1, 4})
+    run = Run(tmp_path, EMA, optimizer_config=hook).train()
+    check(run, 6)
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        dict(lr=dict(policy='step', step=[1])),
+        dict(lr=dict(policy='poly', power=0.9)),
+        dict(lr=dict(policy='CosineAnnealing', min_lr=0)),
+        dict(lr=dict(policy='cyclic'), momentum=dict(policy='cyclic')),
+    ],
+)
+def test_schedules_of_lr_and_momentum(config, tmp_path):
+    """Schedules of mmcv change the optimizer only; the average follows."""
+    run = Run(tmp_path, EMA, **config).train()
+    check(run, 8)
+
+
+class TwoOptimizers(OptimizerHook):
+    """Steps one of two optimizers at odd iterations, both at even ones."""
+
+    def after_train_iter(self, runner):
+        for optimizer in runner.optimizer.values():
+            optimizer.zero_grad()
+        runner.outputs['loss'].backward()
+        runner.optimizer['head'].step()
+        if runner.iter % 2:
+            runner.optimizer['rest'].step()
+
+
+def test_several_optimizers_step_once_an_iteration(tmp_path):
+    """An iteration in which any optimizer stepped counts once."""
+    model = ToyModel()
+    head = list(model.head.parameters())
+    others = {id(p) for p in head}
+    rest = [p for p in model.parameters() if id(p) not in others]
+    optimizers = dict(
+        head=RecordingSGD(head, lr=0.002).watch(model),
+        rest=torch.optim.SGD(rest, lr=0.002),
+    )
+    run = Run(
+        tmp_path,
+        EMA,
+        model=model,
+        optimizers=optimizers,
+        optimizer_config=TwoOptimizers(),
+    ).train()
+    assert 8 == meta_of(run, 'epoch_2.pth')[STEPS]
+    assert 8 == len(optimizers['head'].records)
+
+
+class Poisoned(RecordingSGD):
+    """Leaves NaN at the third step, and the old weights after it."""
+
+    def step(self, closure=None):
+        if len(self.records) == 3:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            self.model.load_state_dict(self.records[1])
+        loss = super().step(closure)
+        if len(self.records) == 3:
+            with torch.no_grad():
+                self.model.head.bias.fill_(float('nan'))
+        return loss
+
+
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
+def test_nan_is_skipped_and_said(priority, tmp_path):
+    """A step that leaves NaN does not enter; the iteration is named."""
+    lines = Lines()
+    hook = dict(EMA, priority=priority)
+    run = Run(tmp_path, hook, optimizer=Poisoned, logger=quiet(lines))
+    run.train()
+    meta = meta_of(run, 'epoch_2.pth')
+    assert (7, 1) == (meta[STEPS], meta['num_skipped'])
+    found = [x for x in lines.lines if 'left NaN or Inf' in x]
+    assert 1 == len(found)
+    assert 'iteration 3' in found[0]
+    weights = run.load('epoch_2.pth')['state_dict']
+    assert all(torch.isfinite(v.float()).all() for v in weights.values())
+
+
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
+def test_nan_stops_the_run_if_asked(priority, tmp_path):
+    """``nonfinite='raise'`` names iteration and tensor."""
+    hook = dict(EMA, nonfinite='raise', priority=priority)
+    run = Run(tmp_path, hook, optimizer=Poisoned)
+    with pytest.raises(NonFiniteError, match=r'iteration 3: head\.bias'):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ('begin', 'steps'),
+    [(dict(begin_iter=3), 6), (dict(begin_epoch=2), 4)],
+)
+def test_average_begins_late(begin, steps, tmp_path):
+    """Steps before the beginning do not count; files before it are raw."""
+    run = Run(tmp_path, dict(EMA, **begin)).train()
+    assert steps == meta_of(run, 'epoch_2.pth')[STEPS]
+    first = run.load('epoch_1.pth')
+    if 'begin_epoch' in begin:
+        assert [] == same(first['state_dict'], run.records[3])
+
+
+@pytest.mark.parametrize('overlap', [True, False])
+def test_overlap_has_the_same_numbers(overlap, tmp_path):
+    """An update beside the next forward pass gives the same average."""
+    run = Run(tmp_path, dict(EMA, overlap=overlap)).train()
+    check(run, 8)
+
+
+def test_batch_size_is_known(tmp_path):
+    """What a resume compares is that of the training data loader."""
+    for runner in (dict(), dict(type='IterBasedRunner', max_iters=8)):
+        batch = loader(batch=8)
+        folder = tmp_path / runner.get('type', 'epochs')
+        options = dict(runner=runner) if runner else {}
+        run = Run(folder, EMA, loader=batch, **options).train()
+        name = 'iter_8.pth' if runner else 'epoch_2.pth'
+        assert 8 == meta_of(run, name)['batch_size']
+
+
+class Trace(Hook):
+    """Keeps the raw weights of every iteration, whoever changes them."""
+
+    def __init__(self, run):
+        self.run, run.optimizer.records = run, []
+
+    def after_train_iter(self, runner):
+        self.run.optimizer.records.append(state_of(self.run.model))
+
+
+def traced(folder, hook, *others, **options):
+    """Train with raw weights from after the optimizer's turn as records."""
+    run = Run(folder, hook, *others, optimizer=torch.optim.SGD, **options)
+    run.runner.register_hook(Trace(run), priority='ABOVE_NORMAL')
+    return run.train()
+
+
+class TwoSteps(OptimizerHook):
+    """Climbs, and steps from the old place with the gradient there."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+
+    def after_train_iter(self, runner):
+        model = runner.model
+        model.zero_grad()
+        runner.outputs['loss'].backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        old = [p.detach().clone() for p in trained]
+        self._write([p + 0.0001 * p.grad for p in trained], trained)
+        model.zero_grad()
+        model.train_step(runner.data_batch)['loss'].backward()
+        pairs = zip(old, trained)
+        self._write([o - 0.002 * p.grad for o, p in pairs], trained)
+
+    def _write(self, values, parameters):
+        for value, parameter in zip(values, parameters):
+            if self.in_place:
+                with torch.no_grad():
+                    parameter.copy_(value)
+            else:
+                parameter.data = value.detach()
+
+
+@pytest.mark.parametrize('in_place', [True, False])
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
+def test_weights_that_no_optimizer_changes(priority, in_place, tmp_path):
+    """Both steps of a two-step optimizer are one update."""
+    lines = Lines()
+    run = traced(
+        tmp_path,
+        dict(EMA, priority=priority),
+        optimizer_config=TwoSteps(in_place),
+        logger=quiet(lines),
+    )
+    check(run, 8)
+    told = [x for x in lines.lines if 'steps averaged' in x]
+    assert 2 == len(told)
+    assert told[0].endswith(
+        '4 steps averaged, 0 skipped (NaN or Inf), in 4 iterations.'
+    )
+    assert [] == [x for x in lines.lines if 'did not change' in x]
+
+
+class Thaw(Hook):
+    """Thaws a layer with a new optimizer."""
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 1:
+            runner.model.frozen.requires_grad_(True)
+            runner.optimizer = torch.optim.SGD(
+                runner.model.parameters(), lr=0.001
+            )
+
+
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
+def test_optimizer_that_is_replaced(priority, tmp_path):
+    """Steps of the new one count, and what it thaws is averaged."""
+    run = traced(
+        tmp_path,
+        dict(EMA, priority=priority),
+        Thaw(),
+        runner=dict(max_epochs=3),
+    )
+    check(run, 12, 'epoch_3.pth')
+    moved = run.records[-1]['frozen.weight'] - run.records[3]['frozen.weight']
+    assert moved.abs().max() > 0
+
+
+class NewHead(Hook):
+    """Puts a new head in, in the middle of the training."""
+
+    def before_train_iter(self, runner):
+        if runner.iter == 5:
+            torch.manual_seed(3)
+            runner.model.head = nn.Linear(4, 2)
+            group = dict(params=list(runner.model.head.parameters()))
+            runner.optimizer.add_param_group(group)
+
+
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
+def test_module_that_is_replaced(priority, tmp_path):
+    """``IterBasedRunner`` has no epochs: it is followed at the next step."""
+    lines = Lines()
+    run = traced(
+        tmp_path,
+        dict(EMA, priority=priority),
+        NewHead(),
+        runner=dict(type='IterBasedRunner', max_iters=8),
+        checkpoint=dict(interval=8, by_epoch=False),
+        logger=quiet(lines),
+    )
+    check(run, 8, 'iter_8.pth')
+    said = [x for x in lines.lines if 'replaced in the model' in x]
+    assert 1 == len(said)
+    assert 'head.weight and 1 more' in said[0]
+
+
+class Scheduler(Hook):
+    """Makes one of torch's own schedulers in the middle of the training."""
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 1:
+            make = torch.optim.lr_scheduler.CosineAnnealingLR
+            self.scheduler = make(runner.optimizer, 5)
+
+    def after_train_iter(self, runner):
+        if runner.epoch == 1:
+            self.scheduler.step()
+
+
+def test_schedulers_of_torch(tmp_path):
+    """They can be made at any time: ``optimizer.step`` is left as it is."""
+    run = Run(tmp_path, EMA, Scheduler()).train()
+    check(run, 8)
+
+
+def test_weights_that_stand_still_are_reported(tmp_path):
+    """At the end of a short run, and with what to look at."""
+    lines = Lines()
+    traced(
+        tmp_path,
+        EMA,
+        optimizer_config=Idle(),
+        logger=quiet(lines),
+    )
+    found = [x for x in lines.lines if 'did not change the weights' in x]
+    assert 2 == len(found)
+    assert 'look at the learning rate' in found[0]
+
+
+class Idle(OptimizerHook):
+    """Never steps."""
+
+    def after_train_iter(self, runner):
+        pass

@@ -1,0 +1,455 @@
+"""``evaluate='both'``: a pass for each set, right for each, seen by none."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.evaluator import BaseMetric, DumpResults, Evaluator
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
+from mmengine.optim import ReduceOnPlateauLR
+from mmengine.runner import BaseLoop, ValLoop
+from torch import nn
+
+from tests.for_mmengine.toy import Run, Score, ToyModel, loader, same, state_of
+
+EMA = dict(type='EMAHook', schedule='constant', decay=0.9)
+BOTH = dict(EMA, evaluate='both')
+SETS = {'ema': 'score', 'raw': 'raw/score'}
+
+
+def alone_and_both(tmp_path, make):
+    """Train with each way to evaluate; return the runs by name."""
+    return {
+        name: make(tmp_path / name, dict(EMA, evaluate=name)).train()
+        for name in ('ema', 'raw', 'both')
+    }
+
+
+def scores(run, name='score'):
+    return run.scalar(f'val/{name}').tolist()
+
+
+class Seen(Hook):
+    """Keeps the metrics that it is told of; chooses nothing."""
+
+    def __init__(self, priority='LOWEST'):
+        self.priority = priority
+        self.metrics = []
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.metrics.append(dict(metrics))
+
+
+# Models with a memory
+
+
+class Remembers(ToyModel):
+    """Adds what it said of the batch before, as trackers do."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+        self.last, self.past = 0.0, []
+        self.register_buffer('held', torch.zeros(()))
+
+    def val_step(self, data):
+        found = super().val_step(data)
+        before = dict(
+            attribute=self.last,
+            container=sum(self.past),
+            buffer=float(self.held),
+        )[self.where]
+        now = float(sum(sample['out'].sum() for sample in found))
+        self.last = now
+        self.past.append(now)
+        self.held.fill_(now)
+        return [dict(out=sample['out'] + 0.5 * before) for sample in found]
+
+
+@pytest.mark.parametrize('where', ['attribute', 'container', 'buffer'])
+def test_model_that_remembers(tmp_path, where):
+    """No set sees what the model remembers of the other one."""
+
+    def make(folder, hook):
+        few = loader(4, batch=2, seed=1)
+        model = Remembers(where)
+        return Run(folder, hook, model=model, val_dataloader=few)
+
+    runs = alone_and_both(tmp_path, make)
+    assert scores(runs['both']) == scores(runs['ema'])
+    # where the run begins there is nothing to remember yet
+    assert scores(runs['both'], 'raw/score')[0] == scores(runs['raw'])[0]
+    for name in ('ema', 'both'):
+        assert same(runs[name].records[-1], runs['raw'].records[-1]) in (
+            [],
+            ['held'],
+        )
+
+
+# Hooks that change the model
+
+
+class Fuse(Hook):
+    """Makes one layer of two for an evaluation; may undo it."""
+
+    priority = 'LOW'
+
+    def __init__(self, undo):
+        self.undo = undo
+        self.plain = None
+
+    def before_val_epoch(self, runner):
+        assert self.plain is None
+        model = runner.model
+        first, norm = model.first, model.norm
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        fused = nn.Linear(4, 4)
+        fused.weight.data = (first.weight * scale[:, None]).detach()
+        shift = (first.bias - norm.running_mean) * scale + norm.bias
+        fused.bias.data = shift.detach()
+        if self.undo:
+            self.plain = first, norm
+        model.first, model.norm = fused, nn.Identity()
+
+    def after_val_epoch(self, runner, metrics=None):
+        if self.undo:
+            runner.model.first, runner.model.norm = self.plain
+            self.plain = None
+
+
+def test_fusing_and_undoing_in_training(tmp_path):
+    """Each set has its own layers fused; the training does not notice."""
+
+    def make(folder, hook):
+        return Run(folder, hook, Fuse(undo=True), max_epochs=3)
+
+    runs = alone_and_both(tmp_path, make)
+    for name, metric in SETS.items():
+        assert scores(runs['both'], metric) == scores(runs[name])
+    assert len(set(scores(runs['raw']) + scores(runs['ema']))) == 6
+    plain = Run(tmp_path / 'plain', max_epochs=3).train()
+    assert same(runs['both'].records[-1], plain.records[-1]) == []
+
+
+def test_fusing_for_good_before_a_validation(tmp_path):
+    """Layers that stay fused after one set are not those of the next."""
+    Run(tmp_path, EMA).train()
+    found = {}
+    for name in ('ema', 'raw', 'both'):
+        hooks = dict(EMA, evaluate=name), Fuse(undo=False)
+        options = dict(load_from=str(tmp_path / 'epoch_2.pth'))
+        found[name] = Run(tmp_path / name, *hooks, **options).runner.val()
+    assert found['both'] == {
+        'score': found['ema']['score'],
+        'raw/score': found['raw']['score'],
+    }
+
+
+# What hooks are told
+
+
+class Counts(Hook):
+    """Counts every moment of a validation."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.calls = []
+
+    def before_val_epoch(self, runner):
+        self.calls.append('begins')
+
+    def after_val_iter(self, *args, **kwargs):
+        self.calls.append('batch')
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.calls.append(sorted(metrics))
+
+
+def test_what_hooks_are_told(tmp_path):
+    """A hook that hears a pass begin hears it end; others hear once."""
+    counts, seen = Counts(), Seen()
+    Run(tmp_path, BOTH, counts, seen, max_epochs=1).train()
+    assert counts.calls == [
+        *('begins', 'batch', ['raw/score']),
+        *('begins', 'batch', ['raw/score', 'score']),
+    ]
+    assert [sorted(m) for m in seen.metrics] == [['raw/score', 'score']]
+
+
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'LOWEST'])
+def test_metrics_of_both_reach_hooks_of_any_priority(tmp_path, priority):
+    """Wherever our hook stands, the others have both sets of metrics."""
+    best = dict(type='CheckpointHook', save_best='raw/score', rule='greater')
+    seen = [Seen(p) for p in ('VERY_HIGH', 'NORMAL', 'LOWEST')]
+    hook = dict(BOTH, priority=priority)
+    run = Run(
+        tmp_path, hook, *seen, hooks=dict(checkpoint=best), max_epochs=1
+    ).train()
+    assert seen[0].metrics == seen[1].metrics == seen[2].metrics
+    assert sorted(seen[0].metrics[0]) == ['raw/score', 'score']
+    (path,) = tmp_path.glob('best_raw_score_epoch_1.pth')
+    saved, last = run.load(path.name), run.load('epoch_1.pth')
+    assert same(saved['state_dict'], last['state_dict']) == []
+    assert 'raw/score: ' in next(tmp_path.glob('*/*.log')).read_text()
+
+
+def test_best_of_each_set(tmp_path):
+    """One run keeps the best file by the averages and by the raw weights."""
+    best = dict(
+        type='CheckpointHook',
+        save_best=['score', 'raw/score'],
+        rule='greater',
+    )
+    run = Run(tmp_path, BOTH, hooks=dict(checkpoint=best), max_epochs=3)
+    run.train()
+    for name in SETS.values():
+        found = run.runner.message_hub.get_info(f'best_score_{name}')
+        assert found == max(scores(run, name))
+        word = name.replace('/', '_')
+        assert len(list(tmp_path.glob(f'best_{word}_epoch_?.pth'))) == 1
+
+
+def test_a_plateau_of_the_raw_metric(tmp_path):
+    """A scheduler that monitors ``raw/...`` sees each validation once."""
+    steps = []
+    for hook, metric in ((EMA, 'score'), (BOTH, 'raw/score')):
+        run = Run(tmp_path / metric, hook, max_epochs=4)
+        plateau = ReduceOnPlateauLR(
+            run.optimizer, monitor=metric, rule='greater', patience=9
+        )
+        run.runner.param_schedulers = [plateau]
+        run.train()
+        steps.append(plateau.last_step)
+    assert steps[0] == steps[1] > 0
+
+
+# Nothing of the training changes
+
+
+class Draws(ToyModel):
+    """Draws random numbers in an evaluation, and in training."""
+
+    def forward(self, inputs, mode='tensor'):
+        inputs = inputs + 0.1 * torch.randn_like(inputs)
+        shift = random.random() + np.random.rand()
+        return super().forward(inputs * shift, mode)
+
+
+def test_random_evaluation(tmp_path):
+    """The other pass takes no random number from what follows it."""
+    random_state = random.getstate(), np.random.get_state()
+
+    def make(folder, hook):
+        random.setstate(random_state[0])
+        np.random.set_state(random_state[1])
+        options = dict(randomness=dict(seed=3), model=Draws(), max_epochs=3)
+        return Run(folder, *hook, **options).train()
+
+    ema = make(tmp_path / 'a', [EMA])
+    both = make(tmp_path / 'b', [BOTH])
+    assert scores(both) == scores(ema)
+    found = [same(a, b) for a, b in zip(both.records, ema.records)]
+    assert found == [[]] * 12
+
+
+# Ways to evaluate
+
+
+class LossLoop(BaseLoop):
+    """A loop without an evaluator: it reports the loss."""
+
+    def run(self):
+        model, total = self.runner.model, 0.0
+        self.runner.call_hook('before_val_epoch')
+        model.eval()
+        with torch.no_grad():
+            for batch in self.dataloader:
+                data = model.data_preprocessor(batch)
+                total += float(model(**data, mode='loss')['loss'])
+        self.runner.call_hook('after_val_epoch', metrics=dict(score=total))
+
+
+class TwoReports(ValLoop):
+    """Reports twice, as a loop over two data sets does."""
+
+    def run(self):
+        for _ in range(2):
+            super().run()
+
+
+class Silent(ValLoop):
+    """Says nothing at the beginning of its epoch."""
+
+    def run(self):
+        self.runner.model.eval()
+        for i, batch in enumerate(self.dataloader):
+            self.run_iter(i, batch)
+        metrics = self.evaluator.evaluate(4)
+        self.runner.call_hook('after_val_epoch', metrics=metrics)
+
+
+def with_loop(kind):
+    def make(folder, hook):
+        run = Run(folder, hook)
+        runner, data = run.runner, run.runner.build_dataloader(loader(4))
+        options = [data]
+        if kind is not LossLoop:
+            options.append(Evaluator([Score()]))
+        runner._val_loop = kind(runner, *options)
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize('kind', [LossLoop, TwoReports, Silent])
+def test_loops_of_ones_own(tmp_path, kind):
+    """Each set has the metrics that it has alone, in any loop."""
+    runs = alone_and_both(tmp_path, with_loop(kind))
+    assert scores(runs['raw']) != scores(runs['ema'])
+    for name, metric in SETS.items():
+        assert scores(runs['both'], metric) == scores(runs[name])
+    last = [run.records[-1] for run in runs.values()]
+    assert same(last[0], last[1]) == same(last[0], last[2]) == []
+
+
+def test_both_by_iterations(tmp_path):
+    """A run by iterations evaluates both sets the same way."""
+
+    def make(folder, hook):
+        loops = dict(by_epoch=False, max_iters=6, val_interval=2)
+        return Run(folder, hook, train_cfg=loops, train_dataloader=loader(32))
+
+    runs = alone_and_both(tmp_path, make)
+    for name, metric in SETS.items():
+        assert scores(runs['both'], metric) == scores(runs[name])
+        assert len(set(scores(runs[name]))) == 3
+
+
+class TestsLate(Hook):
+    """Tests in the middle of the training, by a loop not made before."""
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter == 2:
+            self.found = runner.test_loop.run()
+            runner.model.train()
+
+
+def test_a_loop_that_is_made_late(tmp_path):
+    """It evaluates both sets too."""
+    late = TestsLate()
+    run = Run(
+        tmp_path,
+        BOTH,
+        late,
+        test_dataloader=loader(4, seed=1),
+        test_cfg=dict(),
+        test_evaluator=Evaluator([Score()]),
+    ).train()
+    assert sorted(late.found) == ['raw/score', 'score']
+    plain = Run(tmp_path / 'plain', EMA).train()
+    assert same(run.records[-1], plain.records[-1]) == []
+
+
+def test_files_of_metrics(tmp_path):
+    """What a metric writes of the raw weights stands beside the other."""
+    out = str(tmp_path / 'out.pkl')
+    evaluator = Evaluator([Score(), DumpResults(out_file_path=out)])
+    Run(tmp_path, BOTH, val_evaluator=evaluator, max_epochs=1).train()
+    names = {path.name for path in tmp_path.glob('*.pkl')}
+    assert names == {'out.pkl', 'out_raw.pkl'}
+    assert (tmp_path / 'out.pkl').read_bytes() != (
+        tmp_path / 'out_raw.pkl'
+    ).read_bytes()
+    assert evaluator.metrics[1].out_file_path == out
+
+
+# A pass that breaks off
+
+
+class Fails(BaseMetric):
+    """Fails at one of its batches, once."""
+
+    left = 0
+
+    def process(self, data_batch, data_samples):
+        self.results.append(len(data_samples))
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError('metric failed')
+
+    def compute_metrics(self, results):
+        return dict(count=float(sum(results)))
+
+
+@pytest.mark.parametrize('at', [1, 2, 3, 4])
+@pytest.mark.parametrize('evaluate', ['ema', 'both'])
+def test_nothing_is_left_of_a_pass_that_breaks_off(tmp_path, evaluate, at):
+    """Weights, hooks and metrics are as before; the next run is right."""
+    few = loader(4, batch=2, seed=1)
+    metrics = [Score(), Fails()]
+    run = Run(
+        tmp_path,
+        dict(EMA, evaluate=evaluate),
+        val_dataloader=few,
+        val_evaluator=Evaluator(metrics),
+        max_epochs=1,
+    ).train()
+    runner, metrics[1].left = run.runner, at
+    raw, order = state_of(run.model), list(runner.hooks)
+    if at <= (4 if evaluate == 'both' else 2):
+        with pytest.raises(RuntimeError, match='metric failed'):
+            runner.val_loop.run()
+    assert same(state_of(run.model), raw) == []
+    assert runner.hooks == order
+    assert 'call_hook' not in vars(runner)
+    assert [metric.results for metric in metrics] == [[], []]
+    metrics[1].left = 0
+    assert runner.val_loop.run()['count'] == 4
+
+
+# Metrics that nobody computes
+
+
+class Stop(EarlyStoppingHook):
+    """A subclass of a user."""
+
+
+def best(names):
+    return CheckpointHook(save_best=names, rule='greater')
+
+
+@pytest.mark.parametrize('evaluate', ['ema', 'raw'])
+@pytest.mark.parametrize(
+    ('word', 'hook'),
+    [
+        ('save_best', best('raw/score')),
+        ('save_best', best(['score', 'raw/score'])),
+        ('monitor', Stop(monitor='raw/score', rule='greater')),
+    ],
+    ids=['one', 'list', 'stop'],
+)
+def test_raw_metrics_that_nobody_computes(tmp_path, evaluate, word, hook):
+    """They are refused before the training, with what to write."""
+    run = Run(tmp_path, dict(EMA, evaluate=evaluate), hook)
+    with pytest.raises(ValueError, match=f"{word}='raw/score'") as error:
+        run.train()
+    assert "evaluate='both'" in str(error.value)
+    assert run.records == []
+
+
+def test_raw_metrics_do_not_matter_to_a_test(tmp_path):
+    """A config that saves the best by them is tested on one set."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    best = dict(type='CheckpointHook', save_best='raw/score', rule='greater')
+    run = Run(
+        tmp_path / 'test',
+        EMA,
+        hooks=dict(checkpoint=best),
+        load_from=str(tmp_path / 'epoch_1.pth'),
+        test_dataloader=loader(4),
+        test_cfg=dict(),
+        test_evaluator=Evaluator([Score()]),
+    )
+    assert set(run.runner.test()) == {'score'}

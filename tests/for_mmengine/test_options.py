@@ -1,0 +1,514 @@
+"""Every option of the hook: what is taken, what it does, what is refused."""
+
+import math
+
+import pytest
+import torch
+from mmengine.model.averaged_model import (
+    ExponentialMovingAverage,
+    MomentumAnnealingEMA,
+    StochasticWeightAverage,
+)
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmdet_ema.averaging import OptionError, WeightAverager, build_schedule
+from mmdet_ema.training.openmmlab_words import family_schedule
+from mmdet_ema.training.options import NAMES, parse_options
+from tests import oracle
+
+
+def schedule_of(planned=1000, **options):
+    return parse_options(**options).schedule_for(planned)
+
+
+def message_of(**options):
+    """Return the one line with which options are refused."""
+    with pytest.raises(OptionError) as error:
+        parse_options(**options)
+    message = str(error.value)
+    assert '\n' not in message
+    assert isinstance(error.value, ValueError)
+    return message
+
+
+# Defaults
+
+
+def test_defaults():
+    """Without options the hook does what the design says."""
+    options = parse_options()
+    found = {
+        name: getattr(options, name)
+        for name in options.__dataclass_fields__
+        if name != 'schedule_for'
+    }
+    assert found == dict(
+        interval=1,
+        phase=0,
+        begin_iter=0,
+        begin_epoch=0,
+        update_buffers=True,
+        device=None,
+        overlap=False,
+        evaluate='ema',
+        nonfinite='skip',
+        strict_load=False,
+        no_effect=(),
+        rule=None,
+        scale_decay=False,
+        copied=(),
+    )
+    schedule = options.schedule_for(1000)
+    assert 'exponential(decay=0.9999, tau=2000.0)' == str(schedule)
+    for n in (1, 100, 2000, 10_000):
+        # exp and expm1 differ in the last digits for small n / tau.
+        assert pytest.approx(oracle.ramp(n), rel=1e-12) == schedule(n)
+
+
+@pytest.mark.parametrize(
+    'words', [dict(momentum=0.0002), dict(ema_type='ExpMomentumEMA')], ids=str
+)
+def test_defaults_of_openmmlab(words):
+    """Under OpenMMLab's words mmengine's defaults are taken."""
+    options = parse_options(**words)
+    assert options.update_buffers is False
+    assert 1 == options.phase
+    # 1 - 0.0002 is next to 0.9998 in float64.
+    assert pytest.approx(0.9998, rel=1e-15) == options.schedule_for(9).limit
+    assert parse_options(update_buffers=True, **words).update_buffers is True
+
+
+def test_names():
+    """The names in messages are those of the signature, and priority."""
+    code = parse_options.__code__
+    names = code.co_varnames[: code.co_kwonlyargcount]
+    inner = ('find_rule', 'choice')
+    signature = [name for name in names if name not in inner]
+    assert (*signature, 'priority') == NAMES
+
+
+# decay, tau, schedule
+
+
+def test_decay_and_tau():
+    """``decay`` and ``tau`` are options of the ramp."""
+    schedule = schedule_of(decay=0.5, tau=10)
+    assert dict(decay=0.5, tau=10.0) == schedule.options
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (dict(schedule='constant'), 'constant(decay=0.9999)'),
+        (dict(schedule='constant', decay=0.5), 'constant(decay=0.5)'),
+        (dict(schedule='inverse', decay=0.5), 'inverse(decay=0.5)'),
+        (dict(schedule='mean'), 'mean()'),
+        (
+            dict(schedule=dict(type='exponential', tau=3), decay=0.5),
+            'exponential(decay=0.5, tau=3.0)',
+        ),
+        (
+            dict(schedule=dict(type='constant', decay=0.5), decay=0.5),
+            'constant(decay=0.5)',
+        ),
+        (
+            dict(schedule=dict(type='half_life', half_life=7)),
+            'half_life(half_life=7.0)',
+        ),
+        (dict(schedule='constant', momentum=0.25), 'constant(decay=0.75)'),
+        (
+            dict(schedule='exponential', momentum=0.25, tau=3),
+            'exponential(decay=0.75, tau=3.0)',
+        ),
+    ],
+    ids=str,
+)
+def test_schedules(options, expected):
+    """A schedule takes its options from its dict and from beside it."""
+    assert expected == str(schedule_of(**options))
+
+
+def test_callable():
+    """A callable is the schedule."""
+    schedule = schedule_of(schedule=lambda n: 1 / (n + 1))
+    assert [0.5, 0.25] == [schedule(1), schedule(3)]
+
+
+def test_the_config_stays():
+    """The dict in the config is not changed."""
+    spec = dict(type='exponential', tau=3)
+    parse_options(schedule=spec, decay=0.5)
+    assert dict(type='exponential', tau=3) == spec
+
+
+def test_cosine():
+    """The cosine ramp takes the planned steps where it is not told more."""
+    options = parse_options(schedule='cosine')
+    assert 40 == options.schedule_for(40).options['total_steps']
+    assert 1 == options.schedule_for(0).options['total_steps']
+    spec = dict(type='cosine', total_steps=7, end_decay=0.999)
+    schedule = parse_options(schedule=spec).schedule_for(40)
+    assert 7 == schedule.options['total_steps']
+    assert 0.999 == schedule(8)
+
+
+def test_cosine_is_checked_at_once():
+    """What is wrong with a cosine ramp is found before training."""
+    spec = dict(type='cosine', end_decay=2)
+    assert 'end_decay=2' in message_of(schedule=spec)
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (dict(tau=5, schedule='constant'), ('tau',)),
+        (dict(decay=0.9, schedule='mean'), ('decay',)),
+        (dict(decay=0.9, tau=5, schedule='mean'), ('decay', 'tau')),
+        (dict(decay=0.9, schedule='half_life'), ('decay',)),
+        (dict(tau=5, schedule=lambda n: 0.5), ('tau',)),
+        (dict(decay=0.5, schedule=build_schedule('mean')), ('decay',)),
+        (dict(momentum=0.1, schedule='mean'), ('momentum',)),
+        (dict(momentum=0.1, schedule=lambda n: 0.5), ('momentum',)),
+        (
+            dict(momentum=0.1, ema_type='StochasticWeightAverage'),
+            ('momentum',),
+        ),
+        (dict(decay=0.9, ema_type='StochasticWeightAverage'), ('decay',)),
+        (dict(decay=0.9, tau=5), ()),
+        (dict(decay=0.9, schedule='constant'), ()),
+        (dict(ema_type='ExpMomentumEMA', momentum=0.1, gamma=3), ()),
+        (dict(ema_type='StochasticWeightAverage'), ()),
+    ],
+)
+def test_no_effect(options, expected):
+    """An option that changes nothing is named, as the user wrote it."""
+    found = parse_options(**options).no_effect
+    assert expected == tuple(text.partition(' ')[0] for text in found)
+    assert all('has no effect with' in text for text in found)
+
+
+# Contradictions
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (
+            dict(decay=0.9998, momentum=0.0002),
+            ('decay=0.9998', 'momentum=0.0002', 'momentum = 1 - decay'),
+        ),
+        (
+            dict(decay=0.9, schedule=dict(type='constant', decay=0.5)),
+            ('decay=0.9', 'contradicts', 'give decay once'),
+        ),
+        (
+            dict(momentum=0.1, schedule=dict(type='constant', decay=0.5)),
+            ('momentum=0.1', 'contradicts'),
+        ),
+        (
+            dict(schedule='constant', ema_type='ExpMomentumEMA'),
+            ("schedule='constant'", 'ema_type', 'dict(type='),
+        ),
+        (
+            dict(schedule='constant', gamma=3),
+            ("schedule='constant'", 'gamma', 'dict(type='),
+        ),
+        (dict(tau=5, momentum=0.1), ('tau=5', 'gamma', 'ExpMomentumEMA')),
+        (dict(tau=5, ema_type='ExpMomentumEMA'), ('tau=5', 'gamma')),
+        (dict(tau=5, gamma=3), ('tau=5', 'gamma')),
+        (
+            dict(begin_iter=5, begin_epoch=2),
+            ('begin_iter=5', 'begin_epoch=2', 'give the one'),
+        ),
+        (dict(gamma=3), ('gamma=3', 'ExpMomentumEMA')),
+        (
+            dict(gamma=3, ema_type='StochasticWeightAverage'),
+            ('gamma=3', "'StochasticWeightAverage'", 'ExpMomentumEMA'),
+        ),
+    ],
+    ids=str,
+)
+def test_contradictions(options, words):
+    """Options that contradict each other are named, with what to do."""
+    message = message_of(**options)
+    assert [] == [word for word in words if word not in message]
+
+
+def test_the_same_said_twice():
+    """A momentum that says the same as a decay in the dict is no error."""
+    spec = dict(type='constant', decay=0.1)
+    schedule = schedule_of(momentum=0.9, schedule=spec)
+    # 1 - 0.9 is next to 0.1 in float64.
+    assert pytest.approx(0.1, rel=1e-12) == schedule(5)
+
+
+# Bad values
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(decay=1), ('decay=1 ', '[0, 1)')),
+        (dict(decay='0.9'), ("decay='0.9'", '[0, 1)')),
+        (dict(decay=1, ema_type='ExpMomentumEMA'), ('decay=1 ', '[0, 1)')),
+        (dict(tau=0), ('tau=0', '(0, inf)', "'constant'")),
+        (dict(schedule='exponental'), ("Did you mean 'exponential'?",)),
+        (dict(schedule=dict(type='constant', tau=3)), ("no option 'tau'",)),
+        (dict(schedule=5), ('schedule=5', "'exponential'")),
+        (dict(schedule=lambda n: 2.0), ('2.0', '[0, 1]')),
+        (dict(interval=0), ('interval=0', 'at least 1')),
+        (dict(interval=1.5), ('interval=1.5', 'whole number')),
+        (dict(interval=True), ('interval=True', 'whole number')),
+        (dict(begin_iter=-1), ('begin_iter=-1', 'at least 0')),
+        (dict(begin_epoch=-1), ('begin_epoch=-1', 'at least 0')),
+        (dict(begin_epoch='2'), ("begin_epoch='2'", 'whole number')),
+        (dict(update_buffers=1), ('update_buffers=1', 'True or False')),
+        (dict(strict_load='no'), ("strict_load='no'", 'True or False')),
+        (dict(device='gpu'), ("device='gpu'", "'cpu'")),
+        (dict(evaluate='emma'), ("evaluate='emma'", "Did you mean 'ema'?")),
+        (dict(evaluate=True), ('evaluate=True', "'raw'", "'both'")),
+        (dict(nonfinite='skipp'), ("'skipp'", "Did you mean 'skip'?")),
+        (dict(momentum=0), ('momentum=0', '(0, 1)', '1 - decay')),
+        (dict(momentum=1), ('momentum=1', '(0, 1)', '1 - decay')),
+        (dict(momentum='x'), ("momentum='x'", '(0, 1)')),
+        (
+            dict(ema_type='ExpMomentumEMA', gamma=0),
+            ('gamma=0', '(0, inf)'),
+        ),
+        (
+            dict(ema_type='ExpMomentEMA'),
+            ("ema_type='ExpMomentEMA'", "Did you mean 'ExpMomentumEMA'?"),
+        ),
+        (
+            dict(ema_type='mmdet.Nothing'),
+            ("'mmdet.Nothing'", "'StochasticWeightAverage'"),
+        ),
+        (dict(ema_type=5), ('ema_type=5', "'ExpMomentumEMA'")),
+        (dict(ema_type=''), ("ema_type=''", "'ExpMomentumEMA'")),
+    ],
+)
+def test_bad_values(options, words):
+    """A bad value is one line with value, what is allowed, what to do."""
+    message = message_of(**options)
+    assert [] == [word for word in words if word not in message]
+
+
+@pytest.mark.parametrize(
+    ('name', 'near'),
+    [
+        ('decai', 'decay'),
+        ('moment', 'momentum'),
+        ('begin_epochs', 'begin_epoch'),
+        ('update_buffer', 'update_buffers'),
+        ('strict', 'strict_load'),
+    ],
+)
+def test_unknown_option(name, near):
+    """An unknown option is answered with all names and the nearest one."""
+    message = message_of(**{name: 3})
+    assert f'no option {name!r} (given: {name}=3)' in message
+    assert f'Did you mean {near!r}?' in message
+    assert all(known in message for known in NAMES)
+
+
+@pytest.mark.parametrize(
+    ('name', 'home'),
+    [
+        ('init_updates', 'exponential'),
+        ('half_life', 'half_life'),
+        ('inv_gamma', 'power'),
+        ('total_steps', 'cosine'),
+    ],
+)
+def test_option_of_a_schedule(name, home):
+    """An option of a schedule is answered with where it goes."""
+    message = message_of(**{name: 3})
+    assert f'schedule=dict(type={home!r}, {name}=3)' in message
+    assert '\n' not in message
+
+
+def test_unknown_option_without_a_near_one():
+    """A word unlike any option is answered without a guess."""
+    assert 'Did you mean' not in message_of(zzz=1)
+
+
+@pytest.mark.parametrize('device', ['cpu', torch.device('cpu')])
+def test_device(device):
+    """A device is given as text or object."""
+    assert torch.device('cpu') == parse_options(device=device).device
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        dict(interval=4),
+        dict(begin_iter=100),
+        dict(begin_epoch=3),
+        dict(update_buffers=False),
+        dict(evaluate='raw'),
+        dict(evaluate='both'),
+        dict(nonfinite='raise'),
+        dict(nonfinite='ignore'),
+        dict(strict_load=True),
+    ],
+    ids=str,
+)
+def test_passed_on(given):
+    """An option comes out as it was given."""
+    options = parse_options(**given)
+    assert given == {name: getattr(options, name) for name in given}
+
+
+# OpenMMLab's words
+
+
+@pytest.mark.parametrize(
+    'scope', ['', 'mmdet.', 'mmengine.', 'mmdet3d.', 'mmengine.model.']
+)
+@pytest.mark.parametrize(
+    'name',
+    [
+        'ExpMomentumEMA',
+        'ExponentialMovingAverage',
+        'MomentumAnnealingEMA',
+        'StochasticWeightAverage',
+    ],
+)
+def test_scope(name, scope):
+    """A class is named with or without its scope."""
+    assert name == schedule_of(ema_type=scope + name).name
+
+
+def test_class_itself():
+    """A class may be given instead of its name."""
+    schedule = schedule_of(ema_type=StochasticWeightAverage)
+    assert 'StochasticWeightAverage' == schedule.name
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (dict(momentum=0.1), 'ExponentialMovingAverage(momentum=0.1)'),
+        (
+            dict(ema_type='ExpMomentumEMA'),
+            'ExpMomentumEMA(momentum=0.0002, gamma=2000.0)',
+        ),
+        (
+            dict(ema_type='ExpMomentumEMA', momentum=0.01, gamma=50),
+            'ExpMomentumEMA(momentum=0.01, gamma=50.0)',
+        ),
+        (
+            dict(ema_type='ExpMomentumEMA', decay=0.99),
+            'ExpMomentumEMA(momentum=0.01, gamma=2000.0)',
+        ),
+        (
+            dict(ema_type='MomentumAnnealingEMA'),
+            'MomentumAnnealingEMA(momentum=0.0002, gamma=100.0)',
+        ),
+        (
+            dict(ema_type='StochasticWeightAverage'),
+            'StochasticWeightAverage()',
+        ),
+    ],
+    ids=str,
+)
+def test_families(options, expected):
+    """A class is described in its own words, with its own defaults."""
+    assert expected == str(schedule_of(**options))
+
+
+@pytest.mark.parametrize('gamma', [0.3, 0.6, 0.7, 1.1, 100])
+def test_annealing_begins_with_a_copy(gamma):
+    """The first annealed update copies, whatever gamma is."""
+    schedule = schedule_of(ema_type='MomentumAnnealingEMA', gamma=gamma)
+    assert 0.0 == schedule(1)
+
+
+class Net(nn.Module):
+    """No ties, so that the classes of the field are right too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 2)
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).mean((2, 3)))
+
+
+def peer_class(name):
+    if name == 'ExpMomentumEMA':
+        pytest.importorskip('mmdet', reason='mmdet has this class')
+        from mmdet.models.layers import ExpMomentumEMA
+
+        return ExpMomentumEMA
+    return MODELS.get(name)
+
+
+SIDE_BY_SIDE = [
+    ('ExponentialMovingAverage', dict(momentum=0.05), 1),
+    ('ExponentialMovingAverage', {}, 1),
+    ('ExpMomentumEMA', dict(momentum=0.05, gamma=10), 1),
+    ('ExpMomentumEMA', {}, 1),
+    ('MomentumAnnealingEMA', dict(momentum=0.05, gamma=7), 1),
+    ('MomentumAnnealingEMA', {}, 1),
+    ('StochasticWeightAverage', {}, 1),
+    ('StochasticWeightAverage', {}, 3),
+]
+
+
+@pytest.mark.parametrize('buffers', [False, True])
+@pytest.mark.parametrize(('name', 'words', 'interval'), SIDE_BY_SIDE)
+def test_numbers(name, words, interval, buffers):
+    """Fifty steps beside the class that ``ema_type`` names: same numbers."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    peer = peer_class(name)(
+        model, interval=interval, update_buffers=buffers, **words
+    )
+    options = parse_options(
+        ema_type=name, interval=interval, update_buffers=buffers, **words
+    )
+    averager = WeightAverager(
+        model,
+        options.schedule_for(50),
+        interval=options.interval,
+        phase=options.phase,
+        update_buffers=options.update_buffers,
+    )
+    for step in range(50):
+        optimizer.zero_grad()
+        (model(torch.randn(4, 2, 4, 4)) - 1).square().mean().backward()
+        optimizer.step()
+        peer.update_parameters(model)
+        averager.update()
+        expected = peer.module.state_dict()
+        for key, average in averager.named_averages():
+            if key == 'norm.num_batches_tracked':
+                # The peers never average it; ours is exact.
+                assert step + 1 == int(average)
+                continue
+            # Fifty float32 roundings on either side of numbers near 1.
+            torch.testing.assert_close(
+                average, expected[key], rtol=0, atol=2e-6
+            )
+
+
+def test_interval_keeps_the_window():
+    """Unlike mmengine's, the window does not change with the interval."""
+    every = schedule_of(ema_type='ExponentialMovingAverage', momentum=0.1)
+    rare = family_schedule('ExponentialMovingAverage', 0.9, None, 10)
+    assert [every(n) for n in range(1, 50)] == [rare(n) for n in range(1, 50)]
+    assert 0.0 == rare(1)
+    assert math.isclose(0.9, rare(2))
+
+
+def test_mmengine_is_what_we_think():
+    """The default class and momentum of mmengine are those taken here."""
+    peer = ExponentialMovingAverage(nn.Linear(1, 1))
+    assert 0.0002 == peer.momentum
+    assert peer.update_buffers is False
+    assert 100 == MomentumAnnealingEMA(nn.Linear(1, 1)).gamma

@@ -1,0 +1,463 @@
+"""Stop, resume, fine-tune, and trade files with mmengine's own hook."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from mmengine.hooks import EMAHook as PeerHook
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+
+from mmdet_ema.errors import CheckpointError
+from tests import needs, oracle
+from tests.for_mmengine.toy import (
+    SAFELY,
+    Run,
+    ToyModel,
+    loader,
+    same,
+    state_of,
+)
+
+EMA = dict(type='EMAHook', decay=0.9, tau=3)
+
+
+def ema_equal(left, right):
+    """Names that differ between two checkpoints, in weights or EMA part."""
+    return same(left['state_dict'], right['state_dict']) + same(
+        left['ema_state_dict'], right['ema_state_dict']
+    )
+
+
+@pytest.mark.parametrize('interval', [1, 3])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, interval):
+    """4 epochs at once equal 2 and, resumed, 2 more: bit for bit."""
+    hook = dict(EMA, interval=interval)
+    whole = Run(tmp_path / 'whole', hook, max_epochs=4).train()
+    Run(tmp_path / 'part', hook, max_epochs=2).train()
+    last = str(tmp_path / 'part' / 'epoch_2.pth')
+    options = dict(max_epochs=4, resume=True, load_from=last)
+    resumed = Run(tmp_path / 'part', hook, **options).train()
+    left, right = (r.load('epoch_4.pth') for r in (whole, resumed))
+    assert ema_equal(left, right) == []
+    assert left['ema_state_dict']['steps'] == 16
+    assert left['ema_meta'] == right['ema_meta']
+
+
+def test_resume_finds_the_latest_checkpoint_by_itself(tmp_path):
+    """``resume=True`` without a file goes on exactly too."""
+    whole = Run(tmp_path / 'whole', EMA, max_epochs=3).train()
+    Run(tmp_path / 'part', EMA, max_epochs=2).train()
+    resumed = Run(tmp_path / 'part', EMA, max_epochs=3, resume=True).train()
+    left, right = (r.load('epoch_3.pth') for r in (whole, resumed))
+    assert ema_equal(left, right) == []
+
+
+def test_resume_keeps_the_scalar_history(tmp_path):
+    """The message hub's histories survive, as mmengine's own files' do."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    resumed = Run(tmp_path, EMA, max_epochs=2, resume=True).train()
+    hub = resumed.runner.message_hub
+    assert isinstance(hub.log_scalars['train/loss'], HistoryBuffer)
+    assert len(resumed.scalar('train/loss')) == 8
+    assert len(resumed.scalar('train/ema_decay')) == 8
+
+
+@pytest.mark.skipif(not SAFELY, reason='torch 1.13 refuses every float')
+def test_files_load_with_weights_only_anywhere(tmp_path):
+    """A process without the package or the framework reads our file."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    code = (
+        'import sys, torch\n'
+        f'c = torch.load({str(tmp_path / "epoch_1.pth")!r}, '
+        'weights_only=True)\n'
+        "assert not {'mmdet_ema', 'mmengine'} & set(sys.modules)\n"
+        "print(sorted(c), int(c['ema_state_dict']['steps']))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip().endswith(
+        "'meta', 'optimizer', 'state_dict'] 4"
+    )
+
+
+def peer(**options):
+    """Make mmengine's own hook, the same averaging as ours."""
+    return PeerHook(
+        ema_type='ExponentialMovingAverage', momentum=0.1, **options
+    )
+
+
+def test_checkpoint_of_mmengines_hook_resumes_here(tmp_path):
+    """Raw weights, averages and n of its file go to the right places."""
+    Run(tmp_path, peer(), model=untied(), max_epochs=1).train()
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+    hook = dict(type='EMAHook', momentum=0.1)
+    run = Run(tmp_path, hook, model=untied(), max_epochs=2, resume=True)
+    run.train()
+    start, values = run.trace('head.weight')
+    raw = saved['ema_state_dict']['module.head.weight']
+    assert torch.equal(torch.from_numpy(start).float(), raw)
+    expected = oracle.average(
+        saved['state_dict']['head.weight'], values, lambda n: 0.9
+    )
+    resumed = run.load('epoch_2.pth')
+    found = resumed['state_dict']['head.weight']
+    assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
+    assert resumed['ema_state_dict']['steps'] == 8
+
+
+def test_our_checkpoint_resumes_in_mmengines_hook(tmp_path):
+    """Its hook finds raw weights, averages and steps where it expects."""
+    hook = dict(type='EMAHook', momentum=0.1)
+    Run(tmp_path, hook, model=untied(), max_epochs=1).train()
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=SAFELY)
+    theirs = peer()
+    run = Run(tmp_path, theirs, model=untied(), max_epochs=2, resume=True)
+    run.train()
+    start, values = run.trace('head.weight')
+    raw = saved['ema_state_dict']['module.head.weight']
+    assert torch.equal(torch.from_numpy(start).float(), raw)
+    expected = oracle.average(
+        saved['state_dict']['head.weight'], values, lambda n: 0.9
+    )
+    found = theirs.ema_model.module.head.weight
+    # float32 rounding
+    assert oracle.relative_error(found.detach(), expected) < 1e-6
+    assert theirs.ema_model.steps == 8
+
+
+def untied():
+    """A model that mmengine's hook averages right: nothing tied or low."""
+    model = ToyModel()
+    model.tied = copy.deepcopy(model.tied)
+    model.low = torch.nn.Parameter(torch.ones(4))
+    return model
+
+
+def test_resume_without_ema_part_starts_from_the_weights(tmp_path):
+    """A file of a run without EMA resumes; n starts at 0, and it is said."""
+    Run(tmp_path, max_epochs=1).train()
+    run = Run(tmp_path, EMA, max_epochs=2, resume=True).train()
+    start, values = run.trace('head.weight')
+    expected = oracle.average(start, values, lambda n: oracle.ramp(n, 0.9, 3))
+    saved = run.load('epoch_2.pth')
+    error = oracle.relative_error(saved['state_dict']['head.weight'], expected)
+    assert error < 1e-6  # float32 rounding
+    assert saved['ema_state_dict']['steps'] == 4
+
+
+def test_strict_resume_without_ema_part_is_refused(tmp_path):
+    """With ``strict_load`` it is an error that says what to do."""
+    Run(tmp_path, max_epochs=1).train()
+    hook = dict(EMA, strict_load=True)
+    run = Run(tmp_path, hook, max_epochs=2, resume=True)
+    with pytest.raises(CheckpointError, match='strict_load=False'):
+        run.train()
+
+
+def test_resume_with_another_batch_size_plans_the_steps_that_follow(tmp_path):
+    """What is planned is what is done, and what the last epoch will add."""
+    Run(tmp_path, EMA, max_epochs=2).train()
+    size = dict(train_dataloader=loader(batch=8), resume=True)
+    run = Run(tmp_path, EMA, max_epochs=3, **size).train()
+    logs = [path.read_text() for path in tmp_path.glob('*/*.log')]
+    assert any('steps: 10 planned, 8 of them done' in log for log in logs)
+    assert 10 == run.load('epoch_3.pth')['ema_state_dict']['steps']
+
+
+def test_fine_tuning_starts_the_average_from_the_loaded_weights(tmp_path):
+    """``load_from`` a file of another class count trains; n starts at 0."""
+    Run(tmp_path / 'a', EMA, max_epochs=2).train()
+    file = tmp_path / 'a' / 'epoch_2.pth'
+    loaded = torch.load(file, weights_only=SAFELY)['state_dict']
+    model = ToyModel(classes=5)
+    options = dict(model=model, max_epochs=1, load_from=str(file))
+    run = Run(tmp_path / 'b', EMA, **options).train()
+    start = run.recorder.start
+    assert torch.equal(start['first.weight'], loaded['first.weight'])
+    assert start['head.weight'].shape == (5, 4)
+    for key in ('first.weight', 'head.weight', 'norm.running_var'):
+        expected = oracle.average(
+            *run.trace(key), lambda n: oracle.ramp(n, 0.9, 3)
+        )
+        found = run.load('epoch_1.pth')['state_dict'][key]
+        # float32 rounding
+        assert oracle.relative_error(found, expected) < 1e-6
+    assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
+
+
+def test_resume_into_another_model_is_refused(tmp_path):
+    """A shape that differs is named, with both shapes and what to do."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    run = Run(
+        tmp_path, EMA, model=ToyModel(classes=5), max_epochs=2, resume=True
+    )
+    with pytest.raises(ValueError, match=r'head\.weight') as error:
+        run.train()
+    text = str(error.value)
+    assert '(2, 4)' in text
+    assert '(5, 4)' in text
+    assert 'load_from without resume' in text
+
+
+def test_newly_frozen_layer_keeps_its_average_on_resume(tmp_path):
+    """Freezing a layer on resume does not replace its average by the raw."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    model = ToyModel()
+    model.head.requires_grad_(False)
+    options = dict(model=model, max_epochs=2, resume=True)
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=SAFELY)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    del saved['optimizer']
+    assert parameters
+    torch.save(saved, tmp_path / 'epoch_1.pth')
+    run = Run(tmp_path, EMA, **options).train()
+    raw = saved['ema_state_dict']['module.head.weight'].double().numpy()
+    expected = saved['state_dict']['head.weight'].double().numpy()
+    for n in range(5, 9):
+        d = oracle.ramp(n, 0.9, 3)
+        expected = d * expected + (1 - d) * raw
+    found = run.load('epoch_2.pth')['state_dict']['head.weight']
+    assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
+
+
+def log_of(run):
+    """Text of the last log file of a run."""
+    return max(run.work_dir.glob('*/*.log')).read_text()
+
+
+def test_changes_since_the_checkpoint_are_reported(tmp_path):
+    """A changed schedule and batch size are named in one line."""
+    Run(tmp_path / 'a', EMA, max_epochs=1).train()
+    hook = dict(type='EMAHook', decay=0.8, tau=3)
+    options = dict(
+        max_epochs=2,
+        resume=True,
+        load_from=str(tmp_path / 'a' / 'epoch_1.pth'),
+        train_dataloader=loader(16, batch=2),
+    )
+    run = Run(tmp_path / 'b', hook, **options).train()
+    lines = [x for x in log_of(run).splitlines() if 'changed since' in x]
+    assert len(lines) == 1
+    assert (
+        'exponential(decay=0.9, tau=3.0) -> exponential(decay=0.8'
+        in (lines[0])
+    )
+    assert 'batch_size 4 -> 2' in lines[0]
+
+
+def test_resume_of_frozen_weights_shares_them_in_the_file(tmp_path):
+    """A frozen tensor is stored once, under both of its names."""
+    run = Run(tmp_path, EMA, max_epochs=1).train()
+    saved = run.load('epoch_1.pth')
+    left = saved['state_dict']['frozen.weight']
+    right = saved['ema_state_dict']['module.frozen.weight']
+    assert left.data_ptr() == right.data_ptr()
+    assert same({'x': left}, {'x': state_of(run.model)['frozen.weight']}) == []
+
+
+class SanityCheck(Hook):
+    """Validates once before training starts."""
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner):
+        runner.val_loop.run()
+
+
+def test_validation_before_a_resumed_training_keeps_the_average(tmp_path):
+    """A sanity check of the loaded weights does not use the average up."""
+    whole = Run(tmp_path / 'whole', EMA, max_epochs=4).train()
+    Run(tmp_path / 'part', EMA, max_epochs=2).train()
+    resumed = Run(
+        tmp_path / 'part', EMA, SanityCheck(), max_epochs=4, resume=True
+    ).train()
+    left, right = (r.load('epoch_4.pth') for r in (whole, resumed))
+    assert ema_equal(left, right) == []
+
+
+def test_training_twice_in_one_process_goes_on(tmp_path):
+    """A second ``train()`` of one runner keeps average and n."""
+    run = Run(tmp_path, EMA, max_epochs=2).train()
+    run.runner.train_loop._max_epochs = 4
+    run.runner.train_loop._max_iters = 16
+    start = run.recorder.start
+    run.train()
+    saved = run.load('epoch_4.pth')
+    assert saved['ema_state_dict']['steps'] == 16
+    values = [r['head.weight'].double().numpy() for r in run.records]
+    expected = oracle.average(
+        start['head.weight'], values, lambda n: oracle.ramp(n, 0.9, 3)
+    )
+    found = saved['state_dict']['head.weight']
+    assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
+
+
+def test_fine_tuning_from_a_foreign_ema_part(tmp_path):
+    """``load_from`` needs ``state_dict`` alone; a strange part is left out."""
+    weights = state_of(ToyModel())
+    torch.save(
+        dict(state_dict=weights, ema_state_dict={'x': torch.ones(1)}),
+        tmp_path / 'foreign.pth',
+    )
+    options = dict(max_epochs=1, load_from=str(tmp_path / 'foreign.pth'))
+    run = Run(tmp_path / 'run', EMA, **options).train()
+    assert same(run.recorder.start, weights) == []
+    assert 'the EMA part is left out' in log_of(run)
+
+
+def test_names_with_a_wrappers_prefix_resume(tmp_path):
+    """``module.`` before the names of ``state_dict`` is no part of them."""
+    whole = Run(tmp_path / 'whole', EMA, max_epochs=2).train()
+    Run(tmp_path / 'part', EMA, max_epochs=1).train()
+    path = tmp_path / 'part' / 'epoch_1.pth'
+    saved = torch.load(path, weights_only=SAFELY)
+    named = {f'module.{k}': v for k, v in saved['state_dict'].items()}
+    torch.save(dict(saved, state_dict=named), path)
+    resumed = Run(tmp_path / 'part', EMA, max_epochs=2, resume=True).train()
+    left, right = (r.load('epoch_2.pth') for r in (whole, resumed))
+    assert ema_equal(left, right) == []
+
+
+def test_resume_before_the_first_step_is_exact(tmp_path):
+    """With n = 0, in the middle of an accumulation, buffers go on too."""
+    by_iter = dict(type='CheckpointHook', by_epoch=False, interval=1)
+    run = Run(
+        tmp_path,
+        EMA,
+        accumulative_counts=3,
+        hooks=dict(checkpoint=by_iter),
+        train_cfg=dict(by_epoch=False, max_iters=4, val_interval=9),
+    ).train()
+    first = run.load('iter_1.pth')
+    assert first['ema_state_dict']['steps'] == 0
+    resumed = Run(
+        tmp_path / 'again',
+        EMA,
+        accumulative_counts=3,
+        hooks=dict(checkpoint=by_iter),
+        train_cfg=dict(by_epoch=False, max_iters=4, val_interval=9),
+        resume=True,
+        load_from=str(tmp_path / 'iter_1.pth'),
+    ).train()
+    left = run.load('iter_2.pth')['state_dict']['norm.running_mean']
+    right = resumed.load('iter_2.pth')['state_dict']['norm.running_mean']
+    assert torch.equal(left, right)
+
+
+class LoadAgain(Hook):
+    """Goes back to a file in the third epoch."""
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 2:
+            runner.load_checkpoint(f'{runner.work_dir}/epoch_1.pth')
+
+
+def test_file_loaded_in_a_resumed_training_brings_its_average(tmp_path):
+    """Raw weights and average go back together."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    run = Run(tmp_path, LoadAgain(), EMA, max_epochs=3, resume=True).train()
+    assert run.load('epoch_3.pth')['ema_state_dict']['steps'] == 8
+
+
+def test_average_shown_by_hand_does_not_leak_into_training(tmp_path):
+    """Loading a file by hand, under 'both', then training starts anew."""
+    Run(tmp_path / 'a', EMA, max_epochs=2).train()
+    hook = dict(EMA, evaluate='both')
+    run = Run(tmp_path / 'b', hook, max_epochs=1)
+    run.runner.load_checkpoint(str(tmp_path / 'a' / 'epoch_2.pth'))
+    run.train()
+    assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
+
+
+@pytest.mark.parametrize(
+    'value', ['text', torch.ones(2, 4, dtype=torch.long)], ids=['str', 'int']
+)
+def test_damaged_raw_weights_are_refused(tmp_path, value):
+    """A raw weight that is no float tensor is named."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    path = tmp_path / 'epoch_1.pth'
+    saved = torch.load(path, weights_only=SAFELY)
+    saved['ema_state_dict']['module.head.weight'] = value
+    torch.save(saved, path)
+    run = Run(tmp_path, EMA, max_epochs=2, resume=True)
+    with pytest.raises(ValueError, match=r'head\.weight is'):
+        run.train()
+
+
+def test_implausible_counters_do_not_hang_the_run(tmp_path):
+    """A counter of 2**40 steps is one product, not 10**12 of them."""
+    Run(tmp_path, EMA, max_epochs=1).train()
+    path = tmp_path / 'epoch_1.pth'
+    saved = torch.load(path, weights_only=SAFELY)
+    saved['ema_state_dict']['steps'] = torch.tensor(2**40)
+    torch.save(saved, path)
+    run = Run(tmp_path, EMA, max_epochs=2, resume=True).train()
+    assert run.load('epoch_2.pth')['ema_state_dict']['steps'] == 2**40 + 4
+
+
+@pytest.mark.parametrize('scale', [False, True])
+def test_another_batch_size_is_reported_and_scaled_if_told(tmp_path, scale):
+    """With half the samples a step, decay ** 0.5 keeps the window."""
+    ema = dict(type='EMAHook', schedule='constant', decay=0.9)
+    Run(tmp_path, ema, max_epochs=1).train()
+    options = dict(resume=True, train_dataloader=loader(16, batch=2))
+    hook = dict(ema, scale_decay=scale)
+    run = Run(tmp_path, hook, max_epochs=2, **options).train()
+    log = log_of(run)
+    assert 'a step takes 2 samples, not 4 as in the checkpoint' in log
+    assert 'decay ** 0.5 (0.9 -> 0.948683) keeps the averaging window' in log
+    assert ('scale_decay=True uses it' in log) == (not scale)
+    decay = np.sqrt(0.9) if scale else 0.9
+    first = torch.load(tmp_path / 'epoch_1.pth', weights_only=SAFELY)
+    _, values = run.trace('head.weight')
+    expected = oracle.average(
+        first['state_dict']['head.weight'], values, lambda n: decay
+    )
+    found = run.load('epoch_2.pth')['state_dict']['head.weight']
+    assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
+    again = Run(tmp_path, hook, max_epochs=3, **options).train()
+    assert again.scalar('train/ema_decay')[-1] == pytest.approx(decay)
+
+
+def test_file_of_the_older_framework_is_refused(tmp_path):
+    """A file of mmcv 1.x cannot resume; one line says what can be done."""
+    meta = dict(epoch=1, iter=4, hook_msgs=dict(EMAHook={}))
+    weights = ToyModel().state_dict()
+    torch.save(dict(meta=meta, state_dict=weights), tmp_path / 'old.pth')
+    run = Run(tmp_path, EMA, load_from=str(tmp_path / 'old.pth'), resume=True)
+    with pytest.raises(ValueError, match=r'written by mmcv 1\.x'):
+        run.train()
+
+
+def test_disabled_hook_resumes_the_raw_weights_and_does_nothing(tmp_path):
+    """``enabled=False`` trains on as if there had never been an average."""
+    ema = dict(type='EMAHook', decay=0.9, tau=3)
+    Run(tmp_path / 'first', ema, max_epochs=1).train()
+    file = str(tmp_path / 'first' / 'epoch_1.pth')
+    raw = {
+        name[len('module.') :]: value
+        for name, value in torch.load(file, weights_only=needs.SAFELY)[
+            'ema_state_dict'
+        ].items()
+    }
+    off = dict(type='EMAHook', enabled=False)
+    again = dict(load_from=file, resume=True, max_epochs=2)
+    run = Run(tmp_path / 'second', off, **again).train()
+    for name, value in run.recorder.start.items():
+        assert torch.equal(value, raw[name]), name
+    # a file of the framework's own, which is more than weights
+    path = run.work_dir / 'epoch_2.pth'
+    saved = torch.load(path, weights_only=False)
+    assert 'ema_state_dict' not in saved
+    assert same(saved['state_dict'], state_of(run.model)) == []
+    (log,) = (tmp_path / 'second').glob('*/*.log')
+    assert 'enabled=False' in log.read_text()

@@ -1,0 +1,336 @@
+"""The raw weights come back, and files keep their roles, whatever happens."""
+
+import contextlib
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import Hook
+
+from tests import needs, oracle
+from tests.for_mmengine.toy import Run, Score, ToyModel, loader, same, state_of
+
+EMA = dict(type='EMAHook', schedule='constant', decay=0.9)
+
+
+class Failing(Score):
+    """Raises in the middle of an evaluation, with the averages applied."""
+
+    def __init__(self, model, action):
+        super().__init__()
+        self.model, self.action = model, action
+
+    def process(self, data_batch, data_samples):
+        self.during = state_of(self.model)
+        self.action()
+
+
+def fail():
+    raise RuntimeError('metric failed')
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ('action', 'error'),
+    [(fail, RuntimeError), (interrupt, KeyboardInterrupt)],
+)
+def test_raw_weights_come_back_after_a_broken_validation(
+    tmp_path, action, error
+):
+    """An exception and Ctrl-C in validation leave the raw weights."""
+    model = ToyModel()
+    metric = Failing(model, action)
+    run = Run(tmp_path, EMA, model=model, metric=metric, max_epochs=1)
+    with pytest.raises(error):
+        run.train()
+    start, values = run.trace('head.weight')
+    average = oracle.average(start, values, lambda n: 0.9)
+    seen = metric.during['head.weight'].numpy()
+    assert oracle.relative_error(seen, average) < 1e-6  # float32 rounding
+    assert same(state_of(model), run.records[-1]) == []
+
+
+def test_training_can_go_on_after_a_broken_validation(tmp_path):
+    """After a failed validation the same hook still averages right."""
+    metric = Failing(ToyModel(), fail)
+    run = Run(tmp_path, EMA, metric=metric, max_epochs=1)
+    with pytest.raises(RuntimeError, match='metric failed'):
+        run.train()
+    metric.action = lambda: None
+    before = state_of(run.model)
+    run.runner.val_loop.run()
+    assert same(state_of(run.model), before) == []
+
+
+class SaveInValidation(Hook):
+    """Writes a checkpoint while the averages are in the model."""
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        runner.save_checkpoint(str(runner.work_dir), 'middle.pth')
+
+
+def test_checkpoint_written_in_validation_has_the_right_roles(tmp_path):
+    """A file written in the middle equals the one of the epoch's end."""
+    run = Run(tmp_path, EMA, SaveInValidation(), max_epochs=1).train()
+    middle, end = run.load('middle.pth'), run.load('epoch_1.pth')
+    assert same(middle['state_dict'], end['state_dict']) == []
+    assert same(middle['ema_state_dict'], end['ema_state_dict']) == []
+    assert same(state_of(run.model), run.records[-1]) == []
+
+
+def test_best_checkpoint_has_the_right_roles(tmp_path):
+    """``save_best`` writes averages as weights and raw weights beside."""
+    best = dict(type='CheckpointHook', save_best='score', rule='greater')
+    run = Run(tmp_path, EMA, hooks=dict(checkpoint=best), max_epochs=1).train()
+    saved = run.load('best_score_epoch_1.pth')
+    raw = {k[7:]: v for k, v in saved['ema_state_dict'].items() if '.' in k}
+    assert (
+        same(
+            {**raw, 'low': saved['ema_state_dict']['module.low']},
+            run.records[-1],
+        )
+        == []
+    )
+    start, values = run.trace('norm.running_mean')
+    average = oracle.average(start, values, lambda n: 0.9)
+    found = saved['state_dict']['norm.running_mean']
+    assert oracle.relative_error(found, average) < 1e-6  # float32 rounding
+
+
+def test_validation_uses_averages_and_training_goes_on_from_raw(tmp_path):
+    """With and without the hook the raw weights are the same, bit for bit."""
+    with_ema = Run(tmp_path / 'a', EMA, max_epochs=3).train()
+    without = Run(tmp_path / 'b', max_epochs=3).train()
+    found = [
+        same(left, right)
+        for left, right in zip(with_ema.records, without.records)
+    ]
+    assert found == [[]] * 12
+
+
+class Replacing(Hook):
+    """Replaces a buffer and a parameter by new objects between epochs."""
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 1:
+            norm = runner.model.norm
+            norm.running_mean = norm.running_mean.clone()
+            head = runner.model.head
+            head.bias.data = head.bias.data.clone()
+
+
+def test_replaced_tensors_are_followed(tmp_path):
+    """A buffer that became another object, and moved data, are averaged."""
+    run = Run(tmp_path, Replacing(), EMA, max_epochs=2).train()
+    weights = run.load('epoch_2.pth')['state_dict']
+    for key in ('norm.running_mean', 'head.bias'):
+        start, values = run.trace(key)
+        average = oracle.average(start, values, lambda n: 0.9)
+        # float32 rounding
+        assert oracle.relative_error(weights[key], average) < 1e-6
+
+
+class Poisoned(ToyModel):
+    """Has NaN in a weight after the third step, and for that step only."""
+
+    def train_step(self, data, optim_wrapper):
+        self.calls = getattr(self, 'calls', 0) + 1
+        if self.calls == 4:
+            self.head.bias.data.copy_(self.healthy)
+        log = super().train_step(data, optim_wrapper)
+        if self.calls == 3:
+            self.healthy = self.head.bias.data.clone()
+            self.head.bias.data[1] = float('nan')
+        return log
+
+
+def test_step_with_nan_is_skipped_and_counted(tmp_path, capsys):
+    """Under 'skip' a NaN never enters: n does not count, the log does."""
+    hook = dict(type='EMAHook', decay=0.9, tau=3)
+    run = Run(tmp_path, hook, model=Poisoned(), max_epochs=2).train()
+    saved = run.load('epoch_2.pth')
+    start, values = run.trace('head.weight')
+    average = oracle.average(
+        start, values[:2] + values[3:], lambda n: oracle.ramp(n, 0.9, 3)
+    )
+    found = saved['state_dict']['head.weight']
+    assert oracle.relative_error(found, average) < 1e-6  # float32 rounding
+    assert all(torch.isfinite(v).all() for v in saved['state_dict'].values())
+    assert saved['ema_state_dict']['steps'] == 7
+    assert run.scalar('train/ema_skipped')[-1] == 1
+    text = capsys.readouterr().err + capsys.readouterr().out
+    log = next(tmp_path.glob('*/*.log')).read_text() + text
+    assert 'iteration 3 left NaN or Inf in head.bias' in log
+
+
+def test_step_with_nan_stops_the_run_if_told(tmp_path):
+    """Under 'raise' the message names the iteration and the tensor."""
+    hook = dict(type='EMAHook', nonfinite='raise')
+    run = Run(tmp_path, hook, model=Poisoned(), max_epochs=2)
+    with pytest.raises(
+        FloatingPointError, match=r'iteration 3: head\.bias holds NaN or Inf'
+    ):
+        run.train()
+
+
+def test_nan_enters_if_told(tmp_path):
+    """Under 'ignore' the average takes in what there is."""
+    hook = dict(type='EMAHook', nonfinite='ignore')
+    run = Run(tmp_path, hook, model=Poisoned(), max_epochs=1).train()
+    bias = run.load('epoch_1.pth')['state_dict']['head.bias']
+    assert torch.isnan(bias).tolist() == [False, True]
+
+
+class Masked(ToyModel):
+    """Holds minus infinity in a buffer, as attention masks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mask', torch.tensor([0.0, -np.inf]))
+
+
+def test_constant_infinity_in_a_buffer_is_no_bad_step(tmp_path):
+    """A mask of minus infinity is copied; no step is skipped for it."""
+    run = Run(tmp_path, EMA, model=Masked(), max_epochs=1).train()
+    saved = run.load('epoch_1.pth')
+    assert saved['state_dict']['mask'].tolist() == [0.0, -np.inf]
+    assert saved['ema_state_dict']['steps'] == 4
+
+
+class BrokenTest(Hook):
+    """Runs a test that fails in the middle of training, and goes on."""
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter == 1:
+            with contextlib.suppress(RuntimeError):
+                runner.test_loop.run()
+            runner.model.train()  # the loop has put it into eval mode
+
+
+def test_training_never_goes_on_with_averages(tmp_path):
+    """A test loop made late, that fails, leaves nothing in the model."""
+    model = ToyModel()
+    metric = Failing(model, fail)
+    run = Run(
+        tmp_path / 'a',
+        EMA,
+        BrokenTest(),
+        model=model,
+        test_dataloader=loader(4, seed=1),
+        test_cfg=dict(),
+        test_evaluator=Evaluator([metric]),
+    ).train()
+    plain = Run(tmp_path / 'b', EMA).train()
+    found = [same(a, b) for a, b in zip(run.records, plain.records)]
+    assert found == [[]] * 8
+    left, right = (r.load('epoch_2.pth') for r in (run, plain))
+    assert same(left['state_dict'], right['state_dict']) == []
+
+
+class EvaluateNow(Hook):
+    """Validates right after a step, before hooks of low priority."""
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter == 2:
+            runner.val_loop.run()
+
+
+@pytest.mark.parametrize('priority', ['NORMAL', 'LOWEST'])
+def test_validation_inside_an_iteration_sees_its_step(tmp_path, priority):
+    """The average takes the step in before it is shown or saved."""
+    best = dict(type='CheckpointHook', save_best='score', rule='greater')
+    run = Run(
+        tmp_path,
+        EvaluateNow(),
+        dict(EMA, priority=priority),
+        hooks=dict(checkpoint=best),
+        max_epochs=1,
+    ).train()
+    start, values = run.trace('head.weight')
+    average = oracle.average(start, values[:3], lambda n: 0.9)
+    files = [
+        torch.load(p, weights_only=needs.SAFELY)
+        for p in tmp_path.glob('best_score_*.pth')
+    ]
+    steps = {int(f['ema_state_dict']['steps']): f for f in files}
+    if 3 in steps:
+        found = steps[3]['state_dict']['head.weight']
+        assert oracle.relative_error(found, average) < 1e-6
+    assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Never calls torch's constructor, as wrappers in the field do."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups = inner, inner.param_groups
+        self.defaults, self.state = inner.defaults, inner.state
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+
+def test_optimizer_that_skips_torchs_constructor_is_listened_to(tmp_path):
+    """Steps of such a wrapper count as they do without it."""
+    run = Run(tmp_path, EMA, max_epochs=1)
+    run.runner.optim_wrapper.optimizer = Lookahead(run.optimizer)
+    run.train()
+    assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
+
+
+class Barred(ToyModel):
+    """Has a trainable parameter with minus infinity in it."""
+
+    def init_weights(self):
+        super().init_weights()
+        self.low.data[0] = -np.inf
+
+    def forward(self, inputs, mode='tensor'):
+        self.low.data[0], held = 1.0, self.low.data[0].clone()
+        found = super().forward(inputs, mode)
+        self.low.data[0] = held
+        return found
+
+
+def test_parameter_with_infinity_from_the_start_is_copied(tmp_path):
+    """It is named at the start, and skips no step."""
+    run = Run(tmp_path, EMA, model=Barred(), max_epochs=1).train()
+    assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'low (1 parameters) held NaN or Inf before training' in log
+
+
+class Prototype(Poisoned):
+    """Replaces a buffer by a new tensor in every forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('prototype', torch.zeros(3))
+
+    def forward(self, inputs, mode='tensor'):
+        self.prototype = self.prototype * 0.9 + 1
+        return super().forward(inputs, mode)
+
+
+def test_buffer_that_is_replaced_in_every_step(tmp_path):
+    """It is averaged by the formula; a NaN step beside it is still skipped."""
+    run = Run(tmp_path, EMA, model=Prototype(), max_epochs=2).train()
+    saved = run.load('epoch_2.pth')
+    for key in ('prototype', 'head.weight'):
+        start, values = run.trace(key)
+        expected = oracle.average(
+            start, values[:2] + values[3:], lambda n: 0.9
+        )
+        # float32 rounding
+        assert oracle.relative_error(saved['state_dict'][key], expected) < 1e-6
+    assert saved['ema_state_dict']['steps'] == 7
+    assert torch.isfinite(saved['state_dict']['head.bias']).all()
