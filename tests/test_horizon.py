@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdet_ema.averaging import OptionError, build_schedule
-from mmdet_ema.horizon import decay_over, initial_share, window
+from mmdet_ema.schedules import decay_over, initial_share, window
 from tests.oracle import ramp
 
 

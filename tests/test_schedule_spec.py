@@ -12,7 +12,7 @@ from mmdet_ema.averaging import (
     Schedule,
     build_schedule,
 )
-from mmdet_ema.schedule_spec import check_decay, make_schedule, options_of
+from mmdet_ema.schedules import check_decay, make_schedule, options_of
 
 
 def message_of(function, *args, **kwargs):

@@ -5,8 +5,7 @@ Imports torch only, and knows nothing of any trainer.
 
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.errors import CheckpointError, NonFiniteError, OptionError
-from mmdet_ema.schedule_spec import SCHEDULES, build_schedule
-from mmdet_ema.schedules import Schedule
+from mmdet_ema.schedules import SCHEDULES, Schedule, build_schedule
 
 __all__ = [
     'SCHEDULES',

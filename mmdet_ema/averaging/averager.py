@@ -20,13 +20,6 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from mmdet_ema.averaging.check import (
-    check_choice,
-    check_count,
-    check_flag,
-    check_patterns,
-)
-from mmdet_ema.averaging.device import check_device
 from mmdet_ema.averaging.finite import first_nonfinite
 from mmdet_ema.averaging.interrupts import DeferredInterrupts
 from mmdet_ema.averaging.kernels import Rule
@@ -34,12 +27,19 @@ from mmdet_ema.averaging.selection import Entry, no_match, unmatched
 from mmdet_ema.averaging.state import Progress, read_progress, read_tensors
 from mmdet_ema.averaging.step_plan import Step
 from mmdet_ema.averaging.store import AverageStore
+from mmdet_ema.checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_flag,
+    check_patterns,
+)
 from mmdet_ema.errors import NonFiniteError, OptionError, show
-from mmdet_ema.horizon import decay_over
-from mmdet_ema.schedule_spec import (
+from mmdet_ema.schedules import (
     ScheduleSpec,
     build_schedule,
     check_decay,
+    decay_over,
 )
 
 NONFINITE = ('skip', 'raise', 'ignore')

@@ -10,7 +10,6 @@ from typing import Any, Callable, Dict, Iterator, Optional
 import torch
 from mmcv.runner import BaseRunner, Hook
 
-from mmdet_ema.averaging.check import check_flag
 from mmdet_ema.checkpoint.layout import EMA
 from mmdet_ema.checkpoint.mmcv1 import (
     MESSAGE,
@@ -21,6 +20,7 @@ from mmdet_ema.checkpoint.mmcv1 import (
 )
 from mmdet_ema.checkpoint.mmcv1_buffers import convert_buffers
 from mmdet_ema.checkpoint.mmcv1_roles import take_program
+from mmdet_ema.checks import check_flag
 from mmdet_ema.for_mmcv1 import runner_facts
 from mmdet_ema.for_mmcv1.run_log import RunLog
 from mmdet_ema.for_mmcv1.saving import with_ema_part

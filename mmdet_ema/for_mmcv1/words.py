@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any, Dict, Mapping, Optional
 
-from mmdet_ema.averaging.check import check_count, check_flag, check_number
+from mmdet_ema.checks import check_count, check_flag, check_number
 from mmdet_ema.errors import OptionError, show
-from mmdet_ema.schedule_spec import make_schedule
-from mmdet_ema.schedules import Schedule
+from mmdet_ema.schedules import Schedule, make_schedule
 from mmdet_ema.training.openmmlab_words import check_words, decay_of
 from mmdet_ema.training.options import (
     NAMES,

@@ -8,8 +8,8 @@ from typing import Any, Callable, Dict, Optional, Sequence, Union
 import torch
 from mmengine.hooks import Hook
 
-from mmdet_ema.averaging.check import check_flag
 from mmdet_ema.checkpoint.files import read_structure
+from mmdet_ema.checks import check_flag
 from mmdet_ema.for_mmengine import runner_facts
 from mmdet_ema.for_mmengine.evaluation import (
     check_monitored,
@@ -26,7 +26,7 @@ from mmdet_ema.for_mmengine.run_log import RunLog
 from mmdet_ema.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.for_mmengine.user_classes import find_rule
 from mmdet_ema.optimizers.nominal import scale_weight_decay
-from mmdet_ema.schedule_spec import ScheduleSpec
+from mmdet_ema.schedules import ScheduleSpec
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.loop_guard import guard_loop
 from mmdet_ema.training.options import parse_options

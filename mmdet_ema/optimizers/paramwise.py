@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, Mapping, Optional, Tuple
 
-from mmdet_ema.averaging.check import (
+from mmdet_ema.checks import (
     check_choice,
     check_count,
     check_flag,

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Dict, Optional
 
-from mmdet_ema.averaging.check import check_count, check_number
+from mmdet_ema.checks import check_count, check_number
 from mmdet_ema.errors import OptionError, did_you_mean, show
 from mmdet_ema.optimizers.kinds import BIAS
 

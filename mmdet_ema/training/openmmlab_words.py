@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any, Callable, Dict, Optional
 
-from mmdet_ema.averaging.check import check_number
+from mmdet_ema.checks import check_number
 from mmdet_ema.errors import OptionError, did_you_mean, show
 from mmdet_ema.schedules import Schedule
 from mmdet_ema.training.spellings import instead_of

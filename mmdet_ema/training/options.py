@@ -8,21 +8,21 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Union
 import torch
 
 from mmdet_ema.averaging.averager import NONFINITE
-from mmdet_ema.averaging.check import (
+from mmdet_ema.averaging.kernels import Rule
+from mmdet_ema.checks import (
     check_choice,
     check_count,
+    check_device,
     check_flag,
     check_patterns,
 )
-from mmdet_ema.averaging.device import check_device
-from mmdet_ema.averaging.kernels import Rule
 from mmdet_ema.errors import OptionError, did_you_mean, show
-from mmdet_ema.schedule_spec import (
+from mmdet_ema.schedules import (
     SCHEDULES,
+    Schedule,
     ScheduleSpec,
     options_of,
 )
-from mmdet_ema.schedules import Schedule
 from mmdet_ema.training.openmmlab_words import check_words
 from mmdet_ema.training.schedule_choice import (
     ScheduleChoice,

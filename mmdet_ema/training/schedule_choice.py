@@ -8,14 +8,14 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from mmdet_ema.averaging.kernels import Rule
 from mmdet_ema.errors import OptionError, show
-from mmdet_ema.schedule_spec import (
+from mmdet_ema.schedules import (
+    Schedule,
     ScheduleSpec,
     build_schedule,
     make_schedule,
     options_of,
     split_spec,
 )
-from mmdet_ema.schedules import Schedule
 from mmdet_ema.training.openmmlab_words import decay_of, family_schedule
 
 Maker = Callable[[int], Schedule]

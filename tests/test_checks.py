@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mmdet_ema.averaging.check import (
+from mmdet_ema.checks import (
     check_choice,
     check_count,
     check_flag,

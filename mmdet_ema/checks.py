@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple, Union
+
+import torch
 
 from mmdet_ema.errors import OptionError, did_you_mean, show
 
@@ -142,6 +144,35 @@ def check_patterns(name: str, value: Any) -> Tuple[str, ...]:
             f"{name}=['*.queue']."
         )
     return tuple(value)
+
+
+def check_device(
+    device: Union[str, torch.device, None],
+) -> Optional[torch.device]:
+    """Return the device of the averages, None for the parameters' own.
+
+    Args:
+        device: What the user gave.
+
+    Returns:
+        The device.
+
+    Raises:
+        OptionError: If it is no device, or not on this machine.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.empty(0, device=device).device
+        reason = 'it holds no values' if found.type == 'meta' else ''
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise OptionError(
+            f'device={show(device)} cannot be used here ({reason}); use None, '
+            f"'cpu' or a device of this machine."
+        )
+    return torch.device(device)
 
 
 def _as_float(value: numbers.Real) -> float:
