@@ -20,13 +20,13 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
+from mmdet_ema.averaging.averages import AverageStore
 from mmdet_ema.averaging.finite import first_nonfinite
 from mmdet_ema.averaging.interrupts import DeferredInterrupts
 from mmdet_ema.averaging.kernels import Rule
-from mmdet_ema.averaging.selection import Entry, no_match, unmatched
 from mmdet_ema.averaging.state import Progress, read_progress, read_tensors
-from mmdet_ema.averaging.step_plan import Step
-from mmdet_ema.averaging.store import AverageStore
+from mmdet_ema.averaging.tensors import Entry, no_match, unmatched
+from mmdet_ema.averaging.update import Step
 from mmdet_ema.checks import (
     check_choice,
     check_count,

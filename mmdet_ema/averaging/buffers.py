@@ -19,7 +19,7 @@ from mmdet_ema.averaging.copying import (
 )
 from mmdet_ema.averaging.finite import FiniteCheck, finite_each
 from mmdet_ema.averaging.kernels import Rule, UpdatePlan, reference_update
-from mmdet_ema.averaging.selection import Entry
+from mmdet_ema.averaging.tensors import Entry
 
 Row = Tuple[Entry, Tensor, Tensor]
 """An entry, its average, and where its values are read from."""

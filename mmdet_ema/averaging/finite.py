@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from mmdet_ema.averaging.capabilities import norm_order
-from mmdet_ema.averaging.selection import Entry, is_finite
+from mmdet_ema.averaging.tensors import Entry, is_finite
 
 # elements; larger ones gain nothing from being put together
 _SMALL = 2**14

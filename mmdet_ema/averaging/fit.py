@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.averaging.kernels import average_dtype
-from mmdet_ema.averaging.selection import Entry, Role
+from mmdet_ema.averaging.tensors import Entry, Role
 from mmdet_ema.errors import CheckpointError
 
 

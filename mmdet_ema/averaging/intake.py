@@ -8,9 +8,9 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from mmdet_ema.averaging.background import Inline, Snapshot, background_for
-from mmdet_ema.averaging.selection import Entry
-from mmdet_ema.averaging.step_plan import Step, StepPlan, Verdict
+from mmdet_ema.averaging.overlap import Inline, Snapshot, background_for
+from mmdet_ema.averaging.tensors import Entry
+from mmdet_ema.averaging.update import Step, StepPlan, Verdict
 
 
 class Intake:

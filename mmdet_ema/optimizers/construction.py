@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmdet_ema.averaging.ranks import world_size
+from mmdet_ema.averaging.distributed import world_size
 from mmdet_ema.checks import check_number
 from mmdet_ema.optimizers.groups import group_parameters, param_groups
 from mmdet_ema.optimizers.nominal import (

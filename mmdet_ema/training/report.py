@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Mapping, Sequence
 
-from mmdet_ema.averaging.selection import Entry
+from mmdet_ema.averaging.tensors import Entry
 from mmdet_ema.schedules import Schedule, decay_over, initial_share, window
 
 _LARGE_SHARE = 0.05

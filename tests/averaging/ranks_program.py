@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mmdet_ema.averaging import WeightAverager
-from mmdet_ema.averaging.ranks import make_equal
+from mmdet_ema.averaging.distributed import make_equal
 from tests.collectives import CALLS, count_collectives
 
 RANKS, STEPS, BAD_STEP = 3, 6, 3

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmdet_ema.averaging.finite import all_finite, first_nonfinite
-from mmdet_ema.averaging.selection import select
+from mmdet_ema.averaging.tensors import select
 
 DTYPES = (
     torch.float64,

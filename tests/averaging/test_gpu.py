@@ -14,15 +14,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_ema.averaging import NonFiniteError, WeightAverager
-from mmdet_ema.averaging.background import (
+from mmdet_ema.averaging.capabilities import can_fuse, norm_order
+from mmdet_ema.averaging.finite import FiniteCheck
+from mmdet_ema.averaging.overlap import (
     Inline,
     SideStream,
     Snapshot,
     Worker,
 )
-from mmdet_ema.averaging.capabilities import can_fuse, norm_order
-from mmdet_ema.averaging.finite import FiniteCheck
-from mmdet_ema.averaging.step_plan import StepPlan
+from mmdet_ema.averaging.update import StepPlan
 from mmdet_ema.checkpoint.layout import pack
 from tests import oracle
 from tests.averaging.models import Mixed, numpy64, perturb, state_of

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from mmdet_ema.averaging import NonFiniteError, WeightAverager, intake
-from mmdet_ema.averaging.background import Worker
-from mmdet_ema.averaging.step_plan import StepPlan
+from mmdet_ema.averaging.overlap import Worker
+from mmdet_ema.averaging.update import StepPlan
 from tests.averaging.models import (
     Mixed,
     averages_of,

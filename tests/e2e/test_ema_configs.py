@@ -22,7 +22,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 import mmdet_ema
-from mmdet_ema.averaging.selection import Role, select
+from mmdet_ema.averaging.tensors import Role, select
 from tests import oracle
 from tests.e2e import ema_configs_lap as lap
 from tests.e2e import ema_configs_list as configs

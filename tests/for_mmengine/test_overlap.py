@@ -13,8 +13,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 
-from mmdet_ema.averaging.background import Worker
-from mmdet_ema.averaging.step_plan import StepPlan
+from mmdet_ema.averaging.overlap import Worker
+from mmdet_ema.averaging.update import StepPlan
 from tests import needs
 from tests.for_mmengine.toy import (
     RecordingSGD,

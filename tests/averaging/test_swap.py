@@ -15,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_ema.averaging import WeightAverager, exchange
-from mmdet_ema.averaging.exchange import Exchange
 from mmdet_ema.averaging.interrupts import DeferredInterrupts
+from mmdet_ema.averaging.swap import Exchange
 from tests.averaging.models import (
     Mixed,
     OutOfMemoryError,

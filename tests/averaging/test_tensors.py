@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, prune
 
 from mmdet_ema.averaging.finite import first_nonfinite
 from mmdet_ema.averaging.fit import count_roles
-from mmdet_ema.averaging.selection import Role, select, unmatched
+from mmdet_ema.averaging.tensors import Role, select, unmatched
 from tests.averaging.models import Mixed, state_of
 from tests.averaging.trees import Node, memory_of, trees
 

@@ -9,8 +9,8 @@ from torch import nn
 from mmdet_ema.averaging import NonFiniteError, WeightAverager, intake
 from mmdet_ema.averaging.capabilities import can_fuse
 from mmdet_ema.averaging.kernels import average_dtype
-from mmdet_ema.averaging.selection import Role, select
-from mmdet_ema.averaging.step_plan import DeviceVerdict, Step, StepPlan
+from mmdet_ema.averaging.tensors import Role, select
+from mmdet_ema.averaging.update import DeviceVerdict, Step, StepPlan
 from tests.averaging.models import Mixed, averages_of, perturb, raw_bytes
 
 NAN, INF = float('nan'), float('inf')

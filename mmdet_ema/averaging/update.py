@@ -18,7 +18,7 @@ from mmdet_ema.averaging.copying import CopyPlan
 from mmdet_ema.averaging.finite import FiniteCheck
 from mmdet_ema.averaging.kernels import Rule, UpdatePlan
 from mmdet_ema.averaging.layouts import check_readable
-from mmdet_ema.averaging.selection import Entry, Role
+from mmdet_ema.averaging.tensors import Entry, Role
 
 
 class Step(NamedTuple):

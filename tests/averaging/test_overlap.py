@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from mmdet_ema.averaging.background import (
+from mmdet_ema.averaging.overlap import (
     Inline,
     SideStream,
     Snapshot,
@@ -259,7 +259,7 @@ import sys, time
 # frameworks, which the package would look for, take seconds to import
 sys.modules.update(dict.fromkeys(['mmengine', 'mmcv']))
 import torch
-from mmdet_ema.averaging.background import Snapshot, Worker
+from mmdet_ema.averaging.overlap import Snapshot, Worker
 def job():
     time.sleep(0.5)
     print('done', flush=True)
@@ -291,7 +291,7 @@ FORK = """
 import os, signal, sys
 sys.modules.update(dict.fromkeys(['mmengine', 'mmcv']))
 import torch
-from mmdet_ema.averaging.background import Snapshot, Worker
+from mmdet_ema.averaging.overlap import Snapshot, Worker
 worker, none = Worker(None, reads_raws=True), Snapshot([])
 worker.start(none, lambda: 1)
 assert worker.join() == 1

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ema.averaging.distance import relative_distance
-from mmdet_ema.averaging.exchange import Exchange
+from mmdet_ema.averaging.distributed import make_equal, world_size
 from mmdet_ema.averaging.finite import all_finite
 from mmdet_ema.averaging.fit import check_fit, count_roles
 from mmdet_ema.averaging.intake import Intake
 from mmdet_ema.averaging.kernels import average_dtype
+from mmdet_ema.averaging.model_changes import Watch
 from mmdet_ema.averaging.parametrized import parametrized
-from mmdet_ema.averaging.ranks import make_equal, world_size
-from mmdet_ema.averaging.selection import Entry, Role, is_finite, select
-from mmdet_ema.averaging.watch import Watch
+from mmdet_ema.averaging.swap import Exchange
+from mmdet_ema.averaging.tensors import Entry, Role, is_finite, select
 
 Named = Iterator[Tuple[str, Tensor]]
 _TRAINS = attrgetter('requires_grad')
