@@ -20,13 +20,25 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from mmdet_ema.averaging.averages import AverageStore
-from mmdet_ema.averaging.finite import first_nonfinite
-from mmdet_ema.averaging.interrupts import DeferredInterrupts
-from mmdet_ema.averaging.kernels import Rule
-from mmdet_ema.averaging.state import Progress, read_progress, read_tensors
-from mmdet_ema.averaging.tensors import Entry, no_match, unmatched
-from mmdet_ema.averaging.update import Step
+from mmdet_ema.averaging.averages import (
+    Averages,
+    Progress,
+    read_progress,
+    read_tensors,
+)
+from mmdet_ema.averaging.distributed import make_equal, world_size
+from mmdet_ema.averaging.model_changes import ModelChanges, parametrized
+from mmdet_ema.averaging.overlap import Inline, choose_place
+from mmdet_ema.averaging.swap import DeferredInterrupts
+from mmdet_ema.averaging.tensors import (
+    Role,
+    count_roles,
+    is_finite,
+    no_match,
+    select,
+    unmatched,
+)
+from mmdet_ema.averaging.update import DeviceVerdict, Rule, UpdatePlan
 from mmdet_ema.checks import (
     check_choice,
     check_count,
@@ -65,16 +77,16 @@ class WeightAverager:
         update_buffers: Whether float buffers are averaged (else copied).
             Defaults to True.
         device: Where the averages live; None for where the parameters are.
-            With 'cpu' and a model on a GPU, a thread averages beside the
-            training.
-        overlap: Whether an update runs beside what follows it, up to
-            :meth:`before_step`, which then has to be called before every
-            optimizer step. Defaults to False.
+            With 'cpu' and a model on a GPU they come to the GPU for an
+            update, tensor by tensor, and go back.
+        overlap: Whether an update on a GPU runs in parallel with what follows
+            it, up to :meth:`before_step`, which then has to be called before
+            every optimizer step. Nothing changes on a CPU. Defaults to False.
         nonfinite: What to do with NaN and Inf in a parameter: 'skip' the
             step, 'raise', or 'ignore'. A buffer that holds some keeps its
             average. Defaults to 'skip'.
         rule: Updates one average in place, given the raw tensor and the step
-            n, in the place of the schedule: slow. Defaults to None.
+            n, instead of the schedule: slow. Defaults to None.
         copied: Patterns of names (``'head.queue'``, ``'*.mask'``) of tensors
             that are copied, not averaged. Integers, masks of -inf, pruning
             masks, the vectors of spectral norm and the observers of
@@ -82,7 +94,8 @@ class WeightAverager:
         **options: Options of a schedule given by name (``decay``, ``tau``).
 
     Raises:
-        OptionError: If an option is unknown or out of range.
+        OptionError: If an option is unknown or out of range, or two tensors
+            of the model share a part of their memory.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -116,34 +129,36 @@ class WeightAverager:
         self.interval = check_count('interval', interval, 1)
         self.phase = check_count('phase', phase, 0)
         self.nonfinite = check_choice('nonfinite', nonfinite, NONFINITE)
-        check_flag('update_buffers', update_buffers)
+        self.update_buffers = check_flag('update_buffers', update_buffers)
+        self.overlap = check_flag('overlap', overlap)
+        self.copied = check_patterns('copied', copied)
         self.model = model
         self.rule = rule
-        self.overlap = check_flag('overlap', overlap)
         self.announces_steps = self.overlap
-        self._followed = False
+        self._device = check_device(device)
         self._progress = self._before = Progress()
-        copied = check_patterns('copied', copied)
-        self._store = AverageStore(
-            model, update_buffers, check_device(device), self.overlap, copied
-        )
-        for pattern in unmatched(self.entries, copied):
+        # of the update that is under way; None if there is none
+        self._verdict: Union[bool, DeviceVerdict, None] = None
+        self._replaced: List[str] = []
+        self.trained: List[nn.Parameter] = []
+        self._select()
+        for pattern in unmatched(self.entries, self.copied):
             warnings.warn(no_match(pattern), stacklevel=2)
 
     @property
     def num_steps(self) -> int:
-        """Steps that were taken in."""
-        return self._settled().steps
+        """Steps that were seen."""
+        return self._waited().steps
 
     @property
     def num_updates(self) -> int:
         """Updates of the averages."""
-        return self._settled().updates
+        return self._waited().updates
 
     @property
     def num_skipped(self) -> int:
         """Steps that were left out because of NaN or Inf."""
-        return self._settled().skipped
+        return self._waited().skipped
 
     @property
     def known_skipped(self) -> int:
@@ -159,82 +174,74 @@ class WeightAverager:
         return check_decay(self.schedule, n) if n else 0.0
 
     @property
-    def trained(self) -> Sequence[nn.Parameter]:
-        """The parameters that have an average; another list if they change."""
-        return self._store.trained
-
-    @property
     def is_applied(self) -> bool:
         """Whether the model holds the averages at this moment."""
-        return self._store.is_applied
+        return self._averages.swap.swapped
 
     @torch.no_grad()
     def update(self) -> bool:
-        """Take in the weights after an optimizer step.
+        """Update the averages after an optimizer step.
 
         Returns:
             False if the step was skipped because of NaN or Inf. True if not,
-            or if that is not known yet: on a GPU, and with ``overlap``, it
-            shows in :attr:`num_skipped`.
+            or if that is not known yet: on a GPU, it shows in
+            :attr:`num_skipped`.
 
         Raises:
             NonFiniteError: If there is NaN or Inf under ``'raise'``.
-            RuntimeError: If the model holds the averages just now.
+            RuntimeError: If the model holds the averages just now, or a
+                tensor cannot be followed.
         """
         self._refuse_inside('update')
-        self.settle()
-        self._store.follow(rebuilt=not self._followed)
-        self._followed = False
-        step, after = self._next_step()
-        intake = self._store.intake
+        self.wait()
+        self._follow()
+        after, decay = self._next_step()
+        check, rule = self.nonfinite != 'ignore', self.rule
+
+        def run() -> Union[bool, DeviceVerdict]:
+            if rule is not None and after.averaged == after.steps:
+                return self._plan.run_rule(rule, after.steps, check)
+            return self._plan.run([decay], check)
+
         with DeferredInterrupts():
-            intake.start(step)
+            self._verdict = self._place.run(self._plan.read, run)
             self._before, self._progress = self._progress, after
         if not self.announces_steps:
-            intake.release()
-        hurry = self.nonfinite == 'raise' or self.rule is not None
-        return self.settle() if hurry or intake.is_settled else True
+            self._place.release()
+        known = isinstance(self._verdict, bool)
+        return self.wait() if known or self.nonfinite == 'raise' else True
 
     def before_step(self) -> None:
         """Let an optimizer change the weights; call it before its step.
 
         Needed with ``overlap``; also calls :meth:`follow_changes`.
         """
-        self._store.intake.release()
+        self._place.release()
         self.follow_changes()
-        self._followed = True
 
     def follow_changes(self) -> None:
         """Follow parameters that are trainable only now, replaced or added.
 
-        An update does so, too, but for the first; called before the weights
-        change, their averages start from the values before.
+        An update does so, too; called before the weights change, their
+        averages start from the values before.
 
         Raises:
             RuntimeError: If there are any and the model holds the averages.
         """
-        if self._store.has_changed:
+        if self._changes.has_other_members() or self._changes.thawed():
             self._refuse_inside('follow_changes')
-            self.settle()
-            self._store.thaw()
-            self._store.follow()
-
-    def thaw(self) -> None:
-        """Average parameters that were frozen and are trainable now.
-
-        Call it before the step that first changes them.
-
-        Raises:
-            RuntimeError: If the model holds the averages just now.
-        """
-        self._refuse_inside('thaw')
-        self.settle()
-        self._store.thaw()
+            self.wait()
+            self._follow()
 
     def refresh(self) -> None:
-        """Follow tensors of the model that were replaced or moved."""
-        self.settle()
-        self._store.refresh()
+        """Follow tensors of the model that were replaced or moved.
+
+        Averages are carried over with the parameter where it is the same
+        object under any name, else by name.
+        """
+        self.wait()
+        if not self.is_applied and self._changes.any():
+            self._select_again()
 
     def take_replaced(self) -> List[str]:
         """Return the parameters that became other objects since the last call.
@@ -242,7 +249,7 @@ class WeightAverager:
         Their averages went on by name, with new names and shapes from the
         values that they had.
         """
-        replaced, self._store.replaced = self._store.replaced, []
+        replaced, self._replaced = self._replaced, []
         return replaced
 
     def synchronize(self) -> bool:
@@ -256,19 +263,27 @@ class WeightAverager:
             False if nothing was changed: the buffers of the ranks differ in
             number, shape or dtype.
         """
-        self.settle()
-        return self._store.synchronize()
+        self.wait()
+        if world_size() == 1 or self.is_applied:
+            return True
+        means: List[Tensor] = []
+        copies: List[Tensor] = []
+        for i, average in self._averages.tensors.items():
+            if not self.entries[i].parameters:
+                has_mean = self.entries[i].has_mean
+                (means if has_mean else copies).append(average)
+        return make_equal(means, copies)
 
     def apply(self) -> None:
         """Put the averages into the model until :meth:`restore`."""
         if not self.is_applied:
-            self.settle()
-            self._store.apply()
+            self.refresh()
+            self._averages.swap.swap_in()
 
     def restore(self) -> None:
         """Put the raw weights back, bit for bit; no-op if they are there."""
         if self.is_applied:
-            self._store.restore()
+            self._averages.swap.swap_out()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -293,51 +308,61 @@ class WeightAverager:
         """Yield every name of the model's ``state_dict`` with its average.
 
         Frozen parameters are their own averages; tied ones come under every
-        name. The tensors are the live ones: clone what is to be kept.
+        name. The tensors are the live ones, and small ones are views of one
+        memory: clone what is to be kept.
 
         Args:
             stored: Whether to leave out frozen parameters. Defaults to False.
         """
-        self.settle()
-        return self._store.named_averages(stored)
+        self.wait()
+        return self._averages.named(stored=stored)
 
     def named_raws(self) -> Iterator[Tuple[str, Tensor]]:
         """Yield every name of the model's ``state_dict`` with its raw value.
 
         Also right while the averages are applied; the tensors are live.
         """
-        return self._store.named_raws()
+        return self._averages.named(self._averages.swap.raw)
 
     def distance(self) -> float:
         """Return ``||average - raw|| / ||raw||`` over trained parameters.
 
         The L2 norms run over all elements; 0 for a model without any.
         """
-        self.settle()
-        return self._store.distance()
+        self.wait()
+        return self._averages.distance()
 
     def first_nonfinite(self) -> Optional[str]:
-        """Return the first tensor of the model that holds NaN or Inf."""
-        return first_nonfinite(self._store.gated())
+        """Return the first averaged parameter that holds NaN or Inf."""
+        return next(
+            (
+                entry.name
+                for entry in self.entries
+                if entry.role is Role.AVERAGED
+                and entry.parameters
+                and not is_finite(entry.raw.detach())
+            ),
+            None,
+        )
 
     def held_back(self) -> List[str]:
         """Name the buffers whose average stays: they hold NaN or Inf now."""
-        if self.nonfinite == 'ignore':
+        if self.nonfinite == 'ignore' or self.is_applied:
             return []
-        self.settle()
-        return self._store.held_back()
-
-    @property
-    def entries(self) -> List[Entry]:
-        """The unique tensors of the model, and what is done with each."""
-        return self._store.entries
+        return [
+            entry.name
+            for entry in self.entries
+            if entry.has_mean
+            and not entry.parameters
+            and not is_finite(entry.raw)
+        ]
 
     def counts(self) -> Dict[str, int]:
         """Return tensors per role, and ``'bytes'`` that the averages take."""
-        return self._store.counts()
+        return count_roles(self.entries)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the state: plain values, and live tensors by name."""
+        """Return the state: plain values, and tensors by name."""
         return {
             **self.progress(),
             'schedule': str(self.schedule),
@@ -346,7 +371,7 @@ class WeightAverager:
 
     def progress(self) -> Dict[str, int]:
         """Return the counters of :meth:`state_dict`."""
-        progress = self._settled()
+        progress = self._waited()
         return {
             'num_steps': progress.steps,
             'num_updates': progress.updates,
@@ -370,54 +395,30 @@ class WeightAverager:
             RuntimeError: If the model holds the averages just now.
         """
         self._refuse_inside('load_state_dict')
-        self.settle()
+        self.wait()
         progress = read_progress(state)
-        self._store.load(read_tensors(state, 'averages'), strict)
+        tensors = read_tensors(state, 'averages')
+        self._averages.load(tensors, strict, self.update_buffers)
+        self._plan_updates()
         self._progress = progress
 
-    def _refuse_inside(self, method: str) -> None:
-        if self.is_applied:
-            raise RuntimeError(f'{method}() inside applied(): leave it first.')
-
-    def _next_step(self) -> Tuple[Step, Progress]:
-        """Return the next step, and the counters once it is taken in."""
-        now, gated = self._progress, self.nonfinite != 'ignore'
-        number = now.steps + 1
-        if number % self.interval != self.phase % self.interval:
-            return Step(number, gated=gated), now._replace(steps=number)
-        decay = None
-        if self.rule is None:
-            decay = decay_over(self.schedule, now.averaged + 1, number)
-        after = now._replace(
-            steps=number, updates=now.updates + 1, averaged=number
-        )
-        return Step(number, decay, self.rule, gated), after
-
-    def _settled(self) -> Progress:
-        self.settle()
-        return self._progress
-
-    def settle(self) -> bool:
-        """Wait for the step that is under way, if there is one.
+    def wait(self) -> bool:
+        """Wait for the update that is under way, if there is one.
 
         Returns:
-            False if it was skipped because of NaN or Inf, else True.
+            False if its step was skipped because of NaN or Inf, else True.
 
         Raises:
             NonFiniteError: If there was NaN or Inf under ``'raise'``.
         """
-        if not self._store.intake.is_open:
+        if self._verdict is None:
             return True
-        before = self._before
-        try:
-            finite = self._store.intake.join()
-        except Exception:
-            # what fails leaves the counters as before the step
-            self._progress = before
-            raise
+        # a Ctrl-C here leaves it under way
+        self._place.wait()
+        finite, self._verdict = bool(self._verdict), None
         if finite:
             return True
-        self._progress = before
+        before = self._progress = self._before
         if self.nonfinite == 'raise':
             where = self.first_nonfinite() or 'a parameter'
             raise NonFiniteError(
@@ -426,3 +427,89 @@ class WeightAverager:
             )
         self._progress = before._replace(skipped=before.skipped + 1)
         return False
+
+    def _waited(self) -> Progress:
+        self.wait()
+        return self._progress
+
+    def _refuse_inside(self, method: str) -> None:
+        if self.is_applied:
+            raise RuntimeError(f'{method}() inside applied(): leave it first.')
+
+    def _next_step(self) -> Tuple[Progress, Optional[float]]:
+        """Return the counters after the next step, and the decay in it."""
+        now = self._progress
+        number = now.steps + 1
+        if number % self.interval != self.phase % self.interval:
+            return now._replace(steps=number), None
+        decay = None
+        if self.rule is None:
+            decay = decay_over(self.schedule, now.averaged + 1, number)
+        return Progress(number, now.updates + 1, now.skipped, number), decay
+
+    def _select(self) -> None:
+        self.entries = select(self.model, self.update_buffers, self.copied)
+        self._averages = Averages(self.entries, self._device)
+        self._plan_updates()
+
+    def _plan_updates(self) -> None:
+        """Plan updates again: the only place that knows all lists."""
+        averages = self._averages.tensors
+        self._plan = UpdatePlan(self.entries, [averages])
+        self._changes = ModelChanges(self.model, self.entries)
+        self._place: Inline = choose_place(
+            [self.entries[i].raw for i in averages],
+            list(averages.values()),
+            self.overlap,
+        )
+        trained = [p for i in averages for p in self.entries[i].parameters]
+        # another list only if they are others: who listens to them compares
+        if list(map(id, trained)) != list(map(id, self.trained)):
+            self.trained = trained
+
+    def _follow(self) -> None:
+        """Follow what has become of the model's tensors."""
+        thawed = self._changes.thawed()
+        if thawed:
+            for i in thawed:
+                self.entries[i].role = Role.AVERAGED
+            self._averages.complete()
+            self._plan_updates()
+        changes = self._changes
+        if changes.has_other_members():
+            if not changes.follow_buffers():
+                self._select_again()
+        elif changes.has_other_memory():
+            if not changes.follow_memory():
+                self._select_again()
+            elif self.entries[0].raw.is_cuda:
+                self._plan_updates()
+
+    @torch.no_grad()
+    def _select_again(self) -> None:
+        """Select the model's tensors again, and carry their averages over."""
+        # names that no file holds, too
+        old = dict(self._averages.named(saved=False))
+        before, averages = self.entries, self._averages.tensors
+        known = {id(p) for entry in before for p in entry.parameters}
+        same = {id(before[i].raw): average for i, average in averages.items()}
+        self._select()
+        for entry in self.entries:
+            # a tensor may have got another name, as those that are pruned do
+            if id(entry.raw) in same:
+                old.update((n, same[id(entry.raw)]) for n in entry.names)
+        old.update(parametrized(self.model, old))
+        now = dict(self._averages.named(saved=False))
+        kept = {
+            name: average
+            for name, average in old.items()
+            if name in now and now[name].shape == average.shape
+        }
+        self._replaced += [
+            entry.name
+            for entry in self.entries
+            if entry.parameters
+            and not any(id(p) in known for p in entry.parameters)
+        ]
+        self._averages.load(kept, False, self.update_buffers)
+        self._plan_updates()

@@ -1,203 +1,99 @@
-"""The averages of one model: storage, plans and names, without a schedule."""
+"""One set of averages: by name, what is saved of it, and its loading."""
 
 from __future__ import annotations
 
-from operator import attrgetter
+import math
 from typing import (
+    Any,
     Callable,
     Dict,
     Iterator,
     List,
     Mapping,
+    NamedTuple,
     Optional,
     Sequence,
     Tuple,
 )
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmdet_ema.averaging.distance import relative_distance
-from mmdet_ema.averaging.distributed import make_equal, world_size
-from mmdet_ema.averaging.finite import all_finite
-from mmdet_ema.averaging.fit import check_fit, count_roles
-from mmdet_ema.averaging.intake import Intake
-from mmdet_ema.averaging.kernels import average_dtype
-from mmdet_ema.averaging.model_changes import Watch
-from mmdet_ema.averaging.parametrized import parametrized
-from mmdet_ema.averaging.swap import Exchange
-from mmdet_ema.averaging.tensors import Entry, Role, is_finite, select
+from mmdet_ema.averaging.swap import Swap
+from mmdet_ema.averaging.tensors import Entry, Role, average_dtype, is_finite
+from mmdet_ema.averaging.update import all_finite
+from mmdet_ema.errors import CheckpointError, show
 
-Named = Iterator[Tuple[str, Tensor]]
-_TRAINS = attrgetter('requires_grad')
+_LONGEST_INTERVAL = 100_000
+# elements: what is subtracted is still in a core's cache when it is squared
+_CHUNK = 2**16
 
 
-class AverageStore:
-    """Holds one average for every unique tensor that can change.
+class Averages:
+    """The averages of a model's tensors that can change.
 
     Args:
-        model: The model.
-        update_buffers: Whether float buffers are averaged.
+        entries: The entries of the model.
         device: Where the averages live; None for where the tensors are.
-        overlap: Whether steps are taken in beside the training.
-        copied: Patterns of names that are copied, not averaged.
 
     Attributes:
-        replaced: Names of parameters that became other objects, until someone
-            takes them.
-        trained: The parameters that have an average; another list where they
-            are others.
+        tensors: The averages, by the number of their entry.
+        swap: Puts them into the model.
     """
 
-    def __init__(
+    def __init__(self, entries: List[Entry], device: Optional[torch.device]):
+        self._entries, self._device = entries, device
+        self.tensors: Dict[int, Tensor] = {}
+        self.swap = Swap(entries, self.tensors)
+        self.complete()
+
+    def complete(self) -> None:
+        """Start the averages that are missing, or of the wrong kind."""
+        for i, entry in enumerate(self._entries):
+            dtype = entry.raw.dtype
+            if entry.role is Role.AVERAGED:
+                dtype = average_dtype(dtype)
+            here = self.tensors.get(i)
+            if entry.role is Role.SHARED or (
+                here is not None and here.dtype == dtype
+            ):
+                continue
+            raw = entry.raw.detach()
+            # what is made in inference mode cannot be written outside of it
+            with torch.inference_mode(False):
+                average = raw.to(device=self._device, dtype=dtype, copy=True)
+                if raw.is_cuda and not average.is_cuda:
+                    average = average.pin_memory()
+            self.tensors[i] = average
+
+    def named(
         self,
-        model: nn.Module,
-        update_buffers: bool,
-        device: Optional[torch.device] = None,
-        overlap: bool = False,
-        copied: Sequence[str] = (),
-    ):
-        self._model = model
-        self._update_buffers = update_buffers
-        self._copied = copied
-        self._device = device
-        self.intake = Intake(overlap)
-        self._watch: Watch
-        self.replaced: List[str] = []
-        self.trained: List[nn.Parameter] = []
-        self._averages: Dict[int, Tensor] = {}
-        self._entries: List[Entry] = []
-        self._select()
-
-    @property
-    def entries(self) -> List[Entry]:
-        """The unique tensors of the model."""
-        return self._entries
-
-    @property
-    def is_applied(self) -> bool:
-        """Whether the model holds the averages."""
-        return self._exchange.swapped
-
-    def apply(self) -> None:
-        """Swap the averages into the model."""
-        self.refresh()
-        self._exchange.swap_in()
-
-    def restore(self) -> None:
-        """Swap the raw values back into the model."""
-        self._exchange.swap_out()
-
-    def gated(self) -> List[Entry]:
-        """Return the entries in which NaN or Inf means a bad step."""
-        averaged = [self._entries[i] for i in self._averages]
-        return [entry for entry in averaged if entry.gated]
-
-    def synchronize(self) -> bool:
-        """Make the averages of buffers the same on every rank.
-
-        Those that have a mean become it, the others those of rank 0.
-
-        Returns:
-            False if the buffers of the ranks do not fit each other.
-        """
-        if world_size() == 1 or self.is_applied:
-            return True
-        means: List[Tensor] = []
-        copies: List[Tensor] = []
-        for i, average in self._averages.items():
-            entry = self._entries[i]
-            if not entry.parameters:
-                (means if entry.has_mean else copies).append(average)
-        return make_equal(means, copies)
-
-    def held_back(self) -> List[str]:
-        """Name the buffers that keep their average: they hold NaN or Inf."""
-        entries = [
-            entry
-            for entry in self._entries
-            if entry.has_mean and not entry.parameters
-        ]
-        parts = [part for entry in entries for part in entry.parts]
-        if self.is_applied or all_finite(parts):
-            return []
-        return [entry.name for entry in entries if not is_finite(entry)]
-
-    def thaw(self) -> None:
-        """Give an average to parameters that are trainable by now."""
-        thawed = self._thawed()
-        for i in thawed:
-            self._own(i)
-        if thawed:
-            self._plan()
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether parameters were thawed, replaced or added; cheap."""
-        return self._watch.is_rebuilt() or bool(self._thawed())
-
-    def follow(self, rebuilt: bool = True) -> None:
-        """Follow what was replaced if it shows; cheap enough for each step.
+        value_of: Optional[Callable[[int], Tensor]] = None,
+        stored: bool = False,
+        saved: bool = True,
+    ) -> Iterator[Tuple[str, Tensor]]:
+        """Yield names with the value of their entry.
 
         Args:
-            rebuilt: Whether to look for replaced modules and parameters, too.
-                Defaults to True.
-        """
-        if rebuilt and self._watch.is_rebuilt():
-            self.refresh()
-            # where every tensor is as before, too: once is enough
-            self._watch = Watch(self._model)
-        elif self._watch.hints() and not self._rebind():
-            self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Follow replaced tensors; averages are carried over.
-
-        With the parameter where it is the same object under any name, else
-        by name.
-        """
-        if self.is_applied or not self._watch.replaced():
-            return
-        old = dict(self._named(self._average_of, unsaved=True))
-        # a tensor may have got another name, as those that are pruned do
-        before, averages = self._entries, self._averages
-        known = {id(p) for entry in before for p in entry.parameters}
-        same = {id(before[i].raw): average for i, average in averages.items()}
-        self._select()
-        for entry in self._entries:
-            if id(entry.raw) in same:
-                average = same[id(entry.raw)]
-                old.update((x.name, x.of(average)) for x in entry.labels)
-        old.update(parametrized(self._model, old))
-        now = dict(self._named(self._average_of, unsaved=True))
-        kept = {
-            name: average
-            for name, average in old.items()
-            if name in now and now[name].shape == average.shape
-        }
-        self.replaced += [
-            entry.name
-            for entry in self._entries
-            if entry.parameters
-            and not any(id(p) in known for p in entry.parameters)
-        ]
-        self.load(kept, strict=False)
-
-    def named_averages(self, stored: bool = False) -> Named:
-        """Yield every saved name with its average.
-
-        Args:
+            value_of: The value by the number of the entry; None for its
+                average.
             stored: Whether to leave out what has no average of its own.
+            saved: Whether to leave out what the ``state_dict`` has not.
         """
-        return self._named(self._average_of, stored)
-
-    def named_raws(self) -> Named:
-        """Yield every saved name with its raw value."""
-        return self._named(self._raw_of)
+        value_of = value_of or self.swap.average
+        for i, entry in enumerate(self._entries):
+            if not stored or i in self.tensors:
+                value = value_of(i)
+                for name in entry.saved if saved else entry.names:
+                    yield name, value
 
     @torch.no_grad()
-    def load(self, averages: Mapping[str, Tensor], strict: bool) -> None:
+    def load(
+        self,
+        averages: Mapping[str, Tensor],
+        strict: bool,
+        update_buffers: bool,
+    ) -> None:
         """Copy averages in by name; nothing changes if one does not fit.
 
         An average that holds NaN or Inf is not copied in where the model's
@@ -207,155 +103,190 @@ class AverageStore:
         Args:
             averages: Averages by name.
             strict: Whether a missing name is an error.
+            update_buffers: Whether float buffers are averaged.
 
         Raises:
             CheckpointError: If a shape differs or a name is missing.
         """
-        assert not self.is_applied
-        check_fit(dict(self.named_averages()), averages, strict)
-        all_are_finite = all_finite(
-            [x for x in averages.values() if _is_float(x)]
-        )
-        for i, entry in enumerate(self._entries):
-            new = [
-                (label, averages[label.name])
-                for label in entry.labels
-                if label.name in averages
-            ]
-            if new and i in self._frozen and self._differs(i, new[0][1]):
-                self._own(i)
-            finite = all_are_finite or all(
-                bool(torch.isfinite(average).all()) for _, average in new
-            )
-            if new and finite and entry.holds_nonfinite:
-                entry.has_mean, entry.holds_nonfinite = True, False
-                if entry.parameters or self._update_buffers:
-                    self._own(i)
-            if i in self._averages and (finite or not entry.has_mean):
-                for label, average in new:
-                    label.write(self._averages[i], average)
-        self._plan()
-
-    def distance(self) -> float:
-        """Return ``||average - raw|| / ||raw||`` over trained parameters."""
-        return relative_distance(
-            (self._average_of(i), self._raw_of(i))
-            for i, entry in enumerate(self._entries)
-            if i in self._averages and entry.parameters
-        )
-
-    def counts(self) -> Dict[str, int]:
-        """Return tensors per role, and the bytes of all averages."""
-        return count_roles(self._entries)
-
-    def _select(self) -> None:
-        self._entries = select(self._model, self._update_buffers, self._copied)
-        self._watch = Watch(self._model)
-        self._averages = {}
-        for i, entry in enumerate(self._entries):
-            if entry.role is not Role.SHARED:
-                self._averages[i] = self._fresh(entry)
-        self._plan()
-
-    def _fresh(self, entry: Entry) -> Tensor:
-        raw = entry.raw.detach()
-        averaged = entry.role is Role.AVERAGED
-        dtype = average_dtype(raw.dtype) if averaged else raw.dtype
-        # tensors made in inference mode could not be updated outside of it
-        with torch.inference_mode(False):
-            average = raw.to(device=self._device, dtype=dtype, copy=True)
-            offloaded = raw.is_cuda and average.device.type == 'cpu'
-            return average.pin_memory() if offloaded else average
-
-    def _rebind(self) -> bool:
-        """Follow buffers that became other tensors of the same kind.
-
-        Some models do so in every forward pass; selecting anew would cost
-        more than the update.
-        """
-        entries = {id(entry.raw): entry for entry in self._entries}
-        pairs = self._watch.replaced_buffers()
-        if not pairs or not all(
-            _can_follow(entries.get(id(a)), b) for a, b in pairs
-        ):
-            return False
-        for old, new in pairs:
-            entries[id(old)].raw = new
-        self._watch = Watch(self._model)
-        self._plan()
-        return True
-
-    def _own(self, i: int) -> None:
-        self._entries[i].role = Role.AVERAGED
-        self._averages[i] = self._fresh(self._entries[i])
-
-    def _differs(self, i: int, average: Tensor) -> bool:
-        raw = self._entries[i].labels[0].of(self._entries[i].raw.detach())
-        return not torch.equal(raw, average.to(raw))
-
-    def _plan(self) -> None:
-        """Make the plans anew; the only place that knows all lists."""
-        entries = self._entries
-        self._frozen = [
-            i for i, entry in enumerate(entries) if entry.role is Role.SHARED
+        check_fit(dict(self.named()), averages, strict)
+        floats = [
+            tensor
+            for tensor in averages.values()
+            if tensor.is_floating_point() or tensor.is_complex()
         ]
-        self._held = [p for i in self._frozen for p in entries[i].parameters]
-        owned = [entries[i] for i in self._averages]
-        averages, raws = list(self._averages.values()), [e.raw for e in owned]
-        self._position = {i: k for k, i in enumerate(self._averages)}
-        self._exchange = Exchange(averages, raws)
-        self.intake.plan(owned, averages)
-        trained = [p for entry in owned for p in entry.parameters]
-        if list(map(id, trained)) != list(map(id, self.trained)):
-            self.trained = trained
-
-    def _thawed(self) -> List[int]:
-        if not any(map(_TRAINS, self._held)):
-            return []
-        return [
-            i
-            for i in self._frozen
-            if any(map(_TRAINS, self._entries[i].parameters))
-        ]
-
-    def _named(
-        self,
-        value_of: Callable[[int], Tensor],
-        stored: bool = False,
-        unsaved: bool = False,
-    ) -> Named:
+        all_are_finite = all_finite(floats)
+        loaded = []
         for i, entry in enumerate(self._entries):
-            if stored and i not in self._averages:
+            new = [averages[name] for name in entry.names if name in averages]
+            if not new:
                 continue
-            value = value_of(i)
-            for label in entry.labels:
-                if label.saved or unsaved:
-                    yield label.name, label.of(value)
+            if entry.role is Role.SHARED and entry.parameters:
+                raw = entry.raw.detach()
+                if not torch.equal(raw, new[0].to(raw)):
+                    entry.role = Role.AVERAGED
+            finite = all_are_finite or all(map(is_finite, new))
+            if finite and entry.holds_nonfinite:
+                entry.has_mean, entry.holds_nonfinite = True, False
+                if entry.parameters or update_buffers:
+                    entry.role = Role.AVERAGED
+            if finite or not entry.has_mean:
+                loaded.append((i, new[-1]))
+        self.complete()
+        for i, value in loaded:
+            if i in self.tensors:
+                self.tensors[i].copy_(value)
 
-    def _average_of(self, i: int) -> Tensor:
-        if i in self._position:
-            return self._exchange.average(self._position[i])
-        return self._entries[i].raw.detach()
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Return ``||average - raw|| / ||raw||`` over trained parameters.
 
-    def _raw_of(self, i: int) -> Tensor:
-        if i in self._position:
-            return self._exchange.raw(self._position[i])
-        return self._entries[i].raw.detach()
+        In the L2 norm; 0 where there are none, or they are zero.
+        """
+        gaps: List[Tensor] = []
+        sizes: List[Tensor] = []
+        for i in self.tensors:
+            if self._entries[i].parameters:
+                average = self.swap.average(i).reshape(-1)
+                raw = self.swap.raw(i).reshape(-1).to(average.device)
+                step = max(raw.numel(), 1) if raw.is_cuda else _CHUNK
+                pieces = (torch.split(x, step) for x in (average, raw))
+                for left, right in zip(*pieces):
+                    right = right.to(left.dtype)
+                    gaps.append(_squares(left - right))
+                    sizes.append(_squares(right))
+        size = _total(sizes)
+        return math.sqrt(_total(gaps) / size) if size else 0.0
 
 
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def check_fit(
+    present: Mapping[str, Tensor], given: Mapping[str, Tensor], strict: bool
+) -> None:
+    """Check that given tensors fit the present ones.
+
+    Args:
+        present: Tensors of the model by name.
+        given: Tensors to be loaded by name.
+        strict: Whether all names must be the same.
+
+    Raises:
+        CheckpointError: At the first shape that differs; under ``strict``
+            also if a name is missing or unknown.
+    """
+    for name, tensor in given.items():
+        if name in present and present[name].shape != tensor.shape:
+            raise CheckpointError(
+                f'the average of {name} has shape {tuple(tensor.shape)}, the '
+                f'model needs {tuple(present[name].shape)}; it belongs to '
+                f'another model.'
+            )
+    missing = [name for name in present if name not in given]
+    unknown = [name for name in given if name not in present]
+    if strict and (missing or unknown):
+        raise CheckpointError(
+            f'the averages do not fit the model: {_some(missing, "missing")}, '
+            f'{_some(unknown, "unknown")}.'
+        )
 
 
-def _can_follow(entry: Optional[Entry], new: Tensor) -> bool:
-    """Return whether a tensor can take the place of an entry's."""
-    if entry is None or len(entry.labels) > 1 or entry.labels[0].view:
-        return False
-    old = entry.raw
-    alike = (old.shape, old.dtype, old.device, old.stride()) == (
-        new.shape,
-        new.dtype,
-        new.device,
-        new.stride(),
+class Progress(NamedTuple):
+    """Counters of an average.
+
+    Attributes:
+        steps: Steps that were seen.
+        updates: Updates of the averages.
+        skipped: Steps that were left out because of NaN or Inf.
+        averaged: The step of the last update.
+    """
+
+    steps: int = 0
+    updates: int = 0
+    skipped: int = 0
+    averaged: int = 0
+
+
+def read_progress(state: Any) -> Progress:
+    """Return the counters of a saved state, which may be anything.
+
+    Args:
+        state: The state; counters left out of it are derived.
+
+    Raises:
+        CheckpointError: If it is no such state.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f'{show(state)} is no state of an average.')
+    steps = read_count(state, 'num_steps')
+    averaged = read_count(state, 'averaged_steps', steps)
+    if not 0 <= steps - averaged < _LONGEST_INTERVAL:
+        averaged = steps
+    return Progress(
+        steps,
+        updates=read_count(state, 'num_updates', steps),
+        skipped=read_count(state, 'num_skipped', 0),
+        averaged=averaged,
     )
-    return alike and new._base is None
+
+
+def read_count(
+    state: Mapping[str, Any], key: str, default: Optional[int] = None
+) -> int:
+    """Return a counter of a saved state.
+
+    Args:
+        state: The state.
+        key: Name of the counter.
+        default: Value where it is left out; None if it must be there.
+
+    Raises:
+        CheckpointError: If it is missing, or no whole number from 0 on.
+    """
+    value = state.get(key, default)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.to_dense().item() if value.is_sparse else value.item()
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < 0:
+        raise CheckpointError(
+            f'{key}={show(value)} in the saved state is no number of steps; '
+            f'the state is damaged, or not what WeightAverager.state_dict() '
+            f'gave.'
+        )
+    return int(value)
+
+
+def read_tensors(state: Mapping[str, Any], key: str) -> Dict[str, Tensor]:
+    """Return the tensors of a saved state by name.
+
+    Args:
+        state: The state.
+        key: Where they are in it.
+
+    Raises:
+        CheckpointError: If there is no dict of tensors.
+    """
+    tensors = state.get(key)
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(tensor, Tensor) for tensor in tensors.values()
+    ):
+        raise CheckpointError(
+            f'the saved state has no tensors by name under {key!r}; it is '
+            f'damaged, or not what WeightAverager.state_dict() gave.'
+        )
+    return dict(tensors)
+
+
+def _some(names: Sequence[str], word: str) -> str:
+    few = f' ({", ".join(names[:3])})' if names else ''
+    return f'{len(names)} {word}{few}'
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor).reshape(-1)
+    return torch.dot(tensor, tensor).double()
+
+
+def _total(sums: List[Tensor]) -> float:
+    """Add scalars up; wait for each device once."""
+    devices = {item.device for item in sums}
+    rows = [torch.stack([n for n in sums if n.device == d]) for d in devices]
+    return sum(float(row.sum()) for row in rows)

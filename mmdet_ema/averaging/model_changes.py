@@ -1,106 +1,223 @@
-"""Notice when a module's tensors were replaced by other objects.
+"""Notice what becomes of a model's tensors while it is trained.
 
-In-place changes and ``parameter.data = ...`` need no notice: an entry holds
-the parameter itself. ``module.weight = nn.Parameter(...)``, ``.to(device)``,
+In-place changes need no notice: an entry holds the parameter itself.
+``module.weight = nn.Parameter(...)``, ``.to(device)``, ``parameter.data =``,
 ``load_state_dict(assign=True)`` and ``self.buffer = self.buffer * 2`` do.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from itertools import chain
-from operator import is_
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from operator import attrgetter, is_
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
 
-_NUM_PROBES = 8
+from mmdet_ema.averaging.tensors import Entry, Role
+
 _END = object()
 _VALUES: Any = dict.values
-_Owned = Tuple[Dict[str, Optional[Tensor]], str, Optional[Tensor]]
+_TRAINS = attrgetter('requires_grad')
 
 
-class Watch:
-    """Remembers which tensors a model owns.
+class ModelChanges:
+    """Remembers the tensors of a model as they are when it is made.
 
     Args:
         model: The model to watch.
+        entries: Its entries; :meth:`follow_buffers` changes their ``raw``.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._seen = _labels(model)
-        self._buffers = list(_replaceable_buffers(model))
-        self._tensors = [t for _, _, t in self._buffers if t is not None]
-        self._shapes = [tensor.shape for tensor in self._tensors]
-        self._probes = _probes(model)
+    def __init__(self, model: nn.Module, entries: Sequence[Entry]):
+        self._model, self._entries = model, entries
         # modules without any are left out: that halves the cost of a look
         self._owners: List[Dict[str, Any]] = [
             owner
             for module in model.modules()
-            for owner in (module._modules, module._parameters)
+            for owner in (module._modules, module._parameters, module._buffers)
             if owner and isinstance(owner, dict)
         ]
         self._members = list(self._list_members())
+        self._labels = _labels(model)
+        shared = [e for e in entries if e.role is Role.SHARED]
+        self._frozen = [p for entry in shared for p in entry.parameters]
+        self._remember_layout()
 
-    def is_rebuilt(self) -> bool:
-        """Return whether a module or parameter is another object now.
+    def thawed(self) -> List[int]:
+        """Return the entries that were frozen and are trainable now."""
+        if not any(map(_TRAINS, self._frozen)):
+            return []
+        return [
+            i
+            for i, entry in enumerate(self._entries)
+            if entry.role is Role.SHARED
+            and any(map(_TRAINS, entry.parameters))
+        ]
+
+    def has_other_members(self) -> bool:
+        """Return whether a module, parameter or buffer is another object now.
 
         Also where one was added beside others, or taken away. Cheap enough
         for each step.
         """
         return not all(map(is_, self._list_members(), self._members))
 
-    def hints(self) -> bool:
-        """Return whether something seems to be replaced; cheaper still.
+    def has_other_memory(self) -> bool:
+        """Return whether a tensor lies elsewhere now, or has another shape.
 
-        Looks at the buffers of modules other than torch's normalisation
-        layers, which change theirs in place and keep their shapes, and at
-        some of the parameters: whether the model went to another device or
-        dtype.
+        As cheap. ``parameter.data = ...`` gives no other notice, and
+        multi-tensor calls would broadcast what does not fit.
         """
-        if self._is_converted():
-            return True
-        if any(owner.get(k) is not t for owner, k, t in self._buffers):
-            return True
-        return self._resized()
+        return self._layout() != self._seen
 
-    def replaced_buffers(self) -> List[Tuple[Tensor, Tensor]]:
-        """Return the buffers that another tensor has taken the place of.
+    def follow_memory(self) -> bool:
+        """Go on with tensors whose ``.data`` was replaced by the like.
 
         Returns:
-            Pairs of the old and the new tensor; empty if more than that
-            happened, or nothing did.
+            False if more than that has happened: the model has to be
+            selected again.
+
+        Raises:
+            RuntimeError: If a parameter has another shape now, or its memory
+                was freed.
         """
-        if self._is_converted() or self._resized():
-            return []
-        changed = [(t, o.get(k)) for o, k, t in self._buffers]
-        changed = [(old, new) for old, new in changed if old is not new]
-        if any(old is None or new is None for old, new in changed):
-            return []
-        return changed  # type: ignore[return-value]
+        for entry, shape, kind in zip(
+            self._watched, self._seen[1], self._kinds
+        ):
+            raw = entry.raw
+            if raw.shape != shape and entry.parameters:
+                raise RuntimeError(
+                    f'{entry.name}, a tensor of shape {tuple(shape)} in the '
+                    f'model, has become one of shape {tuple(raw.shape)}, '
+                    'which its average cannot follow: give it back its shape, '
+                    'or call refresh() (the hook does so before each epoch): '
+                    'the average starts again from the new values'
+                )
+            if raw.numel() and not raw.data_ptr() and not raw.is_meta:
+                raise RuntimeError(
+                    f'{entry.name}, a tensor of shape {tuple(raw.shape)} in '
+                    'the model, has lost its memory (FSDP frees that of '
+                    'weights which it has sharded): it cannot be averaged'
+                )
+            # tied parameters may have been parted
+            if (
+                raw.shape != shape
+                or _kind(raw) != kind
+                or len(entry.parameters) > 1
+            ):
+                return False
+        self._remember_layout()
+        return True
+
+    def follow_buffers(self) -> bool:
+        """Go on with buffers that became other tensors of the same kind.
+
+        Some models do so in every forward pass; selecting them again would
+        cost more than the update.
+
+        Returns:
+            False if more than that has happened.
+        """
+        entries = {id(entry.raw): entry for entry in self._watched}
+        found = list(self._list_members())
+        if len(found) != len(self._members):
+            return False
+        pairs = []
+        for old, new in zip(self._members, found):
+            if old is new:
+                continue
+            if not (_is_buffer(old) and _is_buffer(new)):
+                return False
+            entry = entries.get(id(old))
+            if entry is None:  # one that no file holds
+                continue
+            if (
+                len(entry.names) > 1
+                or (old.shape, _kind(old)) != (new.shape, _kind(new))
+                or new._base is not None
+            ):
+                return False
+            pairs.append((entry, new))
+        for entry, new in pairs:
+            entry.raw = new
+        self._members = found
+        self._remember_layout()
+        return True
+
+    def any(self) -> bool:
+        """Return whether any tensor is another one, moved or renamed."""
+        return _labels(self._model) != self._labels
 
     def _list_members(self) -> Iterator[Any]:
-        """Return modules and parameters, with an end that is neither."""
-        # no loop of Python's: there are hundreds of each
+        # no loop of Python's: there are hundreds. The end differs from all.
         members = chain.from_iterable(map(_VALUES, self._owners))
         return chain(members, (_END,))
 
-    def _resized(self) -> bool:
-        return [t.shape for t in self._tensors] != self._shapes
+    def _remember_layout(self) -> None:
+        self._watched = [
+            entry
+            for entry in self._entries
+            if entry.role is not Role.SHARED and entry.raw.numel()
+        ]
+        self._raws = [entry.raw for entry in self._watched]
+        self._kinds = [_kind(raw) for raw in self._raws]
+        # kernels that read memory as it lies are used on a GPU alone
+        self._strides = any(raw.is_cuda for raw in self._raws)
+        self._seen = self._layout()
 
-    def _is_converted(self) -> bool:
-        return any(
-            owner.get(name) is not tensor or _kind(tensor) != kind
-            for owner, name, tensor, kind in self._probes
-        )
+    def _layout(self) -> List[List[Any]]:
+        # map() over methods of the class: half the time of a comprehension
+        layout: List[List[Any]] = [
+            list(map(Tensor.data_ptr, self._raws)),
+            list(map(Tensor.size, self._raws)),
+        ]
+        if self._strides:
+            layout.append(list(map(Tensor.stride, self._raws)))
+        return layout
 
-    def replaced(self) -> bool:
-        """Return whether any tensor is another one, moved or renamed."""
-        return _labels(self._model) != self._seen
+
+@torch.no_grad()
+def parametrized(
+    model: nn.Module, averages: Mapping[str, Tensor]
+) -> Dict[str, Tensor]:
+    """Turn averages of plain tensors into those of what now computes them.
+
+    Args:
+        model: The model, with parametrizations.
+        averages: Averages by name, from before they were put on.
+
+    Returns:
+        Averages by new name; tensors that were parametrized before, or cannot
+        be taken back, are left out.
+    """
+    found: Dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, ParametrizationList):
+            continue
+        owner, _, weight = name.rpartition('parametrizations.')
+        average = averages.get(f'{owner}{weight}')
+        if average is None:
+            continue
+        value = average.clone()
+        # a copy: some keep what they were last given
+        for step in reversed(list(copy.deepcopy(module))):
+            inverse: Any = getattr(step, 'right_inverse', None)
+            # so does torch
+            with contextlib.suppress(NotImplementedError):
+                value = inverse(value) if inverse else value
+        if isinstance(value, Tensor):
+            found[f'{name}.original'] = value
+        else:
+            for i, part in enumerate(value):
+                found[f'{name}.original{i}'] = part
+    return found
 
 
-def _labels(model: nn.Module) -> List[Tuple[object, ...]]:
+def _labels(model: nn.Module) -> List[object]:
     """Return what every tensor is, and where the model has it."""
     return [
         (path, name, _identity(tensor))
@@ -116,29 +233,9 @@ def _identity(tensor: Optional[Tensor]) -> object:
     return id(tensor), _kind(tensor), tensor.shape, tensor.data_ptr()
 
 
-def _kind(tensor: Optional[Tensor]) -> object:
-    return None if tensor is None else (tensor.device, tensor.dtype)
+def _is_buffer(member: object) -> bool:
+    return isinstance(member, Tensor) and not isinstance(member, nn.Parameter)
 
 
-def _owned(model: nn.Module) -> Iterator[_Owned]:
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            yield module._parameters, name, parameter  # type: ignore[misc]
-        for name, buffer in module._buffers.items():
-            yield module._buffers, name, buffer
-
-
-def _probes(model: nn.Module) -> List[Tuple[Any, ...]]:
-    """Return some parameters, spread over the model."""
-    owned = [x for x in _owned(model) if isinstance(x[2], nn.Parameter)]
-    chosen = owned[:: max(len(owned) // _NUM_PROBES, 1)]
-    return [(*item, _kind(item[2])) for item in chosen]
-
-
-def _replaceable_buffers(model: nn.Module) -> Iterator[_Owned]:
-    for module in model.modules():
-        if isinstance(module, _NormBase):
-            continue
-        for name, buffer in module._buffers.items():
-            if name not in module._non_persistent_buffers_set:
-                yield module._buffers, name, buffer
+def _kind(tensor: Tensor) -> object:
+    return tensor.device, tensor.dtype

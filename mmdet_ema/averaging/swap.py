@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Sequence, Tuple
+import signal
+import threading
+from types import TracebackType
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor
 
-from mmdet_ema.averaging.copying import copy_all, group_pairs, placement
-from mmdet_ema.averaging.interrupts import DeferredInterrupts
+from mmdet_ema.averaging.tensors import Entry
 
-Pair = Tuple[Tensor, Tensor]
 _Trade = Tuple[List[Tensor], List[Tensor], List[Tensor]]
 # elements: as small tensors are swapped in few calls, large ones one by one
 _SCRATCH = 2**20
 
 
-class Exchange:
+class Swap:
     """Swaps averages and raw tensors in place.
 
     Where dtype is the same the two trade places, some tensors at a time, so no
@@ -25,13 +26,12 @@ class Exchange:
     All memory is taken before anything is changed, and kept for the way back.
 
     Args:
-        averages: The averages.
-        raws: The raw tensors, in the same order, of the same shapes.
+        entries: The entries of the model.
+        averages: The averages, by the number of their entry.
     """
 
-    def __init__(self, averages: Sequence[Tensor], raws: Sequence[Tensor]):
-        self._pairs = list(zip(averages, raws))
-        self._same = [(a, r) for a, r in self._pairs if a.dtype == r.dtype]
+    def __init__(self, entries: Sequence[Entry], averages: Dict[int, Tensor]):
+        self._entries, self._averages = entries, averages
         self._trades: List[_Trade] = []
         self._aside: Dict[int, Tensor] = {}
         self.swapped = False
@@ -41,11 +41,16 @@ class Exchange:
         """Put the averages where the model sees them."""
         assert not self.swapped
         with DeferredInterrupts():
-            aside = {i: raw.detach().clone() for i, raw in self._narrow()}
-            self._trades = list(_trades(self._same))
+            same: List[int] = []
+            narrow: List[int] = []
+            for i, average in self._averages.items():
+                alike = average.dtype == self._entries[i].raw.dtype
+                (same if alike else narrow).append(i)
+            aside = {i: self._entries[i].raw.detach().clone() for i in narrow}
+            self._trades = list(self._plan_trades(same))
             self._trade()
-            for i, raw in self._narrow():
-                raw.data.copy_(self._pairs[i][0])
+            for i in narrow:
+                self._entries[i].raw.data.copy_(self._averages[i])
             self._aside, self.swapped = aside, True
 
     @torch.no_grad()
@@ -54,27 +59,22 @@ class Exchange:
         assert self.swapped
         with DeferredInterrupts():
             self._trade()
-            for i, raw in self._narrow():
-                raw.data.copy_(self._aside[i])
+            for i, raw in self._aside.items():
+                self._entries[i].raw.data.copy_(raw)
             self._aside, self._trades, self.swapped = {}, [], False
 
-    def average(self, index: int) -> Tensor:
-        """Return the tensor that holds the average of a pair now."""
-        average, raw = self._pairs[index]
-        traded = self.swapped and index not in self._aside
-        return raw.detach() if traded else average
+    def average(self, i: int) -> Tensor:
+        """Return the tensor that holds the average of an entry now."""
+        traded = self.swapped and i not in self._aside
+        if traded or i not in self._averages:
+            return self._entries[i].raw.detach()
+        return self._averages[i]
 
-    def raw(self, index: int) -> Tensor:
-        """Return the tensor that holds the raw values of a pair now."""
-        average, raw = self._pairs[index]
-        if not self.swapped:
-            return raw.detach()
-        return self._aside.get(index, average)
-
-    def _narrow(self) -> Iterator[Tuple[int, Tensor]]:
-        for i, (average, raw) in enumerate(self._pairs):
-            if average.dtype != raw.dtype:
-                yield i, raw
+    def raw(self, i: int) -> Tensor:
+        """Return the tensor that holds the raw values of an entry now."""
+        if not self.swapped or i not in self._averages:
+            return self._entries[i].raw.detach()
+        return self._aside.get(i, self._averages[i])
 
     def _trade(self) -> None:
         for averages, raws, held in self._trades:
@@ -85,22 +85,73 @@ class Exchange:
             copy_all(averages, live)
             copy_all(live, held)
 
+    def _plan_trades(self, indices: Sequence[int]) -> Iterator[_Trade]:
+        """Split entries into trades that share a scratch; allocate all."""
+        kinds: Dict[object, List[int]] = {}
+        for i in indices:
+            average, raw = self._averages[i], self._entries[i].raw
+            key = average.device, raw.device, raw.dtype
+            if raw.numel():
+                kinds.setdefault(key, []).append(i)
+        for kind in kinds.values():
+            averages = [self._averages[i] for i in kind]
+            raws = [self._entries[i].raw for i in kind]
+            sizes = [average.numel() for average in averages]
+            room = max(max(sizes), min(sum(sizes), _SCRATCH))
+            scratch = torch.empty(
+                room, device=averages[0].device, dtype=averages[0].dtype
+            )
+            for run in _runs(sizes, room):
+                parts = torch.split(scratch[: sum(sizes[run])], sizes[run])
+                held = [p.view(a.shape) for p, a in zip(parts, averages[run])]
+                yield averages[run], raws[run], held
 
-def _trades(pairs: Sequence[Pair]) -> Iterator[_Trade]:
-    """Split pairs into trades that share a scratch; allocate all of it."""
-    for averages, raws in group_pairs(pairs, placement).values():
-        device, dtype = averages[0].device, averages[0].dtype
-        sizes = [average.numel() for average in averages]
-        room = max(max(sizes), min(sum(sizes), _SCRATCH))
-        scratch = torch.empty(room, device=device, dtype=dtype)
-        for chunk in _chunks(sizes, room):
-            chosen = averages[chunk]
-            parts = torch.split(scratch[: sum(sizes[chunk])], sizes[chunk])
-            held = [p.view(a.shape) for p, a in zip(parts, chosen)]
-            yield chosen, raws[chunk], held
+
+class DeferredInterrupts:
+    """Holds Ctrl-C back until the body is done, then lets it through.
+
+    A swap that stops half-way would leave some raw weights in the model and
+    some among the averages; an update, averages of a step without its
+    buffers. Only the main thread receives interrupts.
+    """
+
+    def __enter__(self) -> None:
+        """Take the place of the handler, where there is one."""
+        self._held: List[Tuple[Any, ...]] = []
+        self._previous: Any = signal.getsignal(signal.SIGINT)
+        here = threading.current_thread() is threading.main_thread()
+        if here and callable(self._previous):
+            signal.signal(signal.SIGINT, self._hold)
+        else:
+            self._previous = None
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        """Put the handler back, and call it if it was asked for."""
+        if self._previous is None:
+            return
+        signal.signal(signal.SIGINT, self._previous)
+        if self._held:
+            self._previous(*self._held[0])
+
+    def _hold(self, *received: Any) -> None:
+        self._held.append(received)
 
 
-def _chunks(sizes: Sequence[int], room: int) -> Iterator[slice]:
+def copy_all(targets: List[Tensor], sources: List[Tensor]) -> None:
+    """Copy tensors in one call where torch has it (2.1)."""
+    if hasattr(torch, '_foreach_copy_'):
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources):
+        target.copy_(source)
+
+
+def _runs(sizes: Sequence[int], room: int) -> Iterator[slice]:
     """Cut a row of sizes into runs that fit into a room."""
     start = taken = 0
     for i, size in enumerate(sizes):

@@ -1,30 +1,23 @@
-"""What is averaged, copied, shared or left: one entry a unique tensor.
+"""The tensors of a model, each one once, and what is done with it.
 
-Tied tensors (one storage under several names, as in RTMDet's shared head) are
-one entry with several labels, so that they are averaged, swapped and saved
-once. Identity is the memory, not the Python object: two parameters that view
-the same bytes are tied too, also where one is a transpose of the other.
+Tied tensors (one memory under several names, as in RTMDet's shared head) are
+one entry with several names, so that they are averaged, swapped and saved
+once. Identity is address, shape and strides, not the Python object.
 """
 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mmdet_ema.averaging.memory import (
-    NamedTensor,
-    geometry,
-    group_by_memory,
-    overlaps_itself,
-    span,
-    storage_key,
-)
+from mmdet_ema.errors import OptionError
 
 # Modules whose buffers no mean makes sense of, by name: torch moves them from
 # package to package, and torchao has classes of its own.
@@ -42,6 +35,7 @@ _COPIED_HOOKS = {
     'SpectralNorm': ('name', ('_u', '_v')),
     'BasePruningMethod': ('_tensor_name', ('_mask',)),
 }
+_Named = Tuple[str, Tensor, bool]
 
 
 class Role(enum.Enum):
@@ -56,38 +50,6 @@ class Role(enum.Enum):
     """Frozen parameters: average and raw are the same tensor."""
 
 
-@dataclass(frozen=True)
-class Label:
-    """A name of an entry, with its view of the entry's memory.
-
-    Attributes:
-        name: Name in the model's ``state_dict``.
-        saved: Whether it is in the ``state_dict`` at all.
-        view: Size, stride and offset in the entry; None for the whole entry.
-    """
-
-    name: str
-    saved: bool
-    view: Optional[Tuple[torch.Size, Tuple[int, ...], int]] = None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return what this name sees of an entry's tensor."""
-        if self.view is None:
-            return tensor
-        size, stride, offset = self.view
-        offset += int(tensor.storage_offset())
-        return tensor.as_strided(size, stride, offset)
-
-    def write(self, tensor: Tensor, value: Tensor) -> None:
-        """Copy a value into what this name sees of an entry's tensor."""
-        target = self.of(tensor)
-        for dim, stride in enumerate(target.stride()):
-            if stride == 0 and target.shape[dim] > 1:
-                target = target.narrow(dim, 0, 1)
-                value = value.narrow(dim, 0, 1)
-        target.copy_(value)
-
-
 @dataclass
 class Entry:
     """A unique tensor of the model.
@@ -95,7 +57,8 @@ class Entry:
     Attributes:
         raw: The live tensor, as the module owns it (any shape and dtype).
         role: What is done with it.
-        labels: Its names, in the order of the ``state_dict``.
+        names: Its names, in the order of the ``state_dict``.
+        saved: Those of them that are in the ``state_dict``.
         parameters: The parameters among its owners; empty for a buffer.
         has_mean: Whether a mean of its values makes sense: not for integers,
             nor where NaN or Inf belongs in it, as in attention masks, nor for
@@ -106,31 +69,16 @@ class Entry:
 
     raw: Tensor
     role: Role
-    labels: Tuple[Label, ...]
+    names: Tuple[str, ...]
+    saved: Tuple[str, ...]
     parameters: Tuple[nn.Parameter, ...] = ()
     has_mean: bool = True
     holds_nonfinite: bool = False
 
     @property
-    def gated(self) -> bool:
-        """Whether NaN or Inf in it means a bad step: not for a buffer."""
-        return bool(self.parameters) and self.role is Role.AVERAGED
-
-    @property
     def name(self) -> str:
         """First name, for messages."""
-        return self.labels[0].name
-
-    @property
-    def parts(self) -> List[Tensor]:
-        """What the names see; a flat entry may span memory of nobody."""
-        return self.parts_of(self.raw)
-
-    def parts_of(self, tensor: Tensor) -> List[Tensor]:
-        """Return what the names see of a tensor of the entry's shape."""
-        if self.labels[0].view is None:
-            return [tensor]
-        return [label.of(tensor) for label in self.labels]
+        return self.names[0]
 
 
 def select(
@@ -153,28 +101,61 @@ def select(
         The entries, in the order of the ``state_dict``.
 
     Raises:
-        ValueError: If a parameter has no shape yet (a lazy module).
+        ValueError: If a parameter has no shape yet (a lazy module), or two
+            tensors overlap in part.
     """
-    groups = group_by_memory(_named_tensors(model))
+    groups: Dict[object, List[_Named]] = {}
+    for named in _named_tensors(model):
+        groups.setdefault(_identity(named[1]), []).append(named)
     meanless = set(map(id, _buffers_without_mean(model)))
     entries = []
-    for group in groups:
-        without_mean = any(
-            id(item.tensor) in meanless or _matches(item.name, copied)
-            for item in group
+    for group in groups.values():
+        has_mean = not any(
+            id(tensor) in meanless or _matches(name, copied)
+            for name, tensor, _ in group
         )
-        entries.append(_make_entry(group, update_buffers, not without_mean))
+        entries.append(_make_entry(group, update_buffers, has_mean))
+    _refuse_overlaps([e for e in entries if e.role is not Role.SHARED])
     return entries
 
 
-def unmatched(entries: Sequence[Entry], copied: Sequence[str]) -> List[str]:
-    """Return the patterns that match no name.
+def average_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tensor of ``dtype`` is averaged.
+
+    In half precision an average stands still: with 8 bits of mantissa
+    ``avg + 2e-4 * (raw - avg)`` rounds back to ``avg``.
+
+    Args:
+        dtype: dtype of the raw tensor.
+
+    Returns:
+        float32 for float16, bfloat16 and 8-bit floats, else ``dtype``.
+    """
+    narrow = dtype.is_floating_point and torch.finfo(dtype).bits < 32
+    return torch.float32 if narrow else dtype
+
+
+def count_roles(entries: Sequence[Entry]) -> Dict[str, int]:
+    """Count tensors a role, and under 'bytes' what their averages take.
 
     Args:
         entries: The entries of a model.
-        copied: Patterns of names.
     """
-    names = [label.name for entry in entries for label in entry.labels]
+    counts = Counter(entry.role.value for entry in entries)
+    size = 0
+    for entry in entries:
+        dtype = entry.raw.dtype
+        if entry.role is Role.AVERAGED:
+            dtype = average_dtype(dtype)
+        if entry.role is not Role.SHARED:
+            width = torch.empty((), dtype=dtype).element_size()
+            size += entry.raw.numel() * width
+    return {**{role.value: counts[role.value] for role in Role}, 'bytes': size}
+
+
+def unmatched(entries: Sequence[Entry], copied: Sequence[str]) -> List[str]:
+    """Return the patterns of ``copied`` that match no name."""
+    names = [name for entry in entries for name in entry.names]
     return [x for x in copied if not any(fnmatchcase(n, x) for n in names)]
 
 
@@ -186,10 +167,11 @@ def no_match(pattern: str) -> str:
     )
 
 
-def is_finite(entry: Entry) -> bool:
-    """Return whether a float tensor of a model holds neither NaN nor Inf."""
-    parts = entry.parts_of(entry.raw.detach())
-    return all(bool(torch.isfinite(part).all()) for part in parts)
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a float tensor holds neither NaN nor Inf."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch asks this of no 8-bit float
+    return bool(torch.isfinite(tensor).all())
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -198,98 +180,132 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _buffers_without_mean(model: nn.Module) -> Iterator[Optional[Tensor]]:
     for module in model.modules():
-        if _COPIED_MODULES & _kinds(module):
+        if _COPIED_MODULES & _classes(module):
             yield from module._buffers.values()
         for hook in module._forward_pre_hooks.values():
-            for kind in _kinds(hook) & _COPIED_HOOKS.keys():
-                attribute, endings = _COPIED_HOOKS[kind]
+            for name in _classes(hook) & _COPIED_HOOKS.keys():
+                attribute, endings = _COPIED_HOOKS[name]
                 weight = getattr(hook, attribute, None)
                 for ending in endings:
                     yield module._buffers.get(f'{weight}{ending}')
 
 
-def _kinds(thing: object) -> Set[str]:
+def _classes(thing: object) -> Set[str]:
     return {kind.__name__ for kind in type(thing).__mro__}
 
 
-def _named_tensors(model: nn.Module) -> List[NamedTensor]:
-    """List saved tensors that the model owns, then its other parameters."""
-    owned = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
-    state = model.state_dict(keep_vars=True)
-    named = [
-        NamedTensor(name, value, True)
-        for name, value in state.items()
-        if isinstance(value, Tensor) and storage_key(value) in owned
-    ]
-    known = {id(item.tensor) for item in named}
-    named += [
-        NamedTensor(name, parameter, False)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in known
-    ]
-    for item in named:
-        _check_materialised(item)
-    return named
+def _named_tensors(model: nn.Module) -> Iterator[_Named]:
+    """Yield saved tensors that the model owns, then its other parameters.
 
-
-def _check_materialised(item: NamedTensor) -> None:
-    if is_lazy(item.tensor):
-        raise ValueError(
-            f'{item.name} has no shape yet (a lazy module); run one forward '
-            f'pass before the average is made.'
-        )
+    A model's ``state_dict`` may hold tensors that nobody trains, made by a
+    hook: what lives in no storage of the model is left alone.
+    """
+    owned = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    known = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and _storage(tensor) in owned:
+            known.add(id(tensor))
+            yield name, tensor, True
+    for name, tensor in model.named_parameters():
+        if id(tensor) not in known:
+            yield name, tensor, False
 
 
 def _make_entry(
-    group: List[NamedTensor], update_buffers: bool, has_mean: bool
+    group: Sequence[_Named], update_buffers: bool, has_mean: bool
 ) -> Entry:
-    raw, labels = _cover(group)
-    owners = tuple(
-        {
-            id(item.tensor): item.tensor
-            for item in group
-            if isinstance(item.tensor, nn.Parameter)
-        }.values()
+    for name, tensor, _ in group:
+        if is_lazy(tensor):
+            raise ValueError(
+                f'{name} has no shape yet (a lazy module); run one forward '
+                f'pass before the average is made.'
+            )
+    tensors = [tensor for _, tensor, _ in group]
+    # of several owners, one that trains: it follows its own ``.data``
+    raw = next((t for t in tensors if t.requires_grad), tensors[0])
+    owners = {id(t): t for t in tensors if isinstance(t, nn.Parameter)}
+    entry = Entry(
+        raw,
+        Role.COPIED,
+        tuple(name for name, _, _ in group),
+        tuple(name for name, _, saved in group if saved),
+        tuple(owners.values()),
+        has_mean,
     )
-    if owners and not any(owner.requires_grad for owner in owners):
-        return Entry(raw, Role.SHARED, labels, owners)
-    entry = Entry(raw, Role.COPIED, labels, owners, has_mean)
+    frozen = owners and not any(p.requires_grad for p in owners.values())
+    # nothing can write into a tensor that overlaps itself (``expand``)
+    if frozen or _span(raw)[2] < raw.numel():
+        entry.role = Role.SHARED
+        return entry
     if not (raw.is_floating_point() or raw.is_complex()):
         entry.has_mean = False
     elif has_mean:
-        entry.holds_nonfinite = not is_finite(entry)
+        entry.holds_nonfinite = not is_finite(raw.detach())
         entry.has_mean = not entry.holds_nonfinite
     if entry.has_mean and (owners or update_buffers):
         entry.role = Role.AVERAGED
     return entry
 
 
-def _cover(group: List[NamedTensor]) -> Tuple[Tensor, Tuple[Label, ...]]:
-    """Return one tensor for a group, and what each name sees of it."""
-    first = group[0].tensor
-    same = all(geometry(i.tensor) == geometry(first) for i in group)
-    if not same or overlaps_itself(first):
-        return _flatten(group)
-    return _preferred(group), tuple(Label(i.name, i.saved) for i in group)
+def _refuse_overlaps(entries: Sequence[Entry]) -> None:
+    """Refuse tensors that share a part of their memory with another."""
+    spaces: Dict[object, List[Entry]] = {}
+    for entry in entries:
+        if entry.raw.numel() and entry.raw.data_ptr():
+            key = entry.raw.device, entry.raw.dtype
+            spaces.setdefault(key, []).append(entry)
+    for space in spaces.values():
+        space.sort(key=lambda entry: entry.raw.data_ptr())
+        near: List[Entry] = []
+        stop = 0
+        for entry in space:
+            start, end, _ = _span(entry.raw)
+            if start >= stop:
+                near = []
+            for other in near:
+                # spans of columns of one matrix meet, its elements do not
+                if _share_elements(other.raw, entry.raw):
+                    raise OptionError(
+                        f'{other.name} and {entry.name} share a part of their '
+                        f'memory, and no average of one fits the other; clone '
+                        f'one of them, or make them one tensor.'
+                    )
+            near.append(entry)
+            stop = max(stop, end)
 
 
-def _preferred(group: List[NamedTensor]) -> Tensor:
-    """Return the trainable owner if there is one: it follows ``.data``."""
-    return next(
-        (item.tensor for item in group if item.tensor.requires_grad),
-        group[0].tensor,
-    )
+def _share_elements(left: Tensor, right: Tensor) -> bool:
+    spans = _span(left), _span(right)
+    start = min(span[0] for span in spans)
+    size = left.element_size()
+    length = (max(span[1] for span in spans) - start) // size
+    seen = torch.zeros(length, dtype=torch.bool)
+    views = [
+        seen.as_strided(x.shape, x.stride(), (x.data_ptr() - start) // size)
+        for x in (left, right)
+    ]
+    views[0].fill_(True)
+    return bool(views[1].any())
 
 
-def _flatten(group: List[NamedTensor]) -> Tuple[Tensor, Tuple[Label, ...]]:
-    """Cover different views of one memory by one flat tensor."""
-    base = min((item.tensor for item in group), key=lambda t: t.data_ptr())
-    start, size = base.data_ptr(), base.element_size()
-    stop = max(span(item.tensor)[1] for item in group)
-    flat = base.detach().as_strided(((stop - start) // size,), (1,))
-    labels = []
-    for item in group:
-        offset = (item.tensor.data_ptr() - start) // size
-        view = (item.tensor.shape, item.tensor.stride(), offset)
-        labels.append(Label(item.name, item.saved, view))
-    return flat, tuple(labels)
+def _span(tensor: Tensor) -> Tuple[int, int, int]:
+    """Return start and end of a tensor's memory in bytes, and in elements."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return start, start, 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+    return start, start + (last + 1) * tensor.element_size(), last + 1
+
+
+def _identity(tensor: Tensor) -> object:
+    if is_lazy(tensor) or not tensor.numel() or not tensor.data_ptr():
+        return id(tensor)
+    where = tensor.device, tensor.dtype, tensor.data_ptr()
+    return where, tensor.shape, tensor.stride()
+
+
+def _storage(tensor: Tensor) -> object:
+    if is_lazy(tensor) or not tensor.data_ptr():
+        return id(tensor)
+    # torch before 2.0 has no untyped_storage()
+    return getattr(tensor, 'untyped_storage', tensor.storage)().data_ptr()

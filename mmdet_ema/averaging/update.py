@@ -1,46 +1,274 @@
-"""What one optimizer step does to the averages, planned once.
+"""One update, ``avg = d * avg + (1 - d) * raw``, of all tensors at once.
+
+What can be known before is: tensors are grouped once, those of few elements
+are gathered into one buffer whose average is one flat tensor too, and an
+update is a handful of multi-tensor calls.
 
 Whether the parameters hold NaN or Inf has to be known before an average is
-written, which cannot be taken back: so a step reads them twice, once to look
-and once to average. Parameters are equal on all ranks, and so is
-what is found: nobody is asked. A buffer makes no step bad.
+written, which cannot be taken back. On a CPU that is one more reading of the
+weights. On a GPU the verdict is a flag that stays there: the kernels that
+write look at it, and the host never waits.
 """
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+import cmath
+import functools
+import math
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor
 
-from mmdet_ema.averaging.buffers import BufferCopy, BufferUpdate, Row
-from mmdet_ema.averaging.copying import CopyPlan
-from mmdet_ema.averaging.finite import FiniteCheck
-from mmdet_ema.averaging.kernels import Rule, UpdatePlan
-from mmdet_ema.averaging.layouts import check_readable
-from mmdet_ema.averaging.tensors import Entry, Role
+from mmdet_ema.averaging.swap import copy_all
+from mmdet_ema.averaging.tensors import Entry, Role, is_finite
+
+Rule = Callable[[Tensor, Tensor, int], None]
+"""Updates one average in place, given the raw tensor and the step n."""
+
+# elements; a call costs more than averaging so few
+_SMALL = 2**12
 
 
-class Step(NamedTuple):
-    """An optimizer step, as the averages see it.
+class UpdatePlan:
+    """What an update does to one or several sets of averages.
 
-    Attributes:
-        number: Which step it is, from 1.
-        decay: Weight of the old averages; None if it is no update.
-        rule: Updates one average, in the place of the decay.
-        gated: Whether NaN or Inf in a parameter keeps it out of the averages,
-            and in a buffer, that buffer.
+    Args:
+        entries: The entries of the model.
+        sets: The averages, by the number of their entry. Small ones become
+            views of one tensor, in place of what was there.
+        deferred: Whether the verdict on a step may stay on the device; None
+            for where that is faster.
     """
 
-    number: int
-    decay: Optional[float] = None
-    rule: Optional[Rule] = None
-    gated: bool = True
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        sets: Sequence[Dict[int, Tensor]],
+        deferred: Optional[bool] = None,
+    ):
+        self._entries, self._sets = entries, sets
+        owned = [
+            i for i in sets[0] if entries[i].raw.numel() and sets[0][i].numel()
+        ]
+        averaged = [i for i in owned if entries[i].role is Role.AVERAGED]
+        copied = [i for i in owned if entries[i].role is Role.COPIED]
+        self._weights = [i for i in averaged if entries[i].parameters]
+        self._buffers = [i for i in averaged if not entries[i].parameters]
+        small = [i for i in self._weights if entries[i].raw.numel() < _SMALL]
+        self._small = self._gather(small)
+        self._large = [i for i in self._weights if i not in set(small)]
+        self._averaged = self._gather(self._buffers)
+        # float buffers that are copied, and what has no mean: bit for bit
+        self._copied = self._gather([i for i in copied if entries[i].has_mean])
+        self._exact = self._gather(
+            [i for i in copied if not entries[i].has_mean]
+        )
+        self._groups = self._group()
+        self._sources = [s for sources, _ in self._groups for s in sources]
+        if deferred is None:
+            devices = {entries[i].raw.device for i in owned}
+            deferred = len(devices) == 1 and devices.pop().type == 'cuda'
+        self._can_defer = deferred and self._can_fuse()
 
-    @property
-    def updates(self) -> bool:
-        """Whether averages are updated, not only buffers copied."""
-        return self.decay is not None or self.rule is not None
+    def read(self) -> None:
+        """Gather small weights and all buffers.
+
+        A forward pass changes buffers: what runs in parallel with it reads
+        what was gathered before.
+        """
+        for gathered in (
+            *self._small,
+            *self._averaged,
+            *self._copied,
+            *self._exact,
+        ):
+            gathered.read()
+
+    def run(
+        self, decays: Sequence[Optional[float]], check: bool
+    ) -> Union[bool, DeviceVerdict]:
+        """Update the averages, unless a parameter holds NaN or Inf.
+
+        Args:
+            decays: Weight of the old averages in each set, in [0, 1]; None
+                for a set that is not updated now: its buffers are copied all
+                the same.
+            check: Whether NaN or Inf in a parameter keeps the step out of the
+                averages, and in a buffer, that buffer.
+
+        Returns:
+            Whether the step was finite.
+        """
+        skip = None
+        given = [decay for decay in decays if decay is not None]
+        if given and check and self._sources:
+            # a copy (a decay of 0) is no lerp that a flag can stop
+            if self._can_defer and min(given) > 0:
+                skip = _nonfinite_flag(self._sources)
+            elif not all_finite(self._sources):
+                return False
+        for k, decay in enumerate(decays):
+            if decay is not None:
+                for sources, averages in self._groups:
+                    _lerp(averages[k], sources, 1 - decay, skip)
+        for gathered in self._averaged if given else ():
+            moves = gathered.moves(check, skip)
+            for k, decay in enumerate(decays):
+                if decay is not None:
+                    gathered.update(k, decay, moves)
+        for gathered in self._copied:
+            moves = gathered.moves(check, skip)
+            for k in range(len(decays)):
+                gathered.update(k, 0.0, moves)
+        for gathered in self._exact:
+            for k in range(len(decays)):
+                gathered.update(k, 0.0, None if skip is None else skip == 0)
+        return True if skip is None else DeviceVerdict(skip)
+
+    def run_rule(self, rule: Rule, step: int, check: bool) -> bool:
+        """Let a rule update every average, one by one: the slow path.
+
+        Args:
+            rule: Called with an average, its raw tensor and the step.
+            step: The step, from 1.
+            check: See :meth:`run`.
+
+        Returns:
+            Whether the step was finite.
+        """
+        if check and not all_finite(self._sources):
+            return False
+        for i in (*self._weights, *self._buffers):
+            raw = self._entries[i].raw.detach()
+            if self._entries[i].parameters or not check or is_finite(raw):
+                for averages in self._sets:
+                    rule(averages[i], raw.to(averages[i]), step)
+        return self.run([None] * len(self._sets), check) is True
+
+    def _gather(self, indices: Sequence[int]) -> List[_Gathered]:
+        kinds: Dict[object, List[int]] = {}
+        for i in indices:
+            raw = self._entries[i].raw
+            key = raw.device, raw.dtype, self._sets[0][i].dtype
+            kinds.setdefault(key, []).append(i)
+        return [
+            _Gathered([self._entries[i] for i in kind], kind, self._sets)
+            for kind in kinds.values()
+        ]
+
+    def _group(self) -> List[Tuple[List[Tensor], List[List[Tensor]]]]:
+        """Put weights together that a multi-tensor call can take at once."""
+        rows = [(g.buffer, g.flats) for g in self._small]
+        for i in self._large:
+            averages = [averages[i] for averages in self._sets]
+            rows.append((self._entries[i].raw, averages))
+        groups: Dict[object, Tuple[List[Tensor], List[List[Tensor]]]] = {}
+        for source, averages in rows:
+            key = source.device, source.dtype, averages[0].dtype
+            empty: List[List[Tensor]] = [[] for _ in averages]
+            sources, lists = groups.setdefault(key, ([], empty))
+            sources.append(source)
+            for average, row in zip(averages, lists):
+                row.append(average)
+        return list(groups.values())
+
+    def _can_fuse(self) -> bool:
+        pairs = [
+            (average, source)
+            for sources, averages in self._groups
+            for average, source in zip(averages[0], sources)
+        ]
+        return all(
+            average.dtype == source.dtype
+            and average.stride() == source.stride()
+            and _is_dense(source)
+            and _trial(_try_fused, source.device, source.dtype)
+            for average, source in pairs
+        )
+
+
+class _Gathered:
+    """Tensors of one kind, side by side in one buffer and in one average.
+
+    Args:
+        entries: Their entries.
+        indices: The numbers of these.
+        sets: The averages; these become views of one tensor a set.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        indices: Sequence[int],
+        sets: Sequence[Dict[int, Tensor]],
+    ):
+        self._entries = entries
+        self._sizes = [entry.raw.numel() for entry in entries]
+        self.flats: List[Tensor] = []
+        # what is made in inference mode cannot be written outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            for averages in sets:
+                flat = torch.cat([averages[i].reshape(-1) for i in indices])
+                pinned = all(averages[i].is_pinned() for i in indices)
+                flat = flat.pin_memory() if pinned else flat
+                for i, part in zip(indices, torch.split(flat, self._sizes)):
+                    averages[i] = part.view(averages[i].shape)
+                self.flats.append(flat)
+            device = entries[0].raw.device
+            self.buffer = torch.empty_like(self.flats[0], device=device)
+            self._parts = list(torch.split(self.buffer, self._sizes))
+            self._shaped = [
+                part.view(entry.raw.shape)
+                for part, entry in zip(self._parts, entries)
+            ]
+        # which tensor an element is of; made where it is first asked for
+        self._owners: Optional[Tensor] = None
+
+    def read(self) -> None:
+        """Copy the present values into the buffer."""
+        copy_all(self._shaped, [entry.raw for entry in self._entries])
+
+    def moves(self, check: bool, skip: Optional[Tensor]) -> Optional[Tensor]:
+        """Return which elements may move; None for all of them.
+
+        A buffer that holds NaN or Inf stays, and no other: NaN in the
+        statistics of one layer says nothing about the weights.
+        """
+        if not check or (skip is None and all_finite([self.buffer])):
+            return None
+        if self.buffer.is_cuda:
+            finite = _finite_each(self._parts)
+        else:
+            finite = torch.tensor([is_finite(part) for part in self._parts])
+        if self._owners is None:
+            sizes = torch.tensor(self._sizes)
+            owners = torch.arange(len(sizes)).repeat_interleave(sizes)
+            self._owners = owners.to(finite.device)
+        return finite[self._owners] & (True if skip is None else skip == 0)
+
+    def update(self, k: int, decay: float, moves: Optional[Tensor]) -> None:
+        """Average what was read in set k, or copy it where decay is 0."""
+        flat, new = self.flats[k], self.buffer
+        near = flat.to(new.device, non_blocking=True)  # mostly itself
+        if moves is not None:
+            new = torch.lerp(near, new, 1 - decay) if decay else new
+            near.copy_(_where(moves, new, near))
+        elif decay:
+            near.lerp_(new, 1 - decay)
+        else:
+            near.copy_(new)
+        if near is not flat:
+            flat.copy_(near, non_blocking=True)
 
 
 class DeviceVerdict:
@@ -65,114 +293,160 @@ class DeviceVerdict:
         return not bool(self._flag)
 
 
-Verdict = Union[bool, DeviceVerdict]
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether no element of any tensor is NaN or Inf.
 
-
-class StepPlan:
-    """Entries, their averages and where their values are read from.
+    A sum shows both, in one reading at the speed of memory. One of finite but
+    huge values may overflow, too: only then is every element looked at.
 
     Args:
-        entries: The entries that have an average.
-        averages: Their averages, in the same order.
-        sources: Where their values are read from: the raw tensors, or what
-            was copied from them before.
-        deferred: Whether the verdict on a step may stay on the device until
-            the host asks for it; None for where that is faster.
+        tensors: Floating point or complex tensors of any shape and device;
+            on a GPU the answer costs a synchronisation.
     """
-
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        averages: Sequence[Tensor],
-        sources: Sequence[Tensor],
-        deferred: Optional[bool] = None,
-    ):
-        self._rows = list(zip(entries, averages, sources))
-        if deferred is None:
-            deferred = _on_one_gpu([*averages, *sources])
-        self._deferred = deferred
-        averaged = [r for r in self._rows if r[0].role is Role.AVERAGED]
-        copied = [r for r in self._rows if r[0].role is Role.COPIED]
-        weights = [row for row in averaged if row[0].gated]
-        self._check = FiniteCheck(_parts(weights))
-        self._updates = UpdatePlan(*_columns(weights), fused=deferred)
-        self._copies = CopyPlan(
-            *_columns([row for row in copied if not row[0].has_mean])
-        )
-        self._averaged_buffers = BufferUpdate(
-            [row for row in averaged if not row[0].gated], deferred
-        )
-        self._copied_buffers = BufferCopy(
-            [row for row in copied if row[0].has_mean], deferred
-        )
-
-    def take_in(self, step: Step) -> Verdict:
-        """Take a step into the averages, unless it holds NaN or Inf.
-
-        Args:
-            step: The step.
-
-        Returns:
-            Whether it was finite.
-
-        Raises:
-            RuntimeError: If an average cannot follow its tensor; nothing is
-                changed then.
-        """
-        try:
-            return self._take_in(step)
-        except RuntimeError:
-            check_readable(*_columns(self._rows), self._names())
-            raise
-
-    def _take_in(self, step: Step) -> Verdict:
-        self._copies.check()
-        self._copied_buffers.check()
-        flag = self._flag(step)
-        if flag is not None:
-            assert step.decay is not None
-            self._updates.update(step.decay, flag)
-        elif not self._take_in_weights(step):
-            return False
-        self._copies.copy(flag)
-        self._copied_buffers.update(0.0, step.gated, flag)
-        if step.rule is not None:
-            args = step.rule, step.number, step.gated
-            self._averaged_buffers.update_by(*args)
-        elif step.decay is not None:
-            self._averaged_buffers.update(step.decay, step.gated, flag)
-        return True if flag is None else DeviceVerdict(flag)
-
-    def _take_in_weights(self, step: Step) -> bool:
-        """Update the averages of parameters; return whether all are finite."""
-        if step.updates and step.gated and not self._check.passes():
-            return False
-        if step.rule is not None:
-            self._updates.update_by(step.rule, step.number)
-        elif step.decay is not None:
-            self._updates.update(step.decay)
+    host = [t for t in tensors if not t.is_cuda]
+    away = [t for t in tensors if t.is_cuda and t.numel()]
+    if all(map(_sums_up, host)) and not (away and bool(_nonfinite_flag(away))):
         return True
-
-    def _flag(self, step: Step) -> Optional[Tensor]:
-        """Return the verdict as a scalar on the device, where that can be."""
-        if not (step.gated and self._deferred and self._check):
-            return None
-        if step.decay is None or not self._updates.can_skip(step.decay):
-            return None
-        return self._check.flag()
-
-    def _names(self) -> List[str]:
-        return [row[0].name for row in self._rows]
+    return all(map(is_finite, tensors))
 
 
-def _columns(rows: Sequence[Row]) -> Tuple[List[Tensor], List[Tensor]]:
-    return [row[1] for row in rows], [row[2] for row in rows]
+def _sums_up(tensor: Tensor) -> bool:
+    wide = torch.float32
+    if tensor.element_size() == 1:
+        tensor = tensor.to(wide)  # torch sums no 8-bit floats
+    wide = torch.promote_types(tensor.dtype, wide)
+    return cmath.isfinite(tensor.sum(dtype=wide).item())
 
 
-def _parts(rows: Sequence[Row]) -> List[Tensor]:
-    return [p for entry, _, source in rows for p in entry.parts_of(source)]
+def _nonfinite_flag(tensors: Sequence[Tensor]) -> Tensor:
+    """Return, on the device, 1 if any element is NaN or Inf, else 0."""
+    kinds: Dict[object, List[Tensor]] = {}
+    for tensor in tensors:
+        key = tensor.device, tensor.dtype
+        kinds.setdefault(key, []).append(tensor)
+    device = tensors[0].device
+    finite = [_finite_each(kind).all().to(device) for kind in kinds.values()]
+    return (~torch.stack(finite).all()).to(torch.float32)
 
 
-def _on_one_gpu(tensors: Sequence[Tensor]) -> bool:
-    devices = {tensor.device for tensor in tensors}
-    return len(devices) == 1 and devices.pop().type == 'cuda'
+def _finite_each(tensors: List[Tensor]) -> Tensor:
+    """Return, on the device, whether each tensor is free of NaN and Inf."""
+    # the largest magnitude cannot overflow where the values do not; the sum
+    # of squares can, but every torch has it
+    first = tensors[0]
+    largest = _trial(_try_largest, first.device, first.dtype)
+    norms = torch._foreach_norm(tensors, math.inf if largest else 2.0)
+    return torch.isfinite(torch.stack(list(norms)))
+
+
+def _lerp(
+    averages: List[Tensor],
+    sources: List[Tensor],
+    weight: float,
+    skip: Optional[Tensor],
+) -> None:
+    """Apply ``avg += weight * (source - avg)`` to every pair."""
+    device = sources[0].device
+    if averages[0].device != device:
+        # one after the other, so that a GPU needs room for one alone
+        for average, source in zip(averages, sources):
+            near = average.to(device, non_blocking=True)
+            _lerp([near], [source], weight, skip)
+            average.copy_(near, non_blocking=True)
+    elif skip is not None:
+        _fused_lerp(averages, sources, weight, skip)
+    elif averages[0].dtype != sources[0].dtype:
+        for average, source in zip(averages, sources):
+            average.lerp_(source.to(average.dtype), weight)
+    elif hasattr(torch, '_foreach_lerp_'):
+        torch._foreach_lerp_(averages, sources, weight)
+    elif averages[0].is_cuda and weight <= 0.5:
+        # Not avg * d + w * raw: float32 rounds d = 0.9999 by up to 3e-8, which
+        # is 3e-4 of w, and the average would not tend to the weights.
+        scale = weight / (1 - weight)
+        torch._foreach_add_(averages, sources, alpha=scale)
+        torch._foreach_add_(averages, averages, alpha=-weight)
+    else:
+        for average, source in zip(averages, sources):
+            average.lerp_(source, weight)
+
+
+def _fused_lerp(
+    averages: List[Tensor], raws: List[Tensor], weight: float, skip: Tensor
+) -> None:
+    """Apply ``avg -= weight * (avg - raw)`` in a call that a flag can stop.
+
+    torch's fused SGD step does this when the raw tensors are its gradients,
+    to be maximized, with a weight decay of 1. It reads memory as it lies: a
+    pair has to have the same strides, without gaps.
+    """
+    torch._fused_sgd_(
+        averages,
+        raws,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=weight,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=skip,
+    )
+
+
+def _trial(trial: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether what is not part of torch's stable interface works."""
+    return bool(_remembered(trial, torch.device(device), dtype))
+
+
+@functools.lru_cache(maxsize=None)
+def _remembered(trial: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    with torch.no_grad(), torch.inference_mode(False):
+        try:
+            return bool(trial(dict(device=device, dtype=dtype)))
+        except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+            return False
+
+
+def _try_fused(kind: Any) -> bool:
+    if kind['dtype'] not in (torch.float32, torch.float64):
+        return False
+    raw = torch.tensor([4.0, -2.0, 0.0], **kind)
+    pair = [torch.ones(3, **kind), torch.ones(1, **kind)]
+    raws = [raw, torch.full((1,), 5.0, **kind)]
+    flag = torch.zeros((), device=kind['device'])
+    _fused_lerp(pair, raws, 0.25, flag)
+    _fused_lerp(pair, [raw * math.nan, raws[1]], 0.25, flag + 1)
+    expected = torch.tensor([1.75, 0.25, 0.75], **kind)
+    return bool((pair[0] == expected).all()) and pair[1].item() == 2.0
+
+
+def _try_largest(kind: Any) -> bool:
+    largest = torch.finfo(kind['dtype']).max
+    values = (math.nan, math.inf, -math.inf, largest, -3.0)
+    # long enough for vectorised code, which is another path
+    row = [torch.tensor([0.5, value] * 64, **kind) for value in values]
+    norms = torch._foreach_norm(row, math.inf)
+    finite = [math.isfinite(norm) for norm in torch.stack(list(norms))]
+    return finite == [False, False, False, True, True]
+
+
+def _where(moves: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    if new.element_size() == 1:
+        # torch.where knows no float8 before torch 2.5
+        pair = new.view(torch.uint8), old.view(torch.uint8)
+        return torch.where(moves, *pair).view(new.dtype)
+    return torch.where(moves, new, old)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor fills its memory, each element once."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

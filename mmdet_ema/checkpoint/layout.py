@@ -24,7 +24,7 @@ from typing import (
 import torch
 from torch import Tensor
 
-from mmdet_ema.averaging.state import read_count, read_progress
+from mmdet_ema.averaging.averages import read_count, read_progress
 from mmdet_ema.errors import CheckpointError
 
 WEIGHTS = 'state_dict'

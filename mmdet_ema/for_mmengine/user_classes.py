@@ -9,7 +9,7 @@ from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdet_ema.averaging.kernels import Rule
+from mmdet_ema.averaging.update import Rule
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.training.openmmlab_words import is_family
 

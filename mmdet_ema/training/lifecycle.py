@@ -24,8 +24,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.averaging.averager import WeightAverager
-from mmdet_ema.averaging.fit import count_roles
-from mmdet_ema.averaging.tensors import no_match, select, unmatched
+from mmdet_ema.averaging.tensors import (
+    count_roles,
+    no_match,
+    select,
+    unmatched,
+)
 from mmdet_ema.checkpoint.layout import (
     EMAPart,
     check_training_state,
@@ -180,7 +184,7 @@ class EMALifecycle:
         if averager.is_applied or changes is None or not changes.take():
             return self._note_skips()
         try:
-            averager.settle()
+            averager.wait()
             fine = self._note_skips()
             self._taken_in = iteration
             if not changes.told:
@@ -364,7 +368,7 @@ class EMALifecycle:
             self._changes.detach()
             self._changes = None
         if self.averager is not None:
-            self.averager.settle()
+            self.averager.wait()
 
     def _plan(self, facts: RunFacts, before: Mapping[str, Any]) -> None:
         """Fix the schedule; it may need to know how long the run is."""

@@ -8,7 +8,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Union
 import torch
 
 from mmdet_ema.averaging.averager import NONFINITE
-from mmdet_ema.averaging.kernels import Rule
+from mmdet_ema.averaging.update import Rule
 from mmdet_ema.checks import (
     check_choice,
     check_count,

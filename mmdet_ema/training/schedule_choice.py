@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from mmdet_ema.averaging.kernels import Rule
+from mmdet_ema.averaging.update import Rule
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.schedules import (
     Schedule,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-from mmdet_ema.averaging.finite import all_finite
+from mmdet_ema.averaging.update import all_finite
 
 TELLS_OF_STEPS = hasattr(torch_optimizer, 'register_optimizer_step_post_hook')
 """Whether torch tells when an optimizer steps."""

@@ -12,7 +12,7 @@ from typing import Any, List, Mapping, MutableMapping, Optional
 import torch
 from torch import nn
 
-from mmdet_ema.averaging.fit import check_fit
+from mmdet_ema.averaging.averages import check_fit
 from mmdet_ema.checkpoint.layout import (
     EMA,
     WEIGHTS,

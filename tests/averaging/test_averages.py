@@ -48,7 +48,7 @@ def test_thaw():
         model[1].weight.fill_(8)
     averager.update()
     model[0].requires_grad_(True)
-    averager.thaw()
+    averager.follow_changes()
     with torch.no_grad():
         model[0].weight.fill_(4)
     averager.update()
@@ -70,7 +70,7 @@ def test_thaw_without_anything_frozen():
     perturb(model, torch.Generator().manual_seed(0))
     averager.update()
     before = averages_of(averager)
-    averager.thaw()
+    averager.follow_changes()
     after = averages_of(averager)
     assert all(torch.equal(before[k], after[k]) for k in before)
 
@@ -358,7 +358,6 @@ def test_replaced_module():
     fill(model, 0.0)
     averager = constant(model)
     averager.update()
-    assert not averager._store.has_changed
     model[41] = nn.Linear(1, 1)
     model[43].weight = nn.Parameter(torch.zeros(1, 1))
     fill(model, 8.0)
@@ -368,7 +367,6 @@ def test_replaced_module():
     expected = ['41.weight', '41.bias', '43.weight']
     assert expected == averager.take_replaced()
     assert [] == averager.take_replaced()
-    assert not averager._store.has_changed
 
 
 def test_module_of_another_shape():
@@ -596,16 +594,21 @@ def storages_of(root):
 
 
 def test_memory():
-    """An averager holds one copy of what can change."""
+    """An averager holds one copy of what can change.
+
+    And one of what is small, to read it at once.
+    """
     model = Mixed()
+    model.large = nn.Parameter(torch.zeros(100, 100))
     averager = WeightAverager(model)
     averager.update()
     tensors = [*model.parameters(), *model.buffers()]
     own = {storage_of(t).data_ptr() for t in tensors}
-    found = storages_of(averager._store)
+    found = storages_of(averager)
     extra = sum(size for p, size in found.items() if p not in own)
     copied = averager.counts()['bytes']
-    assert copied == extra
+    assert copied - 4 * 100 * 100 < 300
+    assert copied <= extra <= copied + 300
 
 
 def test_frozen_parameters_cost_nothing():
@@ -652,5 +655,5 @@ def test_refresh_frees():
         model.x = model.x + 1
         averager.update()
         gc.collect()
-        found.append(len(storages_of(averager._store)))
+        found.append(len(storages_of(averager)))
     assert found[0] == found[-1]

@@ -7,9 +7,8 @@ from torch import nn
 from torch.ao import quantization
 from torch.nn.utils import parametrizations, prune
 
-from mmdet_ema.averaging.finite import first_nonfinite
-from mmdet_ema.averaging.fit import count_roles
-from mmdet_ema.averaging.tensors import Role, select, unmatched
+from mmdet_ema.averaging import OptionError, WeightAverager
+from mmdet_ema.averaging.tensors import Role, count_roles, select, unmatched
 from tests.averaging.models import Mixed, state_of
 from tests.averaging.trees import Node, memory_of, trees
 
@@ -19,7 +18,7 @@ BAD = float('nan')
 def names_of(entries):
     """Return the names of each entry, unsaved ones in brackets."""
     return [
-        tuple(x.name if x.saved else f'({x.name})' for x in entry.labels)
+        tuple(x if x in entry.saved else f'({x})' for x in entry.names)
         for entry in entries
     ]
 
@@ -27,9 +26,9 @@ def names_of(entries):
 def roles_of(model, **options):
     """Return the role of every name."""
     return {
-        label.name: entry.role.value
+        name: entry.role.value
         for entry in select(model, **options)
-        for label in entry.labels
+        for name in entry.names
     }
 
 
@@ -122,41 +121,57 @@ def test_same_data():
     assert Role.AVERAGED is entry.role
 
 
-def test_transposed_view():
-    """A transpose is tied, and each name sees its own shape."""
-    base = torch.arange(6.0).reshape(2, 3)
-    model = holder(a=nn.Parameter(base), b=nn.Parameter(base.t()))
-    (entry,) = select(model)
-    values = {label.name: label.of(entry.raw) for label in entry.labels}
-    assert torch.equal(model.a.detach(), values['a'])
-    assert torch.equal(model.b.detach(), values['b'])
-
-
 def test_buffer_tied_to_a_parameter():
-    """A buffer that views a parameter is part of its entry."""
+    """A buffer over a parameter's memory is part of its entry."""
     weight = nn.Parameter(torch.ones(2, 2))
-    model = holder(view=weight.detach()[0], weight=weight)
+    model = holder(view=weight.detach(), weight=weight)
     (entry,) = select(model)
     assert Role.AVERAGED is entry.role
-    assert {'view', 'weight'} == {label.name for label in entry.labels}
+    assert ('view', 'weight') == entry.names
     weight.requires_grad_(False)
     assert Role.SHARED is select(model)[0].role
 
 
-def test_expanded_buffer():
-    """An expanded buffer takes the memory of what it repeats."""
-    model = holder(x=torch.tensor([[1.0], [2.0]]).expand(2, 1000))
-    (entry,) = select(model)
-    assert 2 == entry.raw.numel()
-    assert torch.equal(model.x, entry.labels[0].of(entry.raw))
+@pytest.mark.parametrize(
+    'view',
+    [
+        lambda flat: flat[3:9],
+        lambda flat: flat.view(2, 6),
+        lambda flat: flat[::2],
+        lambda flat: flat.view(3, 4).t(),
+    ],
+)
+def test_tensors_that_overlap_in_part(view):
+    """They are refused in one line with both names, before any change."""
+    flat = torch.arange(12.0)
+    model = holder(
+        left=nn.Parameter(flat), other=torch.ones(3), right=view(flat)
+    )
+    with pytest.raises(OptionError, match=r'^left and right share') as error:
+        WeightAverager(model)
+    assert '\n' not in str(error.value)
+    # what nobody trains and no average is put into may overlap
+    model.left.requires_grad_(False)
+    model.right = nn.Parameter(view(flat), requires_grad=False)
+    assert 'shared' == roles_of(model)['right']
 
 
-def test_overlapping_windows():
-    """A buffer of overlapping windows takes the memory that it spans."""
-    model = holder(x=torch.arange(6.0).unfold(0, 3, 1))
-    (entry,) = select(model)
-    assert 6 == entry.raw.numel()
-    assert torch.equal(model.x, entry.labels[0].of(entry.raw))
+@pytest.mark.parametrize(
+    'repeated',
+    [
+        torch.tensor([[1.0], [2.0]]).expand(2, 1000),
+        torch.arange(6.0).unfold(0, 3, 1),
+    ],
+)
+def test_buffer_that_repeats_its_memory(repeated):
+    """Nothing can write into it: it is its own average."""
+    model = holder(x=repeated, w=nn.Parameter(torch.ones(2)))
+    averager = WeightAverager(model)
+    averager.update()
+    with averager.applied():
+        assert torch.equal(repeated, model.x)
+    assert torch.equal(repeated, dict(averager.named_averages())['x'])
+    assert 8 == averager.counts()['bytes']
 
 
 def test_slices_of_one_flat_buffer():
@@ -173,37 +188,15 @@ def test_slices_of_one_flat_buffer():
     ]
 
 
-def test_slices_that_overlap():
-    """Slices that overlap are one entry, and other slices are not in it."""
-    flat = torch.arange(10.0)
-    model = holder(a=flat[:4], b=flat[3:6], c=flat[6:])
-    entries = select(model)
-    assert [('a', 'b'), ('c',)] == names_of(entries)
-    for label in entries[0].labels:
-        seen = label.of(entries[0].raw)
-        assert torch.equal(getattr(model, label.name), seen)
-
-
-def test_slices_inside_a_slice():
-    """Slices that do not touch are tied where both lie inside a third."""
-    flat = torch.arange(10.0)
-    model = holder(whole=flat, a=flat[1:3], b=flat[6:8])
-    (entry,) = select(model)
-    assert [('whole', 'a', 'b')] == names_of([entry])
-    for label in entry.labels:
-        seen = label.of(entry.raw)
-        assert torch.equal(getattr(model, label.name), seen)
-
-
 def test_gap_between_columns():
-    """Memory between the columns of a matrix that no name owns is nothing.
+    """Columns of one matrix overlap nowhere, and what is between is nothing.
 
-    NaN in it is no bad step, and no reason to copy a buffer.
+    NaN there is no bad step, and no reason to copy a buffer.
     """
     matrix = torch.full((4, 3), BAD)
     matrix[:, :2] = 1
     model = holder(a=nn.Parameter(matrix[:, 0]), b=nn.Parameter(matrix[:, 1]))
-    assert first_nonfinite(select(model)) is None
+    assert WeightAverager(model).update()
     buffers = holder(a=matrix[:, 0], b=matrix[:, 1])
     assert {'averaged'} == set(roles_of(buffers).values())
 
@@ -222,24 +215,15 @@ def test_buffer_with_inf(bad):
     model = holder(
         mask=torch.tensor([0.0, bad]), w=nn.Parameter(torch.ones(1))
     )
-    entries = {entry.name: entry for entry in select(model)}
-    assert Role.COPIED is entries['mask'].role
-    assert not entries['mask'].gated
-    assert entries['w'].gated
+    assert dict(mask='copied', w='averaged') == roles_of(model)
+    assert WeightAverager(model).update()
 
 
-def test_gates():
-    """Float and complex parameters are gates, buffers are not."""
-    model = holder(
-        real=nn.Parameter(torch.ones(1)),
-        phase=nn.Parameter(torch.ones(1, dtype=torch.complex64)),
-        count=torch.ones(1, dtype=torch.int64),
-        mean=torch.ones(1),
-    )
-    gates = {entry.name: entry.gated for entry in select(model)}
-    assert dict(real=True, phase=True, count=False, mean=False) == gates
-    assert 'averaged' == roles_of(model)['phase']
-    assert 'averaged' == roles_of(model)['mean']
+def test_complex_tensors():
+    """They are averaged, too."""
+    phase = torch.ones(1, dtype=torch.complex64)
+    model = holder(phase=nn.Parameter(phase), mean=phase.clone())
+    assert {'averaged'} == set(roles_of(model).values())
 
 
 def copied_floats(model, **options):
@@ -472,13 +456,12 @@ def test_random_trees(model):
     """Every saved name appears once, sees its tensor, and no byte is twice."""
     state = model.state_dict(keep_vars=True)
     entries = select(model)
-    labels = [(e, x) for e in entries for x in e.labels if x.saved]
-    assert sorted(state) == sorted(label.name for _, label in labels)
-    for entry, label in labels:
-        seen = label.of(entry.raw)
-        assert torch.equal(state[label.name].detach(), seen.detach())
-        if seen.numel():
-            assert state[label.name].data_ptr() == seen.data_ptr()
+    saved = [(e.raw, name) for e in entries for name in e.saved]
+    assert sorted(state) == sorted(name for _, name in saved)
+    for raw, name in saved:
+        assert torch.equal(state[name].detach(), raw.detach())
+        if raw.numel():
+            assert state[name].data_ptr() == raw.data_ptr()
     spans = [memory_of(entry.raw) for entry in entries]
     assert sum(map(len, spans)) == len(set().union(*spans))
     owned = set().union(*(memory_of(t) for t in state.values()))

@@ -1,24 +1,220 @@
-"""One step into the averages, with the verdict on the host or the device."""
+"""One update: its numbers, and the verdict on the host or on the device."""
 
 import copy
+import itertools
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from mmdet_ema.averaging import NonFiniteError, WeightAverager, intake
-from mmdet_ema.averaging.capabilities import can_fuse
-from mmdet_ema.averaging.kernels import average_dtype
-from mmdet_ema.averaging.tensors import Role, select
-from mmdet_ema.averaging.update import DeviceVerdict, Step, StepPlan
-from tests.averaging.models import Mixed, averages_of, perturb, raw_bytes
+from mmdet_ema.averaging import NonFiniteError, WeightAverager
+from mmdet_ema.averaging import averager as averager_module
+from mmdet_ema.averaging import update as module
+from mmdet_ema.averaging.averages import Averages
+from mmdet_ema.averaging.tensors import select
+from mmdet_ema.averaging.update import DeviceVerdict, UpdatePlan, all_finite
+from tests import oracle
+from tests.averaging.models import (
+    FLOAT8,
+    Mixed,
+    averages_of,
+    numpy64,
+    odd_tensors,
+    perturb,
+    raw_bytes,
+)
 
 NAN, INF = float('nan'), float('inf')
 BAD = (NAN, INF, -INF)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+)
 needs_fused = pytest.mark.skipif(
-    not can_fuse(torch.device('cpu'), torch.float32),
+    not module._trial(module._try_fused, torch.device('cpu'), torch.float32),
     reason='this torch has no fused step on the host',
 )
+
+
+def holder(*tensors):
+    """Make a model of parameters and, for what cannot train, buffers."""
+    model = nn.Module()
+    for k, tensor in enumerate(tensors):
+        if tensor.is_floating_point() or tensor.is_complex():
+            model.register_parameter(f'p{k}', nn.Parameter(tensor))
+        else:
+            model.register_buffer(f'p{k}', tensor)
+    return model
+
+
+# units in the last place of numbers up to 1, halved: one rounding
+HALF_ULP = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES[:4]),
+    shape=st.sampled_from([(), (3,), (4, 5), (2, 3, 4, 4), (90, 60)]),
+    layout=st.sampled_from(['plain', 'turned', 'sliced']),
+    decays=st.lists(
+        st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.9998, 1.0]), min_size=1
+    ),
+    seed=st.integers(0, 99),
+)
+def test_every_decay(dtype, shape, layout, decays, seed):
+    """Whatever lies in memory how: the formula, to a few roundings a step."""
+    torch.manual_seed(seed)
+    tensor = torch.randn(*shape[:-1], 2 * shape[-1] if shape else 1)
+    tensor = tensor.reshape(shape) if not shape else tensor
+    if layout == 'sliced' and shape:
+        tensor = tensor[..., ::2]
+    elif shape:
+        tensor = tensor[..., : shape[-1]].contiguous()
+    if layout == 'turned' and len(shape) > 1:
+        tensor = tensor.transpose(0, 1)
+    model = holder(tensor.to(dtype))
+    steps = iter(decays)
+    averager = WeightAverager(model, lambda n: decays[min(n, len(decays)) - 1])
+    start, seen = numpy64(model.p0).copy(), []
+    for _ in steps:
+        with torch.no_grad():
+            model.p0.copy_(torch.randn(model.p0.shape).clamp(-1, 1))
+        seen.append(numpy64(model.p0).copy())
+        assert averager.update()
+    average = averages_of(averager)['p0']
+    assert average.shape == model.p0.shape
+    wanted = oracle.average(start, seen, lambda n: decays[n - 1])
+    unit = HALF_ULP[average.dtype] * max(1, np.abs(wanted).max(initial=0))
+    error = np.abs(numpy64(average) - wanted).max(initial=0)
+    # lerp rounds a difference, a product and a sum
+    assert error <= 6 * unit * len(decays)
+
+
+def test_thousand_steps():
+    """A thousand steps of the ramp are the formula in every dtype."""
+    model, generator = Mixed(), seeded()
+    averager = WeightAverager(model, tau=200)
+    names = [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    ]
+    wanted = {name: numpy64(model.state_dict()[name]) for name in names}
+    for n in range(1, 1001):
+        perturb(model, generator)
+        averager.update()
+        decay = oracle.ramp(n, tau=200)
+        for name in names:
+            raw = numpy64(model.state_dict()[name])
+            wanted[name] = decay * wanted[name] + (1 - decay) * raw
+    for name, average in averager.named_averages():
+        if name in wanted:
+            error = oracle.relative_error(numpy64(average), wanted[name])
+            assert error < 1e-5, name
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, *FLOAT8])
+@pytest.mark.parametrize('size', [3, 5000])
+def test_gain_of_low_precision(dtype, size):
+    """Averages of few bits are float32 and tend to the weights, unbiased."""
+    model = holder(torch.zeros(size).to(dtype))
+    averager = WeightAverager(model, 'constant', decay=0.9995)
+    model.p0.data = torch.ones(size).to(dtype)
+    for _ in range(2000):
+        averager.update()
+    average = averages_of(averager)['p0']
+    assert average.dtype == torch.float32
+    wanted = 1 - 0.9995**2000
+    assert average[0].item() == pytest.approx(wanted, rel=1e-4)
+    assert (average == average[0]).all()
+
+
+def test_without_the_calls_for_many_tensors(monkeypatch):
+    """A torch that lacks them gives the same bits."""
+
+    def run():
+        torch.manual_seed(0)
+        model, generator = Several(), seeded()
+        averager = WeightAverager(model, 'constant', decay=0.7)
+        for _ in range(20):
+            perturb(model, generator)
+            averager.update()
+        return bits(averages_of(averager))
+
+    expected = run()
+    for name in ('_foreach_lerp_', '_foreach_copy_', '_fused_sgd_'):
+        monkeypatch.delattr(torch, name, raising=False)
+    assert expected == run()
+
+
+@pytest.mark.parametrize('update_buffers', [True, False])
+def test_copies_are_exact(update_buffers):
+    """Every bit of what is copied: of NaN, -0.0, integers, in all layouts."""
+    model = nn.Module()
+    for k, tensor in enumerate(odd_tensors()):
+        model.register_buffer(f'b{k}', tensor)
+    averager = WeightAverager(
+        model, update_buffers=update_buffers, copied=['*']
+    )
+    for buffer in model.buffers():
+        if buffer.dtype not in FLOAT8:
+            buffer.copy_(buffer.flip(0) if buffer.dim() else buffer + 1)
+    averager.update()
+    expected = bits(model.state_dict())
+    assert expected == bits(averages_of(averager))
+
+
+def test_data_that_is_replaced():
+    """An update reads what ``.data`` is now, wherever and however it lies."""
+    model = holder(torch.zeros(80, 80), torch.zeros(3, 3))
+    averager = WeightAverager(model, 'constant', decay=0.0)
+    for change in (
+        lambda x: torch.randn(x.shape),
+        lambda x: torch.randn(x.shape).t(),
+        lambda x: torch.randn(1, x.shape[1]).expand(x.shape),
+        lambda x: torch.randn(x.shape[0], 2 * x.shape[1])[:, ::2],
+    ):
+        for parameter in model.parameters():
+            parameter.data = change(parameter)
+        averager.update()
+        found = averages_of(averager)
+        assert torch.equal(found['p0'], model.p0)
+        assert torch.equal(found['p1'], model.p1)
+
+
+@pytest.mark.parametrize('size', [(2, 3), (80, 90)])
+def test_data_of_another_size(size):
+    """Weights that do not fit are named; nothing is changed or counted."""
+    model = holder(torch.zeros(9), torch.ones(size))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    before = bits(averages_of(averager))
+    good = model.p1.data
+    model.p0.data.fill_(1)
+    for other in (good[:1], torch.ones(()), torch.ones(size[0] + 1, size[1])):
+        model.p1.data = other
+        with pytest.raises(RuntimeError, match=r'^p1, .* give it back'):
+            averager.update()
+        assert 0 == averager.num_steps
+    model.p1.data = good
+    assert before == bits(averages_of(averager))
+    assert averager.update()
+
+
+def test_many_tensors():
+    """Five thousand tensors are averaged, each by its own raw tensor."""
+    model = holder(*(torch.zeros(k % 5) for k in range(5000)))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    for k, parameter in enumerate(model.parameters()):
+        parameter.data.fill_(k)
+    averager.update()
+    for k, average in enumerate(averages_of(averager).values()):
+        assert average.tolist() == [k / 2] * (k % 5)
 
 
 class Wide(nn.Module):
@@ -38,28 +234,18 @@ class Wide(nn.Module):
 
 def planned(model, deferred, **options):
     """Return a plan, and its averages by name."""
-    entries = [
-        entry
-        for entry in select(model, **options)
-        if entry.role is not Role.SHARED
-    ]
-    averages = [
-        entry.raw.detach().to(
-            average_dtype(entry.raw.dtype)
-            if entry.role is Role.AVERAGED
-            else entry.raw.dtype,
-            copy=True,
-        )
-        for entry in entries
-    ]
-    raws = [entry.raw for entry in entries]
-    plan = StepPlan(entries, averages, raws, deferred)
-    return plan, {e.name: a for e, a in zip(entries, averages)}
+    entries = select(model, **options)
+    averages = Averages(entries, None)
+    plan = UpdatePlan(entries, [averages.tensors], deferred)
+    return plan, {entries[i].name: a for i, a in averages.tensors.items()}
 
 
-def take_in(plan, **step):
-    with torch.no_grad():
-        return plan.take_in(Step(**step))
+@torch.no_grad()
+def take_in(plan, decay=None, rule=None, check=True):
+    plan.read()
+    if rule is not None:
+        return plan.run_rule(rule, 1, check)
+    return plan.run([decay], check)
 
 
 def bits(averages):
@@ -85,12 +271,12 @@ def test_verdict_on_the_device_leaves_the_same_bits(dtype):
         if bad:
             weights[0, 0] = BAD[n % 3]
         decay = None if draw > 0.9 else 0.5 + draw / 2
-        found = take_in(first, number=n, decay=decay)
+        found = take_in(first, decay=decay)
         assert isinstance(found, DeviceVerdict) == (decay is not None)
         # Between updates only what is copied is looked at: no floats here.
         expected = not bad or decay is None
         assert expected == bool(found)
-        assert expected == take_in(second, number=n, decay=decay)
+        assert expected == take_in(second, decay=decay)
         assert bits(plain) == bits(deferred), n
         weights[0, 0] = kept
 
@@ -106,12 +292,12 @@ def test_bad_step_changes_no_bit(bad, decay):
     perturb(model, seeded())
     for tensor in (model.conv.weight, model.head.bias, model.norm.bias):
         tensor.data[-1] = bad
-        found = take_in(plan, number=1, decay=decay)
+        found = take_in(plan, decay=decay)
         assert isinstance(found, DeviceVerdict)
         assert not found
         assert before == bits(averages)
         tensor.data[-1] = 0
-    assert take_in(plan, number=1, decay=decay)
+    assert take_in(plan, decay=decay)
     assert before != bits(averages)
 
 
@@ -142,29 +328,12 @@ def test_bad_step_of_any_tensor_changes_no_bit(bad, update_buffers, decay):
     for tensor in tensors:
         kept = tensor.data[-1].clone()
         tensor.data[-1] = bad
-        assert take_in(plan, number=1, decay=decay) is False
+        assert take_in(plan, decay=decay) is False
         assert before == bits(averages)
         tensor.data[-1] = kept
-    assert take_in(plan, number=1, decay=decay) is True
+    assert take_in(plan, decay=decay) is True
     after = bits(averages)
     assert all(after[name] != before[name] for name in ('counts', 'low'))
-
-
-@pytest.mark.parametrize('decay', [0.3, 0.9999])
-def test_memory_between_the_views_of_a_tensor(decay):
-    """NaN in memory that no name of the model sees is no bad step."""
-    base = torch.zeros(10)
-    model = nn.Module()
-    model.left = nn.Parameter(base.view(2, 5)[:, :2])
-    model.right = nn.Parameter(base[5:8])
-    plan, averages = planned(model, False)
-    base.fill_(1.0)
-    base[3] = NAN
-    assert take_in(plan, number=1, decay=decay) is True
-    (average,) = averages.values()
-    assert average[0].item() == pytest.approx(1 - decay, rel=1e-3)
-    base[7] = NAN
-    assert take_in(plan, number=2, decay=decay) is False
 
 
 @needs_fused
@@ -177,8 +346,8 @@ def test_small_decay(decay):
         planned(model, False),
     )
     perturb(model, seeded(), 1.0)
-    assert take_in(first, number=1, decay=decay)
-    assert take_in(second, number=1, decay=decay)
+    assert take_in(first, decay=decay)
+    assert take_in(second, decay=decay)
     for name, average in plain.items():
         if average.is_floating_point():
             # Halves of units in the last place of numbers below 4.
@@ -197,7 +366,7 @@ def test_huge_values_are_finite():
     plan, averages = planned(model, True)
     for tensor in (*model.parameters(), model.norm.running_var):
         tensor.data.fill_(1e30)
-    assert take_in(plan, number=1, decay=0.75)
+    assert take_in(plan, decay=0.75)
     average = averages['head.weight']
     assert torch.allclose(torch.full_like(average, 0.25e30), average)
 
@@ -222,8 +391,8 @@ def test_buffer_with_nan_is_left_out_alone(
         perturb(each, seeded())
         each.counts.add_(1)
     model.norm.running_var[1] = bad
-    assert take_in(plan, number=1, decay=decay)
-    assert take_in(other, number=1, decay=decay)
+    assert take_in(plan, decay=decay)
+    assert take_in(other, decay=decay)
     found, wanted = bits(averages), bits(expected)
     assert stays == found.pop('norm.running_var')
     # where all are finite the statistics move with everything else
@@ -242,7 +411,7 @@ def test_buffers_of_a_bad_step_stay(update_buffers):
     perturb(model, seeded())
     model.norm.running_var[1] = NAN
     model.head.weight.data[0] = NAN
-    assert not take_in(plan, number=1, decay=0.9)
+    assert not take_in(plan, decay=0.9)
     assert before == bits(averages)
 
 
@@ -258,7 +427,7 @@ def test_rule_passes_over_a_buffer_with_nan(deferred):
         seen.append(raw.tolist())
         average.copy_(raw)
 
-    assert take_in(plan, number=1, rule=rule)
+    assert take_in(plan, rule=rule)
     assert [[1, 1], [0, 0], [3, 3]] == seen
     assert [1, 1] == averages['running_var'].tolist()
 
@@ -271,8 +440,8 @@ def test_buffer_of_the_lowest_number(deferred):
     model.register_buffer('mask', torch.tensor([0.0, lowest, lowest]))
     model.register_buffer('narrow', torch.full((5,), 6e4, dtype=torch.float16))
     plan, averages = planned(model, deferred)
-    for n in range(1, 200):
-        assert take_in(plan, number=n, decay=0.99)
+    for _ in range(200):
+        assert take_in(plan, decay=0.99)
     assert [0, lowest, lowest] == averages['mask'].tolist()
     assert [60000.0] * 5 == averages['narrow'].tolist()
 
@@ -291,19 +460,20 @@ def test_nothing_to_look_at(make, buffers, deferred):
     """A model without elements takes steps; there is no verdict to make."""
     plan, _ = planned(make(), deferred, update_buffers=buffers)
     for decay in (0.9, 0.0, None):
-        assert take_in(plan, number=1, decay=decay) is True
+        assert take_in(plan, decay=decay) is True
 
 
 @pytest.mark.parametrize('bad', [None, NAN])
 def test_other_dtypes_get_their_verdict_on_the_host(bad):
-    """Where an average is of another dtype, the host decides at once."""
+    """Where a large average is of another dtype, the host decides at once."""
     model = Mixed()
+    model.large = nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
     plan, averages = planned(model, True)
     before = bits(averages)
     perturb(model, seeded())
     if bad is not None:
         model.scale.data.fill_(bad)
-    found = take_in(plan, number=1, decay=0.9)
+    found = take_in(plan, decay=0.9)
     assert found is (bad is None)
     assert (before == bits(averages)) == (bad is not None)
 
@@ -316,10 +486,10 @@ def test_steps_that_cannot_be_left_out_later(step):
     """A decay of 0, and a rule, wait for the verdict."""
     model = Wide()
     plan, averages = planned(model, True)
-    assert take_in(plan, number=1, **step) is True
+    assert take_in(plan, **step) is True
     before = bits(averages)
     model.head.weight.data[0] = NAN
-    assert take_in(plan, number=1, **step) is False
+    assert take_in(plan, **step) is False
     assert before == bits(averages)
 
 
@@ -329,30 +499,18 @@ def test_without_a_gate():
         model = Wide()
         plan, averages = planned(model, deferred)
         model.head.weight.data[0] = NAN
-        assert take_in(plan, number=1, decay=0.9, gated=False) is True
+        assert take_in(plan, decay=0.9, check=False) is True
         assert averages['head.weight'][0].isnan().all()
-
-
-@needs_fused
-def test_strides_that_change():
-    """After ``.data`` got other strides the host decides, exactly."""
-    model = nn.Linear(3, 3)
-    plan, averages = planned(model, True)
-    old = averages['weight'].clone()
-    model.weight.data = model.weight.data.t() * 3
-    assert take_in(plan, number=1, decay=0.75) is True
-    expected = 0.75 * old + 0.25 * model.weight.detach()
-    torch.testing.assert_close(averages['weight'], expected)
 
 
 @pytest.fixture
 def on_device(monkeypatch):
     """Let averagers keep their verdict on the device, here the host."""
 
-    def deferred(entries, averages, sources):
-        return StepPlan(entries, averages, sources, deferred=True)
+    def deferred(entries, sets):
+        return UpdatePlan(entries, sets, deferred=True)
 
-    monkeypatch.setattr(intake, 'StepPlan', deferred)
+    monkeypatch.setattr(averager_module, 'UpdatePlan', deferred)
 
 
 def averager_of(model, **options):
@@ -368,9 +526,9 @@ def test_counters(on_device):
     model.weight.data[0] = NAN
     assert averager.update() is True
     assert 0 == averager.known_skipped
-    assert averager.settle() is False
+    assert averager.wait() is False
     assert 1 == averager.known_skipped
-    assert averager.settle() is True
+    assert averager.wait() is True
     assert (0, 0, 1) == (
         averager.num_steps,
         averager.num_updates,
@@ -412,7 +570,7 @@ def test_averager_with_bad_steps(on_device, monkeypatch, interval):
         return bits(state.pop('averages')), state
 
     found = run()
-    monkeypatch.setattr(intake, 'StepPlan', StepPlan)
+    monkeypatch.setattr(averager_module, 'UpdatePlan', UpdatePlan)
     assert run() == found
     assert found[1]['num_skipped'] > 10
 
@@ -444,3 +602,102 @@ def test_decay_of_zero(on_device):
     model.weight.data.fill_(2)
     assert averager.update() is True
     assert torch.equal(model.weight, averages_of(averager)['weight'])
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('bad', BAD)
+def test_every_position(dtype, bad):
+    """One bad element is found at every place of every tensor."""
+    shapes = ((2, 3), (), (0,), (5,))
+    tensors = [torch.ones(shape, dtype=dtype) for shape in shapes]
+    assert all_finite(tensors)
+    for tensor in tensors:
+        for place in range(tensor.numel()):
+            tensor.view(-1)[place] = bad
+            assert not all_finite(tensors)
+            tensor.view(-1)[place] = 1
+
+
+@pytest.mark.parametrize('bad', BAD)
+def test_imaginary_part(bad):
+    """A bad imaginary part is found."""
+    tensor = torch.ones(3, dtype=torch.complex64)
+    torch.view_as_real(tensor)[1, 1] = bad
+    assert not all_finite([tensor])
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_overflow_of_the_norm(dtype):
+    """Finite numbers whose squares overflow are no false alarm."""
+    huge = torch.finfo(dtype).max
+    tensors = [
+        torch.full((100,), huge, dtype=dtype),
+        torch.full((3,), -huge, dtype=dtype),
+    ]
+    assert all_finite(tensors)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('bad', BAD)
+def test_bad_among_huge(dtype, bad):
+    """A bad number is found among numbers whose squares overflow."""
+    tensors = [
+        torch.full((100,), torch.finfo(dtype).max, dtype=dtype),
+        torch.ones(5, dtype=dtype),
+    ]
+    tensors[1][4] = bad
+    assert not all_finite(tensors)
+
+
+@pytest.mark.parametrize('bad', BAD)
+def test_infinities_do_not_cancel(bad):
+    """Infinities of both signs do not hide each other."""
+    assert not all_finite([torch.tensor([float('inf'), float('-inf'), bad])])
+
+
+def test_no_elements_are_finite():
+    """No tensors, and tensors without elements, are finite."""
+    assert all_finite([])
+    assert all_finite([torch.zeros(0), torch.zeros(2, 0).bfloat16()])
+
+
+def test_not_contiguous():
+    """Only the elements of a view count, not what lies between them."""
+    whole = torch.ones(4, 4)
+    whole[:, 1] = float('nan')
+    assert all_finite([whole[:, 2], whole.t()[0], whole[::2, 2:]])
+    assert not all_finite([whole[2]])
+
+
+def test_first_nonfinite():
+    """The first bad weight in the model's order is named."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    averager = WeightAverager(model)
+    assert averager.first_nonfinite() is None
+    parameters = dict(model.named_parameters())
+    for earlier, later in itertools.combinations(parameters, 2):
+        with torch.no_grad():
+            parameters[earlier].view(-1)[-1] = NAN
+            parameters[later].view(-1)[0] = INF
+        assert earlier == averager.first_nonfinite()
+        for name in (earlier, later):
+            nn.init.ones_(parameters[name])
+
+
+@pytest.mark.parametrize('size', [5, 6000])
+@pytest.mark.parametrize('place', [0, -1])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_bad_element_of_an_average(size, place, dtype):
+    """Of small and large tensors: the step is skipped, whole."""
+    model = holder(torch.ones(7), torch.ones(size, dtype=dtype))
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    before = bits(averages_of(averager))
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    for bad in BAD:
+        model.p1.data[place] = bad
+        assert averager.update() is False
+        assert before == bits(averages_of(averager))
+    model.p1.data[place] = torch.finfo(dtype).max / 4
+    assert averager.update() is True
+    assert (0 + 1, 3) == (averager.num_updates, averager.num_skipped)

@@ -26,7 +26,7 @@ def trees(draw):
     made = []
     for i in range(draw(st.integers(1, 7))):
         kind = draw(st.sampled_from(('parameter', 'buffer', 'integers')))
-        tie = draw(st.sampled_from(('none', 'none', 'object', 'data', 'view')))
+        tie = draw(st.sampled_from(('none', 'none', 'object', 'data')))
         tensor = _make(draw, kind, tie, made)
         node = nodes[draw(st.integers(0, len(nodes) - 1))]
         if isinstance(tensor, nn.Parameter):
@@ -45,17 +45,6 @@ def _make(draw, kind, tie, made):
         return old
     if old is not None:
         memory = old.detach()
-        if tie == 'view' and memory.dim() >= 1:
-            memory = draw(
-                st.sampled_from(
-                    (
-                        memory.reshape(-1),
-                        memory.movedim(0, -1),
-                        memory[: max(len(memory) // 2, 1)],
-                        memory[len(memory) // 2 :],
-                    )
-                )
-            )
         return _wrap(memory, kind, trainable)
     shape = draw(st.sampled_from(SHAPES))
     if kind == 'integers':
