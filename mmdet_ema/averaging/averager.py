@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmdet_ema.averaging.averages import (
     Averages,
     Progress,
+    own_memory,
     read_progress,
     read_tensors,
 )
@@ -362,11 +363,14 @@ class WeightAverager:
         return count_roles(self.entries)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the state: plain values, and tensors by name."""
+        """Return the state: plain values, and tensors by name.
+
+        Large tensors are the live ones, small ones copies.
+        """
         return {
             **self.progress(),
             'schedule': str(self.schedule),
-            'averages': dict(self.named_averages()),
+            'averages': own_memory(dict(self.named_averages())),
         }
 
     def progress(self) -> Dict[str, int]:

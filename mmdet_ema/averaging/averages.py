@@ -274,6 +274,22 @@ def read_tensors(state: Mapping[str, Any], key: str) -> Dict[str, Tensor]:
     return dict(tensors)
 
 
+def own_memory(named: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Return tensors by name, with a copy of what is a part of a storage.
+
+    A file would hold the whole of it, and safetensors refuses parts. Names
+    of one tensor stay names of one.
+    """
+    own: Dict[int, Tensor] = {}
+    for tensor in named.values():
+        # torch before 2.0 has no untyped_storage()
+        storage = getattr(tensor, 'untyped_storage', tensor.storage)()
+        part = storage.nbytes() > tensor.numel() * tensor.element_size()
+        if id(tensor) not in own:
+            own[id(tensor)] = tensor.clone() if part else tensor
+    return {name: own[id(tensor)] for name, tensor in named.items()}
+
+
 def _some(names: Sequence[str], word: str) -> str:
     few = f' ({", ".join(names[:3])})' if names else ''
     return f'{len(names)} {word}{few}'

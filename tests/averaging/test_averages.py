@@ -657,3 +657,17 @@ def test_refresh_frees():
         gc.collect()
         found.append(len(storages_of(averager)))
     assert found[0] == found[-1]
+
+
+def test_saved_tensors_have_memory_of_their_own():
+    """A file is as large as what it holds, and tied names stay tied."""
+    model = Mixed()
+    averager = WeightAverager(model)
+    averager.update()
+    averages = averager.state_dict()['averages']
+    for tensor in averages.values():
+        size = tensor.numel() * tensor.element_size()
+        assert storage_of(tensor).nbytes() == size
+    assert averages['tied.weight'] is averages['first.weight']
+    for name, live in averager.named_averages():
+        assert torch.equal(live, averages[name])
