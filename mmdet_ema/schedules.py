@@ -437,7 +437,7 @@ def check_decay(schedule: Schedule, n: int) -> float:
         OptionError: If the schedule does not return a number in [0, 1].
     """
     try:
-        decay = schedule(n)
+        decay = schedule.function(n)
     except OptionError:
         raise
     except Exception as error:

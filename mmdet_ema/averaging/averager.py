@@ -29,8 +29,7 @@ from mmdet_ema.averaging.averages import (
 )
 from mmdet_ema.averaging.distributed import make_equal, world_size
 from mmdet_ema.averaging.model_changes import ModelChanges, parametrized
-from mmdet_ema.averaging.overlap import Inline, choose_place
-from mmdet_ema.averaging.swap import DeferredInterrupts
+from mmdet_ema.averaging.overlap import side_stream
 from mmdet_ema.averaging.tensors import (
     Role,
     count_roles,
@@ -39,7 +38,12 @@ from mmdet_ema.averaging.tensors import (
     select,
     unmatched,
 )
-from mmdet_ema.averaging.update import DeviceVerdict, Rule, UpdatePlan
+from mmdet_ema.averaging.update import (
+    DeferredInterrupts,
+    DeviceVerdict,
+    Rule,
+    UpdatePlan,
+)
 from mmdet_ema.checks import (
     check_choice,
     check_count,
@@ -193,22 +197,22 @@ class WeightAverager:
             RuntimeError: If the model holds the averages just now, or a
                 tensor cannot be followed.
         """
-        self._refuse_inside('update')
+        if self._averages.swap.swapped:
+            self._refuse_inside('update')
         self.wait()
         self._follow()
         after, decay = self._next_step()
-        check, rule = self.nonfinite != 'ignore', self.rule
-
-        def run() -> Union[bool, DeviceVerdict]:
-            if rule is not None and after.averaged == after.steps:
-                return self._plan.run_rule(rule, after.steps, check)
-            return self._plan.run([decay], check)
-
         with DeferredInterrupts():
-            self._verdict = self._place.run(self._plan.read, run)
+            self._plan.read()
+            if self._stream is None:
+                self._verdict = self._run(after, decay)
+            else:
+                self._verdict = self._stream.run(
+                    lambda: self._run(after, decay)
+                )
             self._before, self._progress = self._progress, after
-        if not self.announces_steps:
-            self._place.release()
+        if self._stream is not None and not self.announces_steps:
+            self._stream.release()
         known = isinstance(self._verdict, bool)
         return self.wait() if known or self.nonfinite == 'raise' else True
 
@@ -217,7 +221,8 @@ class WeightAverager:
 
         Needed with ``overlap``; also calls :meth:`follow_changes`.
         """
-        self._place.release()
+        if self._stream is not None:
+            self._stream.release()
         self.follow_changes()
 
     def follow_changes(self) -> None:
@@ -229,7 +234,7 @@ class WeightAverager:
         Raises:
             RuntimeError: If there are any and the model holds the averages.
         """
-        if self._changes.has_other_members() or self._changes.thawed():
+        if self._changes.noticed():
             self._refuse_inside('follow_changes')
             self.wait()
             self._follow()
@@ -418,7 +423,8 @@ class WeightAverager:
         if self._verdict is None:
             return True
         # a Ctrl-C here leaves it under way
-        self._place.wait()
+        if self._stream is not None:
+            self._stream.wait()
         finite, self._verdict = bool(self._verdict), None
         if finite:
             return True
@@ -439,6 +445,14 @@ class WeightAverager:
     def _refuse_inside(self, method: str) -> None:
         if self.is_applied:
             raise RuntimeError(f'{method}() inside applied(): leave it first.')
+
+    def _run(
+        self, after: Progress, decay: Optional[float]
+    ) -> Union[bool, DeviceVerdict]:
+        check = self.nonfinite != 'ignore'
+        if self.rule is not None and after.averaged == after.steps:
+            return self._plan.run_rule(self.rule, after.steps, check)
+        return self._plan.run([decay], check)
 
     def _next_step(self) -> Tuple[Progress, Optional[float]]:
         """Return the counters after the next step, and the decay in it."""
@@ -461,7 +475,7 @@ class WeightAverager:
         averages = self._averages.tensors
         self._plan = UpdatePlan(self.entries, [averages])
         self._changes = ModelChanges(self.model, self.entries)
-        self._place: Inline = choose_place(
+        self._stream = side_stream(
             [self.entries[i].raw for i in averages],
             list(averages.values()),
             self.overlap,
@@ -473,21 +487,18 @@ class WeightAverager:
 
     def _follow(self) -> None:
         """Follow what has become of the model's tensors."""
-        thawed = self._changes.thawed()
-        if thawed:
-            for i in thawed:
-                self.entries[i].role = Role.AVERAGED
-            self._averages.complete()
-            self._plan_updates()
         changes = self._changes
-        if changes.has_other_members():
-            if not changes.follow_buffers():
-                self._select_again()
-        elif changes.has_other_memory():
-            if not changes.follow_memory():
-                self._select_again()
-            elif self.entries[0].raw.is_cuda:
-                self._plan_updates()
+        if not changes.noticed():
+            return
+        thawed = changes.thawed()
+        for i in thawed:
+            self.entries[i].role = Role.AVERAGED
+        if thawed:
+            self._averages.complete()
+        if not (changes.follow_buffers() and changes.follow_memory()):
+            self._select_again()
+        elif thawed or self.entries[0].raw.is_cuda:
+            self._plan_updates()
 
     @torch.no_grad()
     def _select_again(self) -> None:

@@ -47,32 +47,31 @@ class ModelChanges:
         self._frozen = [p for entry in shared for p in entry.parameters]
         self._remember_layout()
 
+    def noticed(self) -> bool:
+        """Return whether something has changed; cheap enough for each step.
+
+        A module, parameter or buffer is another object, one was added or
+        taken away; a tensor lies elsewhere, or has another shape (multi-tensor
+        calls would broadcast what does not fit); a frozen parameter trains.
+        """
+        # map() over methods of the class: half the time of a comprehension
+        members = chain.from_iterable(map(_VALUES, self._owners))
+        return (
+            not all(map(is_, chain(members, (_END,)), self._members))
+            or list(map(Tensor.data_ptr, self._raws)) != self._addresses
+            or list(map(Tensor.size, self._raws)) != self._shapes
+            or list(map(Tensor.stride, self._strided)) != self._strides
+            or any(map(_TRAINS, self._frozen))
+        )
+
     def thawed(self) -> List[int]:
         """Return the entries that were frozen and are trainable now."""
-        if not any(map(_TRAINS, self._frozen)):
-            return []
         return [
             i
             for i, entry in enumerate(self._entries)
             if entry.role is Role.SHARED
             and any(map(_TRAINS, entry.parameters))
         ]
-
-    def has_other_members(self) -> bool:
-        """Return whether a module, parameter or buffer is another object now.
-
-        Also where one was added beside others, or taken away. Cheap enough
-        for each step.
-        """
-        return not all(map(is_, self._list_members(), self._members))
-
-    def has_other_memory(self) -> bool:
-        """Return whether a tensor lies elsewhere now, or has another shape.
-
-        As cheap. ``parameter.data = ...`` gives no other notice, and
-        multi-tensor calls would broadcast what does not fit.
-        """
-        return self._layout() != self._seen
 
     def follow_memory(self) -> bool:
         """Go on with tensors whose ``.data`` was replaced by the like.
@@ -85,10 +84,9 @@ class ModelChanges:
             RuntimeError: If a parameter has another shape now, or its memory
                 was freed.
         """
-        for entry, shape, kind in zip(
-            self._watched, self._seen[1], self._kinds
-        ):
-            raw = entry.raw
+        for i, entry in enumerate(self._watched):
+            raw, shape = entry.raw, self._shapes[i]
+            moved = raw.data_ptr() != self._addresses[i]
             if raw.shape != shape and entry.parameters:
                 raise RuntimeError(
                     f'{entry.name}, a tensor of shape {tuple(shape)} in the '
@@ -103,12 +101,9 @@ class ModelChanges:
                     'the model, has lost its memory (FSDP frees that of '
                     'weights which it has sharded): it cannot be averaged'
                 )
-            # tied parameters may have been parted
-            if (
-                raw.shape != shape
-                or _kind(raw) != kind
-                or len(entry.parameters) > 1
-            ):
+            # tied parameters that moved may have been parted
+            parted = moved and len(entry.parameters) > 1
+            if raw.shape != shape or _kind(raw) != self._kinds[i] or parted:
                 return False
         self._remember_layout()
         return True
@@ -122,10 +117,10 @@ class ModelChanges:
         Returns:
             False if more than that has happened.
         """
-        entries = {id(entry.raw): entry for entry in self._watched}
         found = list(self._list_members())
         if len(found) != len(self._members):
             return False
+        entries = {id(entry.raw): entry for entry in self._watched}
         pairs = []
         for old, new in zip(self._members, found):
             if old is new:
@@ -144,8 +139,9 @@ class ModelChanges:
             pairs.append((entry, new))
         for entry, new in pairs:
             entry.raw = new
-        self._members = found
-        self._remember_layout()
+        if pairs:
+            self._members = found
+            self._remember_layout()
         return True
 
     def any(self) -> bool:
@@ -166,18 +162,10 @@ class ModelChanges:
         self._raws = [entry.raw for entry in self._watched]
         self._kinds = [_kind(raw) for raw in self._raws]
         # kernels that read memory as it lies are used on a GPU alone
-        self._strides = any(raw.is_cuda for raw in self._raws)
-        self._seen = self._layout()
-
-    def _layout(self) -> List[List[Any]]:
-        # map() over methods of the class: half the time of a comprehension
-        layout: List[List[Any]] = [
-            list(map(Tensor.data_ptr, self._raws)),
-            list(map(Tensor.size, self._raws)),
-        ]
-        if self._strides:
-            layout.append(list(map(Tensor.stride, self._raws)))
-        return layout
+        self._strided = [raw for raw in self._raws if raw.is_cuda]
+        self._addresses = list(map(Tensor.data_ptr, self._raws))
+        self._shapes = list(map(Tensor.size, self._raws))
+        self._strides = list(map(Tensor.stride, self._strided))
 
 
 @torch.no_grad()

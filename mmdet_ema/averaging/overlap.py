@@ -1,13 +1,14 @@
-"""Where an update runs: inline, or on a side stream of the GPU.
+"""A side stream for updates, in parallel with the next forward pass.
 
 While an update is under way nobody else may touch the averages, and nobody
-may change the raw weights that it reads: :meth:`Inline.release` is called
-before the weights change, :meth:`Inline.wait` before the averages are used.
+may change the raw weights that it reads: :meth:`SideStream.release` is called
+before the weights change, :meth:`SideStream.wait` before the averages are
+used.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Sequence, TypeVar
+from typing import Callable, Optional, Sequence, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,30 +16,8 @@ from torch import Tensor
 _Result = TypeVar('_Result')
 
 
-class Inline:
-    """Runs an update at once."""
-
-    def run(
-        self, read: Callable[[], None], job: Callable[[], _Result]
-    ) -> _Result:
-        """Run a job.
-
-        Args:
-            read: Reads what the training may change while the job runs.
-            job: The update.
-        """
-        read()
-        return job()
-
-    def release(self) -> None:
-        """Let the raw weights change from here on."""
-
-    def wait(self) -> None:
-        """Let the averages be used from here on."""
-
-
-class SideStream(Inline):
-    """Runs an update in parallel with the next forward pass.
+class SideStream:
+    """Runs updates on a stream of its own.
 
     Args:
         device: The GPU.
@@ -49,14 +28,11 @@ class SideStream(Inline):
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def run(
-        self, read: Callable[[], None], job: Callable[[], _Result]
-    ) -> _Result:
-        """Put a job on the side stream; see :meth:`Inline.run`."""
-        read()
+    def run(self, update: Callable[[], _Result]) -> _Result:
+        """Run an update after what the training has been given so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            result = job()
+            result = update()
         self._done.record(self._stream)
         return result
 
@@ -73,14 +49,14 @@ class SideStream(Inline):
         self._done.synchronize()
 
 
-def choose_place(
+def side_stream(
     raws: Sequence[Tensor], averages: Sequence[Tensor], overlap: bool
-) -> Inline:
-    """Choose where updates run.
+) -> Optional[SideStream]:
+    """Return a stream where one pays, None for updates that run inline.
 
     Averages in host memory of a model on a GPU come to the GPU, tensor by
-    tensor, and go back: on a side stream, as the way is long. On a CPU nothing
-    is gained by a thread: it would take its time from the training.
+    tensor, and go back: the way is long. On a CPU nothing is gained by a
+    thread: it would take its time from the training.
 
     Args:
         raws: The raw tensors that are averaged.
@@ -93,4 +69,4 @@ def choose_place(
         device = devices.pop()
         if device.type == 'cuda':
             return SideStream(device)
-    return Inline()
+    return None

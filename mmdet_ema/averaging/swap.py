@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from types import TracebackType
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from mmdet_ema.averaging.tensors import Entry
+from mmdet_ema.averaging.update import DeferredInterrupts, copy_all
 
 _Trade = Tuple[List[Tensor], List[Tensor], List[Tensor]]
 # elements: as small tensors are swapped in few calls, large ones one by one
@@ -105,50 +103,6 @@ class Swap:
                 parts = torch.split(scratch[: sum(sizes[run])], sizes[run])
                 held = [p.view(a.shape) for p, a in zip(parts, averages[run])]
                 yield averages[run], raws[run], held
-
-
-class DeferredInterrupts:
-    """Holds Ctrl-C back until the body is done, then lets it through.
-
-    A swap that stops half-way would leave some raw weights in the model and
-    some among the averages; an update, averages of a step without its
-    buffers. Only the main thread receives interrupts.
-    """
-
-    def __enter__(self) -> None:
-        """Take the place of the handler, where there is one."""
-        self._held: List[Tuple[Any, ...]] = []
-        self._previous: Any = signal.getsignal(signal.SIGINT)
-        here = threading.current_thread() is threading.main_thread()
-        if here and callable(self._previous):
-            signal.signal(signal.SIGINT, self._hold)
-        else:
-            self._previous = None
-
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
-        """Put the handler back, and call it if it was asked for."""
-        if self._previous is None:
-            return
-        signal.signal(signal.SIGINT, self._previous)
-        if self._held:
-            self._previous(*self._held[0])
-
-    def _hold(self, *received: Any) -> None:
-        self._held.append(received)
-
-
-def copy_all(targets: List[Tensor], sources: List[Tensor]) -> None:
-    """Copy tensors in one call where torch has it (2.1)."""
-    if hasattr(torch, '_foreach_copy_'):
-        torch._foreach_copy_(targets, sources)
-        return
-    for target, source in zip(targets, sources):
-        target.copy_(source)
 
 
 def _runs(sizes: Sequence[int], room: int) -> Iterator[slice]:

@@ -15,6 +15,9 @@ from __future__ import annotations
 import cmath
 import functools
 import math
+import signal
+import threading
+from types import TracebackType
 from typing import (
     Any,
     Callable,
@@ -23,13 +26,13 @@ from typing import (
     Optional,
     Sequence,
     Tuple,
+    Type,
     Union,
 )
 
 import torch
 from torch import Tensor
 
-from mmdet_ema.averaging.swap import copy_all
 from mmdet_ema.averaging.tensors import Entry, Role, is_finite
 
 Rule = Callable[[Tensor, Tensor, int], None]
@@ -73,6 +76,12 @@ class UpdatePlan:
         self._exact = self._gather(
             [i for i in copied if not entries[i].has_mean]
         )
+        self._gathered = [
+            *self._small,
+            *self._averaged,
+            *self._copied,
+            *self._exact,
+        ]
         self._groups = self._group()
         self._sources = [s for sources, _ in self._groups for s in sources]
         if deferred is None:
@@ -86,13 +95,8 @@ class UpdatePlan:
         A forward pass changes buffers: what runs in parallel with it reads
         what was gathered before.
         """
-        for gathered in (
-            *self._small,
-            *self._averaged,
-            *self._copied,
-            *self._exact,
-        ):
-            gathered.read()
+        for gathered in self._gathered:
+            copy_all(gathered.shaped, [e.raw for e in gathered.entries])
 
     def run(
         self, decays: Sequence[Optional[float]], check: bool
@@ -122,17 +126,12 @@ class UpdatePlan:
                 for sources, averages in self._groups:
                     _lerp(averages[k], sources, 1 - decay, skip)
         for gathered in self._averaged if given else ():
-            moves = gathered.moves(check, skip)
-            for k, decay in enumerate(decays):
-                if decay is not None:
-                    gathered.update(k, decay, moves)
+            gathered.update(decays, check, skip)
+        copies = [0.0] * len(decays)
         for gathered in self._copied:
-            moves = gathered.moves(check, skip)
-            for k in range(len(decays)):
-                gathered.update(k, 0.0, moves)
+            gathered.update(copies, check, skip)
         for gathered in self._exact:
-            for k in range(len(decays)):
-                gathered.update(k, 0.0, None if skip is None else skip == 0)
+            gathered.update(copies, False, skip)
         return True if skip is None else DeviceVerdict(skip)
 
     def run_rule(self, rule: Rule, step: int, check: bool) -> bool:
@@ -212,7 +211,7 @@ class _Gathered:
         indices: Sequence[int],
         sets: Sequence[Dict[int, Tensor]],
     ):
-        self._entries = entries
+        self.entries = entries
         self._sizes = [entry.raw.numel() for entry in entries]
         self.flats: List[Tensor] = []
         # what is made in inference mode cannot be written outside of it
@@ -227,48 +226,94 @@ class _Gathered:
             device = entries[0].raw.device
             self.buffer = torch.empty_like(self.flats[0], device=device)
             self._parts = list(torch.split(self.buffer, self._sizes))
-            self._shaped = [
+            self.shaped = [
                 part.view(entry.raw.shape)
                 for part, entry in zip(self._parts, entries)
             ]
         # which tensor an element is of; made where it is first asked for
         self._owners: Optional[Tensor] = None
 
-    def read(self) -> None:
-        """Copy the present values into the buffer."""
-        copy_all(self._shaped, [entry.raw for entry in self._entries])
+    def update(
+        self,
+        decays: Sequence[Optional[float]],
+        check: bool,
+        skip: Optional[Tensor],
+    ) -> None:
+        """Average what was read in each set, or copy it where decay is 0.
 
-    def moves(self, check: bool, skip: Optional[Tensor]) -> Optional[Tensor]:
-        """Return which elements may move; None for all of them.
-
-        A buffer that holds NaN or Inf stays, and no other: NaN in the
+        A tensor that holds NaN or Inf stays, and no other: NaN in the
         statistics of one layer says nothing about the weights.
         """
-        if not check or (skip is None and all_finite([self.buffer])):
-            return None
-        if self.buffer.is_cuda:
-            finite = _finite_each(self._parts)
-        else:
-            finite = torch.tensor([is_finite(part) for part in self._parts])
-        if self._owners is None:
-            sizes = torch.tensor(self._sizes)
-            owners = torch.arange(len(sizes)).repeat_interleave(sizes)
-            self._owners = owners.to(finite.device)
-        return finite[self._owners] & (True if skip is None else skip == 0)
+        moves = None if skip is None else skip == 0
+        if check and (skip is not None or not all_finite([self.buffer])):
+            if self.buffer.is_cuda:
+                finite = _finite_each(self._parts)
+            else:
+                finite = torch.tensor([is_finite(p) for p in self._parts])
+            if self._owners is None:
+                sizes = torch.tensor(self._sizes)
+                owners = torch.arange(len(sizes)).repeat_interleave(sizes)
+                self._owners = owners.to(finite.device)
+            finite = finite[self._owners]
+            moves = finite if moves is None else finite & moves
+        for flat, decay in zip(self.flats, decays):
+            if decay is None:
+                continue
+            new = self.buffer
+            near = flat.to(new.device, non_blocking=True)  # mostly itself
+            if moves is not None:
+                new = torch.lerp(near, new, 1 - decay) if decay else new
+                near.copy_(_where(moves, new, near))
+            elif decay:
+                near.lerp_(new, 1 - decay)
+            else:
+                near.copy_(new)
+            if near is not flat:
+                flat.copy_(near, non_blocking=True)
 
-    def update(self, k: int, decay: float, moves: Optional[Tensor]) -> None:
-        """Average what was read in set k, or copy it where decay is 0."""
-        flat, new = self.flats[k], self.buffer
-        near = flat.to(new.device, non_blocking=True)  # mostly itself
-        if moves is not None:
-            new = torch.lerp(near, new, 1 - decay) if decay else new
-            near.copy_(_where(moves, new, near))
-        elif decay:
-            near.lerp_(new, 1 - decay)
+
+def copy_all(targets: List[Tensor], sources: List[Tensor]) -> None:
+    """Copy tensors in one call where torch has it (2.1)."""
+    if hasattr(torch, '_foreach_copy_'):
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources):
+        target.copy_(source)
+
+
+class DeferredInterrupts:
+    """Holds Ctrl-C back until the body is done, then lets it through.
+
+    A swap that stops half-way would leave some raw weights in the model and
+    some among the averages; an update, averages of a step without its
+    buffers. Only the main thread receives interrupts.
+    """
+
+    def __enter__(self) -> None:
+        """Take the place of the handler, where there is one."""
+        self._held: List[Tuple[Any, ...]] = []
+        self._previous: Any = signal.getsignal(signal.SIGINT)
+        here = threading.current_thread() is threading.main_thread()
+        if here and callable(self._previous):
+            signal.signal(signal.SIGINT, self._hold)
         else:
-            near.copy_(new)
-        if near is not flat:
-            flat.copy_(near, non_blocking=True)
+            self._previous = None
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        """Put the handler back, and call it if it was asked for."""
+        if self._previous is None:
+            return
+        signal.signal(signal.SIGINT, self._previous)
+        if self._held:
+            self._previous(*self._held[0])
+
+    def _hold(self, *received: Any) -> None:
+        self._held.append(received)
 
 
 class DeviceVerdict:
@@ -303,19 +348,24 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         tensors: Floating point or complex tensors of any shape and device;
             on a GPU the answer costs a synchronisation.
     """
-    host = [t for t in tensors if not t.is_cuda]
-    away = [t for t in tensors if t.is_cuda and t.numel()]
-    if all(map(_sums_up, host)) and not (away and bool(_nonfinite_flag(away))):
-        return True
-    return all(map(is_finite, tensors))
-
-
-def _sums_up(tensor: Tensor) -> bool:
-    wide = torch.float32
-    if tensor.element_size() == 1:
-        tensor = tensor.to(wide)  # torch sums no 8-bit floats
-    wide = torch.promote_types(tensor.dtype, wide)
-    return cmath.isfinite(tensor.sum(dtype=wide).item())
+    away = []
+    for tensor in tensors:
+        if tensor.is_cuda:
+            away.append(tensor)
+            continue
+        wide = torch.promote_types(
+            # torch promotes and sums no 8-bit floats
+            torch.float32 if tensor.element_size() == 1 else tensor.dtype,
+            torch.float32,
+        )
+        if tensor.element_size() == 1:
+            tensor = tensor.to(wide)
+        if not cmath.isfinite(tensor.sum(dtype=wide).item()):
+            return all(map(is_finite, tensors))
+    away = [tensor for tensor in away if tensor.numel()]
+    if away and bool(_nonfinite_flag(away)):
+        return all(map(is_finite, tensors))
+    return True
 
 
 def _nonfinite_flag(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_ema.averaging import NonFiniteError, WeightAverager
 from mmdet_ema.averaging import update as module
-from mmdet_ema.averaging.overlap import Inline, SideStream
+from mmdet_ema.averaging.overlap import SideStream
 from mmdet_ema.averaging.update import DeviceVerdict, UpdatePlan, all_finite
 from mmdet_ema.checkpoint.layout import pack
 from tests import oracle
@@ -381,9 +381,9 @@ def test_overlap_in_a_training(options):
 def test_overlap_uses_a_stream():
     """Beside the training means a stream of its own; else there is none."""
     averager = averager_of(Net().to(GPU), overlap=True)
-    assert SideStream is type(averager._place)
+    assert SideStream is type(averager._stream)
     averager = averager_of(Net().to(GPU))
-    assert Inline is type(averager._place)
+    assert averager._stream is None
 
 
 def test_step_waits_on_the_device(monkeypatch):
@@ -457,7 +457,7 @@ def pinned(averager):
 def test_host_averages():
     """``device='cpu'`` keeps averages in pinned host memory."""
     averager = averager_of(Net().to(GPU), device='cpu')
-    assert SideStream is type(averager._place)
+    assert SideStream is type(averager._stream)
     averager.update()
     averages = dict(averager.named_averages(stored=True))
     assert {'cpu'} == {a.device.type for a in averages.values()}

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_ema.averaging import WeightAverager, swap
-from mmdet_ema.averaging.swap import DeferredInterrupts
+from mmdet_ema.averaging.update import DeferredInterrupts
 from tests.averaging.models import (
     Mixed,
     OutOfMemoryError,
