@@ -1,105 +1,110 @@
 """The averages that are compared, each as its own project advises to use it.
 
-All keep parameters and float buffers with decay 0.9998, every step; classes
-of OpenMMLab also the way they are by default, where buffers are copied.
+All average parameters and float buffers at every step, with a decay of 0.9998
+or a ramp up to it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from typing import Any, Callable, Dict, Iterator
+import runpy
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.loading import load, load_file
+from benchmarks.rounds import Call
+from mmdet_ema import WeightAverager
 
 DECAY = 0.9998
-RAMP = 0.9
+# where `make bench` installs the peers of peers.txt
+sys.path.append(str(Path(__file__).with_name('.peers')))
 
 
-class Peer:
-    """An average of a module.
+class Peer(NamedTuple):
+    """An average of a model.
 
-    Args:
-        update: Takes in the module's weights as they are now.
-        average: The averaged module, or what else holds the averages.
+    Attributes:
+        update: Updates it.
         named: Returns the averages by name.
+        swap: Swaps them into the model and out again.
     """
 
-    def __init__(
-        self,
-        update: Callable[[], object],
-        average: Any,
-        named: Callable[[], Dict[str, Tensor]],
-    ):
-        self.update, self.average, self.named = update, average, named
-
-    def before_step(self) -> None:
-        """Let an optimizer change the weights."""
-
-    def settle(self) -> None:
-        """Wait for an update that runs beside something else."""
+    update: Call
+    named: Callable[[], Dict[str, Tensor]]
+    swap: Optional[Call] = None
 
 
-class _Ours(Peer):
-    """Ours, whose updates may run beside the training."""
+def _floor(model: nn.Module) -> Peer:
+    """Read and write as many bytes in one flat tensor: no average."""
+    tensors = [*model.parameters(), *model.buffers()]
+    floats = [t.detach() for t in tensors if t.is_floating_point()]
+    raw = torch.cat([tensor.flatten() for tensor in floats])
+    average = raw.clone()
+    raw.mul_(1.01)
 
-    def before_step(self) -> None:
-        self.average.before_step()
+    def swap() -> None:
+        raw.copy_(average)
+        average.copy_(raw)
 
-    def settle(self) -> None:
-        self.average.settle()
-
-
-def ours(model: nn.Module, **options: Any) -> Peer:
-    """``mmdet_ema.WeightAverager``, by default where its ramp has ended."""
-    from mmdet_ema import WeightAverager
-
-    options = {'decay': DECAY, **options}
-    averager = WeightAverager(model, 'constant', **options)
-    return _Ours(
-        averager.update, averager, lambda: dict(averager.named_averages())
+    return Peer(
+        lambda: average.lerp_(raw, 1 - DECAY), lambda: {'': average}, swap
     )
 
 
-def mmengine(model: nn.Module, **options: Any) -> Peer:
-    """``ExponentialMovingAverage`` of mmengine."""
-    kind = load('mmengine.model').ExponentialMovingAverage
-    average = kind(model, momentum=1 - DECAY, **options)
-    return _of_module(
-        lambda: average.update_parameters(model), average, average.module
-    )
+def _ours(model: nn.Module, **options: Any) -> Peer:
+    averager = WeightAverager(model, 'constant', decay=DECAY, **options)
+
+    def swap() -> None:
+        with averager.applied():
+            pass
+
+    return Peer(averager.update, lambda: dict(averager.named_averages()), swap)
 
 
-def mmdet(model: nn.Module, **options: Any) -> Peer:
-    """``ExpMomentumEMA`` of mmdet."""
-    kind = load_file('mmdet', 'models/layers/ema.py').ExpMomentumEMA
-    average = kind(model, momentum=1 - DECAY, **options)
-    return _of_module(
-        lambda: average.update_parameters(model), average, average.module
-    )
+def _mmengine(model: nn.Module) -> Peer:
+    # in the registry that name is ours
+    from mmengine.hooks.ema_hook import EMAHook
+
+    hook = EMAHook(momentum=1 - DECAY, update_buffers=True)
+    runner: Any = SimpleNamespace(model=model)
+    hook.before_run(runner)
+
+    def swap() -> None:
+        hook.before_val_epoch(runner)
+        hook.after_val_epoch(runner)
+
+    average = hook.ema_model
+    peer = _module(average.update_parameters, model, average.module)
+    return peer._replace(swap=swap)
 
 
-def averaged_model(model: nn.Module) -> Peer:
-    """``AveragedModel`` of torch with its multi-tensor EMA."""
+def _mmdet(model: nn.Module) -> Peer:
+    from mmdet.models.layers import ExpMomentumEMA
+
+    # mmdet's configs have update_buffers=True
+    average = ExpMomentumEMA(model, momentum=1 - DECAY, update_buffers=True)
+    return _module(average.update_parameters, model, average.module)
+
+
+def _torch(model: nn.Module) -> Peer:
     from torch.optim import swa_utils
 
     rule: Any = swa_utils.get_ema_multi_avg_fn
     average = swa_utils.AveragedModel(
-        model,
-        multi_avg_fn=rule(DECAY),
-        use_buffers=True,
+        model, multi_avg_fn=rule(DECAY), use_buffers=True
     )
-    return _of_module(
-        lambda: average.update_parameters(model), average, average.module
-    )
+    return _module(average.update_parameters, model, average.module)
 
 
-def ema_pytorch(model: nn.Module) -> Peer:
-    """``EMA`` of ema-pytorch, every step and with multi-tensor calls."""
-    average = load('ema_pytorch').EMA(
+def _ema_pytorch(model: nn.Module) -> Peer:
+    from ema_pytorch import EMA
+
+    # by default it updates every tenth step
+    average = EMA(
         model,
         beta=DECAY,
         update_after_step=0,
@@ -107,99 +112,52 @@ def ema_pytorch(model: nn.Module) -> Peer:
         use_foreach=True,
         include_online_model=False,
     )
-    return _of_module(average.update, average, average.ema_model)
+    return _module(lambda _: average.update(), model, average.ema_model)
 
 
-def timm(model: nn.Module) -> Peer:
-    """``ModelEmaV3`` of timm."""
-    kind = load_file('timm', 'utils/model_ema.py').ModelEmaV3
-    average = kind(model, decay=DECAY)
-    return _of_module(lambda: average.update(model), average, average.module)
+def _timm(model: nn.Module) -> Peer:
+    # one file alone: timm itself needs torchvision
+    file = 'timm/utils/model_ema.py'
+    path = metadata.distribution('timm').locate_file(file)
+    average = runpy.run_path(str(path))['ModelEmaV3'](model, decay=DECAY)
+    return _module(average.update, model, average.module)
 
 
-def floor(model: nn.Module) -> Peer:
-    """One ``lerp_`` over one flat tensor of as many bytes: no average."""
-    floats = [
-        tensor.detach().reshape(-1)
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.is_floating_point()
-    ]
-    raw = torch.cat(floats)
-    average = raw.clone()
-    raw.mul_(1.01)
+def _module(
+    update: Callable[[nn.Module], object], model: nn.Module, average: nn.Module
+) -> Peer:
     return Peer(
-        lambda: average.lerp_(raw, 1 - DECAY), average, lambda: {'': average}
+        lambda: update(model), lambda: average.state_dict(keep_vars=True)
     )
 
 
+FLOOR = 'flat floor'
+OURS = 'mmdet_ema'
+MMENGINE = 'mmengine `EMAHook`'
 PEERS: Dict[str, Callable[[nn.Module], Peer]] = {
-    'floor': floor,
-    'ours': ours,
-    'ours-ramp': lambda m: ours(m, decay=RAMP),
-    'ours-ignore': lambda m: ours(m, nonfinite='ignore'),
-    'ours-host': lambda m: ours(m, device='cpu'),
-    'ours-overlap': lambda m: ours(m, overlap=True),
-    'mmengine': mmengine,
-    'mmengine-buffers': lambda m: mmengine(m, update_buffers=True),
-    'mmdet': mmdet,
-    'mmdet-buffers': lambda m: mmdet(m, update_buffers=True),
-    'torch': averaged_model,
-    'ema-pytorch': ema_pytorch,
-    'timm': timm,
+    FLOOR: _floor,
+    OURS: _ours,
+    f"{OURS}, `nonfinite='ignore'`": lambda m: _ours(m, nonfinite='ignore'),
+    MMENGINE: _mmengine,
+    'mmdet `ExpMomentumEMA`': _mmdet,
+    'torch `AveragedModel`': _torch,
+    'ema-pytorch `EMA`': _ema_pytorch,
+    'timm `ModelEmaV3`': _timm,
 }
-
-LABELS = {
-    'none': 'without an average',
-    'update': '`WeightAverager.update()` alone',
-    'floor': 'floor: flat tensors',
-    'ours': 'mmdet_ema',
-    'ours-ramp': 'mmdet_ema, on the ramp (d = 0.9)',
-    'ours-ignore': "mmdet_ema, `nonfinite='ignore'`",
-    'ours-host': "mmdet_ema, `device='cpu'`",
-    'ours-overlap': 'mmdet_ema, `overlap=True`: what the training waits for',
-    'mmengine': 'mmengine `ExponentialMovingAverage`',
-    'mmengine-buffers': 'mmengine, `update_buffers=True`',
-    'mmdet': 'mmdet `ExpMomentumEMA`',
-    'mmdet-buffers': 'mmdet, `update_buffers=True`',
-    'torch': 'torch `AveragedModel`, EMA, multi-tensor',
-    'ema-pytorch': 'ema-pytorch `EMA`, foreach',
-    'timm': 'timm `ModelEmaV3`',
-}
+"""By name, what makes an average of a model."""
+COMPARED = {'update': tuple(PEERS), 'swap': (FLOOR, OURS, MMENGINE)}
+"""By what is timed, the names of those that can do it."""
 
 
 def make(name: str, model: nn.Module) -> Peer:
-    """Make an average of a model.
+    """Make an average of a model, of which the weights then move away.
 
-    Args:
-        name: A name of ``PEERS``.
-        model: The model.
-
-    Returns:
-        The average, with its first updates, where peers copy, behind it.
+    The first updates, where some only copy, are behind it.
     """
-    with _quiet():
-        peer = PEERS[name](model)
+    peer = PEERS[name](model)
     for _ in range(3):
-        peer.before_step()
         peer.update()
-    peer.settle()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
     return peer
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what mmengine reports of every registration."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _of_module(
-    update: Callable[[], object], average: Any, module: nn.Module
-) -> Peer:
-    return Peer(
-        update, average, lambda: dict(module.state_dict(keep_vars=True))
-    )

@@ -1,101 +1,134 @@
-"""Rounds: every competitor is timed once a round, in an order of its own."""
+"""Competitors are timed side by side: once a round, in a shuffled order."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import random
+import statistics
 import time
-from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, Mapping
+import warnings
+from dataclasses import dataclass, field
+from typing import Callable, Dict, Iterable, List, NamedTuple, Tuple
 
-from benchmarks.figures import Figure, failure
+import torch
 
-Sample = Callable[[], Dict[str, float]]
-# without these a slow machine would need hours for a large model
-_LATE = 4
-_FEWEST = 3
+Call = Callable[[], object]
+Sample = Callable[[], Tuple[float, ...]]
+NOT_INSTALLED = 'not installed'
+FLUSH = 2**28
+"""Bytes that are read before a call: more than the caches of most machines."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How long to go on.
+@dataclass
+class Figure:
+    """What was measured of one competitor.
 
-    Args:
-        seconds: No round starts after this long, but for the first ``least``,
-            and none but the first three after four times as long.
-        least: Rounds at least, on a machine that is fast enough.
-        most: Rounds at most.
+    Attributes:
+        samples: Seconds, one tuple a round.
+        failed: Why there are none.
     """
 
-    seconds: float
-    least: int
-    most: int = 400
+    samples: List[Tuple[float, ...]] = field(default_factory=list)
+    failed: str = ''
 
-    def are_reached(self, rounds: int, seconds: float) -> bool:
-        """Return whether no other round is to start."""
-        needed = self.least if seconds < _LATE * self.seconds else _FEWEST
-        return rounds >= min(needed, self.least) and seconds > self.seconds
-
-    def shorter(self, factor: float, least: int) -> Limits:
-        """Return limits for calls that take long or vary little."""
-        least = min(self.least, least)
-        return Limits(self.seconds * factor, least, self.most)
+    def column(self, index: int = 0) -> List[float]:
+        """Return one of the values of every round."""
+        return [sample[index] for sample in self.samples]
 
 
-QUICK = Limits(seconds=0.05, least=3, most=5)
+class Spread(NamedTuple):
+    """Quartiles."""
+
+    lower: float
+    median: float
+    upper: float
 
 
-def run_rounds(
-    samplers: Mapping[str, Sample], limits: Limits
+def spread(values: List[float]) -> Spread:
+    """Return the quartiles of at least two values."""
+    return Spread(*statistics.quantiles(values, method='inclusive'))
+
+
+def ratios(top: List[float], bottom: List[float]) -> Spread:
+    """Return the quartiles of the ratio within each round.
+
+    On a noisy machine both of a round are slow together, so these are
+    steadier than the ratio of the medians.
+    """
+    return spread([a / b for a, b in zip(top, bottom)])
+
+
+def compare(
+    names: Iterable[str], make: Callable[[str], Sample], rounds: int
 ) -> Dict[str, Figure]:
     """Measure competitors side by side.
 
-    The order is shuffled anew in every round, so that no competitor always
-    comes after the same other one. Who raises drops out.
-
     Args:
-        samplers: By competitor, what measures it once.
-        limits: How long to go on.
+        names: Their names.
+        make: Makes what measures one once. Who raises is left out.
+        rounds: How often each is measured.
 
     Returns:
-        The figures; those of one round are at the same place in every list.
+        The figures; the values of a round are at the same place in each.
     """
-    figures = {name: Figure() for name in samplers}
-    running = dict(samplers)
-    with _no_collections():
-        for order in _orders(list(samplers), limits):
+    figures = {name: Figure() for name in names}
+    samplers: Dict[str, Sample] = {}
+    # the frameworks tell of every object that they build
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for name, figure in figures.items():
+            try:
+                samplers[name] = make(name)
+            except ModuleNotFoundError as error:
+                figure.failed = f'{NOT_INSTALLED} ({error.name})'
+            except Exception as error:
+                text = ' '.join(str(error).split())
+                figure.failed = f'failed: {type(error).__name__}: {text}'[:200]
+        order = list(samplers)
+        shuffle = random.Random(0).shuffle
+        gc.collect()
+        gc.disable()
+        for _ in range(rounds):
+            # else one would always find what the same other left in the caches
+            shuffle(order)
             for name in order:
-                if name in running:
-                    _measure(name, running, figures)
+                figures[name].samples.append(samplers[name]())
+    gc.enable()
+    logging.disable(logging.NOTSET)
     return figures
 
 
-def _measure(
-    name: str, running: Dict[str, Sample], figures: Dict[str, Figure]
-) -> None:
-    try:
-        figures[name].add(running[name]())
-    except Exception as error:
-        figures[name] = failure(error)
-        del running[name]
+def cold_timer(device: str) -> Callable[[Call], Sample]:
+    """Return what makes a timer of a call whose tensors are in no cache.
+
+    A forward and a backward pass touch more than the caches hold. On a GPU
+    the time is from an idle device to an idle device, launches included.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+    """
+    # read, not written: dirty lines would be written back during the call
+    flush = torch.ones(FLUSH // 4, device=device)
+
+    def timer(call: Call) -> Sample:
+        def sample() -> Tuple[float]:
+            flush.sum()
+            return (seconds(call, device),)
+
+        return sample
+
+    return timer
 
 
-def _orders(names: list[str], limits: Limits) -> Iterator[list[str]]:
-    shuffle = random.Random(0).shuffle
-    start = time.monotonic()
-    for done in range(limits.most):
-        if limits.are_reached(done, time.monotonic() - start):
-            return
-        shuffle(names)
-        yield names
-
-
-class _no_collections:  # noqa: N801
-    """Keeps Python's garbage collector out of the timed calls."""
-
-    def __enter__(self) -> None:
-        gc.collect()
-        gc.disable()
-
-    def __exit__(self, *_: object) -> None:
-        gc.enable()
+def seconds(call: Call, device: str) -> float:
+    """Return how long a call takes, the work on the device included."""
+    wait: Call = lambda: None  # noqa: E731
+    if device == 'cuda':
+        wait = torch.cuda.synchronize
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start

@@ -5,18 +5,21 @@ installed; ``custom_imports = dict(imports=['mmdet_ema'])`` does so from a
 config. Without a framework there is :class:`WeightAverager` alone.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from mmdet_ema.averaging import (
-    CheckpointError,
-    NonFiniteError,
-    OptionError,
-    Schedule,
-    WeightAverager,
-    build_schedule,
-)
-from mmdet_ema.frameworks import load_hook
+from mmdet_ema.frameworks import is_own_command, load_hook
 from mmdet_ema.version import __version__
+
+if TYPE_CHECKING:
+    from mmdet_ema.averaging import (
+        CheckpointError,
+        NonFiniteError,
+        OptionError,
+        Schedule,
+        WeightAverager,
+        build_schedule,
+    )
 
 __all__ = [
     'CheckpointError',
@@ -29,17 +32,23 @@ __all__ = [
     'build_schedule',
 ]
 
-_hook = load_hook()
-
 
 def __getattr__(name: str) -> Any:
-    """Return ``EMAHook``, or say what is missing to have it."""
-    if name != 'EMAHook':
+    """Import what is asked for, or say what is missing to have it."""
+    if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    if _hook is None:
+    if name != 'EMAHook':
+        return getattr(importlib.import_module('mmdet_ema.averaging'), name)
+    hook = load_hook()
+    if hook is None:
         raise ImportError(
             'EMAHook needs mmengine or mmcv 1.7; install one of them (pip '
             'install mmengine) or use mmdet_ema.WeightAverager in a plain '
             'PyTorch loop.'
         )
-    return _hook
+    return hook
+
+
+# custom_imports relies on this; a command that needs the hooks loads them
+if not is_own_command():
+    load_hook()

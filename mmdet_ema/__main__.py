@@ -1,4 +1,4 @@
-"""``python -m mmdet_ema``, the same as ``mmdet-ema``."""
+"""``python -m mmdet_ema``, and ``mmdet-ema``, which runs this."""
 
 from mmdet_ema.cli.main import main
 

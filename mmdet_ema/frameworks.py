@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
+import sys
+from types import FrameType
 from typing import Any, List, Optional
 
 
+def is_own_command() -> bool:
+    """Return whether ``python -m mmdet_ema`` is importing the package.
+
+    ``mmdet-ema`` runs the same, by runpy. Such an import is not to take the
+    seconds of torch and the frameworks: the command may be ``--help``. An
+    import from anywhere else is one that has to register the hooks.
+    """
+    # from whoever imports the package, past the machinery of imports
+    frame: Optional[FrameType] = sys._getframe(2)
+    while frame and _module_of(frame).partition('.')[0] == 'importlib':
+        frame = frame.f_back
+    return frame is not None and _module_of(frame) == 'runpy'
+
+
+def _module_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get('__name__'))
+
+
+@functools.lru_cache(maxsize=None)
 def load_hook() -> Optional[Any]:
-    """Register the hook of every framework that is installed.
+    """Register the hook of every framework that is installed, once.
 
     Returns:
         The class for mmcv 1.x where that is installed, else the one for
@@ -18,9 +40,17 @@ def load_hook() -> Optional[Any]:
     """
     hooks: List[Any] = []
     if has_mmcv1():
-        hooks.append(_load_for_mmcv1())
+        from mmdet_ema.for_mmcv1.ema_hook import EMAHook as Mmcv1Hook
+        from mmdet_ema.for_mmcv1.registration import register as register_mmcv1
+
+        register_mmcv1()
+        hooks.append(Mmcv1Hook)
     if has_mmengine():
-        hooks.append(_load_for_mmengine())
+        from mmdet_ema.for_mmengine.ema_hook import EMAHook as MMEngineHook
+        from mmdet_ema.for_mmengine.registration import register
+
+        register()
+        hooks.append(MMEngineHook)
     return hooks[0] if hooks else None
 
 
@@ -51,22 +81,6 @@ def has_mmcv1() -> bool:
 def has_mmengine() -> bool:
     """Return whether mmengine is installed."""
     return has_package('mmengine')
-
-
-def _load_for_mmcv1() -> Any:
-    from mmdet_ema.for_mmcv1.ema_hook import EMAHook
-    from mmdet_ema.for_mmcv1.registration import register
-
-    register()
-    return EMAHook
-
-
-def _load_for_mmengine() -> Any:
-    from mmdet_ema.for_mmengine.ema_hook import EMAHook
-    from mmdet_ema.for_mmengine.registration import register
-
-    register()
-    return EMAHook
 
 
 def has_package(package: str, part: str = '') -> bool:

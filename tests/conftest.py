@@ -29,8 +29,6 @@ collect_ignore_glob = (
     else ['*/mmcv1', 'for_mmcv1', 'mmcv1_tools', 'mmdet3d_mmcv1']
 )
 if not has('mmdet'):
-    collect_ignore_glob += ['e2e', 'mmcv1_tools', 'optimizers']
+    collect_ignore_glob += ['benchmarks', 'e2e', 'mmcv1_tools', 'optimizers']
 if not has('mmdet3d'):
     collect_ignore_glob += ['mmdet3d', 'mmdet3d_mmcv1']
-if not has('psutil'):
-    collect_ignore_glob += ['benchmarks']

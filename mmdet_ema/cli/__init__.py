@@ -1,1 +1,1 @@
-"""The command line, ``mmdet-ema``: one small module a command."""
+"""The command line, ``mmdet-ema``."""

@@ -1,13 +1,16 @@
-"""Entry of the command line: parse, run, turn errors into one line."""
+"""Entry of the command line: parse, run, turn errors into one line.
+
+Nothing here imports torch or a framework: ``--help`` is not to wait for them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import List, Optional
+from typing import Any, List, Optional
 
-from mmdet_ema.cli import test, train
 from mmdet_ema.errors import CheckpointError, OptionError
+from mmdet_ema.frameworks import load_hook
 from mmdet_ema.version import __version__
 
 _DESCRIPTION = """\
@@ -15,6 +18,26 @@ Train and test OpenMMLab detectors with an exponential moving average (EMA) of
 their weights, through the framework's own tools.
 
 exit status: 0 done; 2 wrong usage or input; otherwise that of the tool"""
+
+_TRAIN = """\
+Every other option goes to the framework's tools/train.py as it is: --work-dir,
+--resume, --amp, --cfg-options, --launcher, ... CONFIG comes first.
+
+examples:
+  mmdet-ema train configs/rtmdet/rtmdet_tiny_8xb32-300e_coco.py
+  mmdet-ema train CONFIG --decay 0.999 --tau 500 --work-dir work_dirs/a
+  mmdet-ema train CONFIG --work-dir work_dirs/a --resume
+  torchrun --nproc_per_node 8 -m mmdet_ema train CONFIG --launcher pytorch"""
+
+_TEST = """\
+Every other option goes to the framework's tools/test.py as it is: --work-dir,
+--out, --tta, --cfg-options, ... (mmdet 2: --eval bbox). CONFIG and CHECKPOINT
+come first. Under mmdet 2, 'both' runs the tool twice.
+
+examples:
+  mmdet-ema test CONFIG work_dirs/a/epoch_12.pth
+  mmdet-ema test CONFIG work_dirs/a/epoch_12.pth --weights raw
+  mmdet-ema test CONFIG work_dirs/a/epoch_12.pth --weights both"""
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -27,10 +50,12 @@ def main(argv: Optional[List[str]] = None) -> None:
         SystemExit: With status 2 for wrong usage or input, else with that of
             the tool.
     """
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    options, rest = _parser().parse_known_args(argv)
+    from mmdet_ema.cli import commands
+
+    load_hook()
     try:
-        options.run(options, rest)
+        getattr(commands, options.command)(options, rest)
     except (OptionError, CheckpointError) as error:
         print(f'mmdet-ema: error: {error}', file=sys.stderr)
         sys.exit(2)
@@ -47,8 +72,46 @@ def _parser() -> argparse.ArgumentParser:
         '--version', action='version', version=f'mmdet-ema {__version__}'
     )
     commands = parser.add_subparsers(
-        title='commands', metavar='COMMAND', required=True
+        title='commands', metavar='COMMAND', dest='command', required=True
     )
-    train.add_parser(commands)
-    test.add_parser(commands)
+
+    def add(name: str, help: str, description: str, epilog: str) -> Any:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            # --resume-from of a tool is not an abbreviation of ours
+            allow_abbrev=False,
+        )
+        command.add_argument('config', metavar='CONFIG', help='a config file')
+        return command
+
+    train = add(
+        'train',
+        'train with EMA',
+        'Train with EMA, without touching the config.',
+        _TRAIN,
+    )
+    train.add_argument(
+        '--decay', type=float, help='weight of the old average, in [0, 1)'
+    )
+    train.add_argument(
+        '--tau', type=float, help='constant of the ramp in steps'
+    )
+    train.add_argument('--schedule', help='name of a schedule')
+
+    test = add(
+        'test',
+        'test EMA weights, raw weights or both',
+        'Test a checkpoint with its EMA weights, or its raw ones.',
+        _TEST,
+    )
+    test.add_argument('checkpoint', metavar='CHECKPOINT', help='a .pth file')
+    test.add_argument(
+        '--weights',
+        choices=('ema', 'raw', 'both'),
+        help='which weights; by default what the config says, or ema',
+    )
     return parser

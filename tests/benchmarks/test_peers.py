@@ -4,153 +4,97 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import peers
-from benchmarks.loading import (
-    NotInstalledError,
-    find_peers,
-    load,
-    load_file,
-)
-from benchmarks.modules import build_module
-from benchmarks.shapes import records_of
-from tests.oracle import relative_error
+from benchmarks import models, peers
+from tests.oracle import average, relative_error
 
 UPDATES_OF_MAKE = 3
-STEPS = 4
-# float32 rounds to 6e-8 of the value; a few of these add up
-TOLERANCE = 1e-6
+# not one of the tied tensors, which some average once for each of their names
+NAMES = ('backbone.stem.0.conv.weight', 'backbone.stem.0.bn.running_mean')
 
 
 def constant(n):
-    return 0.9998
+    return peers.DECAY
 
 
 def of_mmdet(n):
     # its class counts updates from 0
-    return 1 - ((1 - 0.9998) + 0.9998 * np.exp(-n / 2000))
+    return peers.DECAY * (1 - np.exp(-n / 2000))
 
 
 def of_ema_pytorch(n):
     # it counts from 0 too, and ramps up with the power 2/3
-    return min(1 - (1 + (n - 1)) ** (-2 / 3), 0.9998)
+    return min(1 - n ** (-2 / 3), peers.DECAY)
 
 
 DECAYS = {
-    'ours': constant,
-    'ours-ramp': lambda n: 0.9,
-    'ours-ignore': constant,
-    'ours-host': constant,
-    'ours-overlap': constant,
-    'mmengine': constant,
-    'mmengine-buffers': constant,
-    'mmdet': of_mmdet,
-    'mmdet-buffers': of_mmdet,
-    'torch': constant,
-    'ema-pytorch': of_ema_pytorch,
-    'timm': constant,
+    'mmdet `ExpMomentumEMA`': of_mmdet,
+    'ema-pytorch `EMA`': of_ema_pytorch,
 }
 
 
-@pytest.fixture(autouse=True)
-def _peers():
-    find_peers()
-
-
-@pytest.mark.parametrize('name', DECAYS)
-def test_peer_averages_every_weight(name):
-    """After every step each average is that of NumPy float64."""
-    model = build_module(records_of('3x3072'))
+@pytest.mark.parametrize('name', [n for n in peers.PEERS if n != peers.FLOOR])
+def test_peer_averages_parameters_and_float_buffers(name):
+    """After four steps each average is that of NumPy in float64."""
+    model = models.build('rtmdet-tiny')
+    start = numbers(model.state_dict())
     peer = made(name, model)
-    expected = float64(dict(model.named_parameters()))
+    steps = []
 
-    for n in range(UPDATES_OF_MAKE + 1, UPDATES_OF_MAKE + STEPS + 1):
-        peer.before_step()
-        move(model)
+    for _ in range(4):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.add_(1)
+        before = numbers(model.state_dict())
         peer.update()
-        peer.settle()
-        decay = DECAYS[name](n)
-        for key, weight in float64(dict(model.named_parameters())).items():
-            expected[key] = decay * expected[key] + (1 - decay) * weight
+        steps.append(numbers(model.state_dict()))
+        assert all(np.array_equal(before[k], steps[-1][k]) for k in NAMES)
 
-    found = float64(peer.named())
-    for key, value in expected.items():
-        assert relative_error(found[key], value) < TOLERANCE
+    decay = DECAYS.get(name, constant)
+    found = numbers(peer.named())
+    for key in NAMES:
+        expected = average(
+            start[key],
+            [step[key] for step in steps],
+            lambda n: decay(n + UPDATES_OF_MAKE),
+        )
+        # float32 rounds to 6e-8 of the value; a few of these add up
+        assert relative_error(found[key], expected) < 1e-6
 
 
-@pytest.mark.parametrize('name', DECAYS)
-def test_peer_leaves_the_model_alone(name):
-    """An update changes no weight of the model."""
-    model = build_module(records_of('3x3072'))
-    before = float64(dict(model.named_parameters()))
-
+@pytest.mark.parametrize('name', peers.COMPARED['swap'])
+def test_swap_leaves_the_model_as_it_was(name):
+    """In and out again: no weight changes."""
+    model = models.build('rtmdet-tiny')
     peer = made(name, model)
-    peer.update()
-    peer.settle()
+    before = numbers(model.state_dict())
 
-    after = float64(dict(model.named_parameters()))
-    for key, value in before.items():
-        assert np.array_equal(value, after[key])
+    peer.swap()
 
-
-@pytest.mark.parametrize(
-    'name', [n for n in DECAYS if n not in ('mmengine', 'mmdet')]
-)
-def test_peer_averages_float_buffers(name):
-    """Means and variances of BatchNorm are averaged, not copied."""
-    model = build_module(records_of('rtmdet-tiny'))
-    peer = made(name, model)
-    key = 'backbone.stem.0.bn.running_mean'
-    before = model.get_buffer(key).clone()
-
-    peer.before_step()
-    model.get_buffer(key).add_(1)
-    peer.update()
-    peer.settle()
-
-    found = peer.named()[key]
-    assert not torch.equal(before, found)
-    assert not torch.equal(model.get_buffer(key), found)
+    after = numbers(model.state_dict())
+    assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
-def test_floor_reads_and_writes_every_float_of_the_model():
-    """The floor is as large as the model's float tensors together."""
-    model = build_module(records_of('rtmdet-tiny'))
-    # the frozen mean and variance of the pictures are two of them
-    bytes_of_model = 19_655_928
+def test_floor_is_as_large_as_the_floats_of_the_model():
+    """Tied tensors count once."""
+    model = models.build('rtmdet-tiny')
+    tensors = [*model.parameters(), *model.buffers()]
+    floats = [t for t in tensors if t.is_floating_point()]
 
-    average = peers.make('floor', model).average
+    (flat,) = peers.make(peers.FLOOR, model).named().values()
 
-    assert bytes_of_model == average.numel() * average.element_size()
-
-
-def test_every_peer_has_a_label():
-    """No table can meet a name that it does not know."""
-    assert peers.PEERS.keys() <= peers.LABELS.keys()
-
-
-def test_missing_package_is_said_to_be_missing():
-    """A peer that is not there is no error of the benchmark."""
-    with pytest.raises(NotInstalledError, match='no_such_package'):
-        load('no_such_package')
-    with pytest.raises(NotInstalledError, match='no_such_package'):
-        load_file('no_such_package', 'average.py')
+    assert sum(t.nbytes for t in floats) == flat.nbytes == 19_655_928
 
 
 def made(name, model):
     try:
         return peers.make(name, model)
-    except NotInstalledError as error:
+    except ModuleNotFoundError as error:
         pytest.skip(f'{name} is not installed: {error}')
 
 
-def move(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5).add_(0.1)
-
-
-def float64(named):
+def numbers(named):
     return {
         key: tensor.detach().numpy().astype('float64')
         for key, tensor in named.items()
+        if key in NAMES
     }

@@ -1,149 +1,129 @@
-"""Rounds take every competitor once, in an order of their own."""
+"""Rounds, ratios and tables."""
 
-import gc
-import time
-
+import numpy as np
 import pytest
 
-from benchmarks.caches import flush_bytes, prepare_for
-from benchmarks.clocks import HostClock
-from benchmarks.rounds import Limits, run_rounds
-
-# as many rounds as are asked for, and no more
-NO_TIME = Limits(seconds=60, least=4, most=4)
+from benchmarks import __main__ as command
+from benchmarks import step
+from benchmarks.rounds import Figure, compare, ratios
+from benchmarks.tables import models_table, step_table
 
 
-class Recorder:
-    """Samplers that write down when they were called."""
-
-    def __init__(self, *names):
-        self.calls = []
-        self.samplers = {name: self._sampler(name) for name in names}
-
-    def _sampler(self, name):
-        def sample():
-            self.calls.append(name)
-            return {'wall': float(len(self.calls))}
-
-        return sample
-
-
-def test_every_round_takes_every_competitor_once():
-    """Any three calls in a row that begin a round are of all three."""
-    recorder = Recorder('a', 'b', 'c')
-
-    run_rounds(recorder.samplers, NO_TIME)
-
-    rounds = [recorder.calls[i : i + 3] for i in range(0, 12, 3)]
-    assert [['a', 'b', 'c']] * 4 == [sorted(names) for names in rounds]
-
-
-def test_order_changes():
+def test_every_round_takes_every_competitor_once_in_changing_order():
     """No competitor always comes after the same other one."""
-    recorder = Recorder('a', 'b', 'c')
+    calls = []
 
-    run_rounds(recorder.samplers, Limits(seconds=60, least=20, most=20))
+    def make(name):
+        return lambda: (float(len(calls)), calls.append(name))[:1]
 
-    rounds = [tuple(recorder.calls[i : i + 3]) for i in range(0, 60, 3)]
+    figures = compare('abc', make, 20)
+
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(names) == ['a', 'b', 'c'] for names in rounds)
     assert len(set(rounds)) > 2
+    # samples of a round are at the same place
+    for k, names in enumerate(rounds):
+        found = [figures[name].samples[k][0] for name in names]
+        assert found == [3 * k, 3 * k + 1, 3 * k + 2]
 
 
-def test_samples_of_a_round_are_at_the_same_place():
-    """Ratios can be taken round by round."""
-    recorder = Recorder('a', 'b')
+def test_who_cannot_be_made_is_left_out():
+    """It is said why; a missing package is not a failure."""
 
-    figures = run_rounds(recorder.samplers, NO_TIME)
+    def make(name):
+        if name == 'gone':
+            raise ModuleNotFoundError(name='timm')
+        if name == 'broken':
+            raise RuntimeError('out of\norder')
+        return lambda: (1.0,)
 
-    for k in range(4):
-        found = {figures[n].samples['wall'][k] for n in 'ab'}
-        assert {2 * k + 1, 2 * k + 2} == found
+    figures = compare(['gone', 'broken', 'fine'], make, 3)
 
-
-def test_who_raises_drops_out():
-    """The others go on; the figure says why there is none."""
-
-    def broken():
-        raise ValueError('out of order')
-
-    figures = run_rounds({'a': broken, **Recorder('b').samplers}, NO_TIME)
-
-    assert figures['a'].failed == 'ValueError: out of order'
-    assert {} == figures['a'].samples
-    assert len(figures['b'].samples['wall']) == 4
+    assert figures['gone'].failed == 'not installed (timm)'
+    assert figures['broken'].failed == 'failed: RuntimeError: out of order'
+    assert figures['fine'].column() == [1.0] * 3
 
 
-def test_rounds_end_with_the_time():
-    """After the least number of rounds no new one starts too late."""
+def test_ratios_are_taken_within_a_round():
+    """A round in which the machine is ten times slower does not count."""
+    random = np.random.default_rng(0)
+    floor, times = random.uniform(1, 10, 21), random.uniform(1, 2, 21)
 
-    def slow():
-        time.sleep(0.02)
-        return {'wall': 0.02}
+    found = ratios(list(floor * times), list(floor))
 
-    limits = Limits(seconds=0.1, least=2)
+    np.testing.assert_allclose(found, np.quantile(times, [0.25, 0.5, 0.75]))
 
-    figures = run_rounds({'a': slow}, limits)
 
-    assert 2 <= len(figures['a'].samples['wall']) <= 6
+def test_tables():
+    """Milliseconds, ratios to the first, shares, and why there is nothing."""
+    bare = Figure([(0.1, 0.0), (0.2, 0.0), (0.3, 0.0)])
+    hook = Figure([(0.11, 0.0011), (0.22, 0.0011), (0.33, 0.0033)])
+    figures = {'floor': bare, 'ours': hook, 'x': Figure(failed='a|b')}
+
+    assert cells(models_table({'tiny': figures})) == [
+        ['ms', 'tiny'],
+        ['floor', '200'],
+        ['ours', '220, 1.1x (1.1 to 1.1)'],
+        ['x', 'a/b'],
+    ]
+    assert cells(step_table({'tiny': figures})) == [
+        ['tiny', 'ms a step', 'to one without', 'ms in the average', 'share'],
+        ['floor', '200 (150 to 250)', '', '', ''],
+        [
+            *('ours', '220 (165 to 275)', '1.1x (1.1 to 1.1)'),
+            *('1.1 (1.1 to 2.2)', '1 % (0.75 to 1)'),
+        ],
+        ['x', 'a/b', '', '', ''],
+    ]
+
+
+@pytest.mark.parametrize('name', [step.NONE, 'mmdet_ema'])
+def test_plain_loop_is_measured(name):
+    """The update is a part of the step."""
+    whole, inside = step.in_plain_loop(name, 'cpu')()
+
+    assert (inside > 0) == (name != step.NONE)
+    assert inside < whole
+
+
+def test_run_prints_and_writes_tables(tmp_path, capsys):
+    """Two rounds of everything on the smallest model."""
+    pytest.importorskip('mmdet')
+    file = tmp_path / 'tables.md'
+    words = ['--rounds', '2', '--threads', '1', '--models', 'rtmdet-tiny']
+
+    status = command.main([*words, '--write', str(file)])
+
+    text = file.read_text()
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert text.strip() == printed.out.strip().replace('\n\n\n', '\n\n')
+    assert all(title in text for title in command.PARTS.values())
+    # step, update and swap
+    assert 3 == text.count('| mmdet_ema ')
+    assert 'failed' not in text
 
 
 @pytest.mark.parametrize(
-    ('rounds', 'seconds', 'expected'),
+    ('words', 'named'),
     [
-        (6, 5.1, False),
-        (7, 4.9, False),
-        (7, 5.1, True),
-        (3, 19.9, False),
-        (3, 20.1, True),
-        (2, 20.1, False),
+        (('--only', 'updates'), 'no updates; there are step, update, swap'),
+        (('--models', 'yolo'), 'there are rtmdet-tiny, yolox-s'),
+        (('--threads', '0'), '0 is not 1 or more'),
+        (('--rounds', '1'), '--rounds 1: there are no quartiles'),
     ],
 )
-def test_slow_machine_takes_fewer_rounds(rounds, seconds, expected):
-    """Seven in five seconds, or three in four times as long."""
-    limits = Limits(seconds=5, least=7)
-
-    assert expected == limits.are_reached(rounds, seconds)
-
-
-def test_rounds_have_a_largest_number():
-    """A call of no time at all is not repeated for seconds."""
-    limits = Limits(seconds=60, least=2, most=5)
-
-    figures = run_rounds(Recorder('a').samplers, limits)
-
-    assert len(figures['a'].samples['wall']) == 5
+def test_wrong_word_is_named_with_what_there_is(capsys, words, named):
+    """The exit status is 2, and nothing is measured."""
+    with pytest.raises(SystemExit) as stop:
+        command.main(words)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
 
 
-def test_garbage_is_not_collected_in_a_timed_call():
-    """Python's collector rests during the rounds and works after them."""
-    during = run_rounds({'a': lambda: {'on': float(gc.isenabled())}}, NO_TIME)
-
-    assert [0.0] * 4 == during['a'].samples['on']
-    assert gc.isenabled()
-
-
-def test_clock_measures_the_call():
-    """A call that sleeps 20 ms takes at least that, and not ten times."""
-    found = HostClock().measure(lambda: time.sleep(0.02))['wall']
-
-    assert 0.02 <= found < 0.2
-
-
-def test_hot_calls_what_is_timed_and_cold_does_not():
-    """Only the hot setting makes the same call before."""
-    hot, cold = [], []
-
-    prepare_for('hot', 'cpu')(lambda: hot.append(1))
-    prepare_for('cold', 'cpu')(lambda: cold.append(1))
-
-    assert (1, 0) == (len(hot), len(cold))
-
-
-def test_cold_reads_more_than_any_cache():
-    """At least 64 MB, at most 512 MB."""
-    assert 64 * 2**20 <= flush_bytes('cpu') <= 512 * 2**20
-
-
-def test_unknown_setting_is_ours_to_mend():
-    """The state of the caches is 'cold' or 'hot'."""
-    with pytest.raises(AssertionError):
-        prepare_for('warm', 'cpu')
+def cells(table):
+    head, _, *rows = table.splitlines()
+    return [
+        [cell.strip() for cell in line[1:-1].split('|')]
+        for line in (head, *rows)
+    ]

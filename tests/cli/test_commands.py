@@ -3,9 +3,9 @@
 import pytest
 from mmengine.config import Config
 
-from mmdet_ema.cli import generations
+from mmdet_ema.cli import commands
+from mmdet_ema.cli.commands import find_tool, scope_of
 from mmdet_ema.cli.edited_config import add_ema, choose_weights
-from mmdet_ema.cli.tool import find_tool
 from mmdet_ema.errors import OptionError
 from tests import needs
 
@@ -85,7 +85,7 @@ def test_hook_that_is_switched_off_in_default_hooks():
 
 @pytest.fixture
 def frameworks(tmp_path, monkeypatch):
-    """Two frameworks, of which the second knows more models."""
+    """Two frameworks of mmcv 1.x, of which the second knows more models."""
     models = {'mmflat': ['Flat'], 'mmdeep': ['Flat', 'Deep']}
     for name, known in models.items():
         folder = tmp_path / name / 'models'
@@ -94,7 +94,8 @@ def frameworks(tmp_path, monkeypatch):
         (folder / '__init__.py').write_text('from . import builder')
         (folder / 'builder.py').write_text(f'MODELS = {known}')
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(generations, 'SCOPES', tuple(models))
+    monkeypatch.setattr(commands, 'SCOPES', tuple(models))
+    monkeypatch.setattr(commands, 'has_mmcv1', lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +104,14 @@ def frameworks(tmp_path, monkeypatch):
 def test_framework_is_the_one_that_knows_the_model(frameworks, kind, scope):
     """Where a config does not say, its model does."""
     cfg = Config(dict(model=dict(type=kind)))
-    assert generations._by_model(cfg) == scope
+    assert scope_of(cfg, 'config.py') == scope
 
 
 def test_model_that_no_framework_knows(frameworks):
     """It is named, with what to do."""
     cfg = Config(dict(model=dict(type='Deeper')))
     with pytest.raises(OptionError, match="'Deeper' is not known to mmflat"):
-        generations._by_model(cfg)
+        scope_of(cfg, 'config.py')
 
 
 def test_mmengines_own_hook_is_a_hook():

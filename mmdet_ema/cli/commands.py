@@ -1,0 +1,203 @@
+"""The commands: run a framework's own tool, with an edited config."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
+from unittest import mock
+
+from mmdet_ema.checkpoint.files import read_structure
+from mmdet_ema.checkpoint.layout import put_raw, unpack
+from mmdet_ema.cli.edited_config import add_ema, choose_weights
+from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean
+from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
+
+SCOPES = ('mmdet', 'mmdet3d')
+"""The frameworks whose tools can be run."""
+
+
+def train(options: argparse.Namespace, rest: List[str]) -> None:
+    """Run ``tools/train.py`` with EMA.
+
+    Args:
+        options: ``config``, ``decay``, ``tau`` and ``schedule``.
+        rest: What the tool gets after the config.
+    """
+    words = ('decay', 'tau', 'schedule')
+    given = {k: getattr(options, k) for k in words}
+    given = {k: v for k, v in given.items() if v is not None}
+    _run_tool('train', options.config, rest, lambda cfg: add_ema(cfg, given))
+
+
+def test(options: argparse.Namespace, rest: List[str]) -> None:
+    """Run ``tools/test.py`` with EMA weights, raw weights or both.
+
+    Args:
+        options: ``config``, ``checkpoint`` and ``weights``.
+        rest: What the tool gets after the config and the checkpoint.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or lacks weights.
+    """
+    path = options.checkpoint
+    if '://' not in path:
+        if not os.path.isfile(path):
+            raise CheckpointError(f'there is no checkpoint {path!r}.')
+        read_structure(path)
+
+    def run() -> None:
+        _run_tool(
+            'test',
+            options.config,
+            [path, *rest],
+            lambda cfg: choose_weights(cfg, options.weights),
+        )
+
+    if not has_mmcv1():
+        run()
+        return
+    # the tool of mmdet 2 builds no hook and tests one set of weights
+    if options.weights in ('raw', 'both'):
+        print('mmdet-ema: testing the raw weights', flush=True)
+        with _reading_raw():
+            run()
+    if options.weights != 'raw':
+        print('mmdet-ema: testing the EMA weights', flush=True)
+        run()
+
+
+def find_tool(scope: str, name: str) -> Path:
+    """Return the path of a tool inside an installed framework.
+
+    Args:
+        scope: 'mmdet' or 'mmdet3d'.
+        name: 'train' or 'test'.
+
+    Raises:
+        OptionError: If the framework or its tools are not installed.
+    """
+    spec = importlib.util.find_spec(scope)
+    places = spec.submodule_search_locations if spec else None
+    if not places:
+        raise OptionError(
+            f'the config belongs to {scope}, which is not installed; install '
+            f'it (pip install {scope}).'
+        )
+    tool = Path(places[0]) / '.mim' / 'tools' / f'{name}.py'
+    if not tool.is_file():
+        raise OptionError(
+            f'{scope} is installed without its tools (no {tool}); install the '
+            f'released package, or run tools/{name}.py of your clone.'
+        )
+    return tool
+
+
+def _run_tool(
+    name: str,
+    path: str,
+    arguments: List[str],
+    edit: Callable[[Any], None],
+) -> None:
+    """Run ``tools/<name>.py`` of the framework that a config belongs to.
+
+    The tool runs in this process and reads the config as it always does; what
+    it gets is edited before it goes on.
+    """
+    config = _config_class()
+    if not os.path.isfile(path):
+        raise OptionError(f'there is no config file {path!r}.')
+    tool = find_tool(scope_of(config.fromfile(path), path), name)
+    read = config.fromfile
+
+    def read_and_edit(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        cfg = read(filename, *args, **kwargs)
+        if str(filename) == path:
+            edit(cfg)
+        return cfg
+
+    argv = [str(tool), path, *arguments]
+    edited = mock.patch.object(config, 'fromfile', read_and_edit)
+    with edited, mock.patch.object(sys, 'argv', argv):
+        runpy.run_path(str(tool), run_name='__main__')
+
+
+def _config_class() -> Any:
+    """Return the class of configs; that of mmcv 1.x before mmengine's."""
+    if has_mmcv1():
+        from mmcv import Config
+    elif has_mmengine():
+        from mmengine.config import Config
+    else:
+        raise OptionError(
+            'neither mmengine nor mmcv 1.7 is installed; install mmdet with '
+            'what it needs (pip install mmdet mmengine).'
+        )
+    return Config
+
+
+def scope_of(cfg: Any, path: str) -> str:
+    """Return the framework that a config belongs to.
+
+    Args:
+        cfg: The config.
+        path: Its file.
+
+    Raises:
+        OptionError: If it is none whose tools can be run.
+    """
+    scope = cfg.get('default_scope')
+    if not scope and has_mmcv1():
+        return _scope_by_model(cfg)
+    if scope not in SCOPES:
+        near = did_you_mean(str(scope), SCOPES)
+        raise OptionError(
+            f'{path!r} has default_scope={scope!r}; mmdet-ema runs the tools '
+            f'of {" and ".join(SCOPES)}.{near} For another framework add '
+            f'custom_imports and EMAHook to the config, and run its tool.'
+        )
+    return str(scope)
+
+
+def _scope_by_model(cfg: Any) -> str:
+    """Return the framework that knows the model of a config of mmcv 1.x."""
+    kind = (cfg.get('model') or {}).get('type')
+    installed = [name for name in SCOPES if has_package(name)]
+    for scope in installed:
+        if kind in importlib.import_module(f'{scope}.models').builder.MODELS:
+            return scope
+    if installed and isinstance(kind, str):
+        raise OptionError(
+            f'model type {kind!r} is not known to {" or ".join(installed)}; '
+            f'install the framework of the config (pip install '
+            f'mmdet3d==1.0.0rc6 for one of mmdet3d), or import the module of '
+            f'the model by custom_imports.'
+        )
+    return 'mmdet'
+
+
+@contextlib.contextmanager
+def _reading_raw() -> Iterator[None]:
+    """Let the tools of mmcv 1.x read the raw weights of a checkpoint."""
+    from mmdet_ema.checkpoint.mmcv1 import take_message
+    from mmdet_ema.checkpoint.mmcv1_buffers import convert_buffers
+    from mmdet_ema.for_mmcv1.loading import reading_through
+
+    def take_raw(checkpoint: Any) -> None:
+        take_message(checkpoint)
+        convert_buffers(checkpoint)
+        part = unpack(checkpoint)
+        if part is None:
+            raise CheckpointError(
+                'the checkpoint holds one set of weights and no EMA part, so '
+                'there are no raw weights to test; leave out --weights.'
+            )
+        put_raw(checkpoint, part)
+
+    with reading_through(take_raw):
+        yield
