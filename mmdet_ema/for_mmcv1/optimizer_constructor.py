@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmcv1.run_log import RunLog
-from mmdet_ema.optimizers.construction import Construction, all_thawed
+from mmdet_ema.optimizers.construction import Construction
 
 _ONE_IF_NOT_GIVEN = (
     'norm_decay_mult',
@@ -82,34 +82,13 @@ class EMAOptimizerConstructor(DefaultOptimizerConstructor):  # type: ignore[misc
         prefix: str = '',
         is_dcn_module: Optional[bool] = None,
     ) -> None:
-        """Add the groups of a model to a list.
-
-        Args:
-            params: The list.
-            module: The model.
-            prefix: Its name, as it begins the names of its parameters.
-                Defaults to ''.
-            is_dcn_module: Whether it is a child of a deformable convolution;
-                given by mmcv, which comes back here for each child.
-        """
-        self._construction.meet(module, prefix, bool(is_dcn_module))
-        if is_dcn_module is not None:
-            super().add_params(params, module, prefix, is_dcn_module)
-            return
-        factors: List[Dict[str, Any]] = []
-        with all_thawed(module):
-            super().add_params(factors, module, prefix)
-        params.extend(self._construction.param_groups(factors))
+        """Add the groups of a model; mmcv comes back for each child."""
+        self._construction.add_params(
+            params, module, prefix, is_dcn_module, super().add_params
+        )
 
     def __call__(self, model: nn.Module) -> Optimizer:
-        """Build the optimizer.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The optimizer.
-        """
+        """Build the optimizer."""
         optimizer: Optimizer = super().__call__(model)
         self._construction.finish(optimizer, accumulation=1)
         return optimizer

@@ -11,7 +11,7 @@ from torch import nn
 
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmengine.run_log import RunLog
-from mmdet_ema.optimizers.construction import Construction, all_thawed
+from mmdet_ema.optimizers.construction import Construction
 
 
 class EMAOptimizerConstructor(DefaultOptimWrapperConstructor):  # type: ignore[misc]
@@ -75,34 +75,14 @@ class EMAOptimizerConstructor(DefaultOptimWrapperConstructor):  # type: ignore[m
         prefix: str = '',
         is_dcn_module: Optional[bool] = None,
     ) -> None:
-        """Add the groups of a model to a list.
-
-        Args:
-            params: The list.
-            module: The model.
-            prefix: Its name, as it begins the names of its parameters.
-                Defaults to ''.
-            is_dcn_module: Whether it is a child of a deformable convolution;
-                given by mmengine, which comes back here for each child.
-        """
-        self._construction.meet(module, prefix, bool(is_dcn_module))
-        if is_dcn_module is not None:
-            super().add_params(params, module, prefix, is_dcn_module)
-            return
-        factors: List[Dict[str, Any]] = []
-        with all_thawed(module), _silent():
-            super().add_params(factors, module, prefix)
-        params.extend(self._construction.param_groups(factors))
+        """Add the groups of a model; mmengine comes back for each child."""
+        with _silent():
+            self._construction.add_params(
+                params, module, prefix, is_dcn_module, super().add_params
+            )
 
     def __call__(self, model: nn.Module) -> Any:
-        """Build the optimizer and its wrapper.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The wrapper.
-        """
+        """Build the optimizer; return its wrapper."""
         wrapper = super().__call__(model)
         counts = self.optim_wrapper_cfg.get('accumulative_counts', 1)
         self._construction.finish(wrapper.optimizer, counts)

@@ -12,8 +12,8 @@ import contextlib
 import math
 from typing import (
     Any,
+    Callable,
     Dict,
-    Iterable,
     Iterator,
     List,
     Mapping,
@@ -73,12 +73,13 @@ class Construction:
         }
         self._log = log
         self._met: Dict[int, _Met] = {}
+        self._unused_keys: List[str] = []
 
     def rules(self) -> Dict[str, Any]:
         """Return the ``paramwise_cfg`` for the framework's constructor.
 
-        The flat parameters are left to :meth:`param_groups`, as mmcv 1.x has
-        no rule for them, and so are options that are no factors.
+        Flat parameters are left to us, as mmcv 1.x has no rule for them, and
+        so are options of a key that are no factors.
         """
         rules: Dict[str, Any] = dict(self._options.multipliers)
         rules.pop('flat_decay_mult', None)
@@ -91,30 +92,83 @@ class Construction:
         }
         return rules
 
-    def meet(self, module: nn.Module, path: str, in_dcn: bool) -> None:
-        """Take note of the parameters of a module of the model."""
+    def add_params(
+        self,
+        params: List[Dict[str, Any]],
+        module: nn.Module,
+        prefix: str,
+        is_dcn_module: Optional[bool],
+        add_params: Callable[..., None],
+    ) -> None:
+        """Add the groups of a model to a list, or let go on at a child.
+
+        Args:
+            params: The list.
+            module: The model, or a child that the framework came to.
+            prefix: Its name.
+            is_dcn_module: Whether it is a child of a deformable convolution;
+                None for the model.
+            add_params: The framework's own; it calls the constructor's for
+                each child.
+
+        Raises:
+            OptionError: If a factor has nothing to multiply.
+        """
+        in_dcn = bool(is_dcn_module)
         for leaf, tensor in module.named_parameters(recurse=False):
-            name = f'{path}.{leaf}'
+            name = f'{prefix}.{leaf}'
             kind = kind_of(name, tensor, module, in_dcn)
             is_flat = tensor.dim() == 1 and not in_dcn
             self._met.setdefault(id(tensor), _Met(name, tensor, kind, is_flat))
+        if is_dcn_module is not None:
+            add_params(params, module, prefix, is_dcn_module)
+            return
+        factors: List[Dict[str, Any]] = []
+        with _all_thawed(module):
+            add_params(factors, module, prefix)
+        params.extend(self._groups(factors))
 
-    def param_groups(
+    def finish(self, optimizer: Optimizer, accumulation: int) -> None:
+        """Scale the weight decay if that can be done; say what was built.
+
+        Args:
+            optimizer: The optimizer, just built.
+            accumulation: Iterations to one step, as the framework knows.
+        """
+        options = self._options
+        samples = None
+        if options.batch_size is not None:
+            steps = options.accumulation or accumulation
+            samples = options.batch_size * steps * world_size()
+        mark(optimizer, options.nominal_batch_size, samples)
+        self._warn_of_no_effect()
+        self._log.info(_table(optimizer))
+        base = self._bases['weight_decay']
+        if base and not any(
+            float(group.get('weight_decay', 0.0))
+            for group in optimizer.param_groups
+        ):
+            self._log.warning(
+                f'EMAOptimizerConstructor: weight_decay={base} '
+                f'reaches no parameter; look at the table. Of FSDP, use '
+                f'use_orig_params=True.'
+            )
+        if samples is not None:
+            scale_weight_decay([optimizer], samples, self._log)
+        elif is_waiting(optimizer):
+            remind(optimizer, self._log)
+
+    def _groups(
         self, factors: Sequence[Mapping[str, Any]]
     ) -> List[Dict[str, Any]]:
-        """Return the groups of the parameters that were met.
+        """Return the groups: weight, norm, bias, other.
+
+        Of each kind those of the base learning rate come first, then in the
+        order of the model.
 
         Args:
             factors: A group of each parameter, its ``lr`` and
                 ``weight_decay`` for base values of 1.
-
-        Returns:
-            The groups as an optimizer takes them: weight, norm, bias, other;
-            of each kind those of the base learning rate first, then in the
-            order of the model.
-
-        Raises:
-            OptionError: If a factor has nothing to multiply.
         """
         met, self._met = list(self._met.values()), {}
         said: Dict[int, Mapping[str, Any]] = {}
@@ -153,37 +207,8 @@ class Construction:
                     **more,
                 }
             groups[name]['params'].append(p.tensor)
-        self._warn_of_no_effect([key for key in keys if key not in followed])
+        self._unused_keys = [key for key in keys if key not in followed]
         return [groups[name] for name in sorted(groups, key=order.__getitem__)]
-
-    def finish(self, optimizer: Optimizer, accumulation: int) -> None:
-        """Scale the weight decay if that can be done; say what was built.
-
-        Args:
-            optimizer: The optimizer, just built.
-            accumulation: Iterations to one step, as the framework knows.
-        """
-        options = self._options
-        samples = None
-        if options.batch_size is not None:
-            steps = options.accumulation or accumulation
-            samples = options.batch_size * steps * world_size()
-        mark(optimizer, options.nominal_batch_size, samples)
-        self._log.info(_table(optimizer))
-        base = self._bases['weight_decay']
-        if base and not any(
-            float(group.get('weight_decay', 0.0))
-            for group in optimizer.param_groups
-        ):
-            self._log.warning(
-                f'EMAOptimizerConstructor: weight_decay={base} '
-                f'reaches no parameter; look at the table. Of FSDP, use '
-                f'use_orig_params=True.'
-            )
-        if samples is not None:
-            scale_weight_decay([optimizer], samples, self._log)
-        elif is_waiting(optimizer):
-            remind(optimizer, self._log)
 
     def _times(self, name: str, factor: float) -> Dict[str, Any]:
         base = self._bases[name]
@@ -198,10 +223,11 @@ class Construction:
             f'optimizer is given none; add {name}=... to it.'
         )
 
-    def _warn_of_no_effect(self, unused: Iterable[str]) -> None:
+    def _warn_of_no_effect(self) -> None:
         options = self._options
         lines = []
-        if names := ', '.join(map(repr, unused)):
+        if self._unused_keys:
+            names = ', '.join(map(repr, self._unused_keys))
             lines.append(
                 f'custom_keys {names}: no parameter has that in its name, or '
                 f'a longer key goes first; correct or remove what is not '
@@ -227,7 +253,7 @@ class Construction:
 
 
 @contextlib.contextmanager
-def all_thawed(model: nn.Module) -> Iterator[None]:
+def _all_thawed(model: nn.Module) -> Iterator[None]:
     """Thaw all parameters for a moment: the frameworks skip frozen ones.
 
     Ours are in their groups: whoever thaws one later trains it as the options

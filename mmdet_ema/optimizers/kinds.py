@@ -41,12 +41,6 @@ def kind_of(name: str, tensor: Tensor, module: nn.Module, in_dcn: bool) -> str:
       has two dimensions at least or its module is one of torch's:
       convolutions, linear layers, embeddings, attention, recurrent layers.
     * ``'other'``: position tables, class tokens, scales, slopes, ...
-
-    Args:
-        name: Full name of the parameter.
-        tensor: The parameter.
-        module: The module that holds it.
-        in_dcn: Whether that is a child of a deformable convolution.
     """
     words = _telling_part(name).split('_')
     if words[0] == BIAS or words[-1] == BIAS:
