@@ -18,11 +18,6 @@ SWIN = [
     (r'\.bias$', 'bias'),
     (r'\.(projection|qkv|proj|0|1|reduction)\.weight$', 'weight'),
 ]
-COUNTS = {
-    'resnet': dict(weight=53, norm=53, bias=53),
-    'dcn': dict(weight=56, norm=53, bias=53, other=3),
-    'swin': dict(weight=52, norm=32, bias=81, other=13),
-}
 
 
 def resnet(**options):
@@ -61,15 +56,11 @@ MODELS = {
     'dcn': (dcn, RESNET),
     'tied': (TiedFrozen, TIED),
 }
-COUNTS['tied'] = dict(weight=54, norm=53, bias=55)
 LR, DECAY, BATCH = 0.01, 5e-4, 16
 
 
 def expected(name, model):
-    """Return parameter -> (group, lr, weight decay), by the patterns.
-
-    The weight decay is scaled to 16 samples a step, of 64.
-    """
+    """Return parameter -> (group, lr, scaled weight decay) by patterns."""
     patterns = MODELS[name][1]
     decays = dict(weight=DECAY * BATCH / 64, norm=0.0, bias=0.0, other=0.0)
     found = {}

@@ -1,5 +1,7 @@
 """Optimizers that record their steps."""
 
+import torch
+
 SGD = dict(type='SeenSGD', lr=0.01, momentum=0.9, weight_decay=0.064)
 
 
@@ -17,6 +19,14 @@ class Seen:
     def step(self, closure=None):
         self.__dict__.setdefault('seen', []).append(settings(self))
         return super().step(closure)
+
+
+class SeenSGD(Seen, torch.optim.SGD):
+    """SGD whose steps are recorded."""
+
+
+class SeenAdamW(Seen, torch.optim.AdamW):
+    """AdamW whose steps are recorded."""
 
 
 def seen(optimizer, option):

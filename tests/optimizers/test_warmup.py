@@ -8,13 +8,9 @@ from torch import nn
 from mmdet_ema.errors import OptionError
 from mmdet_ema.optimizers.warmup import Warmup
 from tests.optimizers.logs import Lines
-from tests.optimizers.steps import Seen, seen, settings
+from tests.optimizers.steps import SeenSGD, seen, settings
 
 LENGTH = 7
-
-
-class SeenSGD(Seen, torch.optim.SGD):
-    pass
 
 
 class Failing(SeenSGD):

@@ -7,7 +7,7 @@ from mmcv.utils import get_logger
 
 from tests.for_mmcv1.toy import Run, ToyModel, quiet, state_of
 from tests.optimizers.logs import Lines, logged
-from tests.optimizers.steps import SGD, Seen
+from tests.optimizers.steps import SGD, SeenAdamW, SeenSGD
 
 DEFAULT = 'DefaultOptimizerConstructor'
 MORE = ()  # what only this default constructor has
@@ -39,14 +39,8 @@ WARM = dict(
 UNSAFE = {}  # this torch knows no other way
 
 
-@OPTIMIZERS.register_module(force=True)
-class SeenSGD(Seen, torch.optim.SGD):
-    pass
-
-
-@OPTIMIZERS.register_module(force=True)
-class SeenAdamW(Seen, torch.optim.AdamW):
-    pass
+for _kind in (SeenSGD, SeenAdamW):
+    OPTIMIZERS.register_module(module=_kind, force=True)
 
 
 def build(model, optimizer, constructor='EMAOptimizerConstructor', **more):

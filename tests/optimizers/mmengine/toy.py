@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 from tests.for_mmengine.toy import ToyModel, loader, state_of
 from tests.optimizers.logs import Lines
-from tests.optimizers.steps import SGD, Seen
+from tests.optimizers.steps import SGD, SeenAdamW, SeenSGD
 
 DEFAULT = 'DefaultOptimWrapperConstructor'
 MORE = ('flat_decay_mult',)  # what only this default constructor has
@@ -41,14 +41,8 @@ UNSAFE = dict(weights_only=False)  # a file of our own
 _count = itertools.count()
 
 
-@OPTIMIZERS.register_module(force=True)
-class SeenSGD(Seen, torch.optim.SGD):
-    pass
-
-
-@OPTIMIZERS.register_module(force=True)
-class SeenAdamW(Seen, torch.optim.AdamW):
-    pass
+for _kind in (SeenSGD, SeenAdamW):
+    OPTIMIZERS.register_module(module=_kind, force=True)
 
 
 @OPTIM_WRAPPERS.register_module(force=True)
