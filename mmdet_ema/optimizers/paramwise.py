@@ -89,32 +89,29 @@ def parse_paramwise(cfg: Optional[Mapping[str, Any]]) -> Paramwise:
     )
 
 
-def _custom_keys(given: Any) -> Dict[str, Mapping[str, Any]]:
+def _custom_keys(given: Any) -> Dict[str, Dict[str, Any]]:
     if not isinstance(given, Mapping):
         raise OptionError(
             f'custom_keys={show(given)} is not allowed; use a dict from a '
             f'part of a name to a dict, as in '
             f'dict(backbone=dict(lr_mult=0.1)).'
         )
-    return {key: _custom(key, options) for key, options in given.items()}
-
-
-def _custom(key: str, options: Any) -> Dict[str, Any]:
-    """Check the options of one key; unknown ones are the optimizer's."""
-    name = f'custom_keys[{key!r}]'
-    if not isinstance(options, Mapping):
-        raise OptionError(
-            f'{name}={show(options)} is not allowed; use a dict, as in '
-            f'dict(lr_mult=0.1, decay_mult=0.0).'
-        )
-    checked = dict(options)
-    for word, value in options.items():
-        if word in FACTORS:
-            checked[word] = check_number(f'{name} {word}', value, 0, math.inf)
-        elif did_you_mean(word, FACTORS):
+    checked: Dict[str, Dict[str, Any]] = {}
+    for key, options in given.items():
+        name = f'custom_keys[{key!r}]'
+        if not isinstance(options, Mapping):
             raise OptionError(
-                f'{name} has no option {word!r}.{did_you_mean(word, FACTORS)}'
+                f'{name}={show(options)} is not allowed; use a dict, as in '
+                f'dict(lr_mult=0.1, decay_mult=0.0).'
             )
+        checked[key] = dict(options)
+        for word, value in options.items():
+            near = did_you_mean(word, FACTORS)
+            if word in FACTORS:
+                number = check_number(f'{name} {word}', value, 0, math.inf)
+                checked[key][word] = number
+            elif near:  # other words are options of the optimizer
+                raise OptionError(f'{name} has no option {word!r}.{near}')
     return checked
 
 

@@ -39,14 +39,7 @@ class Warmup:
     the present one, checkpoints, other hooks) finds the values of the
     schedule.
 
-    Args:
-        warmup_epochs: Length in epochs.
-        warmup_iters: Length in iterations, instead of epochs.
-        min_iters: Shortest length of a warm-up in epochs, in iterations.
-        bias_lr: Learning rate that biases start from; None for 0.1, or 0
-            with an optimizer that has ``betas``.
-        momentum: Momentum (first beta) to start from.
-        **unknown: Whatever else was given.
+    Args: the options of ``BiasWarmupHook``, where they are explained.
 
     Raises:
         OptionError: If an option is unknown or out of range.

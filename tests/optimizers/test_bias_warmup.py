@@ -188,12 +188,11 @@ def test_training_again_after_an_interruption(tmp_path):
     close(found, expected)
 
 
-def test_default_length(tmp_path):
-    """By default the warm-up takes 1000 iterations of a short run."""
-    lines = train(tmp_path, dict(type='BiasWarmupHook')).lines.infos
-    assert 1 == sum(
-        'BiasWarmupHook: 1000 iterations' in line for line in lines
-    )
+def test_length_in_epochs(tmp_path):
+    """The length of an epoch is found, of 4 iterations here."""
+    hook = dict(type='BiasWarmupHook', warmup_epochs=1.5, min_iters=0)
+    lines = train(tmp_path, hook).lines.infos
+    assert 1 == sum('BiasWarmupHook: 6 iterations' in line for line in lines)
 
 
 def test_wrong_option(tmp_path):

@@ -2,6 +2,7 @@
 
 from mmengine.runner import FlexibleRunner
 
+from tests import needs
 from tests.for_mmengine.toy import ToyModel, loader
 from tests.optimizers.mmengine.toy import Training
 from tests.optimizers.steps import SGD, seen
@@ -9,6 +10,7 @@ from tests.optimizers.steps import SGD, seen
 WARMUP = dict(type='BiasWarmupHook', warmup_iters=10)
 
 
+@needs.cpu_scaler
 def test_gradient_scaler(tmp_path):
     """With the scaler of mixed precision each step is warmed as well."""
     options = dict(epochs=4, schedule='cosine')
