@@ -272,10 +272,14 @@ def test_biases_as_each_framework_has_them(name):
 
 
 def test_flat_parameters():
-    """flat_decay_mult is about one dimension, whatever the name."""
+    """flat_decay_mult is about one dimension where no key is followed."""
     model = Zoo()
-    found = table(model, flat_decay_mult=0.5)
-    flat = {n for n, p in model.named_parameters() if p.dim() == 1}
+    keys = dict(own_norm=dict(lr_mult=0.1))
+    found = table(model, flat_decay_mult=0.5, custom_keys=keys)
+    assert 0.0 == found.pop('own_norm.weight')[2]
+    flat = {n for n, p in model.named_parameters() if p.dim() == 1} - {
+        'own_norm.weight'
+    }
     assert flat == {n for n, row in found.items() if row[2] == DECAY * 0.5}
 
 
@@ -349,7 +353,7 @@ def test_accumulation():
 def test_the_log():
     """The groups are logged as a table, once, and the scaling in a line."""
     with logged(toy.logger()) as lines:
-        build(Tied(), batch_size=16)
+        build(Tied(), batch_size=16, bias_decay_mult=0)
     assert [] == lines.warnings
     report, scaled = lines.infos
     first, _, *found = report.splitlines()
