@@ -138,7 +138,7 @@ def test_every_folder_has_a_rule():
         'mmdet_ema.training.options',
         'mmdet_ema.training.loop_guard',
         'mmdet_ema.optimizers.construction',
-        'mmdet_ema.optimizers.warmup_start',
+        'mmdet_ema.optimizers.warmup',
     ],
 )
 def test_imports_without_frameworks(module):

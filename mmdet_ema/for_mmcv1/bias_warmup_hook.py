@@ -1,17 +1,15 @@
-"""``BiasWarmupHook`` for mmcv's runners: forwards to the warm-up."""
+"""``BiasWarmupHook`` for mmcv's runners."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from mmcv.runner.hooks import Hook, LrUpdaterHook
 from mmcv.runner.hooks.momentum_updater import MomentumUpdaterHook
 
 from mmdet_ema.for_mmcv1.run_log import RunLog
 from mmdet_ema.for_mmcv1.runner_facts import facts_of, optimizers_of
-from mmdet_ema.optimizers.warm_steps import WarmSteps
-from mmdet_ema.optimizers.warmup import parse_warmup
-from mmdet_ema.optimizers.warmup_start import start_warmup
+from mmdet_ema.optimizers.warmup import Warmup
 
 _UPDATERS = {'lr': LrUpdaterHook, 'momentum': MomentumUpdaterHook}
 
@@ -20,15 +18,15 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
     """Warm-up of the learning rates and the momentum.
 
     At iteration i of n, a value v of the schedule is, in the step,
-    ``start + (v - start) * i / n``. Works beside every ``lr_config`` and
+    ``start + (v - start) * i / n``. Works with every ``lr_config`` and
     ``momentum_config``, which never see these values. It also completes the
     scaling of the weight decay of ``EMAOptimizerConstructor``.
 
     Args:
         warmup_epochs (float): Length in epochs; 0 for no warm-up. Defaults
             to 3.
-        warmup_iters (int, optional): Length in iterations, in the place of
-            epochs. Defaults to None.
+        warmup_iters (int, optional): Length in iterations, instead of epochs.
+            Defaults to None.
         min_iters (int): Least iterations of a warm-up in epochs. Defaults to
             1000.
         bias_lr (float, optional): Learning rate that the groups of biases
@@ -46,41 +44,29 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
     """
 
     def __init__(self, **options: Any):
-        self._options = parse_warmup(**options)
-        self._steps: Optional[WarmSteps] = None
+        self._warmup = Warmup(**options)
 
     def before_run(self, runner: Any) -> None:
         """Forget an earlier run."""
-        self._stop()
+        self._warmup.stop()
 
     def before_train_iter(self, runner: Any) -> None:
         """Begin at the first iteration; tell the warm-up where it is."""
-        if self._steps is None:
-            self._steps = self._start(runner)
-        self._steps.restore()
-        self._steps.iteration = runner.iter
-        runner.log_buffer.update(self._steps.now())
+        if not self._warmup.running:
+            facts = facts_of(runner)
+            self._warmup.start(
+                optimizers_of(runner),
+                iters_per_epoch=len(runner.data_loader),
+                max_iters=facts.max_iters,
+                samples=facts.samples,
+                log=RunLog(runner.logger),
+                others=_other_warmups(runner),
+            )
+        runner.log_buffer.update(self._warmup.at(runner.iter))
 
     def after_run(self, runner: Any) -> None:
         """Leave the optimizers alone."""
-        self._stop()
-
-    def _start(self, runner: Any) -> WarmSteps:
-        facts = facts_of(runner)
-        return start_warmup(
-            optimizers_of(runner),
-            self._options,
-            iters_per_epoch=len(runner.data_loader),
-            max_iters=facts.max_iters,
-            samples=facts.samples,
-            log=RunLog(runner.logger),
-            others=_other_warmups(runner),
-        )
-
-    def _stop(self) -> None:
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
+        self._warmup.stop()
 
 
 def _other_warmups(runner: Any) -> Dict[str, List[str]]:

@@ -1,18 +1,23 @@
-"""``EMAOptimizerConstructor`` for mmcv 1.x: forwards to the construction."""
+"""``EMAOptimizerConstructor`` for mmcv 1.x."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+import math
+from typing import Any, Dict, List, Mapping, Optional
 
 from mmcv.runner import DefaultOptimizerConstructor
-from mmcv.utils.ext_loader import check_ops_exist
 from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmcv1.run_log import RunLog
 from mmdet_ema.optimizers.construction import Construction
-from mmdet_ema.optimizers.rules import MMCV1
+
+_ONE_IF_NOT_GIVEN = (
+    'norm_decay_mult',
+    'bias_decay_mult',
+    'dwconv_decay_mult',
+)
 
 
 class EMAOptimizerConstructor(DefaultOptimizerConstructor):  # type: ignore[misc]
@@ -62,39 +67,28 @@ class EMAOptimizerConstructor(DefaultOptimizerConstructor):  # type: ignore[misc
                 "type in optimizer=dict(...); add one, such as type='SGD'."
             )
         self._construction = Construction(
-            optimizer_cfg, paramwise_cfg, MMCV1, RunLog()
+            optimizer_cfg, paramwise_cfg, RunLog()
         )
-        # anything but an empty dict makes it ask for groups
-        super().__init__(optimizer_cfg, dict(bypass_duplicate=True))
+        super().__init__(optimizer_cfg)
+        # NaN: to mmcv these are given, to us they are not
+        unsaid = dict.fromkeys(_ONE_IF_NOT_GIVEN, math.nan)
+        self.paramwise_cfg = {**unsaid, **self._construction.rules()}
+        self.base_lr = self.base_wd = 1.0
 
     def add_params(
-        self, params: List[Dict[str, Any]], module: nn.Module, **_: Any
+        self,
+        params: List[Dict[str, Any]],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: Optional[bool] = None,
     ) -> None:
-        """Add the groups of a model to a list.
-
-        Args:
-            params: The list.
-            module: The model.
-        """
-        params.extend(self._construction.param_groups(module, _dcn_types()))
+        """Add the groups of a model; mmcv comes back for each child."""
+        self._construction.add_params(
+            params, module, prefix, is_dcn_module, super().add_params
+        )
 
     def __call__(self, model: nn.Module) -> Optimizer:
-        """Build the optimizer.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The optimizer.
-        """
+        """Build the optimizer."""
         optimizer: Optimizer = super().__call__(model)
         self._construction.finish(optimizer, accumulation=1)
         return optimizer
-
-
-def _dcn_types() -> Tuple[type, ...]:
-    if not check_ops_exist():
-        return ()
-    from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
-
-    return DeformConv2d, ModulatedDeformConv2d

@@ -6,16 +6,16 @@ import os
 from typing import Any, Callable
 
 from mmcv.runner import HOOKS
+from mmcv.runner.optimizer import OPTIMIZER_BUILDERS
 
 from mmdet_ema.for_mmcv1.bevdet_hook import MEGVIIEMAHook
+from mmdet_ema.for_mmcv1.bias_warmup_hook import BiasWarmupHook
 from mmdet_ema.for_mmcv1.ema_hook import EMAHook
 from mmdet_ema.for_mmcv1.mmdet_hooks import (
     ExpMomentumEMAHook,
     LinearMomentumEMAHook,
 )
-from mmdet_ema.for_mmcv1.optimizer_registration import (
-    register as register_optim,
-)
+from mmdet_ema.for_mmcv1.optimizer_constructor import EMAOptimizerConstructor
 from mmdet_ema.for_mmcv1.wrapping import wrap_once
 from mmdet_ema.frameworks import own_logger
 from mmdet_ema.version import __version__
@@ -44,7 +44,10 @@ def register() -> None:
             HOOKS.register_module(name=spare, module=theirs, force=True)
         HOOKS.register_module(name=name, module=ours, force=True)
     wrap_once(HOOKS, '_register_module', _register)
-    register_optim()
+    HOOKS.register_module(module=BiasWarmupHook, force=True)
+    OPTIMIZER_BUILDERS.register_module(
+        module=EMAOptimizerConstructor, force=True
+    )
     if os.environ.get('RANK', '0') == '0':
         own_logger().info(
             f"mmdet_ema {__version__}: dict(type='EMAHook'), "

@@ -1,16 +1,14 @@
-"""``BiasWarmupHook`` for mmengine's runners: forwards to the warm-up."""
+"""``BiasWarmupHook`` for mmengine's runners."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from mmengine.hooks import Hook
 
-from mmdet_ema.for_mmengine import runner_facts
 from mmdet_ema.for_mmengine.run_log import RunLog
-from mmdet_ema.optimizers.warm_steps import WarmSteps
-from mmdet_ema.optimizers.warmup import parse_warmup
-from mmdet_ema.optimizers.warmup_start import start_warmup
+from mmdet_ema.for_mmengine.runner_facts import facts_of, optimizers_of
+from mmdet_ema.optimizers.warmup import Warmup
 
 _RISING = ('Linear', 'Constant', 'QuadraticWarmup')
 _ENDINGS = {'lr': 'LR', 'momentum': 'Momentum'}
@@ -20,15 +18,15 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
     """Warm-up of the learning rates and the momentum.
 
     At iteration i of n, a value v of the schedule is, in the step,
-    ``start + (v - start) * i / n``. Works beside every ``param_scheduler``,
+    ``start + (v - start) * i / n``. Works with every ``param_scheduler``,
     which never sees these values. It also completes the scaling of the
     weight decay of ``EMAOptimizerConstructor``.
 
     Args:
         warmup_epochs (float): Length in epochs; 0 for no warm-up. Defaults
             to 3.
-        warmup_iters (int, optional): Length in iterations, in the place of
-            epochs. Defaults to None.
+        warmup_iters (int, optional): Length in iterations, instead of epochs.
+            Defaults to None.
         min_iters (int): Least iterations of a warm-up in epochs. Defaults to
             1000.
         bias_lr (float, optional): Learning rate that the groups of biases
@@ -48,21 +46,22 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
     priority = 'NORMAL'
 
     def __init__(self, **options: Any):
-        self._options = parse_warmup(**options)
-        self._log = RunLog()
-        self._steps: Optional[WarmSteps] = None
+        self._warmup = Warmup(**options)
 
     def before_train(self, runner: Any) -> None:
         """Begin; optimizers and schedulers are loaded by now."""
-        self._stop()
-        facts = runner_facts.facts_of(runner)
-        self._steps = start_warmup(
-            runner_facts.optimizers_of(runner),
-            self._options,
-            iters_per_epoch=_length(runner.train_dataloader),
+        self._warmup.stop()
+        try:
+            length = len(runner.train_dataloader)
+        except TypeError:  # an iterable dataset without a length
+            length = None
+        facts = facts_of(runner)
+        self._warmup.start(
+            optimizers_of(runner),
+            iters_per_epoch=length,
             max_iters=facts.max_iters,
             samples=facts.samples,
-            log=self._log,
+            log=RunLog(),
             others=_other_warmups(runner),
         )
 
@@ -70,27 +69,12 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Tell the warm-up where it is; record what the step will use."""
-        if self._steps is not None:
-            self._steps.restore()
-            self._steps.iteration = runner.iter
-            for name, value in self._steps.now().items():
-                runner.message_hub.update_scalar(f'train/{name}', value)
+        for name, value in self._warmup.at(runner.iter).items():
+            runner.message_hub.update_scalar(f'train/{name}', value)
 
     def after_train(self, runner: Any) -> None:
         """Leave the optimizers alone."""
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
-
-
-def _length(dataloader: Any) -> Optional[int]:
-    try:
-        return len(dataloader)
-    except TypeError:  # an iterable dataset without a length
-        return None
+        self._warmup.stop()
 
 
 def _other_warmups(runner: Any) -> Dict[str, List[str]]:

@@ -1,17 +1,17 @@
-"""``EMAOptimizerConstructor`` for mmengine: forwards to the construction."""
+"""``EMAOptimizerConstructor`` for mmengine."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+import contextlib
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
+from mmengine.logging import MMLogger
 from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.utils.dl_utils import mmcv_full_available
 from torch import nn
 
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmengine.run_log import RunLog
 from mmdet_ema.optimizers.construction import Construction
-from mmdet_ema.optimizers.rules import MMENGINE
 
 
 class EMAOptimizerConstructor(DefaultOptimWrapperConstructor):  # type: ignore[misc]
@@ -55,54 +55,49 @@ class EMAOptimizerConstructor(DefaultOptimWrapperConstructor):  # type: ignore[m
         optim_wrapper_cfg: Mapping[str, Any],
         paramwise_cfg: Optional[Mapping[str, Any]] = None,
     ):
-        optimizer = _optimizer_cfg(optim_wrapper_cfg)
-        self._construction = Construction(
-            optimizer, paramwise_cfg, MMENGINE, RunLog()
-        )
-        # anything but an empty dict makes it ask for groups
-        super().__init__(optim_wrapper_cfg, dict(bypass_duplicate=True))
+        optimizer = dict(optim_wrapper_cfg).get('optimizer')
+        if not isinstance(optimizer, Mapping):
+            raise OptionError(
+                'EMAOptimizerConstructor builds one optimizer and found no '
+                'optimizer=dict(...) in optim_wrapper. For several, let a '
+                'constructor of your own call it for each submodule and '
+                'return an OptimWrapperDict.'
+            )
+        self._construction = Construction(optimizer, paramwise_cfg, RunLog())
+        super().__init__(optim_wrapper_cfg)
+        self.paramwise_cfg = self._construction.rules()
+        self.base_lr = self.base_wd = 1.0
 
     def add_params(
-        self, params: List[Dict[str, Any]], module: nn.Module, **_: Any
+        self,
+        params: List[Dict[str, Any]],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: Optional[bool] = None,
     ) -> None:
-        """Add the groups of a model to a list.
-
-        Args:
-            params: The list.
-            module: The model.
-        """
-        params.extend(self._construction.param_groups(module, _dcn_types()))
+        """Add the groups of a model; mmengine comes back for each child."""
+        with _silent():
+            self._construction.add_params(
+                params, module, prefix, is_dcn_module, super().add_params
+            )
 
     def __call__(self, model: nn.Module) -> Any:
-        """Build the optimizer and its wrapper.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The wrapper.
-        """
+        """Build the optimizer; return its wrapper."""
         wrapper = super().__call__(model)
         counts = self.optim_wrapper_cfg.get('accumulative_counts', 1)
         self._construction.finish(wrapper.optimizer, counts)
         return wrapper
 
 
-def _optimizer_cfg(wrapper_cfg: Any) -> Mapping[str, Any]:
-    optimizer = dict(wrapper_cfg).get('optimizer')
-    if not isinstance(optimizer, Mapping):
-        raise OptionError(
-            'EMAOptimizerConstructor builds one optimizer and found no '
-            'optimizer=dict(...) in optim_wrapper. For several, let a '
-            'constructor of your own call it for each submodule and return '
-            'an OptimWrapperDict.'
-        )
-    return optimizer
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep mmengine's line for each parameter out of the log.
 
-
-def _dcn_types() -> Tuple[type, ...]:
-    if not mmcv_full_available():
-        return ()
-    from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
-
-    return DeformConv2d, ModulatedDeformConv2d
+    It has the factor of a rate for the rate; our table says what was built.
+    """
+    logger = MMLogger.get_current_instance()
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

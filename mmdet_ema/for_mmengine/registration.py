@@ -7,12 +7,13 @@ import os
 from typing import Any, Callable
 
 from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS
 
 from mmdet_ema.errors import OptionError
+from mmdet_ema.for_mmengine.bias_warmup_hook import BiasWarmupHook
 from mmdet_ema.for_mmengine.ema_hook import EMAHook
-from mmdet_ema.for_mmengine.optimizer_registration import (
-    register as register_optim,
+from mmdet_ema.for_mmengine.optimizer_constructor import (
+    EMAOptimizerConstructor,
 )
 from mmdet_ema.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.frameworks import own_logger
@@ -33,7 +34,10 @@ def register() -> None:
         name='MMEngineEMAHook', module=MMEngineEMAHook, force=True
     )
     HOOKS.build_func = functools.partial(_build, HOOKS.build_func)
-    register_optim()
+    HOOKS.register_module(module=BiasWarmupHook, force=True)
+    OPTIM_WRAPPER_CONSTRUCTORS.register_module(
+        module=EMAOptimizerConstructor, force=True
+    )
     allow_framework_types()
     if os.environ.get('RANK', '0') == '0':
         own_logger().info(

@@ -1,35 +1,59 @@
-"""What a constructor does, whatever framework asks for it."""
+"""Groups of an optimizer: the framework's rules, and a default by kind.
+
+The default constructor of the framework makes a group of every parameter, of
+base values of 1: so it gives factors, and NaN where no rule of it speaks. Here
+NaN becomes the default of the parameter's kind, and parameters that are
+trained alike are put into one group.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmdet_ema.averaging.distributed import world_size
 from mmdet_ema.checks import check_number
-from mmdet_ema.optimizers.groups import group_parameters, param_groups
+from mmdet_ema.errors import OptionError
+from mmdet_ema.optimizers.kinds import KINDS, kind_of
 from mmdet_ema.optimizers.nominal import (
     is_waiting,
     mark,
     remind,
     scale_weight_decay,
 )
-from mmdet_ema.optimizers.paramwise import parse_paramwise
-from mmdet_ema.optimizers.rules import Dialect
-from mmdet_ema.optimizers.table import describe_groups
-from mmdet_ema.optimizers.without_effect import without_effect
+from mmdet_ema.optimizers.paramwise import FACTORS, parse_paramwise
+
+
+class _Met(NamedTuple):
+    """A parameter, under the first of its names, as custom keys see it."""
+
+    name: str
+    tensor: nn.Parameter
+    kind: str
+    is_flat: bool
 
 
 class Construction:
-    """Groups for an optimizer, and what is left to do once it is built.
+    """Makes groups from the framework's; scales and reports once it is built.
 
     Args:
         optimizer_cfg: Config of the optimizer.
         paramwise_cfg: Options of the constructor.
-        dialect: The framework's order of rules.
         log: Has ``info(text)`` and ``warning(text)``.
 
     Raises:
@@ -40,32 +64,69 @@ class Construction:
         self,
         optimizer_cfg: Mapping[str, Any],
         paramwise_cfg: Optional[Mapping[str, Any]],
-        dialect: Dialect,
         log: Any,
     ):
         self._options = parse_paramwise(paramwise_cfg)
-        self._dialect, self._log = dialect, log
-        self._lr = _base(optimizer_cfg, 'lr')
-        self._weight_decay = _base(optimizer_cfg, 'weight_decay')
+        self._bases = {
+            name: _base(name, optimizer_cfg.get(name))
+            for name in ('lr', 'weight_decay')
+        }
+        self._log = log
+        self._met: Dict[int, _Met] = {}
+        self._unused_keys: List[str] = []
 
-    def param_groups(
-        self, model: nn.Module, dcn_types: Tuple[type, ...]
-    ) -> List[Dict[str, Any]]:
-        """Return the groups as an optimizer takes them.
+    def rules(self) -> Dict[str, Any]:
+        """Return the ``paramwise_cfg`` for the framework's constructor.
 
-        Warns of options that have no effect on this model.
+        Flat parameters are left to us, as mmcv 1.x has no rule for them, and
+        so are options of a key that are no factors.
+        """
+        rules: Dict[str, Any] = dict(self._options.multipliers)
+        rules.pop('flat_decay_mult', None)
+        rules['custom_keys'] = {
+            key: {
+                'decay_mult': math.nan,
+                **{name: options[name] for name in FACTORS if name in options},
+            }
+            for key, options in self._options.custom_keys.items()
+        }
+        return rules
+
+    def add_params(
+        self,
+        params: List[Dict[str, Any]],
+        module: nn.Module,
+        prefix: str,
+        is_dcn_module: Optional[bool],
+        add_params: Callable[..., None],
+    ) -> None:
+        """Add the groups of a model to a list, or let go on at a child.
 
         Args:
-            model: The model.
-            dcn_types: Classes of deformable convolutions.
+            params: The list.
+            module: The model, or a child that the framework came to.
+            prefix: Its name.
+            is_dcn_module: Whether it is a child of a deformable convolution;
+                None for the model.
+            add_params: The framework's own; it calls the constructor's for
+                each child.
+
+        Raises:
+            OptionError: If a factor has nothing to multiply.
         """
-        groups = group_parameters(
-            model, self._options, self._dialect, dcn_types
-        )
-        parameters = [p for group in groups for p in group.parameters]
-        for line in without_effect(self._options, parameters):
-            self._log.warning(line)
-        return param_groups(groups, self._lr, self._weight_decay)
+        in_dcn = bool(is_dcn_module)
+        for leaf, tensor in module.named_parameters(recurse=False):
+            name = f'{prefix}.{leaf}'
+            kind = kind_of(name, tensor, module, in_dcn)
+            is_flat = tensor.dim() == 1 and not in_dcn
+            self._met.setdefault(id(tensor), _Met(name, tensor, kind, is_flat))
+        if is_dcn_module is not None:
+            add_params(params, module, prefix, is_dcn_module)
+            return
+        factors: List[Dict[str, Any]] = []
+        with _all_thawed(module):
+            add_params(factors, module, prefix)
+        params.extend(self._groups(factors))
 
     def finish(self, optimizer: Optimizer, accumulation: int) -> None:
         """Scale the weight decay if that can be done; say what was built.
@@ -80,10 +141,15 @@ class Construction:
             steps = options.accumulation or accumulation
             samples = options.batch_size * steps * world_size()
         mark(optimizer, options.nominal_batch_size, samples)
-        self._log.info(describe_groups(optimizer))
-        if self._weight_decay and not any(map(_decay, optimizer.param_groups)):
+        self._warn_of_no_effect()
+        self._log.info(_table(optimizer))
+        base = self._bases['weight_decay']
+        if base and not any(
+            float(group.get('weight_decay', 0.0))
+            for group in optimizer.param_groups
+        ):
             self._log.warning(
-                f'EMAOptimizerConstructor: weight_decay={self._weight_decay} '
+                f'EMAOptimizerConstructor: weight_decay={base} '
                 f'reaches no parameter; look at the table. Of FSDP, use '
                 f'use_orig_params=True.'
             )
@@ -92,14 +158,152 @@ class Construction:
         elif is_waiting(optimizer):
             remind(optimizer, self._log)
 
+    def _groups(
+        self, factors: Sequence[Mapping[str, Any]]
+    ) -> List[Dict[str, Any]]:
+        """Return the groups: weight, norm, bias, other.
 
-def _base(optimizer_cfg: Mapping[str, Any], name: str) -> Any:
+        Of each kind those of the base learning rate come first, then in the
+        order of the model.
+
+        Args:
+            factors: A group of each parameter, its ``lr`` and
+                ``weight_decay`` for base values of 1.
+        """
+        met, self._met = list(self._met.values()), {}
+        said: Dict[int, Mapping[str, Any]] = {}
+        for group in factors:  # a tied parameter follows its first name
+            said.setdefault(id(group['params'][0]), group)
+        keys = self._options.custom_keys
+        followed = set()
+        groups: Dict[str, Dict[str, Any]] = {}
+        order: Dict[str, Tuple[int, bool]] = {}
+        for p in met:
+            # the longest key decides, then the alphabet
+            matches = sorted(key for key in keys if key in p.name)
+            key = max(matches, key=len) if matches else None
+            followed.add(key)
+            options = {} if key is None else keys[key]
+            more = {k: v for k, v in options.items() if k not in FACTORS}
+            rule = said.get(id(p.tensor), {})
+            lr, decay = rule.get('lr', 1.0), rule.get('weight_decay', math.nan)
+            default = 1.0 if p.kind in self._options.decay_kinds else 0.0
+            if math.isnan(decay) and p.is_flat and key is None:
+                decay = self._options.multipliers.get('flat_decay_mult', decay)
+            if math.isnan(decay):
+                decay = default
+            words = [p.kind]
+            words += [f'lr*{lr!r}'] if lr != 1 else []
+            words += [f'decay*{decay!r}'] if decay != default else []
+            words += [f'{name}={more[name]!r}' for name in sorted(more)]
+            name = ' '.join(words)
+            if name not in groups:
+                order[name] = KINDS.index(p.kind), lr != 1
+                groups[name] = {
+                    'params': [],
+                    'name': name,
+                    **self._times('lr', lr),
+                    **self._times('weight_decay', decay),
+                    **more,
+                }
+            groups[name]['params'].append(p.tensor)
+        self._unused_keys = [key for key in keys if key not in followed]
+        return [groups[name] for name in sorted(groups, key=order.__getitem__)]
+
+    def _times(self, name: str, factor: float) -> Dict[str, Any]:
+        base = self._bases[name]
+        if base is not None:
+            return {name: base * factor}
+        if factor == 1:
+            return {}
+        if factor == 0:
+            return {name: 0.0}
+        raise OptionError(
+            f'paramwise_cfg multiplies {name} by {factor:g}, but the '
+            f'optimizer is given none; add {name}=... to it.'
+        )
+
+    def _warn_of_no_effect(self) -> None:
+        options = self._options
+        lines = []
+        if self._unused_keys:
+            names = ', '.join(map(repr, self._unused_keys))
+            lines.append(
+                f'custom_keys {names}: no parameter has that in its name, or '
+                f'a longer key goes first; correct or remove what is not '
+                f'meant.'
+            )
+        given = [
+            f'{name}={getattr(options, name)}'
+            for name in ('batch_size', 'accumulation')
+            if getattr(options, name) is not None
+        ]
+        if given and options.nominal_batch_size is None:
+            lines.append(
+                f'{" and ".join(given)}: nominal_batch_size=None says that '
+                f'the weight decay is not scaled; remove one of them.'
+            )
+        elif given and options.batch_size is None:
+            lines.append(
+                f'{given[0]} without batch_size: the hooks then find both by '
+                f'themselves; give batch_size=... too, or remove it.'
+            )
+        for line in lines:
+            self._log.warning(f'EMAOptimizerConstructor: no effect of {line}')
+
+
+@contextlib.contextmanager
+def _all_thawed(model: nn.Module) -> Iterator[None]:
+    """Thaw all parameters for a moment: the frameworks skip frozen ones.
+
+    Ours are in their groups: whoever thaws one later trains it as the options
+    say, and the groups are the same however much is frozen, so that the state
+    of an optimizer can be resumed.
+    """
+    frozen = [
+        parameter
+        for parameter in model.parameters()
+        if not parameter.requires_grad
+        if parameter.is_floating_point() or parameter.is_complex()
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _base(name: str, value: Any) -> Any:
     """Return what factors multiply: a number, a tensor, or None."""
-    value = optimizer_cfg.get(name)
     if value is not None and not isinstance(value, Tensor):
         check_number(f'optimizer.{name}', value, 0, math.inf)
     return value
 
 
-def _decay(group: Dict[str, Any]) -> float:
-    return float(group.get('weight_decay', 0.0))
+def _table(optimizer: Optimizer) -> str:
+    head = ('group', 'tensors', 'frozen', 'elements', 'lr', 'weight decay')
+    rows = [head]
+    for group in optimizer.param_groups:
+        tensors, decay = group['params'], group.get('weight_decay')
+        rows.append(
+            (
+                str(group.get('name', '')),
+                str(len(tensors)),
+                str(sum(not tensor.requires_grad for tensor in tensors)),
+                f'{sum(tensor.numel() for tensor in tensors):,}',
+                f'{float(group["lr"]):.6g}' if 'lr' in group else '-',
+                '-' if decay is None else f'{decay:.6g}',
+            )
+        )
+    first, *widths = (max(map(len, column)) for column in zip(*rows))
+    total = sum(len(group['params']) for group in optimizer.param_groups)
+    lines = [
+        f'EMAOptimizerConstructor: {type(optimizer).__name__}, {total} '
+        f'tensors in {len(rows) - 1} groups'
+    ]
+    for name, *cells in rows:
+        numbers = [f'{cell:>{w}}' for cell, w in zip(cells, widths)]
+        lines.append('  '.join(['', name.ljust(first), *numbers]))
+    return '\n'.join(lines)

@@ -8,18 +8,16 @@ step keeps the decay an epoch.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from torch.optim import Optimizer
 
-from mmdet_ema.optimizers.around_step import AroundStep
+from mmdet_ema.optimizers.around_step import around_step
 
-NOMINAL_KEY = 'nominal_batch_size'
-SAMPLES_KEY = 'samples_per_step'
-"""In a group: the samples that its weight decay is scaled to; 0 for not yet.
-
-Saved with the optimizer, so that a resumed run does not scale twice."""
-
+_NOMINAL = 'nominal_batch_size'
+# in a group: the samples that its weight decay is scaled to, 0 for not yet;
+# saved with the optimizer, so that a resumed run does not scale twice
+_SAMPLES = 'samples_per_step'
 _GIVEN = '_mmdet_ema_samples_per_step'
 
 
@@ -38,7 +36,7 @@ def mark(
         return
     setattr(optimizer, _GIVEN, samples)
     for group in optimizer.param_groups:
-        group[NOMINAL_KEY], group[SAMPLES_KEY] = nominal, 0
+        group[_NOMINAL], group[_SAMPLES] = nominal, 0
 
 
 def scale_weight_decay(
@@ -60,21 +58,14 @@ def scale_weight_decay(
 
 def is_waiting(optimizer: Optimizer) -> bool:
     """Return whether a weight decay still has to be scaled."""
-    return any(not group[SAMPLES_KEY] for group in _decayed(optimizer))
+    return any(not group[_SAMPLES] for group in _decayed(optimizer))
 
 
 def remind(optimizer: Optimizer, log: Any) -> None:
-    """Warn at the first step if nobody has scaled the weight decay by then.
-
-    Args:
-        optimizer: The optimizer.
-        log: Has ``warning(text)``.
-    """
-    around: Optional[AroundStep] = None
+    """Warn at the first step if nobody has scaled the weight decay by then."""
 
     def look() -> None:
-        if around is not None:
-            around.pause()
+        end()
         if is_waiting(optimizer):
             log.warning(
                 'EMAOptimizerConstructor: the weight decay is NOT scaled to '
@@ -84,43 +75,37 @@ def remind(optimizer: Optimizer, log: Any) -> None:
                 'nominal_batch_size=None.'
             )
 
-    around = AroundStep(optimizer, look, lambda: None)
+    end = around_step(optimizer, look, lambda: None)
 
 
 def _scale(optimizer: Optimizer, samples: int, log: Any) -> None:
-    found = [g for g in _decayed(optimizer) if g[SAMPLES_KEY] != samples]
-    if not found:
-        return
-    if any('initial_weight_decay' in group for group in found):
+    groups = [g for g in _decayed(optimizer) if g[_SAMPLES] != samples]
+    if any('initial_weight_decay' in group for group in groups):
         log.warning(
             'EMAOptimizerConstructor: a scheduler of weight_decay knows the '
             'value before the scaling only; give '
             'paramwise_cfg=dict(batch_size=...), which scales before the '
             'schedulers are built.'
         )
-    log.info(_describe(found[0], samples))
-    for group in found:
-        group['weight_decay'] *= _factor(group, samples)
-        group[SAMPLES_KEY] = samples
+    for index, group in enumerate(groups):
+        scaled_to, nominal = group[_SAMPLES], group[_NOMINAL]
+        factor, decay = samples / (scaled_to or nominal), group['weight_decay']
+        if index == 0:  # all groups of an optimizer are scaled alike
+            before = (
+                f'{scaled_to} before' if scaled_to else f'nominal {nominal}'
+            )
+            log.info(
+                f'EMAOptimizerConstructor: weight decay x {factor:.6g} for '
+                f'{samples} samples a step ({before}): group '
+                f'{group["name"]!r} {decay:.6g} -> {decay * factor:.6g}'
+            )
+        group['weight_decay'] = decay * factor
+        group[_SAMPLES] = samples
 
 
-def _factor(group: Dict[str, Any], samples: int) -> float:
-    return samples / float(group[SAMPLES_KEY] or group[NOMINAL_KEY])
-
-
-def _decayed(optimizer: Optimizer) -> Iterator[Dict[str, Any]]:
-    for group in optimizer.param_groups:
-        if group.get('weight_decay') and NOMINAL_KEY in group:
-            yield group
-
-
-def _describe(group: Dict[str, Any], samples: int) -> str:
-    """Say it in one line; the groups of an optimizer are scaled alike."""
-    old, nominal = group[SAMPLES_KEY], group[NOMINAL_KEY]
-    factor, decay = _factor(group, samples), group['weight_decay']
-    before = f'{old} before' if old else f'nominal {nominal}'
-    return (
-        f'EMAOptimizerConstructor: weight decay x {factor:.6g} for {samples} '
-        f'samples a step ({before}): group {group["name"]!r} '
-        f'{decay:.6g} -> {decay * factor:.6g}'
-    )
+def _decayed(optimizer: Optimizer) -> List[Dict[str, Any]]:
+    return [
+        group
+        for group in optimizer.param_groups
+        if group.get('weight_decay') and _NOMINAL in group
+    ]

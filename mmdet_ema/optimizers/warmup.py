@@ -8,128 +8,207 @@ rises from 0.8.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import Any, Dict, Optional
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
+
+from torch.optim import Optimizer
 
 from mmdet_ema.checks import check_count, check_number
 from mmdet_ema.errors import OptionError, did_you_mean, show
+from mmdet_ema.optimizers.around_step import around_step
 from mmdet_ema.optimizers.kinds import BIAS
+from mmdet_ema.optimizers.nominal import scale_weight_decay
 
-NAMES = ('warmup_epochs', 'warmup_iters', 'min_iters', 'bias_lr', 'momentum')
-BIAS_LR = 0.1
-
-
-@dataclass(frozen=True)
-class WarmupOptions:
-    """Checked options of the warm-up.
-
-    Attributes:
-        warmup_epochs: Length in epochs.
-        warmup_iters: Length in iterations, in the place of epochs.
-        min_iters: Shortest length of a warm-up in epochs, in iterations.
-        bias_lr: Learning rate that biases start from; None for 0.1, or 0
-            with an optimizer that has ``betas``.
-        momentum: Momentum (first beta) to start from.
-    """
-
-    warmup_epochs: float = 3.0
-    warmup_iters: Optional[int] = None
-    min_iters: int = 1000
-    bias_lr: Optional[float] = None
-    momentum: float = 0.8
-
-    def length(self, iters_per_epoch: Optional[int]) -> int:
-        """Return the length of the warm-up in iterations.
-
-        Args:
-            iters_per_epoch: Iterations of an epoch; None if not known.
-        """
-        if self.warmup_iters is not None:
-            return self.warmup_iters
-        epochs = round(self.warmup_epochs * (iters_per_epoch or 0))
-        return max(epochs, self.min_iters) if self.warmup_epochs else 0
+_NAMES = ('warmup_epochs', 'warmup_iters', 'min_iters', 'bias_lr', 'momentum')
 
 
-def parse_warmup(
-    warmup_epochs: float = 3.0,
-    warmup_iters: Optional[int] = None,
-    min_iters: int = 1000,
-    bias_lr: Optional[float] = None,
-    momentum: float = 0.8,
-    **unknown: Any,
-) -> WarmupOptions:
-    """Check the options of the warm-up; see :class:`WarmupOptions`.
+class Warmup:
+    """Sets the values of the warm-up during a step only.
 
-    Returns:
-        The options.
+    Whatever runs between steps (schedulers that compute the next value from
+    the present one, checkpoints, other hooks) finds the values of the
+    schedule.
+
+    Args: the options of ``BiasWarmupHook``, where they are explained.
 
     Raises:
         OptionError: If an option is unknown or out of range.
     """
-    for name, value in unknown.items():
-        raise OptionError(
-            f'BiasWarmupHook has no option {name!r} (given: {name}='
-            f'{show(value)}); it takes {", ".join(NAMES)}.'
-            f'{did_you_mean(name, NAMES)}'
+
+    def __init__(
+        self,
+        warmup_epochs: float = 3.0,
+        warmup_iters: Optional[int] = None,
+        min_iters: int = 1000,
+        bias_lr: Optional[float] = None,
+        momentum: float = 0.8,
+        **unknown: Any,
+    ):
+        for name, value in unknown.items():
+            raise OptionError(
+                f'BiasWarmupHook has no option {name!r} (given: {name}='
+                f'{show(value)}); it takes {", ".join(_NAMES)}.'
+                f'{did_you_mean(name, _NAMES)}'
+            )
+        if warmup_iters is not None:
+            check_count('warmup_iters', warmup_iters, 0)
+        if bias_lr is not None:
+            check_number('bias_lr', bias_lr, 0, math.inf)
+        self._epochs = check_number(
+            'warmup_epochs', warmup_epochs, 0, math.inf
         )
-    if warmup_iters is not None:
-        check_count('warmup_iters', warmup_iters, 0)
-    if bias_lr is not None:
-        check_number('bias_lr', bias_lr, 0, math.inf)
-    return WarmupOptions(
-        check_number('warmup_epochs', warmup_epochs, 0, math.inf),
-        warmup_iters,
-        check_count('min_iters', min_iters, 0),
-        bias_lr,
-        check_number('momentum', momentum, 0, 1, high_open=True),
-    )
+        self._iters, self._bias_lr = warmup_iters, bias_lr
+        self._min_iters = check_count('min_iters', min_iters, 0)
+        self._momentum = check_number(
+            'momentum', momentum, 0, 1, high_open=True
+        )
+        self._optimizers: List[Optimizer] = []
+        self._ends: List[Callable[[], None]] = []
+        self._kept: List[Tuple[Dict[str, Any], Dict[str, Any]]] = []
+        self._length = self._iteration = 0
+        self.running = False
+
+    def start(
+        self,
+        optimizers: Sequence[Optimizer],
+        *,
+        iters_per_epoch: Optional[int],
+        max_iters: int,
+        samples: int,
+        log: Any,
+        others: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Scale the weight decay, say what the warm-up will do, and begin.
+
+        Args:
+            optimizers: Optimizers of the run.
+            iters_per_epoch: Iterations of an epoch; None if not known.
+            max_iters: Iterations of the run.
+            samples: Samples that one optimizer step takes, over all
+                processes.
+            log: Has ``info(text)`` and ``warning(text)``.
+            others: 'lr' or 'momentum' -> schedulers that warm it up as well,
+                in words.
+        """
+        scale_weight_decay(optimizers, samples, log)
+        self._optimizers = list(optimizers)
+        self._length = self.length(iters_per_epoch)
+        if self._length:
+            self._report(max_iters, others, log)
+        self._ends = [
+            around_step(o, functools.partial(self._apply, o), self._restore)
+            for o in optimizers
+        ]
+        self.running = True
+
+    def length(self, iters_per_epoch: Optional[int]) -> int:
+        """Return the length of the warm-up in iterations."""
+        if self._iters is not None:
+            return self._iters
+        epochs = round(self._epochs * (iters_per_epoch or 0))
+        return max(epochs, self._min_iters) if self._epochs else 0
+
+    def at(self, iteration: int) -> Dict[str, float]:
+        """Go to an iteration, from 0; return what its step will use.
+
+        Returns:
+            ``step_lr`` of the first group that is not of biases, ``bias_lr``
+            and ``step_momentum``, as far as there are such.
+        """
+        self._iteration = iteration
+        found: Dict[str, float] = {}
+        for group in self._groups():
+            values = {**group, **self._warm(group)}
+            name = 'bias_lr' if _is_bias(group) else 'step_lr'
+            found.setdefault(name, float(values['lr']))
+            momentum = values.get('momentum') or values.get('betas', (0.0,))[0]
+            if momentum:
+                found.setdefault('step_momentum', float(momentum))
+        return found
+
+    def stop(self) -> None:
+        """Leave the optimizers alone from now on."""
+        for end in self._ends:
+            end()
+        self._ends, self.running = [], False
+
+    def _groups(self) -> List[Dict[str, Any]]:
+        return [g for o in self._optimizers for g in o.param_groups]
+
+    def _apply(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            values = self._warm(group)
+            self._kept.append((group, {name: group[name] for name in values}))
+            group.update(values)
+
+    def _restore(self) -> None:
+        while self._kept:
+            group, values = self._kept.pop()
+            group.update(values)
+
+    def _warm(self, group: Mapping[str, Any]) -> Dict[str, Any]:
+        """Return what a group is to have in a step, nothing at the end."""
+        if self._iteration >= self._length:
+            return {}
+        share = self._iteration / self._length
+
+        def between(start: float, end: float) -> float:
+            return start + (end - start) * share
+
+        rate = self._bias_start(group) if _is_bias(group) else 0.0
+        values: Dict[str, Any] = {'lr': between(rate, group['lr'])}
+        if group.get('momentum'):
+            values['momentum'] = between(self._momentum, group['momentum'])
+        if 'betas' in group:
+            first, *others = group['betas']
+            values['betas'] = (between(self._momentum, first), *others)
+        return values
+
+    def _bias_start(self, group: Mapping[str, Any]) -> float:
+        if self._bias_lr is not None:
+            return self._bias_lr
+        # a step of Adam is as long as the rate, however small the gradient
+        return 0.0 if 'betas' in group else 0.1
+
+    def _report(
+        self, max_iters: int, others: Mapping[str, Sequence[str]], log: Any
+    ) -> None:
+        groups, length = self._groups(), self._length
+        rate = min((self._bias_start(group) for group in groups), default=0.0)
+        log.info(
+            f'BiasWarmupHook: {length} iterations; lr of biases from '
+            f'{rate:g}, other lrs from 0, momentum from {self._momentum:g} to '
+            f'the values of the schedule'
+        )
+        if not any(_is_bias(group) for group in groups):
+            log.warning(
+                "BiasWarmupHook: no parameter group is named 'bias', so every "
+                "lr rises from 0; set constructor='EMAOptimizerConstructor'."
+            )
+        if length > max_iters / 2:
+            log.warning(
+                f'BiasWarmupHook: the warm-up takes {length} of the '
+                f'{max_iters} iterations; lower warmup_epochs and min_iters, '
+                f'or give warmup_iters={max(max_iters // 10, 1)}.'
+            )
+        for value, names in others.items():
+            if names:
+                log.warning(
+                    f'BiasWarmupHook: {" and ".join(names)} warms up the '
+                    f'{value} as well, so that both act on it; remove one of '
+                    f'them.'
+                )
 
 
-def is_bias(group: Dict[str, Any]) -> bool:
-    """Return whether a group is one of biases, by the name it has."""
+def _is_bias(group: Mapping[str, Any]) -> bool:
     return str(group.get('name', '')).partition(' ')[0] == BIAS
-
-
-def warm(
-    group: Dict[str, Any],
-    options: WarmupOptions,
-    iteration: int,
-    length: int,
-) -> Dict[str, Any]:
-    """Return what a group is to have in a step of the warm-up.
-
-    Args:
-        group: The group, with the values of the schedule.
-        options: The options.
-        iteration: Iterations done before this one.
-        length: Iterations of the warm-up.
-
-    Returns:
-        ``lr`` and, where the optimizer uses one, ``momentum`` or ``betas``;
-        empty after the warm-up.
-    """
-    if iteration >= length:
-        return {}
-    share = iteration / length
-    rate = _bias_start(group, options) if is_bias(group) else 0.0
-    values: Dict[str, Any] = {'lr': _between(rate, group['lr'], share)}
-    if group.get('momentum'):
-        momentum = _between(options.momentum, group['momentum'], share)
-        values['momentum'] = momentum
-    if 'betas' in group:
-        first, *others = group['betas']
-        first = _between(options.momentum, first, share)
-        values['betas'] = (first, *others)
-    return values
-
-
-def _bias_start(group: Dict[str, Any], options: WarmupOptions) -> float:
-    """A step of Adam is as long as the rate, however small the gradient."""
-    if options.bias_lr is None:
-        return 0.0 if 'betas' in group else BIAS_LR
-    return options.bias_lr
-
-
-def _between(start: float, end: float, share: float) -> float:
-    return start + (end - start) * share

@@ -18,11 +18,6 @@ SWIN = [
     (r'\.bias$', 'bias'),
     (r'\.(projection|qkv|proj|0|1|reduction)\.weight$', 'weight'),
 ]
-COUNTS = {
-    'resnet': dict(weight=53, norm=53, bias=53),
-    'dcn': dict(weight=56, norm=53, bias=53, other=3),
-    'swin': dict(weight=52, norm=32, bias=81, other=13),
-}
 
 
 def resnet(**options):
@@ -54,46 +49,22 @@ class TiedFrozen(nn.Module):
         self.second.weight = self.first.weight
 
 
-TIED = [*RESNET, (r'^first\.weight', 'weight'), (r'\.bias$', 'bias')]
+TIED = [*RESNET, (r'first\.weight', 'weight'), (r'\.bias$', 'bias')]
 MODELS = {
     'resnet': (resnet, RESNET),
     'swin': (swin, SWIN),
     'dcn': (dcn, RESNET),
     'tied': (TiedFrozen, TIED),
 }
-COUNTS['tied'] = dict(weight=54, norm=53, bias=55)
 LR, DECAY, BATCH = 0.01, 5e-4, 16
 
 
 def expected(name, model):
-    """Return parameter -> (group, lr, weight decay), by the patterns.
-
-    The weight decay is scaled to 16 samples a step, of 64.
-    """
+    """Return parameter -> (group, lr, scaled weight decay) by patterns."""
     patterns = MODELS[name][1]
-    if name == 'tied':
-        patterns = [(p.replace('^', ''), kind) for p, kind in patterns]
-    kinds = {n: _kind(n, patterns) for n, _ in model.named_parameters()}
-    decays = dict(weight=DECAY * 16 / 64, norm=0.0, bias=0.0, other=0.0)
-    return {n: (kind, LR, decays[kind]) for n, kind in kinds.items()}
-
-
-def found(optimizer, model):
-    """Return parameter -> (group, lr, weight decay), each parameter once."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    rows = [
-        (names[id(p)], (g['name'], g['lr'], g['weight_decay']))
-        for g in optimizer.param_groups
-        for p in g['params']
-    ]
-    assert len(rows) == len(dict(rows)) == len(names)
-    return dict(rows)
-
-
-def counts(optimizer):
-    """Return the number of tensors of each group."""
-    return {g['name']: len(g['params']) for g in optimizer.param_groups}
-
-
-def _kind(name, patterns):
-    return next(kind for p, kind in patterns if re.search(p, name))
+    decays = dict(weight=DECAY * BATCH / 64, norm=0.0, bias=0.0, other=0.0)
+    found = {}
+    for leaf, _ in model.named_parameters():
+        kind = next(kind for p, kind in patterns if re.search(p, leaf))
+        found[leaf] = kind, LR, decays[kind]
+    return found

@@ -116,6 +116,13 @@ class Tied(nn.Module):
         self.shared = nn.Sequential(self.first, nn.LayerNorm(4))
 
 
-def net(*layers):
-    """A network in a sequence."""
-    return nn.Sequential(*layers)
+def rows(optimizer, model):
+    """Return parameter -> (group, lr, weight decay), each parameter once."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [
+        (names[id(p)], (g['name'], g['lr'], g['weight_decay']))
+        for g in optimizer.param_groups
+        for p in g['params']
+    ]
+    assert len(found) == len(dict(found)) == len(names)
+    return dict(found)

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import mmdet_ema  # noqa: F401  registers the constructor
-from tests.optimizers import detectors
+from tests.optimizers.models import rows
 
 CFG = dict(
     constructor='EMAOptimizerConstructor',
@@ -43,7 +43,7 @@ def groups(wrapped):
     """Return parameter -> (group, lr, weight decay)."""
     print('BUILT', type(wrapped).__name__, flush=True)
     optimizer = build_optim_wrapper(wrapped, CFG).optimizer
-    return detectors.found(optimizer, wrapped.module)
+    return rows(optimizer, wrapped.module)
 
 
 def main(path):
