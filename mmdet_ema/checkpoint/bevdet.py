@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Mapping, MutableMapping
 import torch
 
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checkpoint.layout import EMA, PREFIX, STEPS, WEIGHTS
+from mmdet_ema.checkpoint.format import EMA, PREFIX, STEPS, WEIGHTS
 from mmdet_ema.errors import CheckpointError
 
 UPDATES = 'updates'

@@ -2,14 +2,14 @@
 
 It is in ``meta['hook_msgs']``, where mmcv keeps what hooks want to find
 again; here it is moved to and from the layout of
-:mod:`mmdet_ema.checkpoint.layout`.
+:mod:`mmdet_ema.checkpoint.format`.
 """
 
 from __future__ import annotations
 
 from typing import Any, Iterable, Mapping, MutableMapping
 
-from mmdet_ema.checkpoint.layout import (
+from mmdet_ema.checkpoint.format import (
     EMA,
     META,
     PREFIX,

@@ -21,7 +21,7 @@ from typing import (
 
 import torch
 
-from mmdet_ema.checkpoint.layout import EMA, PREFIX, STEPS, WEIGHTS
+from mmdet_ema.checkpoint.format import EMA, PREFIX, STEPS, WEIGHTS
 from mmdet_ema.checkpoint.mmcv1_roles import Roles, find_roles
 
 _BUFFER = 'ema_'

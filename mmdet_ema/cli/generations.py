@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, ContextManager, Optional, Tuple
 
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checkpoint.layout import put_raw, unpack
+from mmdet_ema.checkpoint.format import put_raw, unpack
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
 

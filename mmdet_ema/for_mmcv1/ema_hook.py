@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, Optional
 import torch
 from mmcv.runner import BaseRunner, Hook
 
-from mmdet_ema.checkpoint.layout import EMA
+from mmdet_ema.checkpoint.format import EMA
 from mmdet_ema.checkpoint.mmcv1 import (
     MESSAGE,
     drop,

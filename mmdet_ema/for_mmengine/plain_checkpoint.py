@@ -14,8 +14,13 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
-from mmdet_ema.checkpoint.layout import check_names
-from mmdet_ema.checkpoint.plain import Codec, foreign, from_plain, to_plain
+from mmdet_ema.checkpoint.format import check_names
+from mmdet_ema.checkpoint.weights_only import (
+    Codec,
+    foreign,
+    from_plain,
+    to_plain,
+)
 from mmdet_ema.errors import CheckpointError
 
 _WEIGHTS = ('state_dict', 'ema_state_dict')

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.fit import count_roles
 from mmdet_ema.averaging.selection import no_match, select, unmatched
-from mmdet_ema.checkpoint.layout import (
+from mmdet_ema.checkpoint.format import (
     EMAPart,
     check_training_state,
     pack,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmdet_ema.averaging.fit import check_fit
-from mmdet_ema.checkpoint.layout import (
+from mmdet_ema.checkpoint.format import (
     EMA,
     WEIGHTS,
     EMAPart,

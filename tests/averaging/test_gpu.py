@@ -23,7 +23,7 @@ from mmdet_ema.averaging.background import (
 from mmdet_ema.averaging.capabilities import can_fuse, norm_order
 from mmdet_ema.averaging.finite import FiniteCheck
 from mmdet_ema.averaging.step_plan import StepPlan
-from mmdet_ema.checkpoint.layout import pack
+from mmdet_ema.checkpoint.format import pack
 from tests import oracle
 from tests.averaging.models import Mixed, numpy64, perturb, state_of
 
