@@ -389,8 +389,11 @@ class EMAHook(Hook):  # type: ignore[misc]
             return
         model = runner_facts.model_of(runner)
         meta = dict(runner.meta, epoch=runner.epoch, iter=runner.iter)
+        optimizers = enumerate(runner_facts.optimizers_of(runner))
         checkpoint = dict(
-            state_dict=model.state_dict(), meta=meta, optimizer={}
+            state_dict=model.state_dict(),
+            meta=meta,
+            optimizer={str(i): x.state_dict() for i, x in optimizers},
         )
         take_message(checkpoint)
         self.after_read_checkpoint(runner, checkpoint, '', True)
