@@ -7,14 +7,12 @@ a hook wants to find again goes into ``meta['hook_msgs']``.
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from typing import Any, Callable, Dict, Iterator
 
-import mmcv
 from mmcv.fileio.file_client import HardDiskBackend
 from mmcv.runner.checkpoint import get_state_dict
 
+from mmdet_ema.checkpoint.files import write_whole
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message
 
 
@@ -73,22 +71,4 @@ def _whole_files() -> Iterator[None]:
 
 
 def _put_whole(backend: Any, content: bytes, path: Any) -> None:
-    path = os.path.realpath(path)
-    folder, name = os.path.split(path)
-    mmcv.mkdir_or_exist(folder)
-    handle, temporary = tempfile.mkstemp('.tmp', f'{name}.', folder)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(content)
-        os.chmod(temporary, _usual_mode())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _usual_mode() -> int:
-    """Return the mode of a new file; ``mkstemp`` makes private ones."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+    write_whole(str(path), content)

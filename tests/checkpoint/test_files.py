@@ -4,7 +4,7 @@ import io
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
@@ -215,10 +215,22 @@ class Trap:
 
 def test_objects(tmp_path):
     """A file with objects is refused, with their name and the way out."""
-    path = write(tmp_path / 'a.pth', dict(state_dict={}, trap=zipfile.Path))
+    path = write(tmp_path / 'a.pth', dict(state_dict={}, trap=zipfile.main))
     message = message_of(path)
     assert 'zipfile' in message
     assert 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1' in message
+
+
+class Own:
+    """A class of somebody, whose code a file must not run."""
+
+
+@pytest.mark.parametrize(
+    'value', [{Own()}, defaultdict(Own)], ids=['set', 'factory']
+)
+def test_own_class_that_reading_may_run(tmp_path, value):
+    """A set asks for a hash, a ``defaultdict`` calls: refused on any torch."""
+    assert 'could run code' in message_of(write(tmp_path / 'a.pth', [value]))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +271,7 @@ def test_malicious_legacy_pickle(tmp_path):
 @pytest.mark.parametrize('value', ['1', 'true', 'yes', 'y'])
 def test_unsafe_by_choice(tmp_path, monkeypatch, value):
     """Where the user chose unsafe loading the file is left to it."""
-    path = write(tmp_path / 'a.pth', dict(trap=zipfile.Path))
+    path = write(tmp_path / 'a.pth', dict(trap=zipfile.main))
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', value)
     assert {} == read_structure(path)
 
@@ -267,7 +279,7 @@ def test_unsafe_by_choice(tmp_path, monkeypatch, value):
 @pytest.mark.parametrize('value', ['0', 'false', 'no', ''])
 def test_unsafe_was_not_chosen(tmp_path, monkeypatch, value):
     """A value that torch does not take for a yes chooses nothing."""
-    path = write(tmp_path / 'a.pth', dict(trap=zipfile.Path))
+    path = write(tmp_path / 'a.pth', dict(trap=zipfile.main))
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', value)
     if READS_SAFELY:
         with pytest.raises(pickle.UnpicklingError):
