@@ -96,11 +96,12 @@ def _reading_raw() -> Any:
 
 
 def _take_raw(checkpoint: Any) -> None:
-    from mmdet_ema.checkpoint.mmcv1 import take_message
-    from mmdet_ema.checkpoint.mmcv1_buffers import convert_buffers
+    from mmdet_ema.checkpoint.mmcv1 import convert_buffers, take_message
 
     take_message(checkpoint)
-    convert_buffers(checkpoint)
+    found = convert_buffers(checkpoint)
+    if found is not None:
+        print('\n'.join([found.line, *found.warnings]), flush=True)
     part = unpack(checkpoint)
     if part is None:
         raise CheckpointError(
