@@ -231,11 +231,12 @@ def check_weights(
         if isinstance(value, Tensor):
             if value.layout == mine.layout and _holds(value, mine):
                 continue
-            kind = f'{kind} ({value.layout}, {value.dtype})'
+            shape = tuple(value.shape)
+            kind = f'{kind} of shape {shape} ({value.layout}, {value.dtype})'
         raise CheckpointError(
             f'{name} is a {kind} in {what} of the checkpoint, the model has '
-            f'{mine.dtype} there; the file is damaged, or belongs to another '
-            f'model.'
+            f'{mine.dtype} of shape {tuple(mine.shape)} there; the file is '
+            f'damaged, or belongs to another model.'
         )
 
 
@@ -243,6 +244,8 @@ def _holds(value: Tensor, mine: Tensor) -> bool:
     """Return whether a tensor has values for one of the model."""
     if value.is_quantized or mine.is_quantized:
         return value.is_quantized == mine.is_quantized
+    if mine.dim() == 0 and value.dim() == 1 and len(value) != 1:
+        return False  # torch would load the first of them
     if mine.is_floating_point() or not value.is_floating_point():
         return value.is_floating_point() == mine.is_floating_point()
     # whole numbers that somebody saved as floats

@@ -198,7 +198,7 @@ def test_metainfo_of_the_data_set_comes_back(tmp_path):
 
 WRONG = {
     'meta': [None, [], {'epoch': 'x', 'iter': 4}, {'epoch': 1, 'iter': -4}],
-    'optimizer': [None, [1], {'state': {}, 'param_groups': 3}],
+    'optimizer': [None, [1], {}, {'state': {}, 'param_groups': 3}],
     'message_hub': [None, {}, {'log_scalars': []}],
     'param_schedulers': [3, [None]],
     'ema_state_dict': [[], {'steps': float('nan')}, {'steps': -1}, {3: 4}],
@@ -270,6 +270,24 @@ def test_raw_weights_that_are_not_finite_are_named(tmp_path):
         'raw weights of the checkpoint hold NaN or Inf in head.bias'
         in log_of(run)
     )
+
+
+def test_buffer_that_is_not_finite_is_named(tmp_path):
+    """``load_from`` takes it, with a warning: the model's own is finite."""
+    path, saved = edited(tmp_path)
+    saved['state_dict']['norm.running_var'][0] = float('nan')
+    torch.save(saved, path)
+    run = given(tmp_path, path, False).train()
+    assert 'NaN or Inf in norm.running_var' in log_of(run)
+
+
+def test_vector_for_a_counter_is_refused(tmp_path):
+    """Torch would load the first number of it."""
+    path, saved = edited(tmp_path)
+    saved['state_dict']['norm.num_batches_tracked'] = torch.zeros(7)
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=r'num_batches.*shape \(7,\)'):
+        given(tmp_path, path, False).train()
 
 
 def test_file_without_optimizer_resumes_with_a_warning(tmp_path):
