@@ -148,19 +148,18 @@ def _in_archive(path: str) -> Any:
             f'its writer was stopped, or the copy is not complete; take an '
             f'earlier checkpoint.'
         )
+    # a file can be made so that two readers find two archives in it: what is
+    # looked at is what torch will read
+    reader = torch._C.PyTorchFileReader(path)
+    if 'constants.pkl' in reader.get_all_records():
+        raise _RefusedError(
+            f'is a TorchScript archive, which holds a program; {_WRITE}.'
+        )
+    pickled = reader.get_record('data.pkl')
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: info for info in archive.infolist()}
-        root = next(iter(records), '').split('/')[0]
+        root = next(iter(records)).split('/')[0]
         structure = f'{root}/data.pkl'
-        if f'{root}/constants.pkl' in records:
-            raise _RefusedError(
-                f'is a TorchScript archive, which holds a program; {_WRITE}.'
-            )
-        if structure not in records:
-            raise _RefusedError(f'is no checkpoint; {_WRITE}.')
-        # a file can be made so that two readers find two archives in it: what
-        # is looked at is what torch will read
-        pickled = torch._C.PyTorchFileReader(path).get_record('data.pkl')
         bad = None
         # torch can leave out all checksums (set_crc32_options)
         if any(info.CRC for info in records.values()):
