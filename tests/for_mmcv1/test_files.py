@@ -7,19 +7,10 @@ import pytest
 import torch
 
 from mmdet_ema import CheckpointError
+from tests.damage import Call
 from tests.for_mmcv1.toy import EMA, Lines, Run, quiet, same, state_of
 
 EPOCHS = dict(max_epochs=4)
-
-
-class Call:
-    """Asks for a function to be called when it is read."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])

@@ -14,6 +14,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 import mmdet_ema
 from mmdet_ema import CheckpointError
 from mmdet_ema.checkpoint.files import LOADS_SAFELY
+from tests.damage import Call
 from tests.for_mmengine.toy import (
     SAFELY,
     Run,
@@ -92,16 +93,6 @@ def test_files_of_the_framework_are_read(tmp_path, theirs, resume):
     else:
         assert same(start.state, saved['state_dict']) == []
     assert len(run.records) == (4 if resume else 8)
-
-
-class Call:
-    """Asks for a function to be called when it is read."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 def nested(mark):
@@ -260,25 +251,24 @@ def test_average_that_is_not_finite_starts_again(tmp_path):
     )
 
 
-def test_raw_weights_that_are_not_finite_are_named(tmp_path):
-    """Training goes on from them, with a warning that names the first."""
+@pytest.mark.parametrize(
+    ('half', 'name', 'resume', 'line'),
+    [
+        ('ema_state_dict', 'head.bias', True, 'raw weights of the checkpoint'),
+        ('state_dict', 'head.bias', False, 'weights of the checkpoint'),
+        ('state_dict', 'norm.running_var', False, 'weights of the checkpoint'),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(
+    tmp_path, half, name, resume, line
+):
+    """Training starts from them, with a warning that names the first."""
     path, saved = edited(tmp_path)
-    saved['ema_state_dict']['module.head.bias'][0] = float('inf')
+    prefix = 'module.' if half == 'ema_state_dict' else ''
+    saved[half][prefix + name][0] = float('inf')
     torch.save(saved, path)
-    run = given(tmp_path, path, True).train()
-    assert (
-        'raw weights of the checkpoint hold NaN or Inf in head.bias'
-        in log_of(run)
-    )
-
-
-def test_buffer_that_is_not_finite_is_named(tmp_path):
-    """``load_from`` takes it, with a warning: the model's own is finite."""
-    path, saved = edited(tmp_path)
-    saved['state_dict']['norm.running_var'][0] = float('nan')
-    torch.save(saved, path)
-    run = given(tmp_path, path, False).train()
-    assert 'NaN or Inf in norm.running_var' in log_of(run)
+    run = given(tmp_path, path, resume).train()
+    assert f'{line} hold NaN or Inf in {name}' in log_of(run)
 
 
 def test_vector_for_a_counter_is_refused(tmp_path):
