@@ -141,6 +141,43 @@ def write_whole(path: str, content: bytes) -> None:
         raise
 
 
+class RemovesLater:
+    """A file backend that removes a file when the next one is written.
+
+    Hooks remove the last best file before they write the next: a run that is
+    killed in between would be left without.
+
+    Args:
+        backend: The backend; files that are not local it removes at once.
+    """
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+        self._removals: List[Tuple[Any, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: Any) -> None:
+        """Note what is to be removed."""
+        if os.path.isfile(path):
+            self._removals.append((path, _moment_of(path)))
+        else:
+            self._backend.remove(path)
+
+    def finish(self) -> None:
+        """Remove it, unless the next file has taken its place."""
+        for path, moment in self._removals:
+            if os.path.isfile(path) and _moment_of(path) == moment:
+                self._backend.remove(path)
+        self._removals.clear()
+
+
+def _moment_of(path: Any) -> Any:
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns
+
+
 def _in_archive(path: str) -> Any:
     if not zipfile.is_zipfile(path):
         raise _RefusedError(

@@ -24,7 +24,7 @@ from mmdet_ema.checkpoint.mmcv1 import (
 from mmdet_ema.checks import check_choice, check_flag
 from mmdet_ema.for_mmcv1 import runner_facts
 from mmdet_ema.for_mmcv1.run_log import RunLog
-from mmdet_ema.for_mmcv1.saving import with_ema_part
+from mmdet_ema.for_mmcv1.saving import remove_later, with_ema_part
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.for_mmcv1.words import check_path, parse_words
 from mmdet_ema.optimizers.nominal import scale_weight_decay
@@ -430,6 +430,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self._started:
             return
         self._started = True
+        remove_later(runner)
         self._steps_alone = not runner_facts.has_optimizer_hook(runner)
         facts = runner_facts.facts_of(runner)
         self._life.start(runner_facts.model_of(runner), facts)

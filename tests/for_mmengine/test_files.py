@@ -288,3 +288,40 @@ def test_file_without_optimizer_resumes_with_a_warning(tmp_path):
     run = given(tmp_path, path, True).train()
     assert len(run.records) == 4
     assert 'no state of the optimizer' in log_of(run)
+
+
+class FullError(Exception):
+    """The disk has no room."""
+
+
+@pytest.mark.parametrize('kind', ['best_score_', ''], ids=['best', 'last'])
+def test_no_file_is_lost_or_half_written(tmp_path, monkeypatch, kind):
+    """The old file stays until the new one is whole, and then goes."""
+    move = os.replace
+
+    def full(path, target):
+        if full.fails and target.endswith(f'/{kind}epoch_2.pth'):
+            raise FullError
+        move(path, target)
+
+    monkeypatch.setattr(os, 'replace', full)
+    for full.fails in (True, False):
+        folder = tmp_path / str(full.fails)
+        checkpoint = dict(
+            type='CheckpointHook',
+            interval=1,
+            max_keep_ckpts=1,
+            save_best='score',
+            rule='less',
+        )
+        hooks = dict(checkpoint=checkpoint)
+        run = Run(folder, EMA, max_epochs=2, hooks=hooks)
+        if full.fails:
+            with pytest.raises(FullError):
+                run.train()
+        else:
+            run.train()
+        names = {path.name for path in folder.glob(f'{kind}epoch_*.pth*')}
+        epoch = 1 if full.fails else 2
+        assert names == {f'{kind}epoch_{epoch}.pth'}
+        assert run.load(*names)['meta']['epoch'] == epoch
