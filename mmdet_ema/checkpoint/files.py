@@ -69,6 +69,7 @@ _KNOWN_BEFORE = """
     datetime.timezone decimal.Decimal fractions.Fraction
     pathlib.PosixPath pathlib.PurePosixPath uuid.UUID
 """
+_SHARDED = ('DTensor', '_rebuild_nested_tensor', '_rebuild_wrapper_subclass')
 
 
 def read_structure(path: str) -> Mapping[str, Any]:
@@ -353,6 +354,11 @@ class _Look(pickle.Unpickler):
                 return _DTYPES[name[:-7]]
             if isinstance(getattr(torch, name, None), torch.dtype):
                 return getattr(torch, name)
+        if name in _SHARDED:
+            raise _RefusedError(
+                f'holds a sharded or nested tensor ({full}); save the whole '
+                f'tensors (full_tensor()) and give that file.'
+            )
         if _is_known(full):
             try:
                 getattr(importlib.import_module(module), name)

@@ -362,3 +362,13 @@ def test_name_of_safetensors(tmp_path):
     path = tmp_path / 'a.safetensors'
     path.write_bytes((2).to_bytes(8, 'little') + b'{}')
     assert 'safetensors' in message_of(str(path))
+
+
+def test_nested_tensor(tmp_path):
+    """A tensor that is not one block is refused with what to save."""
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    try:
+        path = write(tmp_path / 'a.pth', dict(state_dict=dict(w=nested)))
+    except RuntimeError:
+        pytest.skip('this torch cannot save nested tensors')
+    assert 'sharded or nested tensor' in message_of(path)
