@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from mmdet_ema.checkpoint.layout import put_raw, unpack
+from mmdet_ema.checkpoint import put_raw, unpack
 from mmdet_ema.checkpoint.mmcv1 import take_message
 
 

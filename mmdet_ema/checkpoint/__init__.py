@@ -4,8 +4,13 @@ Imports the core and torch only, and knows nothing of a runner.
 """
 
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checkpoint.layout import EMAPart, pack, put_raw, unpack
-from mmdet_ema.checkpoint.plain import Codec, foreign, from_plain, to_plain
+from mmdet_ema.checkpoint.format import EMAPart, pack, put_raw, unpack
+from mmdet_ema.checkpoint.weights_only import (
+    Codec,
+    foreign,
+    from_plain,
+    to_plain,
+)
 
 __all__ = [
     'Codec',

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import pickle
 from collections import OrderedDict
-from typing import Any, Dict, List, Mapping, MutableMapping
+from typing import Any, List, Mapping, MutableMapping
 
 import torch
 
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checkpoint.layout import EMA, PREFIX, STEPS, WEIGHTS
+from mmdet_ema.checkpoint.format import (
+    EMA,
+    PREFIX,
+    STEPS,
+    WEIGHTS,
+    plain_name,
+)
 from mmdet_ema.errors import CheckpointError
 
 UPDATES = 'updates'
 
 
 def is_second_file(checkpoint: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint is such a file.
-
-    Args:
-        checkpoint: What was read from a file.
-    """
+    """Return whether what was read from a file is such a file."""
     return UPDATES in checkpoint and WEIGHTS in checkpoint
 
 
@@ -45,40 +47,11 @@ def add_averages(
     Raises:
         CheckpointError: If it is no such file, or does not fit.
     """
-    second = _read(path)
-    steps = _steps(second, path, init_updates)
-    raws = checkpoint[WEIGHTS]
-    found = {_plain(k, raws): v for k, v in second[WEIGHTS].items()}
-    unknown = [name for name in found if name not in raws]
-    if unknown:
-        raise CheckpointError(
-            f'{path!r} has averages of {len(unknown)} tensors '
-            f'({", ".join(unknown[:3])}) that the checkpoint does not have; '
-            f'give the file beside it, of the same run.'
-        )
-    averages: Dict[str, Any] = OrderedDict()
-    for name, raw in raws.items():
-        average = found.get(name, raw)
-        # that hook leaves integers as they were at the start
-        averages[name] = average if _is_float(average) else raw
-    checkpoint[WEIGHTS] = averages
-    checkpoint[EMA] = OrderedDict({STEPS: torch.tensor(steps)})
-    checkpoint[EMA].update({PREFIX + k: v for k, v in raws.items()})
-    missing = [name for name in raws if name not in found]
-    return _doubts(path, second, checkpoint.get('meta') or {}, missing)
-
-
-def _read(path: str) -> Any:
     read_structure(path)  # refuses what would run code, or is damaged
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        second = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        return None  # torch 1.13 reads no floats; such a file has none
-
-
-def _steps(second: Any, path: str, init_updates: int) -> int:
-    """Return n, the updates without those that counted as done."""
-    second = second if isinstance(second, Mapping) else {}
+        second = {}  # torch 1.13 reads no floats; such a file has none
     updates, weights = second.get(UPDATES), second.get(WEIGHTS)
     if not isinstance(updates, int) or not isinstance(weights, Mapping):
         raise CheckpointError(
@@ -92,22 +65,37 @@ def _steps(second: Any, path: str, init_updates: int) -> int:
             f'that {path!r} has seen; use the init_updates of the run that '
             f'wrote it.'
         )
-    return updates - init_updates
+    raws = checkpoint[WEIGHTS]
+    found = {plain_name(k, raws): v for k, v in weights.items()}
+    unknown = [name for name in found if name not in raws]
+    if unknown:
+        raise CheckpointError(
+            f'{path!r} has averages of {len(unknown)} tensors '
+            f'({", ".join(unknown[:3])}) that the checkpoint does not have; '
+            f'give the file beside it, of the same run.'
+        )
+    averages = OrderedDict(raws)
+    for name, value in found.items():
+        # that hook leaves integers as they were at the start
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            averages[name] = value
+    ema = OrderedDict({STEPS: torch.tensor(updates - init_updates)})
+    ema.update({PREFIX + name: raw for name, raw in raws.items()})
+    checkpoint[WEIGHTS], checkpoint[EMA] = averages, ema
+    return _doubts(path, second, checkpoint, raws.keys() - found.keys())
 
 
 def _doubts(
-    path: str,
-    second: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    missing: List[str],
+    path: str, second: Any, checkpoint: Mapping[str, Any], missing: Any
 ) -> List[str]:
-    found = []
+    doubts = []
     if missing:
-        found.append(
+        doubts.append(
             f'{len(missing)} tensors of the checkpoint are not in {path!r} '
-            f'({", ".join(missing[:3])}); their average starts from the raw '
-            f'weights.'
+            f'({", ".join(sorted(missing)[:3])}); their average starts from '
+            f'the raw weights.'
         )
+    meta = checkpoint.get('meta') or {}
     # a hook may note the number before or after the runner counts up, and
     # mmcv's own `iter` may be one less than the iterations done
     for unit, late in (('epoch', 0), ('iter', 1)):
@@ -115,19 +103,9 @@ def _doubts(
         if not isinstance(theirs, int) or not isinstance(ours, int):
             continue
         if not -1 <= theirs - ours <= late:
-            found.append(
+            doubts.append(
                 f'{path!r} was written at {unit} {theirs}, the checkpoint at '
                 f'{unit} {ours}: averages and raw weights of different '
                 f'moments. Give the file beside the checkpoint.'
             )
-    return found
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _plain(name: str, names: Mapping[str, Any]) -> str:
-    """Strip the prefix of a wrapper, if it is one."""
-    short = name[len(PREFIX) :] if name.startswith(PREFIX) else name
-    return name if name in names else short
+    return doubts

@@ -1,4 +1,4 @@
-"""Look into a checkpoint file before anything is loaded or changed.
+"""Look into a checkpoint file before anything is loaded; write one whole.
 
 Nothing in a file is run or built. ``torch.load(weights_only=True)`` would
 do the same on a new torch, but not on those before 2.6, and it checks no
@@ -14,7 +14,9 @@ import os
 import pickle
 import sys
 import tarfile
+import tempfile
 import zipfile
+import zlib
 from collections import OrderedDict
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
@@ -26,80 +28,48 @@ from mmdet_ema.errors import CheckpointError
 UNSAFE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 LOADS_SAFELY = torch.torch_version.TorchVersion(torch.__version__) >= '2.6'
 """Whether ``torch.load`` has ``weights_only=True`` by default."""
-STATISTICS = ('current', 'max', 'mean', 'min')
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
+STATISTICS = ('current', 'max', 'mean', 'min')
 
 _WRITE = 'give the path of a .pth file that a training run wrote'
 _LEGACY = 0x1950A86A20F9469CFC6C  # the number that files before torch 1.6 have
-_STORAGES = {
-    'Double': torch.float64,
-    'Float': torch.float32,
-    'Half': torch.float16,
-    'BFloat16': torch.bfloat16,
-    'Long': torch.int64,
-    'Int': torch.int32,
-    'Short': torch.int16,
-    'Char': torch.int8,
-    'Byte': torch.uint8,
-    'Bool': torch.bool,
-    'ComplexDouble': torch.complex128,
-    'ComplexFloat': torch.complex64,
-    'Untyped': torch.uint8,
-    'QInt8': torch.int8,
-    'QUInt8': torch.uint8,
-    'QInt32': torch.int32,
-    'QUInt4x2': torch.uint8,
-    'QUInt2x4': torch.uint8,
+# the dtypes of torch's storages; quantized values are looked at as integers
+_DTYPES = {
+    **dict.fromkeys(('Untyped', 'Byte', 'QUInt8'), torch.uint8),
+    **dict.fromkeys(('QUInt4x2', 'QUInt2x4'), torch.uint8),
+    **dict.fromkeys(('Char', 'QInt8'), torch.int8),
+    **dict.fromkeys(('Int', 'QInt32'), torch.int32),
+    **dict(Bool=torch.bool, Short=torch.int16, Long=torch.int64),
+    **dict(Half=torch.float16, BFloat16=torch.bfloat16),
+    **dict(Float=torch.float32, Double=torch.float64),
+    **dict(ComplexFloat=torch.complex64, ComplexDouble=torch.complex128),
 }
-# they are not built; a stand-in takes their place
-_KNOWN = {
-    HISTORY,
-    'builtins.bytearray',
-    'builtins.complex',
-    'builtins.set',
-    'collections.Counter',
-    'numpy.dtype',
-    'numpy.ndarray',
-    *(
-        f'numpy.{core}.multiarray.{name}'
-        for core in ('core', '_core')
-        for name in ('_reconstruct', 'scalar')
-    ),
-    'torch.Tensor',
-    'torch._utils._rebuild_device_tensor_from_numpy',
-    'torch.device',
-    'torch.nn.parameter.Buffer',
-    'torch.nn.parameter.Parameter',
-    'torch.per_channel_affine',
-    'torch.per_channel_affine_float_qparams',
-    'torch.per_channel_symmetric',
-    'torch.per_tensor_affine',
-    'torch.per_tensor_symmetric',
-    'torch.serialization._get_layout',
-}
-# and what an older torch reads besides, as it reads everything
-_KNOWN_TO_PICKLE = {
-    f'{module}.{name}'
-    for module, names in {
-        'addict.addict': ['Dict'],
-        'builtins': [
-            *('bool', 'bytes', 'dict', 'float', 'frozenset', 'int', 'list'),
-            *('object', 'range', 'slice', 'str', 'tuple'),
-        ],
-        'collections': ['defaultdict', 'deque'],
-        'datetime': ['date', 'datetime', 'time', 'timedelta', 'timezone'],
-        'decimal': ['Decimal'],
-        'fractions': ['Fraction'],
-        'mmcv.utils.config': ['Config', 'ConfigDict'],
-        'mmengine.config.config': ['ConfigDict'],
-        'pathlib': ['PosixPath', 'PurePosixPath'],
-        'uuid': ['UUID'],
-    }.items()
-    for name in names
-}
+# what torch reads besides tensors; a stand-in takes its place
+_KNOWN = f"""
+    builtins.bytearray builtins.complex builtins.set collections.Counter
+    {HISTORY}
+    numpy.dtype numpy.ndarray
+    numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar
+    numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar
+    torch.Tensor torch.device torch.serialization._get_layout
+    torch.nn.parameter.Buffer torch.nn.parameter.Parameter
+    torch.per_channel_affine torch.per_channel_affine_float_qparams
+    torch.per_channel_symmetric torch.per_tensor_affine
+    torch.per_tensor_symmetric torch._utils._rebuild_device_tensor_from_numpy
+"""
+# and what a torch that reads everything is given besides
+_KNOWN_BEFORE = """
+    addict.addict.Dict mmcv.utils.config.Config mmcv.utils.config.ConfigDict
+    mmengine.config.config.ConfigDict
+    builtins.bool builtins.bytes builtins.dict builtins.float
+    builtins.frozenset builtins.int builtins.list builtins.object
+    builtins.range builtins.slice builtins.str builtins.tuple
+    collections.defaultdict collections.deque
+    datetime.date datetime.datetime datetime.time datetime.timedelta
+    datetime.timezone decimal.Decimal fractions.Fraction
+    pathlib.PosixPath pathlib.PurePosixPath uuid.UUID
+"""
 _SHARDED = ('DTensor', '_rebuild_nested_tensor', '_rebuild_wrapper_subclass')
-# with one of these, making an instance can run code of its class
-_HOOKS = ('__setstate__', '__del__', '__getattr__', '__slots__')
 
 
 def read_structure(path: str) -> Mapping[str, Any]:
@@ -123,24 +93,165 @@ def read_structure(path: str) -> Mapping[str, Any]:
     if not os.path.isfile(path):
         raise CheckpointError(f'there is no file {path!r}; {_WRITE}.')
     try:
+        if path.endswith('.safetensors'):
+            raise _RefusedError(
+                'is a file of safetensors, which the framework does not '
+                'read; save its tensors with torch.save.'
+            )
         with open(path, 'rb') as file:
             is_zip = file.read(4) == b'PK\3\4'
         content = _in_archive(path) if is_zip else _in_legacy_file(path)
-    except CheckpointError:
-        raise
+        if not isinstance(content, Mapping):
+            raise _RefusedError(
+                f'holds a {type(content).__name__}, not a dict with a '
+                f'state_dict; {_WRITE}.'
+            )
     except _RefusedError as refused:
         raise CheckpointError(f'{path!r} {refused}') from None
     except Exception as error:  # damaged bytes can raise anything
         cause = (str(error).strip().splitlines() or [''])[0][:200]
         cause = cause.rstrip('.') or type(error).__name__
         raise CheckpointError(
-            f'{path!r} is damaged, or no checkpoint ({cause}); {_WRITE}.'
+            f'{path!r} ({os.path.getsize(path)} bytes) is damaged, or is no '
+            f'checkpoint ({cause}); {_WRITE}.'
         ) from None
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f'{path!r} holds a {type(content).__name__}, not a dict with a '
-            f'state_dict; {_WRITE}.'
+    return content
+
+
+def write_whole(path: str, content: bytes) -> None:
+    """Write a file under a temporary name, and move it into place.
+
+    Args:
+        path: The file, which is replaced; a link is followed.
+        content: What it will hold.
+    """
+    path = os.path.realpath(path)
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp('.tmp', f'{name}.', folder)
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content)
+        # mkstemp makes private files
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+class RemovesLater:
+    """A file backend that removes a file when the next one is written.
+
+    Hooks remove the last best file before they write the next: a run that is
+    killed in between would be left without.
+
+    Args:
+        backend: The backend; files that are not local it removes at once.
+    """
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+        self._removals: List[Tuple[Any, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: Any) -> None:
+        """Note what is to be removed."""
+        if os.path.isfile(path):
+            self._removals.append((path, _moment_of(path)))
+        else:
+            self._backend.remove(path)
+
+    def finish(self) -> None:
+        """Remove it, unless the next file has taken its place."""
+        for path, moment in self._removals:
+            if os.path.isfile(path) and _moment_of(path) == moment:
+                self._backend.remove(path)
+        self._removals.clear()
+
+
+def _moment_of(path: Any) -> Any:
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns
+
+
+def _in_archive(path: str) -> Any:
+    if not zipfile.is_zipfile(path):
+        raise _RefusedError(
+            f'({os.path.getsize(path)} bytes) is cut off or no checkpoint: '
+            f'its writer was stopped, or the copy is not complete; take an '
+            f'earlier checkpoint.'
         )
+    # a file can be made so that two readers find two archives in it: what is
+    # looked at is what torch will read
+    reader = torch._C.PyTorchFileReader(path)
+    if 'constants.pkl' in reader.get_all_records():
+        raise _RefusedError(
+            f'is a TorchScript archive, which holds a program; {_WRITE}.'
+        )
+    pickled = reader.get_record('data.pkl')
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+        root = next(iter(records)).split('/')[0]
+        structure = f'{root}/data.pkl'
+        bad = None
+        # torch can leave out all checksums (set_crc32_options)
+        if any(info.CRC for info in records.values()):
+            is_same = zlib.crc32(pickled) == records[structure].CRC
+            bad = archive.testzip() if is_same else structure
+    content: Any = {}
+    owners: Dict[str, Tensor] = {}
+    if bad != structure and not _is_unsafe_chosen():
+        look = _Look(io.BytesIO(pickled))
+        content = look.load()
+        for tensor, storage in look.tensors:
+            record = f'{root}/data/{storage.key}'
+            owners.setdefault(record, tensor)
+            held = records[record].file_size if record in records else 0
+            if held < storage.nbytes:
+                raise _RefusedError(
+                    f'is damaged: it holds {held} of the {storage.nbytes} '
+                    f'bytes of {_name_of(content, tensor)}. Take another '
+                    f'checkpoint.'
+                )
+    if bad is not None:
+        name = _name_of(content, owners[bad]) if bad in owners else bad
+        raise _RefusedError(
+            f'is damaged: {name} is not what was written. Take another '
+            f'checkpoint.'
+        )
+    return content
+
+
+def _in_legacy_file(path: str) -> Any:
+    """Look into a file of torch before 1.6: five pickles, then the data.
+
+    It has no checksums.
+    """
+    with open(path, 'rb') as file:
+        if _is_unsafe_chosen():
+            return {}
+        # torch would find a tar archive in a file that is one, too
+        if _Look(file).load() != _LEGACY or tarfile.is_tarfile(path):
+            raise ValueError('it has another format')
+        for _ in ('protocol', 'system'):
+            _Look(file).load()
+        look = _Look(file)
+        content = look.load()
+        stored = {storage.key: (t, storage) for t, storage in look.tensors}
+        for key in _Look(file).load():
+            tensor, storage = stored[key]
+            numel = int.from_bytes(file.read(8), 'little')
+            end = file.seek(storage.nbytes, os.SEEK_CUR)
+            if numel != storage.numel or end > os.path.getsize(path):
+                raise _RefusedError(
+                    f'is cut off or damaged at {_name_of(content, tensor)}; '
+                    f'take another checkpoint.'
+                )
     return content
 
 
@@ -162,6 +273,10 @@ class _StandIn:
     """Takes the place of an object, and whatever is done to build it."""
 
     def __new__(cls, *args: Any) -> _StandIn:
+        # a set would ask for their hash, a defaultdict would call them
+        for _, value in _walk(args):
+            if isinstance(value, (_NotCalled, _Instance)):
+                raise _RefusedError(_would_run(cls.__name__))
         return object.__new__(cls)
 
     def __init__(self, *args: Any):
@@ -176,8 +291,7 @@ class _StandIn:
     def append(self, item: Any) -> None:
         pass
 
-    def extend(self, items: Any) -> None:
-        pass
+    extend = append
 
 
 class _NotCalled(type):
@@ -185,25 +299,14 @@ class _NotCalled(type):
         raise _RefusedError(_would_run(cls.__name__))
 
 
-class _Plain(metaclass=_NotCalled):
-    """Stands in for an instance that pickle makes without its class's code.
+class _Instance(metaclass=_NotCalled):
+    """Stands in for what pickle makes without a class's code."""
 
-    Its class is not called and no value, it is no key of a dict, and its
-    state is a dict.
-    """
-
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # it is no key of a dict
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict:
             raise _RefusedError(_would_run(type(self).__name__))
-        for value in state.values():
-            _refuse_class(value)
-
-
-def _refuse_class(value: Any) -> None:
-    if isinstance(value, _NotCalled):
-        raise _RefusedError(_would_run(value.__name__))
 
 
 class _Look(pickle.Unpickler):
@@ -213,12 +316,6 @@ class _Look(pickle.Unpickler):
         super().__init__(file, encoding='utf-8')
         self.tensors: List[Tuple[Tensor, _Storage]] = []
 
-    def read(self) -> Any:
-        content = self.load()
-        for _, value in _walk(content, ''):
-            _refuse_class(value)
-        return content
-
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, numel = pid[:5]
         if kind != 'storage' or not isinstance(dtype, torch.dtype):
@@ -226,13 +323,13 @@ class _Look(pickle.Unpickler):
         return _Storage(dtype, str(key), int(numel))
 
     def find_class(self, module: str, name: str) -> Any:
-        # torch writes names of Python 2; what is made here is new for every
-        # file, which so cannot change ours
+        # torch writes names of Python 2
         module, name = _compat_pickle.NAME_MAPPING.get(
             (module, name),
             (_compat_pickle.IMPORT_MAPPING.get(module, module), name),
         )
         full = f'{module}.{name}'
+        # new for every file, which so cannot change ours
         found: Dict[str, Any] = {
             '_codecs.encode': lambda text, _: text.encode('latin1'),
             'builtins.getattr': self._statistic,
@@ -252,38 +349,28 @@ class _Look(pickle.Unpickler):
         }
         if full in found:
             return found[full]
-        storage = name[: -len('Storage')] if name.endswith('Storage') else ''
-        if module in ('torch', 'torch.storage') and storage in _STORAGES:
-            return _STORAGES[storage]
-        dtype = getattr(torch, name, None) if module == 'torch' else None
-        if isinstance(dtype, torch.dtype):
-            return dtype
+        if module in ('torch', 'torch.storage'):
+            if name.endswith('Storage') and name[:-7] in _DTYPES:
+                return _DTYPES[name[:-7]]
+            if isinstance(getattr(torch, name, None), torch.dtype):
+                return getattr(torch, name)
         if name in _SHARDED:
             raise _RefusedError(
                 f'holds a sharded or nested tensor ({full}); save the whole '
                 f'tensors (full_tensor()) and give that file.'
             )
-        if full in _KNOWN or full in _allowed_by_user():
-            return self._known(module, name)
-        if not LOADS_SAFELY:
-            if full in _KNOWN_TO_PICKLE:
-                return self._known(module, name)
-            if _is_harmless(module, name):
-                return _NotCalled(full, (_Plain,), {})
+        if _is_known(full):
+            try:
+                getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError):
+                raise _RefusedError(
+                    f'needs {full}, which is not installed here; read it '
+                    f'where it was written.'
+                ) from None
+            return type(full, (_StandIn,), {})
+        if not LOADS_SAFELY and _is_harmless(module, name):
+            return _NotCalled(full, (_Instance,), {})
         raise _RefusedError(_would_run(full))
-
-    def _known(self, module: str, name: str) -> Any:
-        try:
-            getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            package = module.split('.')[0]
-            version = getattr(sys.modules.get(package), '__version__', 'none')
-            raise _RefusedError(
-                f'needs {module}.{name}, which the installed {package} '
-                f'({version}) does not have; read it where it was written, '
-                f'or install another {package}.'
-            ) from None
-        return type(f'{module}.{name}', (_StandIn,), {})
 
     def _statistic(self, owner: Any, name: Any) -> Any:
         """Be ``getattr`` for the statistics of a history, and no more."""
@@ -294,10 +381,9 @@ class _Look(pickle.Unpickler):
     def _tensor(
         self, storage: _Storage, start: int, size: Any, stride: Any, *more: Any
     ) -> Tensor:
-        # v3 stores untyped bytes, and the dtype beside
+        # v3 stores untyped bytes, and the dtype apart
         dtypes = [x for x in more if isinstance(x, torch.dtype)]
-        dtype = dtypes[0] if dtypes else storage.dtype
-        tensor = _meta(dtype, tuple(size), tuple(stride))
+        tensor = _meta(dtypes[0] if dtypes else storage.dtype, size, stride)
         last = start + sum((n - 1) * s for n, s in zip(size, stride))
         room = storage.nbytes // tensor.element_size()
         if 0 not in size and not 0 <= start <= last < room:
@@ -317,9 +403,42 @@ def _first(value: Any, *more: Any) -> Any:
 
 
 def _sparse(layout: Any, data: Any) -> Tensor:
+    # indices of one or two kinds, values, shape
     place = next(i for i, x in enumerate(data) if isinstance(x, tuple))
     dtype = data[place - 1].dtype
     return torch.empty(data[place], dtype=dtype, device='meta')
+
+
+def _is_known(full: str) -> bool:
+    if full in _KNOWN.split():
+        return True
+    if not LOADS_SAFELY:
+        return full in _KNOWN_BEFORE.split()
+    return full in {
+        x[1] if isinstance(x, tuple) else f'{x.__module__}.{x.__qualname__}'
+        for x in torch.serialization.get_safe_globals()
+    }
+
+
+def _is_harmless(module: str, name: str) -> bool:
+    """Return whether pickle makes an instance without running its class.
+
+    The module is imported already, and the instance gets its ``__dict__``.
+    """
+    kind: Any = getattr(sys.modules.get(module), '__dict__', {}).get(name)
+    is_class = isinstance(kind, type)
+    hooks = ('__setstate__', '__del__', '__getattr__', '__slots__')
+    return (
+        is_class
+        and kind.__new__ is object.__new__
+        and kind.__getattribute__ is object.__getattribute__
+        and not any(hasattr(kind, hook) for hook in hooks)
+    )
+
+
+def _is_unsafe_chosen() -> bool:
+    # as torch reads it; before 2.6 it does not know the variable
+    return os.environ.get(UNSAFE, '').lower() in ('1', 'y', 'yes', 'true')
 
 
 def _would_run(name: str) -> str:
@@ -330,122 +449,11 @@ def _would_run(name: str) -> str:
     )
 
 
-def _allowed_by_user() -> Iterator[str]:
-    """Give the names that were allow-listed in torch."""
-    if LOADS_SAFELY:
-        for item in torch.serialization.get_safe_globals():
-            if isinstance(item, tuple):
-                yield item[1]
-            else:
-                yield f'{item.__module__}.{getattr(item, "__qualname__", "")}'
-
-
-def _is_harmless(module: str, name: str) -> bool:
-    """Return whether pickle makes an instance without running its class.
-
-    The module is imported already, and the instance gets its ``__dict__``.
-    """
-    kind: Any = getattr(sys.modules.get(module), '__dict__', {}).get(name)
-    is_class = isinstance(kind, type)
-    return (
-        is_class
-        and kind.__new__ is object.__new__
-        and kind.__getattribute__ is object.__getattribute__
-        and not any(hasattr(kind, hook) for hook in _HOOKS)
-    )
-
-
-def _is_unsafe_chosen() -> bool:
-    """Return whether the user chose unsafe loading, as torch reads it.
-
-    Torch before 2.6 does not know the variable, and loads unsafely anyway.
-    """
-    return os.environ.get(UNSAFE, '').lower() in ('1', 'y', 'yes', 'true')
-
-
-def _in_archive(path: str) -> Any:
-    size = os.path.getsize(path)
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f'{path!r} ({size} bytes) is cut off or no checkpoint: its writer '
-            f'was stopped, or the copy is not complete; take an earlier '
-            f'checkpoint.'
-        )
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        root = names[0].split('/')[0] if names else ''
-        pickled = f'{root}/data.pkl'
-        if pickled not in names:
-            raise CheckpointError(_not_one(path))
-        if f'{root}/constants.pkl' in names:
-            raise CheckpointError(
-                f'{path!r} is a TorchScript archive, which holds a program; '
-                f'{_WRITE}.'
-            )
-        records = {info.filename: info for info in archive.infolist()}
-        # torch can leave out all checksums (set_crc32_options)
-        checked = any(info.CRC for info in records.values())
-        if checked:
-            _check(archive, records[pickled], path)
-        data = archive.open(records[pickled])
-        if not checked:
-            data._expected_crc = None  # type: ignore[attr-defined]
-        with data:
-            content_pickle = data.read()
-        # a file can be made so that two readers find two archives in it
-        reader = torch._C.PyTorchFileReader(path)
-        if reader.get_record('data.pkl') != content_pickle:
-            raise CheckpointError(
-                f'{path!r} has two structures; it is damaged, or made to '
-                f'deceive. Take another checkpoint.'
-            )
-        content: Any = {}
-        tensors: List[Tuple[Tensor, _Storage]] = []
-        if not _is_unsafe_chosen():
-            look = _Look(io.BytesIO(content_pickle))
-            content, tensors = look.read(), look.tensors
-        stored: Dict[str, Tuple[Tensor, _Storage]] = {}
-        for tensor, storage in tensors:
-            stored.setdefault(f'{root}/data/{storage.key}', (tensor, storage))
-        for record, (tensor, storage) in stored.items():
-            info = records.get(record)
-            if info is None or info.file_size < storage.nbytes:
-                held = 'no' if info is None else str(info.file_size)
-                raise CheckpointError(
-                    f'{path!r} is damaged: it holds {held} of the '
-                    f'{storage.nbytes} bytes of {_name_of(content, tensor)}. '
-                    f'Take another checkpoint.'
-                )
-        for record, info in records.items() if checked else ():
-            holder = stored[record][0] if record in stored else None
-            _check(archive, info, path, content, holder)
-    return content
-
-
-def _check(
-    archive: Any, info: Any, path: str, content: Any = None, tensor: Any = None
-) -> None:
-    """Compare a record with its checksum; zipfile does so at its end."""
-    try:
-        with archive.open(info) as record:
-            while record.read(2**20):
-                pass
-    except Exception as error:  # damaged bytes can raise anything
-        what = info.filename if tensor is None else _name_of(content, tensor)
-        raise CheckpointError(
-            f'{path!r} is damaged: {what} is not what was written '
-            f'({type(error).__name__}). Take another checkpoint.'
-        ) from None
-
-
 def _name_of(content: Any, tensor: Tensor) -> str:
-    for name, value in _walk(content, ''):
-        if value is tensor:
-            return name[1:]
-    return 'a tensor'
+    return next((k[1:] for k, v in _walk(content) if v is tensor), 'a tensor')
 
 
-def _walk(value: Any, name: str) -> Iterator[Tuple[str, Any]]:
+def _walk(value: Any, name: str = '') -> Iterator[Tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _walk(item, f'{name}.{key}')
@@ -454,60 +462,3 @@ def _walk(value: Any, name: str) -> Iterator[Tuple[str, Any]]:
             yield from _walk(item, f'{name}.{place}')
     else:
         yield name, value
-
-
-def _in_legacy_file(path: str) -> Any:
-    """Look into a file of torch before 1.6: five pickles, then the data.
-
-    It has no checksums.
-    """
-    with open(path, 'rb') as file:
-        try:
-            # torch would find a tar archive in a file that is one, too
-            with tarfile.open(fileobj=file, mode='r:') as archive:
-                is_tar = bool(archive.getnames())
-        except tarfile.TarError:
-            is_tar = False
-        if is_tar:
-            raise CheckpointError(
-                f'{path!r} is a tar archive, as torch before 0.1.10 wrote; '
-                f'load it with an old torch and save it again.'
-            )
-        file.seek(0)
-        if _is_unsafe_chosen():
-            return {}
-        try:
-            magic = _Look(file).load()
-        except _RefusedError:
-            raise
-        except Exception:  # any bytes at all
-            magic = None
-        if type(magic) is not int or magic != _LEGACY:
-            raise CheckpointError(_not_one(path))
-        for _ in ('protocol', 'system'):
-            _Look(file).load()
-        look = _Look(file)
-        content = look.read()
-        stored = {storage.key: (t, storage) for t, storage in look.tensors}
-        for key in _Look(file).load():
-            tensor, storage = stored[key]
-            numel = int.from_bytes(file.read(8), 'little')
-            begin = file.tell()
-            end = file.seek(begin + storage.nbytes)
-            if numel != storage.numel or end > os.path.getsize(path):
-                raise CheckpointError(
-                    f'{path!r} is cut off or damaged at '
-                    f'{_name_of(content, tensor)}; take another checkpoint.'
-                )
-    return content
-
-
-def _not_one(path: str) -> str:
-    if path.endswith('.safetensors'):
-        return (
-            f'{path!r} is a file of safetensors, which the framework does '
-            f'not read; save its tensors with torch.save.'
-        )
-    return (
-        f'{path!r} ({os.path.getsize(path)} bytes) is no checkpoint; {_WRITE}.'
-    )

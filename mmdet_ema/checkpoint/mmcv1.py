@@ -1,24 +1,51 @@
-"""The EMA part in checkpoints of mmcv 1.x.
+"""Checkpoints of mmcv 1.x: ours, and those of other EMA hooks.
 
-It is in ``meta['hook_msgs']``, where mmcv keeps what hooks want to find
-again; here it is moved to and from the layout of
-:mod:`mmdet_ema.checkpoint.layout`.
+mmcv keeps what hooks want to find again in ``meta['hook_msgs']``: our EMA part
+moves between there and the layout of :mod:`mmdet_ema.checkpoint.format`.
+
+mmcv's own EMA hook and mmdet 2's two keep root buffers ``ema_a_b_c`` beside a
+parameter ``a.b.c`` (mmdet's, beside buffers too), in one flat ``state_dict``.
+They swap the two after an epoch and back before the next one.
 """
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Mapping, MutableMapping
+import ast
+import os
+from collections import OrderedDict
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    MutableMapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
-from mmdet_ema.checkpoint.layout import (
+from torch import Tensor
+
+from mmdet_ema.checkpoint.format import (
     EMA,
     META,
     PREFIX,
+    STEPS,
     WEIGHTS,
     check_names,
 )
 
 MESSAGE = 'EMAHook'
 ITERATION = 'iteration'
+HOLDS = ('ema', 'raw')
+
+_DATA = (
+    *(ast.Module, ast.Assign, ast.Expr, ast.Constant, ast.Name, ast.keyword),
+    *(ast.Dict, ast.List, ast.Set, ast.Tuple, ast.Load, ast.Store),
+    *(ast.UnaryOp, ast.USub, ast.UAdd),
+)
 
 Checkpoint = MutableMapping[str, Any]
 
@@ -32,8 +59,7 @@ def put_message(
         messages: ``meta['hook_msgs']`` of the file that will be written.
         checkpoint: A checkpoint with an EMA part, which it loses.
     """
-    part = {key: checkpoint.pop(key) for key in (EMA, META)}
-    messages[MESSAGE] = part
+    messages[MESSAGE] = {key: checkpoint.pop(key) for key in (EMA, META)}
 
 
 def take_message(checkpoint: Checkpoint) -> None:
@@ -54,37 +80,177 @@ def take_message(checkpoint: Checkpoint) -> None:
 
 
 def put_iteration(checkpoint: Checkpoint, iteration: int) -> None:
-    """Note the iterations that are done; mmcv's ``iter`` may be one less.
-
-    Args:
-        checkpoint: A checkpoint with an EMA part, changed in place.
-        iteration: Iterations done.
-    """
+    """Note the iterations that are done; mmcv's ``iter`` may be one less."""
     checkpoint[META][ITERATION] = iteration
 
 
 def iteration_of(checkpoint: Checkpoint) -> int:
-    """Return the iterations done, 0 if the checkpoint does not tell.
-
-    Args:
-        checkpoint: A checkpoint.
-    """
+    """Return the iterations done, 0 if the checkpoint does not tell."""
     meta = checkpoint.get(META)
     found = meta.get(ITERATION) if isinstance(meta, Mapping) else None
     return found if isinstance(found, int) and found > 0 else 0
 
 
 def drop(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Drop names from both halves of an EMA part.
+    """Drop names from both halves of an EMA part, if there is one.
 
     mmcv saves buffers that the model itself neither saves nor loads.
-
-    Args:
-        checkpoint: A checkpoint, changed in place if it has an EMA part.
-        names: The names.
     """
     halves = (checkpoint.get(WEIGHTS), checkpoint.get(EMA))
     if all(isinstance(half, dict) for half in halves):
         for name in names:
             checkpoint[WEIGHTS].pop(name, None)
             checkpoint[EMA].pop(PREFIX + name, None)
+
+
+def take_program(checkpoint: Checkpoint) -> Optional[str]:
+    """Take the config's text out of a checkpoint if it is a program.
+
+    A runner of mmcv runs the text when it resumes, to compare the number of
+    GPUs. What mmcv's ``Config.pretty_text`` writes are plain values.
+
+    Args:
+        checkpoint: A checkpoint, changed in place.
+
+    Returns:
+        What was taken out; None if the text holds plain values only.
+    """
+    text = checkpoint['meta'].get('config')
+    try:
+        nodes = ast.walk(ast.parse(text if isinstance(text, str) else ''))
+        if '_base_' not in str(text) and all(map(_is_data, nodes)):
+            return None
+    # Python 3.8 has too little stack for hundreds of brackets: MemoryError
+    except (MemoryError, RecursionError, SyntaxError, ValueError):
+        pass
+    return checkpoint['meta'].pop('config')  # type: ignore[no-any-return]
+
+
+def _is_data(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        return getattr(node.func, 'id', '') == 'dict' and not node.args
+    return isinstance(node, _DATA)
+
+
+class Converted(NamedTuple):
+    """What was found in a file of another hook.
+
+    Attributes:
+        line: What it is, and what was assumed.
+        warnings: What cannot be known of it.
+    """
+
+    line: str
+    warnings: List[str]
+
+
+def convert_buffers(
+    checkpoint: Checkpoint,
+    tied: Sequence[Sequence[str]] = (),
+    filename: str = '',
+    holds: Optional[str] = None,
+) -> Optional[Converted]:
+    """Turn the ``ema_*`` buffers of mmcv's or mmdet's hook into an EMA part.
+
+    Args:
+        checkpoint: What was read from a file, changed in place.
+        tied: Names that share one tensor in the model, group by group.
+        filename: Name of the file, which says what wrote it.
+        holds: What the plain keys hold where the file does not tell, 'ema'
+            or 'raw'; None to go by the name of the file.
+
+    Returns:
+        What was found and assumed; None if there are no such buffers, and
+        then nothing is changed.
+
+    Raises:
+        CheckpointError: If ``state_dict`` has no names.
+    """
+    if WEIGHTS not in checkpoint:
+        return None
+    weights = checkpoint[WEIGHTS]
+    check_names(weights, WEIGHTS)
+    groups = _names_by_buffer(weights)
+    if not groups:
+        return None
+    # of tied names the hooks swap each one; the first buffer holds what was
+    # swapped out of the tensor
+    first = {name: names[0] for names in tied for name in names}
+    own = {n[0]: weights[b] for b, n in groups.items() if len(n) == 1}
+    pairs = {
+        k: own[first.get(k, k)] for k in weights if first.get(k, k) in own
+    }
+    swapped, reason, warnings = _is_swapped(weights, pairs, filename, holds)
+    plain = {k: v for k, v in weights.items() if k not in groups}
+    raws = {**plain, **pairs} if swapped else plain
+    several = {b: names for b, names in groups.items() if len(names) > 1}
+    for buffer, names in several.items() if swapped else ():
+        # swapped through one buffer, one after the other: each holds the raw
+        # weights of the one before, the buffer those of the last
+        rotated = [*(weights[n] for n in names[1:]), weights[buffer]]
+        raws.update(zip(names, rotated))
+    averages = OrderedDict(raws)
+    for name in pairs:
+        if isinstance(plain[name], Tensor) and plain[name].is_floating_point():
+            averages[name] = plain[name] if swapped else pairs[name]
+    if hasattr(weights, '_metadata'):
+        averages._metadata = weights._metadata  # type: ignore[attr-defined]
+    meta = checkpoint.get('meta')
+    steps = meta.get('iter', 0) if isinstance(meta, Mapping) else 0
+    checkpoint[WEIGHTS] = averages
+    checkpoint[EMA] = OrderedDict({STEPS: steps})
+    checkpoint[EMA].update({PREFIX + k: v for k, v in raws.items()})
+    if several:
+        collided = ', '.join(x for names in several.values() for x in names)
+        warnings.append(
+            f'EMA: that hook kept one average for several of these tensors, '
+            f'whose names differ in "." and "_" only: {collided}. It averaged '
+            f'none of them; their average starts from the raw weights.'
+        )
+    kind = 'the averages' if swapped else 'the raw weights'
+    return Converted(
+        f"EMA: the checkpoint was written by mmcv's or mmdet's own EMA hook "
+        f'(n={steps}); its plain keys are taken as {kind}, because {reason}.',
+        warnings,
+    )
+
+
+def _names_by_buffer(weights: Mapping[str, Any]) -> Dict[str, List[str]]:
+    """Return which names share which buffer; more than one is a collision."""
+    buffers = {k for k in weights if k.startswith('ema_') and '.' not in k}
+    groups: Dict[str, List[str]] = {}
+    for name in weights:
+        buffer = 'ema_' + name.replace('.', '_')
+        if name not in buffers and buffer in buffers:
+            shapes = [getattr(weights[x], 'shape', x) for x in (name, buffer)]
+            if shapes[0] == shapes[1]:
+                groups.setdefault(buffer, []).append(name)
+    return groups
+
+
+def _is_swapped(
+    weights: Mapping[str, Any],
+    pairs: Mapping[str, Any],
+    filename: str,
+    holds: Optional[str],
+) -> Tuple[bool, str, List[str]]:
+    """Return whether a file was saved swapped, why, and what to warn of."""
+    for name, buffer in pairs.items():
+        # mmdet 2's hooks swap BatchNorm's counters, and do not count
+        if name.endswith('num_batches_tracked'):
+            plain, held = int(weights[name]), int(buffer)
+            if plain != held:
+                reason = f'the counter {name} is {plain}, {held} in its buffer'
+                return plain < held, reason, []
+    if holds is not None:
+        return holds == 'ema', f'state_dict_holds={holds!r} says so', []
+    name = os.path.basename(filename)
+    if '_iter_' in f'_{name}':
+        return False, f'{name!r} was saved by iteration, between swaps', []
+    warning = (
+        'EMA: the file does not tell whether its plain keys are the averages; '
+        'they are the raw weights if that hook had a priority of 50 or more '
+        '(of 71 for best_*.pth). If so, give our hook '
+        "state_dict_holds='raw', else 'ema'."
+    )
+    return True, 'it was saved by epoch', [warning]

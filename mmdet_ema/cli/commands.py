@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, List
 from unittest import mock
 
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checkpoint.layout import put_raw, unpack
+from mmdet_ema.checkpoint.format import put_raw, unpack
 from mmdet_ema.cli.edited_config import add_ema, choose_weights
 from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
@@ -184,13 +184,14 @@ def _scope_by_model(cfg: Any) -> str:
 @contextlib.contextmanager
 def _reading_raw() -> Iterator[None]:
     """Let the tools of mmcv 1.x read the raw weights of a checkpoint."""
-    from mmdet_ema.checkpoint.mmcv1 import take_message
-    from mmdet_ema.checkpoint.mmcv1_buffers import convert_buffers
+    from mmdet_ema.checkpoint.mmcv1 import convert_buffers, take_message
     from mmdet_ema.for_mmcv1.loading import reading_through
 
     def take_raw(checkpoint: Any) -> None:
         take_message(checkpoint)
-        convert_buffers(checkpoint)
+        found = convert_buffers(checkpoint)
+        if found is not None:
+            print('\n'.join([found.line, *found.warnings]), flush=True)
         part = unpack(checkpoint)
         if part is None:
             raise CheckpointError(

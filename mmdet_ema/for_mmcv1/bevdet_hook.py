@@ -6,7 +6,7 @@ import os
 from typing import Any, Optional
 
 from mmdet_ema.checkpoint.bevdet import add_averages, is_second_file
-from mmdet_ema.checkpoint.layout import EMA
+from mmdet_ema.checkpoint.format import EMA
 from mmdet_ema.checks import check_count
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.for_mmcv1.ema_hook import EMAHook

@@ -10,20 +10,21 @@ from typing import Any, Callable, Dict, Iterator, Optional
 import torch
 from mmcv.runner import BaseRunner, Hook
 
-from mmdet_ema.checkpoint.layout import EMA
+from mmdet_ema.checkpoint.format import EMA
 from mmdet_ema.checkpoint.mmcv1 import (
+    HOLDS,
     MESSAGE,
+    convert_buffers,
     drop,
     iteration_of,
     put_iteration,
     take_message,
+    take_program,
 )
-from mmdet_ema.checkpoint.mmcv1_buffers import convert_buffers
-from mmdet_ema.checkpoint.mmcv1_roles import take_program
-from mmdet_ema.checks import check_flag
+from mmdet_ema.checks import check_choice, check_flag
 from mmdet_ema.for_mmcv1 import runner_facts
 from mmdet_ema.for_mmcv1.run_log import RunLog
-from mmdet_ema.for_mmcv1.saving import with_ema_part
+from mmdet_ema.for_mmcv1.saving import remove_later, with_ema_part
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.for_mmcv1.words import check_path, parse_words
 from mmdet_ema.optimizers.nominal import scale_weight_decay
@@ -93,6 +94,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             exponential ramp.
         skip_buffers (bool, optional): mmdet 2's word: not
             ``update_buffers``.
+        state_dict_holds (str, optional): What the plain keys of a file of
+            mmcv's own hook hold where the file does not tell: 'ema', or 'raw'
+            if that hook had a priority of 50 or more. Defaults to None: 'raw'
+            in files named by iteration, else 'ema', with a warning.
 
     Raises:
         OptionError: If an option is unknown, out of range or contradicts
@@ -110,12 +115,16 @@ class EMAHook(Hook):  # type: ignore[misc]
         *,
         enabled: bool = True,
         resume_from: Optional[str] = None,
+        state_dict_holds: Optional[str] = None,
         **options: Any,
     ):
         checked = parse_words(self._words, options)
         self.enabled = check_flag('enabled', enabled)
         self.evaluates_both = checked.evaluate == 'both'
         self._resume_from = check_path('resume_from', resume_from)
+        if state_dict_holds is not None:
+            check_choice('state_dict_holds', state_dict_holds, HOLDS)
+        self._holds = state_dict_holds
         self._log = RunLog()
         self._life = EMALifecycle(checked, self._log)
         self._config: Optional[str] = None
@@ -389,8 +398,11 @@ class EMAHook(Hook):  # type: ignore[misc]
             return
         model = runner_facts.model_of(runner)
         meta = dict(runner.meta, epoch=runner.epoch, iter=runner.iter)
+        optimizers = enumerate(runner_facts.optimizers_of(runner))
         checkpoint = dict(
-            state_dict=model.state_dict(), meta=meta, optimizer={}
+            state_dict=model.state_dict(),
+            meta=meta,
+            optimizer={str(i): x.state_dict() for i, x in optimizers},
         )
         take_message(checkpoint)
         self.after_read_checkpoint(runner, checkpoint, '', True)
@@ -403,11 +415,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         if EMA in checkpoint or owned:
             return
         tied = runner_facts.tied_names(model)
-        found = convert_buffers(checkpoint, tied, filename)
+        found = convert_buffers(checkpoint, tied, filename, self._holds)
         if found is not None:
             self._log.info(found.line)
-        if found is not None and found.warning:
-            self._log.warning(found.warning)
+            for warning in found.warnings:
+                self._log.warning(warning)
 
     def _save(self, checkpoint: Any) -> None:
         self._life.save(checkpoint)
@@ -418,6 +430,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self._started:
             return
         self._started = True
+        remove_later(runner)
         self._steps_alone = not runner_facts.has_optimizer_hook(runner)
         facts = runner_facts.facts_of(runner)
         self._life.start(runner_facts.model_of(runner), facts)

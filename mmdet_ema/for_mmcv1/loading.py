@@ -23,22 +23,16 @@ from mmdet_ema.for_mmcv1.wrapping import wrap_once
 def watch_loading(runner: Any, ema: Any) -> None:
     """Let our hook prepare what a runner loads, and know what it resumes.
 
-    Args:
-        runner: The runner; its methods are wrapped once.
-        ema: Our hook.
+    The methods of the runner are wrapped once.
     """
     wrap_once(runner, 'resume', functools.partial(_resume, runner, ema))
     wrap_once(runner, 'load_checkpoint', functools.partial(_load, runner, ema))
 
 
 def _resume(
-    runner: Any,
-    ema: Any,
-    resume: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
+    runner: Any, ema: Any, resume: Callable[..., Any], *args: Any, **kw: Any
 ) -> None:
-    call = inspect.signature(resume).bind(*args, **kwargs)
+    call = inspect.signature(resume).bind(*args, **kw)
     call.apply_defaults()
     location = call.arguments.get('map_location')
     if location == 'default' and not torch.cuda.is_available():
@@ -57,7 +51,7 @@ def _load(
     load: Callable[..., Any],
     filename: str,
     *args: Any,
-    **kwargs: Any,
+    **kw: Any,
 ) -> Any:
     def prepare(checkpoint: Any) -> None:
         if isinstance(checkpoint, dict):
@@ -70,20 +64,26 @@ def _load(
     if os.path.isfile(path):
         read_structure(path)  # mmcv would run what is in it
     with reading_through(prepare):
-        return load(filename, *args, **kwargs)
+        return load(filename, *args, **kw)
 
 
 @contextlib.contextmanager
 def reading_through(prepare: Callable[[Any], None]) -> Iterator[None]:
-    """Show every checkpoint that mmcv reads in the body to ``prepare`` first.
-
-    Args:
-        prepare: Changes the checkpoint in place.
-    """
+    """Let ``prepare`` change every checkpoint that mmcv reads in the body."""
     read = mmcv_checkpoint._load_checkpoint
 
-    def read_and_prepare(filename: str, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = _read(read, filename, *args, **kwargs)
+    def read_and_prepare(path: str, *args: Any, **kw: Any) -> Any:
+        try:
+            checkpoint = read(path, *args, **kw)
+        except Exception as error:  # damaged bytes can raise anything
+            if not os.path.isfile(path):
+                raise
+            cause = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f'{path!r} ({os.path.getsize(path)} bytes) is cut off or no '
+                f'checkpoint ({cause}); give the path of a .pth file that a '
+                f'training run wrote.'
+            ) from None
         prepare(checkpoint)
         return checkpoint
 
@@ -92,17 +92,3 @@ def reading_through(prepare: Callable[[Any], None]) -> Iterator[None]:
         yield
     finally:
         mmcv_checkpoint._load_checkpoint = read
-
-
-def _read(read: Callable[..., Any], path: str, *args: Any, **kw: Any) -> Any:
-    try:
-        return read(path, *args, **kw)
-    except Exception as error:  # damaged bytes can raise anything
-        if not os.path.isfile(path):
-            raise
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f'{path!r} ({os.path.getsize(path)} bytes) is cut off or no '
-            f'checkpoint ({cause}); give the path of a .pth file that a '
-            f'training run wrote.'
-        ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Callable
+from typing import Any, Callable, Dict, Tuple, Type
 
 from mmcv.runner import HOOKS
 from mmcv.runner.optimizer import OPTIMIZER_BUILDERS
@@ -20,7 +20,7 @@ from mmdet_ema.for_mmcv1.wrapping import wrap_once
 from mmdet_ema.frameworks import own_logger
 from mmdet_ema.version import __version__
 
-_OURS = {
+_OURS: Dict[str, Tuple[Type[EMAHook], str]] = {
     'EMAHook': (EMAHook, 'MMCVEMAHook'),
     'ExpMomentumEMAHook': (ExpMomentumEMAHook, 'MMDetExpMomentumEMAHook'),
     'LinearMomentumEMAHook': (

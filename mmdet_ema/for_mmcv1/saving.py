@@ -7,14 +7,13 @@ a hook wants to find again goes into ``meta['hook_msgs']``.
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from typing import Any, Callable, Dict, Iterator
+from unittest import mock
 
-import mmcv
 from mmcv.fileio.file_client import HardDiskBackend
 from mmcv.runner.checkpoint import get_state_dict
 
+from mmdet_ema.checkpoint.files import RemovesLater, write_whole
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message
 
 
@@ -42,8 +41,12 @@ def with_ema_part(
     handle = model._register_state_dict_hook(_replace_by(weights))
     try:
         put_message(messages, checkpoint)
-        with _whole_files():
+        with mock.patch.object(HardDiskBackend, 'put', _put_whole):
             yield
+        for hook in runner.hooks:
+            client = getattr(hook, 'file_client', None)
+            if isinstance(client, RemovesLater):
+                client.finish()
     finally:
         handle.remove()
         messages.pop(MESSAGE, None)
@@ -61,34 +64,13 @@ def _replace_by(weights: Dict[str, Any]) -> Callable[..., None]:
     return replace
 
 
-@contextlib.contextmanager
-def _whole_files() -> Iterator[None]:
-    """Write files under a temporary name and move them into place."""
-    put = HardDiskBackend.put
-    HardDiskBackend.put = _put_whole
-    try:
-        yield
-    finally:
-        HardDiskBackend.put = put
+def remove_later(runner: Any) -> None:
+    """Let hooks remove a file only when the next one is written."""
+    for hook in runner.hooks:
+        client = getattr(hook, 'file_client', None)
+        if client is not None and not isinstance(client, RemovesLater):
+            hook.file_client = RemovesLater(client)
 
 
 def _put_whole(backend: Any, content: bytes, path: Any) -> None:
-    path = os.path.realpath(path)
-    folder, name = os.path.split(path)
-    mmcv.mkdir_or_exist(folder)
-    handle, temporary = tempfile.mkstemp('.tmp', f'{name}.', folder)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(content)
-        os.chmod(temporary, _usual_mode())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _usual_mode() -> int:
-    """Return the mode of a new file; ``mkstemp`` makes private ones."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+    write_whole(str(path), content)

@@ -23,7 +23,10 @@ from mmdet_ema.training.options import (
 )
 from mmdet_ema.training.schedule_choice import ScheduleChoice, choose_native
 
-WORDS = ('warm_up', 'total_iter', 'skip_buffers', 'resume_from')
+WORDS = (
+    *('warm_up', 'total_iter', 'skip_buffers', 'resume_from'),
+    'state_dict_holds',
+)
 TOTAL_ITER = 2000.0
 WARM_UP = 100
 MEGVII_DECAY = 0.999

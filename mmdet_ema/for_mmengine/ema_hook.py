@@ -24,6 +24,7 @@ from mmdet_ema.for_mmengine.plain_checkpoint import (
 )
 from mmdet_ema.for_mmengine.run_log import RunLog
 from mmdet_ema.for_mmengine.safe_globals import allow_framework_types
+from mmdet_ema.for_mmengine.saving import keep_files_whole
 from mmdet_ema.for_mmengine.user_classes import find_rule
 from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.schedules import ScheduleSpec
@@ -177,6 +178,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
+        if self.enabled:
+            keep_files_whole(runner)
         self._life.before_epoch()
 
     def before_train_iter(

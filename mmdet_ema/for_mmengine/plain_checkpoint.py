@@ -6,7 +6,7 @@ from 2.6 on refuses to read them in a process that has not allow-listed them.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, MutableMapping
+from typing import Any, Dict, MutableMapping
 
 import numpy as np
 import torch
@@ -14,21 +14,21 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
-from mmdet_ema.checkpoint.layout import check_names
-from mmdet_ema.checkpoint.plain import Codec, foreign, from_plain, to_plain
+from mmdet_ema.checkpoint.format import check_names, plain_name
+from mmdet_ema.checkpoint.weights_only import (
+    Codec,
+    foreign,
+    from_plain,
+    to_plain,
+)
 from mmdet_ema.errors import CheckpointError
 
 _WEIGHTS = ('state_dict', 'ema_state_dict')
-_HUB = ('log_scalars', 'runtime_info', 'resumed_keys')
+_DAMAGED = 'the file is damaged. Take another checkpoint.'
 
 
 def make_plain(checkpoint: MutableMapping[str, Any], log: Any) -> None:
-    """Make everything in a checkpoint plain, in place.
-
-    Args:
-        checkpoint: The checkpoint, about to be written.
-        log: Where to warn of what cannot be made plain.
-    """
+    """Make everything in a checkpoint plain; warn of what cannot be so."""
     meta = checkpoint.get('meta', {})
     data_set = to_plain(meta.get('dataset_meta'), [])
     for key in list(checkpoint):
@@ -49,10 +49,6 @@ def make_plain(checkpoint: MutableMapping[str, Any], log: Any) -> None:
 def refuse_foreign(checkpoint: MutableMapping[str, Any], log: Any) -> None:
     """Refuse to resume from what mmengine's runner did not write.
 
-    Args:
-        checkpoint: What was read.
-        log: Where a warning goes.
-
     Raises:
         CheckpointError: If mmcv's runner wrote it, or it is damaged;
             mmengine would stop later, with the weights loaded.
@@ -69,17 +65,16 @@ def refuse_foreign(checkpoint: MutableMapping[str, Any], log: Any) -> None:
             'writes none, and would run it as a program.'
         )
     hub: Any = checkpoint.get('message_hub')
-    if isinstance(hub, MessageHub):
-        return
-    check_names(hub, "'message_hub'")
-    for key in _HUB:
-        check_names(hub.get(key), f"{key!r} in 'message_hub'")
-    resumed = hub['resumed_keys'].values()
-    if not all(isinstance(value, bool) for value in resumed):
-        raise CheckpointError(
-            "'resumed_keys' in 'message_hub' of the checkpoint are not true "
-            'or false; the file is damaged. Take another checkpoint.'
-        )
+    if not isinstance(hub, MessageHub):
+        check_names(hub, "'message_hub'")
+        for key in ('log_scalars', 'runtime_info', 'resumed_keys'):
+            check_names(hub.get(key), f"{key!r} in 'message_hub'")
+        resumed = hub['resumed_keys'].values()
+        if not all(isinstance(value, bool) for value in resumed):
+            raise CheckpointError(
+                f"'resumed_keys' in 'message_hub' of the checkpoint are not "
+                f'true or false; {_DAMAGED}'
+            )
     schedulers = checkpoint.get('param_schedulers', [])
     several = isinstance(schedulers, dict)
     for found in schedulers.values() if several else [schedulers]:
@@ -87,37 +82,28 @@ def refuse_foreign(checkpoint: MutableMapping[str, Any], log: Any) -> None:
             isinstance(x, dict) for x in found
         ):
             raise CheckpointError(
-                "'param_schedulers' of the checkpoint is no list of states; "
-                'the file is damaged. Take another checkpoint.'
+                f"'param_schedulers' of the checkpoint is no list of states; "
+                f'{_DAMAGED}'
             )
 
 
 def strip_wrapper(
     checkpoint: MutableMapping[str, Any], model: nn.Module
 ) -> None:
-    """Name the weights as the model does, in place.
+    """Name the weights as the unwrapped model does, in place.
 
     ``DDPStrategy`` writes the names of its wrapper, ``module.<name>``.
-
-    Args:
-        checkpoint: The checkpoint, about to be written.
-        model: The model, unwrapped.
     """
     weights = checkpoint['state_dict']
-    names = set(model.state_dict())
-    if names.issuperset(weights):
+    names = model.state_dict()
+    if names.keys() >= weights.keys():
         return
-    prefix = 'module.'
     for name in list(weights):
-        short = name[len(prefix) :] if name.startswith(prefix) else name
-        weights[short if short in names else name] = weights.pop(name)
+        weights[plain_name(name, names)] = weights.pop(name)
 
 
 def unmake(checkpoint: MutableMapping[str, Any]) -> None:
     """Make a checkpoint again what mmengine expects, in place.
-
-    Args:
-        checkpoint: The checkpoint, just read.
 
     Raises:
         CheckpointError: If something in it is damaged.
@@ -134,17 +120,14 @@ def unmake(checkpoint: MutableMapping[str, Any]) -> None:
 
 
 def _encode_history(history: HistoryBuffer) -> Dict[str, Any]:
-    values, counts = history.data
-    return {
-        'values': torch.from_numpy(values.copy()),
-        'counts': torch.from_numpy(counts.copy()),
-        'max_length': history.max_length,
-    }
+    values, counts = (torch.from_numpy(x.copy()) for x in history.data)
+    length = history.max_length
+    return {'values': values, 'counts': counts, 'max_length': length}
 
 
 def _decode_history(plain: Dict[str, Any]) -> HistoryBuffer:
-    values, counts = plain['values'].cpu(), plain['counts'].cpu()
-    return HistoryBuffer(values.numpy(), counts.numpy(), plain['max_length'])
+    values, counts = (plain[k].cpu().numpy() for k in ('values', 'counts'))
+    return HistoryBuffer(values, counts, plain['max_length'])
 
 
 def _encode_array(array: Any) -> Dict[str, Any]:
@@ -159,7 +142,7 @@ def _decode_array(plain: Dict[str, Any]) -> Any:
     return plain['tensor'].cpu().numpy()
 
 
-CODECS: List[Codec] = [
+CODECS = [
     Codec(HistoryBuffer, _encode_history, _decode_history),
     Codec(np.ndarray, _encode_array, _decode_array),
     Codec(ConfigDict, lambda c: {'dict': c.to_dict()}, lambda p: p['dict']),

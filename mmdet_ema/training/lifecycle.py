@@ -30,7 +30,7 @@ from mmdet_ema.averaging.tensors import (
     select,
     unmatched,
 )
-from mmdet_ema.checkpoint.layout import (
+from mmdet_ema.checkpoint.format import (
     EMAPart,
     check_training_state,
     pack,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmdet_ema.averaging.averages import check_fit
-from mmdet_ema.checkpoint.layout import (
+from mmdet_ema.checkpoint.format import (
     EMA,
     WEIGHTS,
     EMAPart,
@@ -204,8 +204,9 @@ def _name_nonfinite(
     weights: Mapping[str, Any], model: nn.Module, half: str, log: Any
 ) -> None:
     """Warn of weights that are not finite; a buffer may be a mask."""
-    parameters = dict(model.named_parameters())
-    bad = [k for k, v in weights.items() if k in parameters and _nonfinite(v)]
+    masks = {k for k, v in model.named_buffers() if _nonfinite(v)}
+    own = model.state_dict().keys() - masks
+    bad = [k for k, v in weights.items() if k in own and _nonfinite(v)]
     if bad:
         log.warning(
             f'EMA: the {half} of the checkpoint hold {_named(bad)}; training '

@@ -17,7 +17,7 @@ from mmdet_ema.averaging import NonFiniteError, WeightAverager
 from mmdet_ema.averaging import update as module
 from mmdet_ema.averaging.overlap import SideStream
 from mmdet_ema.averaging.update import DeviceVerdict, UpdatePlan, all_finite
-from mmdet_ema.checkpoint.layout import pack
+from mmdet_ema.checkpoint.format import pack
 from tests import oracle
 from tests.averaging.models import Mixed, numpy64, perturb, state_of
 

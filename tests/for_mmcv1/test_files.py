@@ -7,19 +7,10 @@ import pytest
 import torch
 
 from mmdet_ema import CheckpointError
+from tests.damage import Call
 from tests.for_mmcv1.toy import EMA, Lines, Run, quiet, same, state_of
 
 EPOCHS = dict(max_epochs=4)
-
-
-class Call:
-    """Asks for a function to be called when it is read."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
@@ -125,3 +116,37 @@ def test_another_file_is_still_told(tmp_path):
     run = Run(tmp_path, hook, runner=EPOCHS, logger=quiet(lines))
     run.train(resume=tmp_path / 'epoch_2.pth')
     assert [x for x in lines.lines if 'another checkpoint' in x]
+
+
+class FullError(Exception):
+    """The disk has no room."""
+
+
+@pytest.mark.parametrize('kind', ['best_score_', ''], ids=['best', 'last'])
+def test_no_file_is_lost_or_half_written(tmp_path, monkeypatch, kind):
+    """The old file stays until the new one is whole, and then goes."""
+    move = os.replace
+
+    def full(path, target):
+        if full.fails and target.endswith(f'/{kind}epoch_2.pth'):
+            raise FullError
+        move(path, target)
+
+    monkeypatch.setattr(os, 'replace', full)
+    for full.fails in (True, False):
+        folder = tmp_path / str(full.fails)
+        run = Run(
+            folder,
+            EMA,
+            checkpoint=dict(interval=1, max_keep_ckpts=1),
+            evaluation=dict(save_best='score', rule='less', interval=1),
+        )
+        if full.fails:
+            with pytest.raises(FullError):
+                run.train()
+        else:
+            run.train()
+        names = {path.name for path in folder.glob(f'{kind}epoch_*.pth*')}
+        epoch = 1 if full.fails else 2
+        assert names == {f'{kind}epoch_{epoch}.pth'}
+        assert run.load(*names)['meta']['epoch'] == epoch

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from mmcv import Config
 from torch import nn
 
-from mmdet_ema.checkpoint.mmcv1_roles import read_config
+from mmdet_ema import EMAHook, OptionError
 from tests import oracle
 from tests.for_mmcv1.toy import Lines, Run, ToyModel, quiet, raw_of, same
 
@@ -33,18 +32,6 @@ class Untied(ToyModel):
         self.tied.weight = nn.Parameter(weight)
 
 
-def config_of(kind, priority, runner):
-    """Config text as mmdet 2 writes it into its files."""
-    name = kind.replace('MMCV', '').replace('MMDet', '')
-    return (
-        f"model = dict(type='X', scale=1e-3)\nrunner = {RUNNERS[runner]!r}\n"
-        f'checkpoint_config = dict(interval=1)\nnames = [x for x in ()]\n'
-        f'custom_hooks = [\n'
-        f"    dict(type='NumClassCheckHook'),\n"
-        f"    dict(type='{name}', momentum=0.005, priority={priority!r})\n]\n"
-    )
-
-
 def raw_after(run, step):
     """Weights after a step, without the buffers of the hook."""
     state = run.records[step]
@@ -60,12 +47,9 @@ def decay_of(kind):
 def written(folder, kind, priority='NORMAL', runner='epochs', **options):
     """Train with one of those hooks."""
     hook = dict(type=kind, priority=priority, **HOOKS[kind])
-    meta = options.pop('meta', None)
-    if meta is None:
-        meta = dict(config=config_of(kind, priority, runner))
     options.setdefault('model', Untied())
     options.setdefault('evaluation', None)
-    return Run(folder, hook, meta=meta, runner=RUNNERS[runner], **options)
+    return Run(folder, hook, runner=RUNNERS[runner], **options)
 
 
 def resumed(path, runner='epochs', model=None, **hook):
@@ -112,7 +96,11 @@ def test_files_resume(kind, runner, priority, tmp_path):
     """
     run = written(tmp_path, kind, priority, runner).train()
     name = 'epoch_2.pth' if runner == 'epochs' else 'iter_8.pth'
-    _, saved, lines = resumed(tmp_path / name, runner)
+    # counters tell, the name of a file by iteration, or the user
+    late_swap = runner == 'epochs' and priority in ('NORMAL', 'LOW')
+    told = late_swap and kind == 'MMCVEMAHook'
+    holds = dict(state_dict_holds='raw') if told else {}
+    _, saved, lines = resumed(tmp_path / name, runner, **holds)
     assert [] == same(raw_after(run, -1), raw_of(saved))
     late = runner == 'iters' and priority in ('NORMAL', 'LOW')
     assert [] == wrong(run, saved, kind, 7 if late else 8)
@@ -136,46 +124,44 @@ def test_files_that_an_evaluation_wrote_resume(priority, by_epoch, tmp_path):
     ).train()
     best = next(tmp_path.glob('best_*.pth'))
     steps = 4 * int(best.stem[-1])
-    saved = resumed(best)[1]
+    holds = 'raw' if priority == 'VERY_LOW' else 'ema'
+    saved = resumed(best, state_dict_holds=holds)[1]
     assert [] == same(raw_after(run, steps - 1), raw_of(saved))
 
 
-def test_files_saved_by_iteration_in_epochs_resume(tmp_path):
-    """Between two epochs' swaps the plain keys are the raw weights."""
+def test_what_the_plain_keys_hold_can_be_said(tmp_path):
+    """A file between two epochs' swaps has the raw weights plain."""
     checkpoint = dict(interval=3, by_epoch=False, save_last=False)
-    meta = dict(
-        config=config_of('MMCVEMAHook', 49, 'epochs').replace(
-            'interval=1', 'interval=3, by_epoch=False'
-        )
-    )
-    run = written(
-        tmp_path, 'MMCVEMAHook', 49, checkpoint=checkpoint, meta=meta
-    ).train()
-    saved = resumed(tmp_path / 'epoch_2.pth')[1]
+    run = written(tmp_path, 'MMCVEMAHook', 49, checkpoint=checkpoint).train()
+    saved = resumed(tmp_path / 'epoch_2.pth', state_dict_holds='raw')[1]
     assert [] == same(raw_after(run, 5), raw_of(saved))
 
 
-def test_file_without_config_is_taken_as_swapped(tmp_path):
-    """Without its config, a file of an epoch has the averages plain."""
-    run = written(tmp_path, 'MMCVEMAHook', 49, meta={}).train()
+@pytest.mark.parametrize('holds', ['average', '', 3, True])
+def test_wrong_word_for_the_plain_keys(holds):
+    """It is refused with what is allowed."""
+    with pytest.raises(OptionError, match=r"state_dict_holds=.*'ema'.*'raw'"):
+        EMAHook(state_dict_holds=holds)
+
+
+def test_file_that_does_not_tell_is_taken_as_swapped(tmp_path):
+    """A file of an epoch has the averages plain; a warning says the word."""
+    run = written(tmp_path, 'MMCVEMAHook', 49).train()
     _, saved, lines = resumed(tmp_path / 'epoch_2.pth')
     assert [] == same(raw_after(run, -1), raw_of(saved))
-    assert [x for x in lines if 'no config in it' in x]
-
-
-def test_file_of_an_iteration_without_config_is_taken_as_raw(tmp_path):
-    """Without its config, a file named ``iter_`` has the raw weights plain."""
-    run = written(tmp_path, 'MMCVEMAHook', 49, 'iters', meta={}).train()
-    saved = resumed(tmp_path / 'iter_8.pth', 'iters')[1]
-    assert [] == same(raw_after(run, -1), raw_of(saved))
+    warned = [x for x in lines if 'WARNING' in x and 'does not tell' in x]
+    assert 1 == len(warned)
+    assert "state_dict_holds='raw'" in warned[0]
 
 
 @pytest.mark.parametrize('priority', [49, 'NORMAL'])
-def test_counters_tell_more_than_a_missing_config(priority, tmp_path):
+def test_counters_tell_more_than_a_word(priority, tmp_path):
     """The hooks of mmdet swap BatchNorm's counters and never count in them."""
     kind = 'MMDetLinearMomentumEMAHook'
-    run = written(tmp_path, kind, priority, meta={}).train()
-    _, saved, lines = resumed(tmp_path / 'epoch_2.pth')
+    run = written(tmp_path, kind, priority).train()
+    wrong = 'ema' if priority == 'NORMAL' else 'raw'
+    path = tmp_path / 'epoch_2.pth'
+    _, saved, lines = resumed(path, state_dict_holds=wrong)
     assert [] == same(raw_after(run, -1), raw_of(saved))
     assert [x for x in lines if 'num_batches_tracked is' in x]
 
@@ -208,7 +194,10 @@ def test_names_that_collide_are_named(priority, tmp_path):
     )
     run.runner._max_epochs = 1
     run.train()
-    _, saved, lines = resumed(tmp_path / 'epoch_1.pth', model=Collided())
+    holds = 'ema' if priority == 49 else 'raw'
+    path = tmp_path / 'epoch_1.pth'
+    model = Collided()
+    _, saved, lines = resumed(path, model=model, state_dict_holds=holds)
     assert [] == same(raw_after(run, -1), raw_of(saved))
     names = ['a.b_c', 'a_b.c']
     weights = saved['state_dict']
@@ -223,7 +212,9 @@ def test_tied_weights_of_a_first_epoch_resume(kind, priority, tmp_path):
     run = written(tmp_path, kind, priority, model=ToyModel())
     run.runner._max_epochs = 1
     run.train()
-    _, saved, _ = resumed(tmp_path / 'epoch_1.pth', model=ToyModel())
+    holds = 'ema' if priority == 49 else 'raw'
+    path = tmp_path / 'epoch_1.pth'
+    _, saved, _ = resumed(path, model=ToyModel(), state_dict_holds=holds)
     assert [] == same(raw_after(run, -1), raw_of(saved))
     weights = saved['state_dict']
     assert torch.equal(weights['first.weight'], weights['tied.weight'])
@@ -234,7 +225,7 @@ def test_tied_weights_of_a_first_epoch_resume(kind, priority, tmp_path):
 
 def test_fine_tuning_takes_the_averages(tmp_path):
     """``load_from`` starts from the averages and leaves no ``ema_*`` key."""
-    run = written(tmp_path, 'MMCVEMAHook', 'NORMAL').train()
+    run = written(tmp_path, 'MMCVEMAHook', 49).train()
     lines = Lines()
     tuned = Run(
         tmp_path / 'tuned',
@@ -246,28 +237,3 @@ def test_fine_tuning_takes_the_averages(tmp_path):
     state = dict(state_dict=tuned.model.state_dict())
     assert [] == wrong(run, state, 'MMCVEMAHook')
     assert [] == [x for x in lines.lines if 'unexpected' in x]
-
-
-@pytest.mark.parametrize(
-    'text',
-    [
-        "import os\nos.abort()\nrunner = open('/dev/null')\n",
-        'runner = (',
-        '(' * 10_000,
-        'runner = [dict]\nrunner.type = 3\n\0',
-        None,
-        7,
-    ],
-)
-def test_config_that_says_nothing_is_read_as_none(text):
-    """A config's text is read, never run; what is no literal says nothing."""
-    assert {} == {k: v for k, v in read_config(text).items() if v}
-
-
-def test_config_is_read_as_mmcv_writes_it():
-    """``dict(key=value)``, lists and literals come out as they were."""
-    config = dict(a=dict(type='X', b=[dict(c=-1.5), (1, 'y')]), d=None)
-    text = Config(config).pretty_text
-    found = read_config(text + 'e = open("/dev/null")\n')
-    a = dict(type='X', b=[dict(c=-1.5), [1, 'y']])
-    assert dict(a=a, d=None, e=None) == found

@@ -14,6 +14,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 import mmdet_ema
 from mmdet_ema import CheckpointError
 from mmdet_ema.checkpoint.files import LOADS_SAFELY
+from tests.damage import Call
 from tests.for_mmengine.toy import (
     SAFELY,
     Run,
@@ -92,16 +93,6 @@ def test_files_of_the_framework_are_read(tmp_path, theirs, resume):
     else:
         assert same(start.state, saved['state_dict']) == []
     assert len(run.records) == (4 if resume else 8)
-
-
-class Call:
-    """Asks for a function to be called when it is read."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 def nested(mark):
@@ -198,7 +189,7 @@ def test_metainfo_of_the_data_set_comes_back(tmp_path):
 
 WRONG = {
     'meta': [None, [], {'epoch': 'x', 'iter': 4}, {'epoch': 1, 'iter': -4}],
-    'optimizer': [None, [1], {'state': {}, 'param_groups': 3}],
+    'optimizer': [None, [1], {}, {'state': {}, 'param_groups': 3}],
     'message_hub': [None, {}, {'log_scalars': []}],
     'param_schedulers': [3, [None]],
     'ema_state_dict': [[], {'steps': float('nan')}, {'steps': -1}, {3: 4}],
@@ -260,16 +251,33 @@ def test_average_that_is_not_finite_starts_again(tmp_path):
     )
 
 
-def test_raw_weights_that_are_not_finite_are_named(tmp_path):
-    """Training goes on from them, with a warning that names the first."""
+@pytest.mark.parametrize(
+    ('half', 'name', 'resume', 'line'),
+    [
+        ('ema_state_dict', 'head.bias', True, 'raw weights of the checkpoint'),
+        ('state_dict', 'head.bias', False, 'weights of the checkpoint'),
+        ('state_dict', 'norm.running_var', False, 'weights of the checkpoint'),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(
+    tmp_path, half, name, resume, line
+):
+    """Training starts from them, with a warning that names the first."""
     path, saved = edited(tmp_path)
-    saved['ema_state_dict']['module.head.bias'][0] = float('inf')
+    prefix = 'module.' if half == 'ema_state_dict' else ''
+    saved[half][prefix + name][0] = float('inf')
     torch.save(saved, path)
-    run = given(tmp_path, path, True).train()
-    assert (
-        'raw weights of the checkpoint hold NaN or Inf in head.bias'
-        in log_of(run)
-    )
+    run = given(tmp_path, path, resume).train()
+    assert f'{line} hold NaN or Inf in {name}' in log_of(run)
+
+
+def test_vector_for_a_counter_is_refused(tmp_path):
+    """Torch would load the first number of it."""
+    path, saved = edited(tmp_path)
+    saved['state_dict']['norm.num_batches_tracked'] = torch.zeros(7)
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=r'num_batches.*shape \(7,\)'):
+        given(tmp_path, path, False).train()
 
 
 def test_file_without_optimizer_resumes_with_a_warning(tmp_path):
@@ -280,3 +288,40 @@ def test_file_without_optimizer_resumes_with_a_warning(tmp_path):
     run = given(tmp_path, path, True).train()
     assert len(run.records) == 4
     assert 'no state of the optimizer' in log_of(run)
+
+
+class FullError(Exception):
+    """The disk has no room."""
+
+
+@pytest.mark.parametrize('kind', ['best_score_', ''], ids=['best', 'last'])
+def test_no_file_is_lost_or_half_written(tmp_path, monkeypatch, kind):
+    """The old file stays until the new one is whole, and then goes."""
+    move = os.replace
+
+    def full(path, target):
+        if full.fails and target.endswith(f'/{kind}epoch_2.pth'):
+            raise FullError
+        move(path, target)
+
+    monkeypatch.setattr(os, 'replace', full)
+    for full.fails in (True, False):
+        folder = tmp_path / str(full.fails)
+        checkpoint = dict(
+            type='CheckpointHook',
+            interval=1,
+            max_keep_ckpts=1,
+            save_best='score',
+            rule='less',
+        )
+        hooks = dict(checkpoint=checkpoint)
+        run = Run(folder, EMA, max_epochs=2, hooks=hooks)
+        if full.fails:
+            with pytest.raises(FullError):
+                run.train()
+        else:
+            run.train()
+        names = {path.name for path in folder.glob(f'{kind}epoch_*.pth*')}
+        epoch = 1 if full.fails else 2
+        assert names == {f'{kind}epoch_{epoch}.pth'}
+        assert run.load(*names)['meta']['epoch'] == epoch

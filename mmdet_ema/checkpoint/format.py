@@ -1,4 +1,4 @@
-"""Where raw and average weights are in a checkpoint of mmengine's layout.
+"""The EMA part of a checkpoint: where raw weights and averages are.
 
 ``state_dict`` holds the averages, so that the file deploys as it is;
 ``ema_state_dict`` holds ``steps`` and the raw weights as ``module.<name>``:
@@ -23,6 +23,7 @@ from typing import (
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mmdet_ema.averaging.averages import read_count, read_progress
 from mmdet_ema.errors import CheckpointError
@@ -34,7 +35,6 @@ STEPS = 'steps'
 PREFIX = 'module.'
 FORMAT_VERSION = 1
 _ROLES = {WEIGHTS: 'average', EMA: 'raw'}
-_COUNTS = ('batch_size', 'interval', 'world_size')
 # what optimizers keep in the shape of a parameter
 _LIKE_PARAMETER = ('exp_avg', 'exp_avg_sq', 'momentum_buffer', 'square_avg')
 _DAMAGED = 'the file is damaged. Take another checkpoint'
@@ -57,7 +57,7 @@ class EMAPart:
     meta: Dict[str, Any] = field(default_factory=dict)
 
     def tensors(self, half: Mapping[str, Any]) -> Dict[str, Tensor]:
-        """Return the tensors of one half; extra state of modules is not."""
+        """Return the tensors of one half, without extra state of modules."""
         return {k: v for k, v in half.items() if isinstance(v, Tensor)}
 
 
@@ -80,12 +80,24 @@ def pack(
         steps: Steps that the averages have seen.
         meta: What else to say in ``ema_meta``: plain values only.
     """
+    copies: Dict[Tuple[Any, ...], Tensor] = {}
+
+    def on_host(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        if value.device.type == 'cpu':
+            return value
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if key not in copies:
+            copies[key] = value.cpu()
+        return copies[key]
+
     live = checkpoint[WEIGHTS]
-    host = _Host()
     ema: Dict[str, Any] = OrderedDict({STEPS: torch.tensor(steps)})
     for name, value in live.items():
-        ema[PREFIX + name] = host(raws.get(name, value))
-        live[name] = host(averages.get(name, value))
+        ema[PREFIX + name] = on_host(raws.get(name, value))
+        live[name] = on_host(averages.get(name, value))
     checkpoint[EMA] = ema
     checkpoint[META] = {
         'format_version': FORMAT_VERSION,
@@ -96,21 +108,17 @@ def pack(
 
 
 def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
-    """Return the EMA part of a checkpoint; the checkpoint is not changed.
+    """Return the EMA part of a checkpoint, or None if there is none.
 
     Args:
-        checkpoint: What was read from a file.
-
-    Returns:
-        The part, or None if there is none.
+        checkpoint: What was read from a file; it is not changed.
 
     Raises:
-        CheckpointError: If there is one that cannot be understood.
+        CheckpointError: If there is a part that cannot be understood.
     """
     if EMA not in checkpoint and META not in checkpoint:
         return None
-    ema = checkpoint.get(EMA)
-    weights = checkpoint.get(WEIGHTS)
+    ema, weights = checkpoint.get(EMA), checkpoint.get(WEIGHTS)
     if not isinstance(ema, Mapping) or STEPS not in ema:
         raise CheckpointError(
             f'the {EMA!r} of the checkpoint has no {STEPS!r}; it was not '
@@ -118,26 +126,73 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
             f'load_from (no resume) to start from its weights.'
         )
     meta = {} if checkpoint.get(META) is None else checkpoint[META]
-    for part, name in ((weights, WEIGHTS), (ema, EMA), (meta, META)):
-        check_names(part, name)
+    for half, what in ((weights, WEIGHTS), (ema, EMA), (meta, META)):
+        check_names(half, what)
     assert isinstance(weights, Mapping)
-    _check_meta(meta)
+    roles = meta.get('roles', _ROLES)
+    # as text, because arrays cannot be compared
+    if str(roles) != str(_ROLES):
+        raise CheckpointError(
+            f'{META} has roles={roles!r:.80}, this mmdet_ema reads '
+            f'{_ROLES}; the file is damaged, or install a newer one.'
+        )
+    version = meta.get('format_version', FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f'{META} has format_version={version!r}, this mmdet_ema reads up '
+            f'to {FORMAT_VERSION}; install a newer one.'
+        )
+    for key in ('batch_size', 'interval', 'world_size'):
+        read_count(meta, key, 1)
     steps = read_count(ema, STEPS)
     read_progress({**meta, 'num_steps': steps})
-    raws = {k[len(PREFIX) :]: v for k, v in ema.items() if _is_raw(k)}
-    averages = {_plain_name(k, raws): v for k, v in weights.items()}
+    raws = {
+        name[len(PREFIX) :]: value
+        for name, value in ema.items()
+        if name.startswith(PREFIX)
+    }
+    averages = {plain_name(k, raws): v for k, v in weights.items()}
     return EMAPart(averages, raws, steps, dict(meta))
 
 
-def check_names(value: Any, what: str) -> None:
-    """Check that something in a checkpoint is a dict with names.
+def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
+    """Make ``state_dict`` hold the raw weights, for the framework to load.
 
     Args:
-        value: What there is.
-        what: Its place in the checkpoint, for the message.
+        checkpoint: The checkpoint, changed in place.
+        part: Its EMA part.
 
     Raises:
-        CheckpointError: If it is something else.
+        CheckpointError: If it lacks the raw weights of some tensors.
+    """
+    weights = checkpoint[WEIGHTS]
+    missing = [name for name in part.averages if name not in part.raws]
+    if missing:
+        raise CheckpointError(
+            f'the checkpoint holds no raw weights of {len(missing)} tensors '
+            f'({", ".join(missing[:3])}); training cannot resume from it, '
+            f"nor can they be evaluated. Use load_from, or evaluate='ema'."
+        )
+    replaced = OrderedDict(
+        (name, part.raws[plain_name(name, part.raws)]) for name in weights
+    )
+    if hasattr(weights, '_metadata'):
+        replaced._metadata = weights._metadata  # type: ignore[attr-defined]
+    checkpoint[WEIGHTS] = replaced
+
+
+def plain_name(name: str, names: Mapping[str, Any]) -> str:
+    """Strip the prefix of a wrapper, as the framework does when it loads."""
+    if name in names or not name.startswith(PREFIX):
+        return name
+    return name[len(PREFIX) :]
+
+
+def check_names(value: Any, what: str) -> None:
+    """Check that something in a checkpoint, called ``what``, is a dict.
+
+    Raises:
+        CheckpointError: If it is something else, or has other names than text.
     """
     if not isinstance(value, Mapping):
         kind = type(value).__name__
@@ -169,18 +224,19 @@ def check_weights(
         CheckpointError: At the first that is something else.
     """
     for name, value in given.items():
-        mine = present.get(_plain_name(name, present))
+        mine = present.get(plain_name(name, present))
         if not isinstance(mine, Tensor):
             continue
         kind = type(value).__name__
         if isinstance(value, Tensor):
             if value.layout == mine.layout and _holds(value, mine):
                 continue
-            kind = f'{kind} ({value.layout}, {value.dtype})'
+            shape = tuple(value.shape)
+            kind = f'{kind} of shape {shape} ({value.layout}, {value.dtype})'
         raise CheckpointError(
             f'{name} is a {kind} in {what} of the checkpoint, the model has '
-            f'{mine.dtype} there; the file is damaged, or belongs to another '
-            f'model.'
+            f'{mine.dtype} of shape {tuple(mine.shape)} there; the file is '
+            f'damaged, or belongs to another model.'
         )
 
 
@@ -188,10 +244,13 @@ def _holds(value: Tensor, mine: Tensor) -> bool:
     """Return whether a tensor has values for one of the model."""
     if value.is_quantized or mine.is_quantized:
         return value.is_quantized == mine.is_quantized
-    if mine.is_floating_point():
-        return value.is_floating_point()
+    if mine.dim() == 0 and value.dim() == 1 and len(value) != 1:
+        return False  # torch would load the first of them
+    if mine.is_floating_point() or not value.is_floating_point():
+        return value.is_floating_point() == mine.is_floating_point()
+    # whole numbers that somebody saved as floats
     whole = torch.isfinite(value) & (value == value.round())
-    return not value.is_floating_point() or bool(whole.all())
+    return bool(whole.all())
 
 
 def check_training_state(
@@ -231,12 +290,21 @@ def check_training_state(
         return
     saved = checkpoint['optimizer']
     check_names(saved, "'optimizer'")
-    # one state, or one a name; an optimizer of others' making has its own
+    # one state, or one a name
     states = [
         x
         for x in (saved, *saved.values())
         if isinstance(x, Mapping) and 'state' in x and 'param_groups' in x
     ]
+    # an optimizer of somebody's own may keep its state in another way
+    plain = Optimizer.load_state_dict
+    sure = [x for x in optimizers if type(x).load_state_dict is plain]
+    if len(states) < len(sure):
+        raise CheckpointError(
+            f'the checkpoint has the state of {len(states)} optimizers, this '
+            f'run has {len(optimizers)}; {_DAMAGED}, or use load_from '
+            f'without resume.'
+        )
     for state, optimizer in zip(states, optimizers):
         _check_optimizer(state, optimizer.param_groups)
 
@@ -244,11 +312,10 @@ def check_training_state(
 def _check_optimizer(
     state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    saved, slots = state.get('param_groups'), state.get('state')
+    saved, slots = state['param_groups'], state['state']
     mine = [len(group['params']) for group in groups]
     try:
         assert isinstance(saved, list)
-        assert isinstance(slots, Mapping)
         theirs = [len(group['params']) for group in saved]
         order = [i for group in saved for i in group['params']]
         own = {k: v for k, v in slots.items() if isinstance(k, int)}
@@ -283,78 +350,3 @@ def _check_optimizer(
                     f'{shape}, the parameter has {tuple(parameter.shape)}; '
                     f'{_DAMAGED}.'
                 )
-
-
-def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
-    """Make ``state_dict`` hold the raw weights, for the framework to load.
-
-    Args:
-        checkpoint: The checkpoint, changed in place.
-        part: Its EMA part.
-
-    Raises:
-        CheckpointError: If it lacks the raw weights of some tensors.
-    """
-    weights = checkpoint[WEIGHTS]
-    missing = [name for name in part.averages if name not in part.raws]
-    if missing:
-        raise CheckpointError(
-            f'the checkpoint holds no raw weights of {len(missing)} tensors '
-            f'({", ".join(missing[:3])}); training cannot resume from it, '
-            f"nor can they be evaluated. Use load_from, or evaluate='ema'."
-        )
-    replaced = OrderedDict(
-        (name, part.raws[_plain_name(name, part.raws)]) for name in weights
-    )
-    if hasattr(weights, '_metadata'):
-        replaced._metadata = weights._metadata  # type: ignore[attr-defined]
-    checkpoint[WEIGHTS] = replaced
-
-
-def _is_raw(key: str) -> bool:
-    return key.startswith(PREFIX)
-
-
-def _plain_name(name: str, names: Mapping[str, Any]) -> str:
-    """Strip the prefix of a wrapper, as the framework does when it loads."""
-    short = name[len(PREFIX) :] if name.startswith(PREFIX) else name
-    return name if name in names else short
-
-
-def _check_meta(meta: Mapping[str, Any]) -> None:
-    roles = meta.get('roles', _ROLES)
-    # values that are arrays cannot be compared
-    known = isinstance(roles, Mapping) and {
-        k: str(v) for k, v in roles.items()
-    }
-    if known != _ROLES:
-        raise CheckpointError(
-            f'{META} has roles={roles!r:.80}, this mmdet_ema reads '
-            f'{_ROLES}; the file is damaged, or install a newer one.'
-        )
-    version = meta.get('format_version', FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(
-            f'{META} has format_version={version!r}, this mmdet_ema reads up '
-            f'to {FORMAT_VERSION}; install a newer one.'
-        )
-    for key in _COUNTS:
-        read_count(meta, key, 1)
-
-
-class _Host:
-    """Brings tensors to host memory, each one once."""
-
-    def __init__(self) -> None:
-        self._done: Dict[Tuple[Any, ...], Tensor] = {}
-
-    def __call__(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = value.detach()
-        if value.device.type == 'cpu':
-            return value
-        key = (value.data_ptr(), value.dtype, value.shape, value.stride())
-        if key not in self._done:
-            self._done[key] = value.cpu()
-        return self._done[key]

@@ -14,6 +14,12 @@ import torch
 
 TAG = '__mmdet_ema_type__'
 
+_CONTAINERS = (dict, OrderedDict, list, tuple, set, torch.Size)
+_LEAVES = (
+    *(bool, int, float, complex, str, bytes, type(None)),
+    *(torch.Tensor, torch.nn.Parameter, torch.device, torch.dtype),
+)
+
 
 class Codec(NamedTuple):
     """How one type is stored.
@@ -31,7 +37,7 @@ class Codec(NamedTuple):
     @property
     def tag(self) -> str:
         """Name under which it is stored."""
-        return f'{self.type.__module__}.{self.type.__qualname__}'
+        return _name(self.type)
 
 
 def to_plain(value: Any, codecs: List[Codec]) -> Any:
@@ -40,33 +46,21 @@ def to_plain(value: Any, codecs: List[Codec]) -> Any:
     Dicts, lists and tuples are rebuilt (dicts keep their order and their
     ``_metadata``), types with a codec are tagged, NumPy scalars become Python
     numbers. What is left stays as it is.
-
-    Args:
-        value: Any nesting of containers.
-        codecs: Types to be tagged.
-
-    Returns:
-        The plain value.
     """
     for codec in codecs:
         if type(value) is codec.type:
             inner = to_plain(codec.encode(value), codecs)
             return {TAG: codec.tag, **inner}
-    if _is_numpy_scalar(value):
-        return _python_number(value)
+    # whoever imports this need not have NumPy
+    if 'numpy.generic' in map(_name, type(value).__mro__):
+        number = value.item()
+        # Python has no long double
+        return float(number) if type(number) is type(value) else number
     return _rebuild(value, lambda item: to_plain(item, codecs))
 
 
 def from_plain(value: Any, codecs: List[Codec]) -> Any:
-    """Return a value with everything tagged made again what it was.
-
-    Args:
-        value: What :func:`to_plain` returned.
-        codecs: The same types.
-
-    Returns:
-        The value.
-    """
+    """Return what :func:`to_plain` with the same codecs made plain."""
     if isinstance(value, dict) and TAG in value:
         for codec in codecs:
             if value[TAG] == codec.tag:
@@ -76,22 +70,16 @@ def from_plain(value: Any, codecs: List[Codec]) -> Any:
 
 
 def foreign(value: Any) -> List[str]:
-    """Return the names of the types in a value that are not plain.
-
-    Args:
-        value: Any nesting of containers.
-
-    Returns:
-        Qualified type names, each once, in order.
-    """
+    """Return the types in a value that are not plain, each once, in order."""
+    kind = type(value)
     if isinstance(value, dict):
-        parts = list(value) + list(value.values())
+        parts = [*value, *value.values()]
     elif isinstance(value, (list, tuple, set, frozenset)):
-        parts = list(value)
+        parts = [*value]
     else:
-        return [] if _is_plain_leaf(value) else [_name(type(value))]
-    own = [] if _is_plain_container(value) else [_name(type(value))]
-    return list(dict.fromkeys(own + [n for p in parts for n in foreign(p)]))
+        return [] if kind in _LEAVES else [_name(kind)]
+    own = [] if kind in _CONTAINERS else [_name(kind)]
+    return list(dict.fromkeys(own + [n for x in parts for n in foreign(x)]))
 
 
 def _rebuild(value: Any, convert: Callable[[Any], Any]) -> Any:
@@ -104,34 +92,6 @@ def _rebuild(value: Any, convert: Callable[[Any], Any]) -> Any:
     if type(value) in (list, tuple, set):
         return type(value)(convert(item) for item in value)
     return value
-
-
-def _is_plain_leaf(value: Any) -> bool:
-    plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
-    tensors = (torch.Tensor, torch.nn.Parameter, torch.Size, torch.device)
-    return type(value) in plain or type(value) in tensors
-
-
-def _is_plain_container(value: Any) -> bool:
-    return type(value) in (dict, OrderedDict, list, tuple, set, torch.Size)
-
-
-def _is_numpy_scalar(value: Any) -> bool:
-    kind = type(value)
-    return (
-        kind.__module__ == 'numpy'
-        and hasattr(kind, 'item')
-        and (
-            getattr(value, 'shape', None) == ()
-            and not hasattr(value, 'fill_')
-            and kind.__name__ != 'ndarray'
-        )
-    )
-
-
-def _python_number(value: Any) -> Any:
-    number = value.item()
-    return float(number) if type(number) is type(value) else number
 
 
 def _name(kind: Type[Any]) -> str:
