@@ -7,14 +7,13 @@ from typing import Any, Optional
 
 from mmdet_ema.checkpoint.bevdet import add_averages, is_second_file
 from mmdet_ema.checkpoint.layout import EMA
-from mmdet_ema.checks import check_count
+from mmdet_ema.checks import check_count, check_path
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.for_mmcv1.ema_hook import EMAHook
-from mmdet_ema.for_mmcv1.words import check_path
 
 
 class MEGVIIEMAHook(EMAHook):
-    """In place of the hook of that name in BEVDet and projects based on it.
+    """Instead of the hook of that name in BEVDet and projects based on it.
 
     ``d = decay * (1 - exp(-(init_updates + n) / tau))``, with decay 0.999,
     tau 2000, init_updates 0 and float buffers averaged by default.

@@ -7,8 +7,7 @@ from typing import Any, Dict, List, Optional
 from mmcv.runner.hooks import Hook, LrUpdaterHook
 from mmcv.runner.hooks.momentum_updater import MomentumUpdaterHook
 
-from mmdet_ema.for_mmcv1.run_log import RunLog
-from mmdet_ema.for_mmcv1.runner_facts import facts_of, optimizers_of
+from mmdet_ema.for_mmcv1.runner import RunLog, facts_of, optimizers_of
 from mmdet_ema.optimizers.warm_steps import WarmSteps
 from mmdet_ema.optimizers.warmup import parse_warmup
 from mmdet_ema.optimizers.warmup_start import start_warmup

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from mmcv.runner import DistEvalHook
 
 from mmdet_ema.errors import OptionError
-from mmdet_ema.for_mmcv1.runner_facts import broadcast_statistics
+from mmdet_ema.for_mmcv1.runner import broadcast_statistics
 from mmdet_ema.training.no_trace import same_randomness
 
 PREFIX = 'raw/'
@@ -45,16 +45,7 @@ def check_best(hook: Any, both: bool) -> None:
 def evaluate_with(
     ema: Any, hook: Any, evaluate: Evaluate, runner: Any, *args: Any, **kw: Any
 ) -> Any:
-    """Run an evaluation hook's ``_do_evaluate`` on the averages.
-
-    Args:
-        ema: Our hook.
-        hook: The evaluation hook.
-        evaluate: Its own ``_do_evaluate``.
-        runner: The runner.
-        *args: What else it takes.
-        **kw: The same.
-    """
+    """Run the ``_do_evaluate`` of an evaluation hook on the averages."""
     if isinstance(hook, DistEvalHook):
         ema.make_equal(runner, hook.by_epoch)
     again = functools.partial(evaluate, runner, *args, **kw)
@@ -74,20 +65,9 @@ def evaluate_with(
 
 
 def evaluate_by_raw(
-    ema: Any,
-    hook: Any,
-    evaluate: Evaluate,
-    *args: Any,
-    **kwargs: Any,
+    ema: Any, hook: Any, evaluate: Evaluate, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run an evaluation hook's ``evaluate``; a raw metric chooses the best.
-
-    Args:
-        ema: Our hook.
-        hook: The evaluation hook.
-        evaluate: Its own ``evaluate``.
-        *args: For it.
-        **kwargs: For it.
+    """Run the ``evaluate`` of an evaluation hook; a raw metric may choose.
 
     Returns:
         The metric of the raw weights where ``save_best`` names one; None
@@ -100,7 +80,13 @@ def evaluate_by_raw(
         evaluate(*args, **kwargs)
     finally:
         hook.save_best = best
-    return _score(ema.raw_metrics, best) if ema.raw_metrics else None
+    raw = ema.raw_metrics
+    if raw and best not in raw:
+        raise OptionError(
+            f'save_best={best!r} is not among the metrics of the raw '
+            f'weights: {", ".join(raw)}.'
+        )
+    return raw.get(best)
 
 
 def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
@@ -121,15 +107,6 @@ def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
         dist.barrier()  # the second pass writes into the same folder
     found.pop('eval_iter_num', None)
     return {f'{PREFIX}{name}': value for name, value in found.items()}
-
-
-def _score(raw: Dict[str, Any], name: str) -> Any:
-    if name not in raw:
-        raise OptionError(
-            f'save_best={name!r} is not among the metrics of the raw '
-            f'weights: {", ".join(raw)}.'
-        )
-    return raw[name]
 
 
 def _wants_raw(hook: Any) -> bool:

@@ -8,15 +8,15 @@ from typing import Any, Callable
 from mmcv.runner import HOOKS
 
 from mmdet_ema.for_mmcv1.bevdet_hook import MEGVIIEMAHook
-from mmdet_ema.for_mmcv1.ema_hook import EMAHook
-from mmdet_ema.for_mmcv1.mmdet_hooks import (
+from mmdet_ema.for_mmcv1.ema_hook import (
+    EMAHook,
     ExpMomentumEMAHook,
     LinearMomentumEMAHook,
 )
 from mmdet_ema.for_mmcv1.optimizer_registration import (
     register as register_optim,
 )
-from mmdet_ema.for_mmcv1.wrapping import wrap_once
+from mmdet_ema.for_mmcv1.runner import wrap_once
 from mmdet_ema.frameworks import own_logger
 from mmdet_ema.version import __version__
 

@@ -6,8 +6,7 @@ from typing import Any, Dict, List, Optional
 
 from mmengine.hooks import Hook
 
-from mmdet_ema.for_mmengine import runner_facts
-from mmdet_ema.for_mmengine.run_log import RunLog
+from mmdet_ema.for_mmengine.runner import RunLog, facts_of, optimizers_of
 from mmdet_ema.optimizers.warm_steps import WarmSteps
 from mmdet_ema.optimizers.warmup import parse_warmup
 from mmdet_ema.optimizers.warmup_start import start_warmup
@@ -55,9 +54,9 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         """Begin; optimizers and schedulers are loaded by now."""
         self._stop()
-        facts = runner_facts.facts_of(runner)
+        facts = facts_of(runner)
         self._steps = start_warmup(
-            runner_facts.optimizers_of(runner),
+            optimizers_of(runner),
             self._options,
             iters_per_epoch=_length(runner.train_dataloader),
             max_iters=facts.max_iters,

@@ -9,7 +9,7 @@ from mmengine.utils.dl_utils import mmcv_full_available
 from torch import nn
 
 from mmdet_ema.errors import OptionError
-from mmdet_ema.for_mmengine.run_log import RunLog
+from mmdet_ema.for_mmengine.runner import RunLog
 from mmdet_ema.optimizers.construction import Construction
 from mmdet_ema.optimizers.rules import MMENGINE
 

@@ -16,7 +16,7 @@ from mmdet_ema.for_mmengine.optimizer_registration import (
 )
 from mmdet_ema.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.frameworks import own_logger
-from mmdet_ema.training.spellings import instead_of
+from mmdet_ema.training.compatible import instead_of
 from mmdet_ema.version import __version__
 
 _NAMES = ('mmengine.hooks.EMAHook', 'mmengine.hooks.ema_hook.EMAHook')

@@ -165,7 +165,7 @@ def lines_of(folder):
             text = Path(folder, name).read_text()
             text = text.replace(os.path.abspath(folder), 'FOLDER')
             text = re.sub(r'\d{4}-\d\d-\d\d [\d:,]+', 'NOW', text)
-            text = re.sub(r'(time"?: |eta: )[\d.:]+', r'\1-', text)
+            text = re.sub(r'(time"?: |eta: )[\d.:e-]+', r'\1-', text)
             found += [f'{name}: {line}' for line in text.splitlines()]
     return found
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ema.training.stepping import TELLS_OF_STEPS
+from mmdet_ema.training.steps import TELLS_OF_STEPS
 from tests import needs, oracle
 from tests.for_mmengine.toy import Run, ToyModel, loader
 

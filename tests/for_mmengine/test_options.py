@@ -1,5 +1,6 @@
 """Every option of the hook: what is taken, what it does, what is refused."""
 
+import inspect
 import math
 
 import pytest
@@ -12,9 +13,10 @@ from mmengine.model.averaged_model import (
 from mmengine.registry import MODELS
 from torch import nn
 
+from mmdet_ema import EMAHook
 from mmdet_ema.averaging import OptionError, WeightAverager, build_schedule
-from mmdet_ema.training.openmmlab_words import family_schedule
-from mmdet_ema.training.options import NAMES, parse_options
+from mmdet_ema.training.compatible import family_schedule
+from mmdet_ema.training.options import NAMES, Options, parse_options
 from tests import oracle
 
 
@@ -38,26 +40,28 @@ def message_of(**options):
 def test_defaults():
     """Without options the hook does what the design says."""
     options = parse_options()
-    found = {
-        name: getattr(options, name)
-        for name in options.__dataclass_fields__
-        if name != 'schedule_for'
-    }
-    assert found == dict(
-        interval=1,
-        phase=0,
-        begin_iter=0,
-        begin_epoch=0,
-        update_buffers=True,
-        device=None,
-        overlap=False,
-        evaluate='ema',
-        nonfinite='skip',
-        strict_load=False,
-        no_effect=(),
-        rule=None,
-        scale_decay=False,
-        copied=(),
+    assert (
+        Options(
+            interval=1,
+            begin_iter=0,
+            begin_epoch=0,
+            update_buffers=True,
+            device=None,
+            overlap=False,
+            evaluate='ema',
+            nonfinite='skip',
+            strict_load=False,
+            scale_decay=False,
+            copied=(),
+            enabled=True,
+            choice=options.choice,
+        )
+        == options
+    )
+    assert (0, (), None) == (
+        options.choice.phase,
+        options.choice.no_effect,
+        options.choice.rule,
     )
     schedule = options.schedule_for(1000)
     assert 'exponential(decay=0.9999, tau=2000.0)' == str(schedule)
@@ -73,19 +77,26 @@ def test_defaults_of_openmmlab(words):
     """Under OpenMMLab's words mmengine's defaults are taken."""
     options = parse_options(**words)
     assert options.update_buffers is False
-    assert 1 == options.phase
+    assert 1 == options.choice.phase
     # 1 - 0.0002 is next to 0.9998 in float64.
     assert pytest.approx(0.9998, rel=1e-15) == options.schedule_for(9).limit
     assert parse_options(update_buffers=True, **words).update_buffers is True
 
 
-def test_names():
-    """The names in messages are those of the signature, and priority."""
-    code = parse_options.__code__
-    names = code.co_varnames[: code.co_kwonlyargcount]
-    inner = ('find_rule', 'choice')
-    signature = [name for name in names if name not in inner]
-    assert (*signature, 'priority') == NAMES
+def test_signature():
+    """``inspect.signature`` of the hook shows its options and defaults."""
+    shown = inspect.signature(EMAHook).parameters
+    assert [*NAMES[:-1]] == [*shown]
+    assert 1 == shown['interval'].default
+    assert 'ema' == shown['evaluate'].default
+
+
+def test_every_option_is_documented():
+    """The docstring of the hook says what each option means."""
+    missing = [
+        x for x in NAMES[:-1] if f'\n        {x} (' not in EMAHook.__doc__
+    ]
+    assert [] == missing
 
 
 # decay, tau, schedule
@@ -183,7 +194,7 @@ def test_cosine_is_checked_at_once():
 )
 def test_no_effect(options, expected):
     """An option that changes nothing is named, as the user wrote it."""
-    found = parse_options(**options).no_effect
+    found = parse_options(**options).choice.no_effect
     assert expected == tuple(text.partition(' ')[0] for text in found)
     assert all('has no effect with' in text for text in found)
 
@@ -476,7 +487,7 @@ def test_numbers(name, words, interval, buffers):
         model,
         options.schedule_for(50),
         interval=options.interval,
-        phase=options.phase,
+        phase=options.choice.phase,
         update_buffers=options.update_buffers,
     )
     for step in range(50):

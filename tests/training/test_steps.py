@@ -9,8 +9,8 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from mmdet_ema.training import stepping
-from mmdet_ema.training.stepping import TELLS_OF_STEPS, WeightChanges
+from mmdet_ema.training import steps as stepping
+from mmdet_ema.training.steps import TELLS_OF_STEPS, WeightChanges
 
 OLD = pytest.mark.skipif(
     not TELLS_OF_STEPS, reason='torch before 2.0 has no step hooks'
