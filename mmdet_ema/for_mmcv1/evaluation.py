@@ -23,13 +23,8 @@ Evaluate = Callable[..., Any]
 def check_best(hook: Any, both: bool) -> None:
     """Check the metric that an evaluation hook chooses the best file by.
 
-    Args:
-        hook: mmcv's evaluation hook; the word ``raw/`` is taken out of the
-            name of its file.
-        both: Whether raw weights and averages are evaluated.
-
-    Raises:
-        OptionError: If it is one of the raw weights, which are not evaluated.
+    A metric of the raw weights needs them evaluated; the ``/`` in its name is
+    taken out of the name of the file.
     """
     if not _wants_raw(hook):
         return

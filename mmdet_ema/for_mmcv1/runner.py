@@ -57,12 +57,8 @@ def _logger_of_the_tool() -> logging.Logger:
 def wrap_once(owner: Any, name: str, around: Callable[..., Any]) -> None:
     """Replace a method by ``around(method, *args, **kwargs)``.
 
-    It stays a bound method, with the signature that it has.
-
-    Args:
-        owner: An object.
-        name: Name of the method. Wrapping it again does nothing.
-        around: Called instead, with the method before its arguments.
+    It stays a bound method, with the signature that it has. Wrapping it again
+    does nothing.
     """
     method = getattr(owner, name)
     if getattr(method, _MARK, False):
@@ -118,13 +114,7 @@ def facts_of(runner: Any) -> RunFacts:
 
 
 def note_loader(runner: Any, loaders: Any, workflow: Any) -> None:
-    """Note which data the runner trains on, before it calls any hook.
-
-    Args:
-        runner: The runner.
-        loaders: Its data loaders.
-        workflow: What is done with each, as ``('train', 1)``.
-    """
+    """Note which data the runner trains on, before it calls any hook."""
     pairs = zip(loaders, workflow)
     found = [loader for loader, (mode, _) in pairs if mode == 'train']
     setattr(runner, _LOADER, found[0] if found else None)
@@ -134,10 +124,6 @@ def will_evaluate(runner: Any, by_epoch: bool) -> bool:
     """Return whether all ranks evaluate after this epoch or iteration.
 
     mmcv's ``DistEvalHook`` does, and has collectives of its own there.
-
-    Args:
-        runner: The runner.
-        by_epoch: Whether an epoch ends; else an iteration.
     """
     return any(
         isinstance(hook, DistEvalHook)
@@ -161,11 +147,7 @@ def unsaved_names(model: nn.Module) -> Set[str]:
 
 
 def refuse_second(runner: Any) -> None:
-    """Refuse a run with two EMA hooks, ours or not.
-
-    Raises:
-        OptionError: If there are two; all are named.
-    """
+    """Refuse a run with two EMA hooks, ours or not."""
     found = [
         f'{type(hook).__module__}.{type(hook).__name__} '
         f'(priority={hook.priority!r})'

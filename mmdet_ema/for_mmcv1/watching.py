@@ -40,12 +40,7 @@ Method = Callable[..., Any]
 
 
 def watch(runner: Any, ema: Any) -> None:
-    """Tell our hook of all that a runner does.
-
-    Args:
-        runner: The runner.
-        ema: Our hook.
-    """
+    """Tell our hook of all that a runner does."""
     watch_loading(runner, ema)
     if not ema.enabled:
         return
@@ -89,15 +84,7 @@ def watch(runner: Any, ema: Any) -> None:
 
 
 def watch_hooks(runner: Any, ema: Any) -> None:
-    """Tell our hook of whatever other hooks evaluate, save or log.
-
-    Args:
-        runner: The runner; every hook of it is wrapped once.
-        ema: Our hook.
-
-    Raises:
-        OptionError: If a best file is wanted by metrics that nobody computes.
-    """
+    """Tell our hook of whatever other hooks evaluate, save or log."""
     for hook in runner.hooks:
         _watch_hook(runner, ema, hook)
 

@@ -40,17 +40,7 @@ _RAMPS = ('warm_up', 'total_iter', 'tau', 'schedule', 'ema_type', 'gamma')
 
 
 def parse_words(hook: str, given: Mapping[str, Any]) -> Options:
-    """Check the options of one of the hooks.
-
-    Args:
-        hook: Name of the hook: ``EMAHook``, ``ExpMomentumEMAHook``,
-            ``LinearMomentumEMAHook`` or ``MEGVIIEMAHook``.
-        given: Options by name; those that are None are left out.
-
-    Raises:
-        OptionError: If an option is unknown, out of range or contradicts
-            another one.
-    """
+    """Check the options of the hook of that name; None is left out."""
     given = {name: x for name, x in given.items() if x is not None}
     megvii = ('init_updates', 'resume') if hook == _MEGVII else ()
     known = (*NAMES, *WORDS, *megvii)

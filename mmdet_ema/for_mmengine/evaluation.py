@@ -127,15 +127,7 @@ def _run_passes(
 
 
 def check_monitored(runner: Any, passes: Sequence[str]) -> None:
-    """Check that nothing waits for metrics of weights not evaluated.
-
-    Args:
-        runner: The runner, about to train.
-        passes: Names of the sets that are evaluated.
-
-    Raises:
-        OptionError: If ``save_best`` or ``monitor`` names such a metric.
-    """
+    """Check that nothing waits for metrics of weights not evaluated."""
     if 'raw' in passes[:-1]:
         return
     owners = list(runner.hooks)

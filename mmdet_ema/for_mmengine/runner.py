@@ -100,12 +100,7 @@ def local_checkpoint(runner: Any) -> Optional[str]:
 
 
 def will_validate(runner: Any, by_epoch: bool) -> bool:
-    """Return whether all ranks validate after this epoch or iteration.
-
-    Args:
-        runner: The runner.
-        by_epoch: Whether an epoch ends; else an iteration.
-    """
+    """Return whether all ranks validate after this epoch or iteration."""
     kind = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
     if not _validates_together(runner, kind):
         return False
@@ -137,15 +132,7 @@ def _validates_together(runner: Any, kind: Any) -> bool:
 
 
 def refuse_second(runner: Any, ours: Any) -> None:
-    """Refuse a run with two EMA hooks.
-
-    Args:
-        runner: The runner.
-        ours: The class of our hook.
-
-    Raises:
-        OptionError: If there are two; both are named.
-    """
+    """Refuse a run with two EMA hooks, ``ours`` or mmengine's."""
     found = [
         f'{type(hook).__module__}.{type(hook).__name__} '
         f'(priority={hook.priority!r})'

@@ -33,11 +33,7 @@ _FAMILIES: Dict[str, Callable[[float, float], Schedule]] = {
 
 
 def decay_of(decay: Optional[float], momentum: Optional[float]) -> float:
-    """Return the decay that ``decay`` or ``momentum`` says, or mmengine's.
-
-    Raises:
-        OptionError: If it is out of range.
-    """
+    """Return the decay that ``decay`` or ``momentum`` says, or mmengine's."""
     if decay is not None:
         return check_number('decay', decay, 0, 1, high_open=True)
     hint = 'momentum weighs the NEW value: momentum = 1 - decay.'
@@ -63,12 +59,6 @@ def family_schedule(
         decay: ``1 - momentum``.
         gamma: The class's ``gamma``; None for its default.
         interval: Steps between updates.
-
-    Returns:
-        The schedule; its first update is a copy.
-
-    Raises:
-        OptionError: If the name is unknown or the class has no gamma.
     """
     known = 'ExponentialMovingAverage' if ema_type is None else ema_type
     name = _name_of(known)
@@ -160,11 +150,7 @@ _INSTEAD: Dict[str, str] = {
 
 
 def instead_of(name: str) -> str:
-    """Return a sentence on a word of another project, or nothing.
-
-    Args:
-        name: An option, an averaging class or a hook, with or without scope.
-    """
+    """Return a sentence on an option, class or hook of another project."""
     name = name.rpartition('.')[2]
     for ours, theirs in _SAME.items():
         if name in theirs:

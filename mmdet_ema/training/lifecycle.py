@@ -73,15 +73,7 @@ class EMALifecycle:
         return self.averager is not None and self.averager.is_applied
 
     def start(self, model: nn.Module, facts: RunFacts) -> None:
-        """Get ready: training is about to start, everything is loaded.
-
-        Args:
-            model: The model, unwrapped.
-            facts: The run as planned.
-
-        Raises:
-            OptionError: If the average would start after the end.
-        """
+        """Get ready: training is about to start, everything is loaded."""
         check_begin(self.options, facts)
         self._stop_listening()
         if self._only_evaluates:
@@ -127,13 +119,14 @@ class EMALifecycle:
             epoch: Epochs done.
             optimizers: The optimizers of the run, as they are now.
         """
-        if self.is_applied:
+        if self.averager is not None and self.averager.is_applied:
             self._log.warning(
                 'EMA: an evaluation left the averages in the model; training '
                 'goes on from the raw weights.'
             )
             self.leave_evaluation()
-        self._take_pending(model)
+        if self._pending is not None:
+            self._take_pending(model)
         if self.averager is None and has_begun(self.options, iteration, epoch):
             assert self._plan is not None
             self.averager = self._make(model, self._plan.schedule)
@@ -147,7 +140,11 @@ class EMALifecycle:
         if not changes.told:
             # maybe nobody tells before the weights change
             averager.follow_changes()
-        self._tell_replaced(averager)
+        replaced = averager.take_replaced()
+        if replaced:
+            self._replacements += 1
+            if math.log10(self._replacements).is_integer():
+                self._log.info(describe_replaced(replaced))
         changes.begin(optimizers)
         self._iterations += 1
         times = changes.idle / max(_IDLE, 2 * plan.facts.accumulation)
@@ -159,9 +156,6 @@ class EMALifecycle:
 
         Args:
             iteration: The iteration that ends, from 1.
-
-        Raises:
-            NonFiniteError: If there is NaN or Inf under ``'raise'``.
         """
         averager, changes = self.averager, self._changes
         if averager is None:
@@ -180,7 +174,6 @@ class EMALifecycle:
                 raise NonFiniteError(
                     f'iteration {iteration}{seen}: {error}'
                 ) from None
-            self._tell_replaced(averager)
         self._tell_skipped(averager)
 
     def finish(self) -> None:
@@ -249,13 +242,9 @@ class EMALifecycle:
             self.averager.restore()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Give a checkpoint its EMA part, in place.
-
-        Args:
-            checkpoint: A checkpoint whose ``state_dict`` is the live model's.
-        """
+        """Give a checkpoint with the live weights its EMA part, in place."""
         averager = self.averager
-        meta = self._plan.meta if self._plan else {}
+        meta: Dict[str, Any] = dict(self._plan.meta) if self._plan else {}
         meta['writer'] = f'mmdet_ema {__version__}'
         if averager is None:
             pack(checkpoint, {}, {}, 0, meta)
@@ -363,13 +352,6 @@ class EMALifecycle:
             line = describe_skip(averager, self._updated_at)
             if line:
                 self._log.warning(line)
-
-    def _tell_replaced(self, averager: WeightAverager) -> None:
-        names = averager.take_replaced()
-        if names:
-            self._replacements += 1
-            if math.log10(self._replacements).is_integer():
-                self._log.info(describe_replaced(names))
 
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:

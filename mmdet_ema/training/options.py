@@ -150,16 +150,7 @@ NAMES = (*_DEFAULTS, 'priority')
 
 
 def parse_options(choice: Optional[Choice] = None, **given: Any) -> Options:
-    """Check the options of a hook.
-
-    Args:
-        choice: What is said of the decay, where an adapter knows.
-        **given: The options by name.
-
-    Raises:
-        OptionError: If an option is unknown, out of range or contradicts
-            another one.
-    """
+    """Check the options of a hook; an adapter may know a choice of decay."""
     refuse_unknown({k: x for k, x in given.items() if k not in _DEFAULTS})
     return Options(choice=choice, **given)  # type: ignore[arg-type]
 
@@ -169,16 +160,7 @@ def refuse_unknown(
     hook: str = 'EMAHook',
     names: Sequence[str] = NAMES,
 ) -> None:
-    """Refuse options that a hook does not have.
-
-    Args:
-        unknown: Their values by name.
-        hook: Name of the hook. Defaults to 'EMAHook'.
-        names: The options that it has.
-
-    Raises:
-        OptionError: If there are any.
-    """
+    """Refuse options that a hook does not have."""
     for name, value in unknown.items():
         homes = [kind for kind in SCHEDULES if name in options_of(kind)]
         hint = did_you_mean(name, names)
@@ -208,12 +190,7 @@ def show_options(init: Any, **more: Any) -> None:
 
 
 def choose_rule(name: str, rule: Rule) -> Choice:
-    """Choose a user's own rule.
-
-    Args:
-        name: What to call it.
-        rule: Updates one average in place.
-    """
+    """Choose a user's own rule, and what to call it."""
 
     def no_decay(n: int) -> float:
         raise AssertionError('a rule has no decay')

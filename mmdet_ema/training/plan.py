@@ -65,6 +65,7 @@ class Plan:
         unscaled: The schedule of the options.
         schedule: The schedule that the run uses.
         kappa: Samples a step, relative to the reference.
+        meta: What a run that resumes from this one compares itself with.
     """
 
     def __init__(
@@ -85,17 +86,12 @@ class Plan:
         self.unscaled = self.schedule = options.schedule_for(self.planned)
         if options.scale_decay and self.kappa != 1:
             self.schedule = to_the_power(self.unscaled, self.kappa)
-
-    @property
-    def meta(self) -> Dict[str, Any]:
-        """What a run that resumes from this one compares itself with."""
-        facts, scaled = self.facts, self.options.scale_decay
-        return {
+        self.meta: Dict[str, Any] = {
             'schedule': str(self.unscaled),
-            'interval': self.options.interval,
+            'interval': options.interval,
             'batch_size': facts.batch_size * facts.accumulation,
             'world_size': facts.world_size,
-            REFERENCE: self.reference if scaled else facts.samples,
+            REFERENCE: reference if options.scale_decay else facts.samples,
         }
 
 
@@ -109,13 +105,7 @@ def _reference_of(meta: Mapping[str, Any]) -> Optional[int]:
 
 
 def planned_steps(options: Options, facts: RunFacts, done: int) -> int:
-    """Return how many steps the average will have seen at the end.
-
-    Args:
-        options: Options of the hook.
-        facts: The run as planned.
-        done: Steps that it has seen already; above 0 only on resume.
-    """
+    """Return how many steps the average will have seen at the end."""
     first = facts.iteration
     if not done:
         iters_per_epoch = max(facts.max_iters // max(facts.max_epochs, 1), 1)
@@ -130,24 +120,13 @@ def planned_steps(options: Options, facts: RunFacts, done: int) -> int:
 
 
 def has_begun(options: Options, iteration: int, epoch: int) -> bool:
-    """Return whether the next iteration is averaged.
-
-    Args:
-        options: Options of the hook.
-        iteration: Iterations done.
-        epoch: Epochs done.
-    """
-    return iteration + 1 >= options.begin_iter and epoch + 1 >= (
-        options.begin_epoch
-    )
+    """Return whether the iteration after so many is averaged."""
+    begun = iteration + 1 >= options.begin_iter
+    return begun and epoch + 1 >= options.begin_epoch
 
 
 def check_begin(options: Options, facts: RunFacts) -> None:
-    """Check that the average begins before the run ends.
-
-    Raises:
-        OptionError: If it does not.
-    """
+    """Check that the average begins before the run ends."""
     if options.begin_epoch > facts.max_epochs:
         kind = '' if facts.by_epoch else ' (the run counts iterations)'
         raise OptionError(

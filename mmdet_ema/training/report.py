@@ -19,16 +19,7 @@ _REPORTED = ('schedule', 'interval', 'batch_size', 'world_size')
 
 
 def report(plan: Plan, entries: List[Entry], log: Any) -> None:
-    """Say at the start what the average will be, and what looks wrong.
-
-    Args:
-        plan: The plan of the run.
-        entries: The unique tensors of the model.
-        log: Where lines go; has ``info`` and ``warning``.
-
-    Raises:
-        OptionError: If the schedule returns no decay in [0, 1].
-    """
+    """Say at the start what the average will be, and what looks wrong."""
     options, facts, planned = plan.options, plan.facts, plan.planned
     counts, choice = count_roles(entries), options.choice
     found: List[str] = []
@@ -67,19 +58,7 @@ def describe(
     counts: Mapping[str, int],
     phase: int = 0,
 ) -> str:
-    """Say in a few lines what the average will be.
-
-    Args:
-        schedule: The schedule.
-        interval: Steps between updates.
-        done: Steps that the average has seen already (above 0 on resume).
-        planned: Steps that it will have seen at the end of the run.
-        counts: Tensors a role and bytes, as the averager counts them.
-        phase: Which step of an interval updates. Defaults to 0.
-
-    Raises:
-        OptionError: If the schedule returns no decay in [0, 1].
-    """
+    """Say in a few lines what the average will be."""
     last = decay_over(schedule, max(planned, 1), max(planned, 1))
     averaged = _last_update(interval, phase, planned)
     every = 'step' if interval == 1 else f'{interval} steps'
@@ -108,14 +87,7 @@ def _tensors(counts: Mapping[str, int]) -> List[str]:
 def warnings(
     schedule: Schedule, interval: int, planned: int, phase: int = 0
 ) -> List[str]:
-    """List what makes the average other than the options promise.
-
-    Args:
-        schedule: The schedule.
-        interval: Steps between updates.
-        planned: Steps that the average will have seen at the end.
-        phase: Which step of an interval updates. Defaults to 0.
-    """
+    """List what makes the average other than the options promise."""
     averaged = _last_update(interval, phase, planned)
     found = [_mixed_up(schedule)]
     if planned > 0:
@@ -133,12 +105,7 @@ def warnings(
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say in one line what changed since the checkpoint, if anything.
-
-    Args:
-        before: Values from the checkpoint by name.
-        now: Present values by name.
-    """
+    """Say in one line what changed since the checkpoint, if anything."""
     changed = [
         f'{name} {before[name]} -> {value}'
         for name, value in now.items()
@@ -152,12 +119,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def describe_skip(averager: WeightAverager, iteration: int) -> str:
-    """Say that a step was skipped; nothing but at the 1st, 10th, 100th, ...
-
-    Args:
-        averager: The averager that skipped it.
-        iteration: The iteration of that step, from 1.
-    """
+    """Say that a step was skipped; nothing but at the 1st, 10th, ... one."""
     count = averager.known_skipped
     if not math.log10(count).is_integer():
         return ''
@@ -180,11 +142,7 @@ def describe_skip(averager: WeightAverager, iteration: int) -> str:
 
 
 def describe_idle(iterations: int) -> str:
-    """Say that the weights stand still, and what to look at.
-
-    Args:
-        iterations: Iterations in a row that did not change them.
-    """
+    """Say that the weights stood still for so many iterations."""
     return (
         f'EMA: {iterations} iterations in a row did not change the weights, '
         f'so the average stands still. Unless gradients are accumulated for '

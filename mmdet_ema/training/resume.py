@@ -3,7 +3,8 @@
 A checkpoint with an EMA part holds two sets of weights, and the framework
 loads one, ``state_dict``. Each function here prepares a checkpoint for one
 purpose, in place, before the framework loads it. Of the model only names,
-shapes and kinds of tensors are looked at.
+shapes and kinds of tensors are looked at. What does not fit, or is damaged,
+raises a :class:`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -39,18 +40,8 @@ def for_resume(
 ) -> Optional[EMAPart]:
     """Prepare a checkpoint that training resumes from: raw weights load.
 
-    Args:
-        checkpoint: The checkpoint, changed in place.
-        model: The model, unwrapped.
-        strict: Whether all names must be the same.
-        log: Where lines go.
-
     Returns:
         The EMA part to go on from; None to start from the loaded weights.
-
-    Raises:
-        CheckpointError: If the EMA part does not fit the model, or with
-            ``strict`` if there is none.
     """
     part = unpack(checkpoint)
     if part is None:
@@ -76,16 +67,7 @@ def for_resume(
 def for_fine_tuning(
     checkpoint: Checkpoint, model: nn.Module, log: Any
 ) -> None:
-    """Say what a new training starts from; ``state_dict`` loads as it is.
-
-    Args:
-        checkpoint: The checkpoint.
-        model: The model, unwrapped.
-        log: Where lines go.
-
-    Raises:
-        CheckpointError: If there is something else where tensors belong.
-    """
+    """Say what a new training starts from; ``state_dict`` loads as it is."""
     weights = _weights_of(checkpoint, model)
     part = _if_readable(checkpoint, log)
     _name_nonfinite(weights, model, log)
@@ -101,18 +83,9 @@ def for_evaluation(
 ) -> Optional[EMAPart]:
     """Prepare a checkpoint that is only evaluated.
 
-    Args:
-        checkpoint: The checkpoint, changed in place.
-        model: The model, unwrapped.
-        evaluate: 'ema', 'raw' or 'both'.
-        log: Where lines go.
-
     Returns:
         The EMA part if both sets will be evaluated: then the raw weights
         load, and the averages are put in for the evaluation.
-
-    Raises:
-        CheckpointError: If raw weights are asked for and there are none.
     """
     _weights_of(checkpoint, model)
     if evaluate == 'ema':
