@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import os
 from typing import Any, Dict, Iterator, Optional
 
@@ -26,10 +25,9 @@ from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.saving import with_ema_part
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.for_mmcv1.words import WORDS, parse_words
-from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import show_options
-from mmdet_ema.training.plan import check_begin
+from mmdet_ema.training.plan import check_begin, refuse_second
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -152,7 +150,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is changed."""
         self._log.logger = runner.logger
-        runners.refuse_second(runner)
+        refuse_second([hook for hook in runner.hooks if _is_ema(hook)])
         watch(runner, self)
         if self.enabled:
             check_begin(self._life.options, runners.facts_of(runner))
@@ -202,14 +200,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def after_read_checkpoint(
         self, runner: Any, checkpoint: Any, filename: str, resumes: bool
     ) -> None:
-        """Sort out which weights of a checkpoint go where.
-
-        Args:
-            runner: The runner, which loads it next.
-            checkpoint: What was read, changed in place.
-            filename: Name of the file.
-            resumes: Whether training resumes from it.
-        """
+        """Sort out which weights of a checkpoint go where, before it loads."""
         self._log.logger = runner.logger
         model = runners.model_of(runner)
         self._convert(checkpoint, model, filename)
@@ -222,11 +213,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._life.resume(checkpoint, model, optimizers)
         self._config = take_program(checkpoint)
         self._resumed_from = filename
-        if not self.enabled:
-            self._log.warning(
-                'EMA: enabled=False: training goes on from the raw '
-                'weights, without an average.'
-            )
 
     def after_resume(self, runner: Any) -> None:
         """Go on after the iteration that was saved.
@@ -243,10 +229,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def evaluating(self, runner: Any, holds: bool = False) -> Iterator[None]:
         """Evaluate the averages in the body, if they are to be evaluated.
 
-        Args:
-            runner: The runner.
-            holds: Whether they stay in the model after the body, unless it
-                raises. Defaults to False.
+        Where ``holds`` says so they stay, unless the body raises.
         """
         inner = self._life.is_applied
         try:
@@ -321,10 +304,6 @@ class EMAHook(Hook):  # type: ignore[misc]
 
         Whichever of our hook, a checkpoint and an evaluation comes first calls
         it: a file that is written first is to hold what is evaluated.
-
-        Args:
-            runner: The runner.
-            by_epoch: Whether an epoch ends; else an iteration.
         """
         self.catch_up()
         moment = runner.iter, by_epoch
@@ -347,15 +326,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         steps = averager.num_steps if averager else 0
         moment = (id(averager), runner.iter, steps)
         if moment != self._scalars_of:  # once for all loggers
-            self._scalars_of = moment
-            scalars = {
-                'ema_decay': averager.decay if averager else 0.0,
-                'ema_distance': averager.distance() if averager else 0.0,
-                'ema_skipped': averager.num_skipped if averager else 0,
-            }
-            self._scalars = {
-                name: x for name, x in scalars.items() if math.isfinite(x)
-            }
+            self._scalars_of, self._scalars = moment, self._life.scalars()
         runner.log_buffer.output.update(self._scalars)
 
     def _show(self, runner: Any) -> None:
@@ -409,10 +380,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._steps_alone = not any(
             isinstance(hook, OptimizerHook) for hook in runner.hooks
         )
-        facts = runners.facts_of(runner)
-        self._life.start(runners.model_of(runner), facts)
-        optimizers = runners.optimizers_of(runner)
-        scale_weight_decay(optimizers, facts.samples, self._log)
+        self._life.start(
+            runners.model_of(runner),
+            runners.facts_of(runner),
+            runners.optimizers_of(runner),
+        )
 
     def _resume(self, runner: Any) -> None:
         """Resume as mmcv's hook does, unless the run has resumed already."""
@@ -431,6 +403,11 @@ class EMAHook(Hook):  # type: ignore[misc]
                 f'EMA: resume_from={path!r} has no effect: the run has '
                 f'resumed from another checkpoint already.'
             )
+
+
+def _is_ema(hook: Any) -> bool:
+    names = {kind.__name__ for kind in type(hook).__mro__}
+    return not names.isdisjoint(('EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook'))
 
 
 class ExpMomentumEMAHook(EMAHook):

@@ -17,13 +17,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from mmdet_ema.errors import OptionError
 from mmdet_ema.frameworks import own_logger
-from mmdet_ema.training.plan import RunFacts
+from mmdet_ema.training.plan import RunFacts, batch_size_of
 
 _LOADER = '_mmdet_ema_loader'
 _MARK = '_mmdet_ema_wrapped'
-_OTHERS = ('EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook')
 
 
 class RunLog:
@@ -96,17 +94,13 @@ def facts_of(runner: Any) -> RunFacts:
     loader = getattr(runner, _LOADER, None)
     loader = getattr(runner, 'data_loader', None) if loader is None else loader
     loader = getattr(loader, '_dataloader', loader)
-    size = getattr(loader, 'batch_size', None)
-    if size is None:
-        sampler = getattr(loader, 'batch_sampler', None)
-        size = getattr(sampler, 'batch_size', None)
     return RunFacts(
         iteration=runner.iter,
         max_iters=runner.max_iters or 0,
         max_epochs=runner.max_epochs if by_epoch else 1,
         by_epoch=by_epoch,
         accumulation=max(counts, default=1),
-        batch_size=int(size or 1),
+        batch_size=batch_size_of(loader),
         world_size=runner.world_size,
         validates=any(isinstance(hook, EvalHook) for hook in runner.hooks),
         agrees=any(isinstance(hook, DistEvalHook) for hook in runner.hooks),
@@ -144,21 +138,6 @@ def tied_names(model: nn.Module) -> List[List[str]]:
 def unsaved_names(model: nn.Module) -> Set[str]:
     """Return the buffers that mmcv saves and the model does not load."""
     return {*get_state_dict(model)} - {*model.state_dict()}
-
-
-def refuse_second(runner: Any) -> None:
-    """Refuse a run with two EMA hooks, ours or not."""
-    found = [
-        f'{type(hook).__module__}.{type(hook).__name__} '
-        f'(priority={hook.priority!r})'
-        for hook in runner.hooks
-        if any(kind.__name__ in _OTHERS for kind in type(hook).__mro__)
-    ]
-    if len(found) > 1:
-        raise OptionError(
-            f'there are {len(found)} EMA hooks: {" and ".join(found)}. They '
-            f"would average each other's weights; keep one in custom_hooks."
-        )
 
 
 def broadcast_statistics(runner: Any) -> None:

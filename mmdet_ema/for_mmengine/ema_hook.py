@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from typing import Any, Dict, Iterator, Optional, Tuple
 
+from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.kernels import Rule
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.errors import OptionError, show
@@ -25,7 +24,6 @@ from mmdet_ema.for_mmengine.plain_checkpoint import (
     unmake,
 )
 from mmdet_ema.for_mmengine.safe_globals import allow_framework_types
-from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import (
@@ -34,6 +32,7 @@ from mmdet_ema.training.options import (
     parse_options,
     show_options,
 )
+from mmdet_ema.training.plan import refuse_second
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -122,7 +121,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is loaded or changed."""
-        runners.refuse_second(runner, EMAHook)
+        kinds = (EMAHook, MMEngineEMAHook)
+        refuse_second([x for x in runner.hooks if isinstance(x, kinds)])
         # whoever uses torch's safe_globals() takes ours away when leaving it
         allow_framework_types()
         path = runners.local_checkpoint(runner)
@@ -139,10 +139,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             return
         self._trained = False
         self._model = runners.model_of(runner)
-        facts = runners.facts_of(runner)
-        self._life.start(self._model, facts)
         optimizers = runners.optimizers_of(runner)
-        scale_weight_decay(optimizers, facts.samples, self._log)
+        self._life.start(self._model, runners.facts_of(runner), optimizers)
         watch_loops(runner, self._life.passes, self._evaluating)
         loggers = (
             hook for hook in runner.hooks if isinstance(hook, LoggerHook)
@@ -181,9 +179,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
         if self._will_log(runner, batch_idx):
-            for name, value in _scalars(self._life.averager).items():
-                if math.isfinite(value):
-                    runner.message_hub.update_scalar(f'train/{name}', value)
+            for name, value in self._life.scalars().items():
+                runner.message_hub.update_scalar(f'train/{name}', value)
 
     def after_train_epoch(self, runner: Any) -> None:
         """Make buffers equal on all ranks, if all validate next.
@@ -205,9 +202,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the averages into the model."""
         self._enter_evaluation(runner)
 
-    def before_test_epoch(self, runner: Any) -> None:
-        """Put the averages into the model."""
-        self._enter_evaluation(runner)
+    before_test_epoch = before_val_epoch
 
     def before_val_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
@@ -215,11 +210,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the averages in where a loop did not say that it begins."""
         self._enter_evaluation(runner)
 
-    def before_test_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None
-    ) -> None:
-        """Put the averages in where a loop did not say that it begins."""
-        self._enter_evaluation(runner)
+    before_test_iter = before_val_iter
 
     def after_val_epoch(
         self, runner: Any, metrics: Optional[Dict[str, float]] = None
@@ -227,11 +218,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the raw weights back."""
         self._leave_evaluation()
 
-    def after_test_epoch(
-        self, runner: Any, metrics: Optional[Dict[str, float]] = None
-    ) -> None:
-        """Put the raw weights back."""
-        self._leave_evaluation()
+    after_test_epoch = after_val_epoch
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights beside."""
@@ -253,11 +240,6 @@ class EMAHook(Hook):  # type: ignore[misc]
             refuse_foreign(checkpoint, self._log)
             optimizers = runners.optimizers_of(runner)
             self._life.resume(checkpoint, model, optimizers)
-            if not self.enabled:
-                self._log.warning(
-                    'EMA: enabled=False: training goes on from the raw '
-                    'weights, without an average.'
-                )
         else:
             self._life.fine_tune(checkpoint, model)
 
@@ -293,14 +275,6 @@ class EMAHook(Hook):  # type: ignore[misc]
     def _leave_evaluation(self) -> None:
         self._evaluates = False
         self._life.leave_evaluation()
-
-
-def _scalars(averager: Optional[WeightAverager]) -> Dict[str, float]:
-    return {
-        'ema_decay': averager.decay if averager else 0.0,
-        'ema_distance': averager.distance() if averager else 0.0,
-        'ema_skipped': averager.num_skipped if averager else 0,
-    }
 
 
 def _averaging_class(ema_type: Any) -> Optional[Any]:

@@ -7,7 +7,6 @@ import logging
 import os
 from typing import Any, List, Optional
 
-from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import (
@@ -19,8 +18,7 @@ from mmengine.runner import (
 from torch import nn
 from torch.optim import Optimizer
 
-from mmdet_ema.errors import OptionError
-from mmdet_ema.training.plan import RunFacts
+from mmdet_ema.training.plan import RunFacts, batch_size_of
 
 # the loops, and what a subclass may not change of them
 _OWN_LOOPS = {
@@ -65,17 +63,13 @@ def facts_of(runner: Any) -> RunFacts:
         # on resume with another batch size the loop's own number is wrong
         epochs = max(loop.max_epochs - runner.epoch, 0)
         max_iters = runner.iter + epochs * len(loader)
-    size = getattr(loader, 'batch_size', None)
-    if size is None:
-        sampler = getattr(loader, 'batch_sampler', None)
-        size = getattr(sampler, 'batch_size', None)
     return RunFacts(
         iteration=runner.iter,
         max_iters=max_iters,
         max_epochs=loop.max_epochs,
         by_epoch=by_epoch,
         accumulation=min(counts, default=1),
-        batch_size=int(size or 1),
+        batch_size=batch_size_of(loader),
         world_size=runner.world_size,
         validates=runner._val_loop is not None,
         agrees=_validates_together(runner, BaseLoop),
@@ -129,21 +123,6 @@ def _validates_together(runner: Any, kind: Any) -> bool:
         for own, methods in _OWN_LOOPS.items()
     )
     return owns and runner._val_loop is not None
-
-
-def refuse_second(runner: Any, ours: Any) -> None:
-    """Refuse a run with two EMA hooks, ``ours`` or mmengine's."""
-    found = [
-        f'{type(hook).__module__}.{type(hook).__name__} '
-        f'(priority={hook.priority!r})'
-        for hook in runner.hooks
-        if isinstance(hook, (ours, MMEngineEMAHook))
-    ]
-    if len(found) > 1:
-        raise OptionError(
-            f'there are {len(found)} EMA hooks: {" and ".join(found)}. They '
-            f"would average each other's weights; keep one in custom_hooks."
-        )
 
 
 def _wrappers(runner: Any) -> List[Any]:

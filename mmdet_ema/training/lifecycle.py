@@ -19,6 +19,7 @@ from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.selection import select
 from mmdet_ema.checkpoint.layout import EMAPart, check_training_state, pack
 from mmdet_ema.errors import NonFiniteError
+from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.schedules import Schedule
 from mmdet_ema.training import resume
 from mmdet_ema.training.options import Options
@@ -72,7 +73,9 @@ class EMALifecycle:
         """Whether the model holds the averages just now."""
         return self.averager is not None and self.averager.is_applied
 
-    def start(self, model: nn.Module, facts: RunFacts) -> None:
+    def start(
+        self, model: nn.Module, facts: RunFacts, optimizers: Sequence[Any]
+    ) -> None:
         """Get ready: training is about to start, everything is loaded."""
         check_begin(self.options, facts)
         self._stop_listening()
@@ -98,6 +101,7 @@ class EMALifecycle:
             self._before_step,
             facts.accumulation,
         )
+        scale_weight_decay(optimizers, facts.samples, self._log)
 
     def before_epoch(self) -> None:
         """Follow tensors that were replaced since the last epoch."""
@@ -204,6 +208,16 @@ class EMALifecycle:
         if not steps + skipped and total > self._plan.facts.accumulation:
             self._log.warning(describe_idle(total))
 
+    def scalars(self) -> Dict[str, float]:
+        """Return what loggers log of the last step."""
+        averager = self.averager
+        found = {
+            'ema_decay': averager.decay if averager else 0.0,
+            'ema_distance': averager.distance() if averager else 0.0,
+            'ema_skipped': averager.num_skipped if averager else 0,
+        }
+        return {name: x for name, x in found.items() if math.isfinite(x)}
+
     def synchronize(self) -> None:
         """Make the averages of buffers equal; call it on all ranks at once."""
         if self.averager is not None and not self.averager.synchronize():
@@ -266,6 +280,11 @@ class EMALifecycle:
         part = resume.for_resume(checkpoint, model, strict, self._log)
         check_training_state(checkpoint, optimizers, self._log)
         self._expect(part)
+        if not self.options.enabled:
+            self._log.warning(
+                'EMA: enabled=False: training goes on from the raw weights, '
+                'without an average.'
+            )
 
     def fine_tune(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Start again from a checkpoint's weights."""

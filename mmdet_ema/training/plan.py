@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 from mmdet_ema.errors import OptionError
 from mmdet_ema.schedules import to_the_power
@@ -43,6 +43,29 @@ class RunFacts:
     def samples(self) -> int:
         """Samples that one optimizer step takes, over all processes."""
         return self.batch_size * self.accumulation * self.world_size
+
+
+def batch_size_of(loader: Any) -> int:
+    """Return the samples in a batch of a data loader, 1 if it is unknown."""
+    size = getattr(loader, 'batch_size', None)
+    if size is None:
+        sampler = getattr(loader, 'batch_sampler', None)
+        size = getattr(sampler, 'batch_size', None)
+    return int(size or 1)
+
+
+def refuse_second(hooks: Sequence[Any]) -> None:
+    """Refuse a run with several EMA hooks, ours or not."""
+    names = [
+        f'{type(hook).__module__}.{type(hook).__name__} '
+        f'(priority={hook.priority!r})'
+        for hook in hooks
+    ]
+    if len(names) > 1:
+        raise OptionError(
+            f'there are {len(names)} EMA hooks: {" and ".join(names)}. They '
+            f"would average each other's weights; keep one in custom_hooks."
+        )
 
 
 class Plan:
