@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict
 import torch.distributed as dist
 from mmcv.runner import DistEvalHook
 
-from mmdet_ema.errors import OptionError
+from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmcv1.runner import broadcast_statistics
 from mmdet_ema.training.no_trace import same_randomness
 
@@ -30,9 +30,9 @@ def check_best(hook: Any, both: bool) -> None:
         return
     if not both:
         raise OptionError(
-            f'save_best={hook.save_best!r} needs the metrics of the raw '
+            f'save_best={show(hook.save_best)} needs the metrics of the raw '
             f"weights; give the EMA hook evaluate='both', or use "
-            f'save_best={hook.save_best[len(PREFIX) :]!r}.'
+            f'save_best={show(hook.save_best[len(PREFIX) :])}.'
         )
     hook.key_indicator = hook.save_best.replace('/', '_')
 
@@ -78,7 +78,7 @@ def evaluate_by_raw(
     raw = ema.raw_metrics
     if raw and best not in raw:
         raise OptionError(
-            f'save_best={best!r} is not among the metrics of the raw '
+            f'save_best={show(best)} is not among the metrics of the raw '
             f'weights: {", ".join(raw)}.'
         )
     return raw.get(best)

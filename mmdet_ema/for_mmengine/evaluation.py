@@ -25,7 +25,7 @@ from typing import (
 
 from mmengine.runner import BaseLoop
 
-from mmdet_ema.errors import OptionError
+from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine.runner import model_of
 from mmdet_ema.training.no_trace import leaving_no_trace
 
@@ -141,10 +141,10 @@ def check_monitored(runner: Any, passes: Sequence[str]) -> None:
         for name in given if isinstance(given, (list, tuple)) else [given]:
             if isinstance(name, str) and name.startswith('raw/'):
                 raise OptionError(
-                    f'{type(owner).__name__}({word}={name!r}) needs the '
+                    f'{type(owner).__name__}({word}={show(name)}) needs the '
                     f'metrics of the raw weights beside those of the '
                     f"averages; give EMAHook evaluate='both', or use "
-                    f'{word}={name[len("raw/") :]!r}.'
+                    f'{word}={show(name[len("raw/") :])}.'
                 )
 
 

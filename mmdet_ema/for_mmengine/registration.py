@@ -9,7 +9,7 @@ from typing import Any, Callable
 from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
 from mmengine.registry import HOOKS
 
-from mmdet_ema.errors import OptionError
+from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.for_mmengine.optimizer_registration import (
     register as register_optim,
@@ -56,5 +56,5 @@ def _build(
         if not advice or 'is not in the' not in str(error):
             raise
         raise OptionError(
-            f'type={kind!r} is not a hook of this generation.{advice}'
+            f'type={show(kind)} is not a hook of this generation.{advice}'
         ) from None
