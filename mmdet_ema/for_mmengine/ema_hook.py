@@ -174,6 +174,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         outputs: Any = None,
     ) -> None:
         """Update the average if the weights changed."""
+        if not self.enabled:
+            return
         self._life.after_iteration(runner.iter + 1)
         many = runner.world_size > 1
         if many and runners.will_validate(runner, by_epoch=False):

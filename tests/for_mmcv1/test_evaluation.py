@@ -27,7 +27,6 @@ BEST = dict(rule='greater')
 @pytest.mark.parametrize('evaluate', ['ema', 'raw', 'both'])
 def test_exception_leaves_the_raw_weights(error, evaluate, tmp_path):
     """Whatever ends an evaluation, the model holds the raw weights."""
-
     states = []
 
     def fail(model, data_loader):
