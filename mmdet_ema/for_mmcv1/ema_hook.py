@@ -54,14 +54,14 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to 0, from the start.
         update_buffers (bool): Whether float buffers (BatchNorm statistics)
             are averaged; else copied. Defaults to True, or to what the hook
-            does whose words are given.
+            does whose options are given.
         device (str, optional): Where the averages live: None for where the
             parameters are, 'cpu' for host memory. Defaults to None.
         evaluate (str): Weights that evaluations run on: 'ema', 'raw' or
             'both' (twice; the metrics of the raw weights come under
             ``raw/<name>``). Defaults to 'ema'.
         nonfinite (str): What to do with a step that leaves NaN or Inf:
-            in a parameter: 'skip' it, 'raise', or 'ignore' (take it in). A
+            in a parameter: 'skip' it, 'raise', or 'ignore' (average it). A
             buffer that holds some keeps its average. Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
             is an error on resume. Defaults to False.
@@ -72,25 +72,25 @@ class EMAHook(Hook):  # type: ignore[misc]
             ``'*.mask'``) of tensors that are copied, not averaged. Integers,
             masks of -inf, pruning masks, the vectors of spectral norm and the
             observers of quantization are copied anyway. Defaults to ().
-        overlap (bool): Whether an update runs beside the next forward and
-            backward pass, on a stream (or, without a GPU, a thread) of its
-            own; the numbers are the same. Nothing but the optimizer may
-            change parameters then. Defaults to False.
+        overlap (bool): Whether an update runs in parallel with the next
+            forward and backward pass, on a stream (or, without a GPU, a
+            thread) of its own; the numbers are the same. Nothing but the
+            optimizer may change parameters then. Defaults to False.
         enabled (bool): False: put the raw weights back on resume, then do
             nothing. Defaults to True.
-        ema_type (str, optional): mmengine's word: name of an averaging
+        ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
-        momentum (float, optional): OpenMMLab's word: ``1 - decay``. Alone it
+        momentum (float, optional): Compatible option: ``1 - decay``. Alone it
             means mmcv's hook, with its warm-up.
-        gamma (float, optional): mmengine's word: constant of the ramp of
+        gamma (float, optional): Compatible option: constant of the ramp of
             ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
-        warm_up (int, optional): mmcv's word, for
+        warm_up (int, optional): Of mmcv's hook, for
             ``d = min(1 - momentum, n / (warm_up + n - 1))``.
-        resume_from (str, optional): mmcv's word: a checkpoint that the run
+        resume_from (str, optional): Of mmcv's hook: a checkpoint that the run
             resumes from.
-        total_iter (float, optional): mmdet 2's word: constant of the
+        total_iter (float, optional): Of mmdet 2's hook: constant of the
             exponential ramp.
-        skip_buffers (bool, optional): mmdet 2's word: not
+        skip_buffers (bool, optional): Of mmdet 2's hook: not
             ``update_buffers``.
 
     Raises:
@@ -288,7 +288,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def saving(self, runner: Any) -> Iterator[None]:
-        """Save the averages in the body, with the raw weights beside."""
+        """Save the averages in the body, with the raw weights next to them."""
         self._start(runner)
         self.catch_up()
         model = runners.model_of(runner)
@@ -317,7 +317,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def add_scalars(self, runner: Any) -> None:
         """Let a logger log decay, distance and skipped steps too.
 
-        They are put beside what is logged, not into its history: the logger
+        They are put next to what is logged, not into its history: the logger
         would show their mean over its interval. mmcv clears what was logged.
         """
         if runner.rank != 0:

@@ -57,18 +57,18 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to 0, from the start.
         update_buffers (bool): Whether float buffers (BatchNorm statistics)
             are averaged; else copied. Defaults to True, or False where one of
-            OpenMMLab's words is given.
+            the compatible options is given.
         device (str, optional): Where the averages live: None for where the
             parameters are, 'cpu' for host memory. Defaults to None.
-        overlap (bool): Whether an update runs beside the next forward and
-            backward pass, on a stream (or, without a GPU, a thread) of its
-            own; the numbers are the same. Nothing but the optimizer may
-            change parameters then. Defaults to False.
+        overlap (bool): Whether an update runs in parallel with the next
+            forward and backward pass, on a stream (or, without a GPU, a
+            thread) of its own; the numbers are the same. Nothing but the
+            optimizer may change parameters then. Defaults to False.
         evaluate (str): Weights that validation and test run on: 'ema', 'raw'
             or 'both' (a pass over the data for each; the metrics of the raw
             weights come under ``raw/<name>``). Defaults to 'ema'.
         nonfinite (str): What to do with a step that leaves NaN or Inf:
-            in a parameter: 'skip' it, 'raise', or 'ignore' (take it in). A
+            in a parameter: 'skip' it, 'raise', or 'ignore' (average it). A
             buffer that holds some keeps its average. Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
             is an error on resume. Defaults to False.
@@ -81,10 +81,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             observers of quantization are copied anyway. Defaults to ().
         enabled (bool): False: put the raw weights back on resume, then do
             nothing. Defaults to True.
-        ema_type (str, optional): OpenMMLab's word: name of an averaging
+        ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
-        momentum (float, optional): OpenMMLab's word: ``1 - decay``.
-        gamma (float, optional): OpenMMLab's word: constant of the ramp of
+        momentum (float, optional): Compatible option: ``1 - decay``.
+        gamma (float, optional): Compatible option: constant of the ramp of
             ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
         **more: Options of an averaging class of your own, where ``ema_type``
             names one (a subclass of mmengine's ``BaseAveragedModel``).
@@ -223,7 +223,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     after_test_epoch = after_val_epoch
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
-        """Put the averages into ``state_dict``, the raw weights beside."""
+        """Put the averages into ``state_dict``, the raw weights next to it."""
         if not self.enabled:
             return
         # other hooks may save before our turn comes

@@ -350,8 +350,8 @@ class EMALifecycle:
         averager, changes = self.averager, self._changes
         if averager is None or changes is None or averager.is_applied:
             return
-        beside = self.options.overlap or self.options.device is not None
-        if beside and not changes.heard and changes.were_written():
+        parallel = self.options.overlap or self.options.device is not None
+        if parallel and not changes.heard and changes.were_written():
             self._end_overlap(averager)
         averager.before_step()
 

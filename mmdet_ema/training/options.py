@@ -239,7 +239,7 @@ def _of_a_family(options: Options) -> Choice:
 
 
 def _of_our_own(options: Options) -> Choice:
-    """Choose one of our schedules; its options may stand beside it."""
+    """Choose one of our schedules; its options may stand next to it."""
     spec = 'exponential' if options.schedule is None else options.schedule
     given = _given(options, 'decay', 'tau', 'momentum')
     if callable(spec) or (isinstance(spec, str) and '.' in spec):
