@@ -136,7 +136,7 @@ def test_every_folder_has_a_rule():
         'mmdet_ema.checkpoint',
         'mmdet_ema.training.lifecycle',
         'mmdet_ema.training.options',
-        'mmdet_ema.training.loop_guard',
+        'mmdet_ema.training.steps',
         'mmdet_ema.optimizers.construction',
         'mmdet_ema.optimizers.warmup',
     ],

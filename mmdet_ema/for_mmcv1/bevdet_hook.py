@@ -7,14 +7,15 @@ from typing import Any, Optional
 
 from mmdet_ema.checkpoint.bevdet import add_averages, is_second_file
 from mmdet_ema.checkpoint.format import EMA
-from mmdet_ema.checks import check_count
+from mmdet_ema.checks import check_count, check_path
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.for_mmcv1.ema_hook import EMAHook
-from mmdet_ema.for_mmcv1.words import check_path
+from mmdet_ema.for_mmcv1.words import WORDS
+from mmdet_ema.training.options import show_options
 
 
 class MEGVIIEMAHook(EMAHook):
-    """In place of the hook of that name in BEVDet and projects based on it.
+    """Instead of the hook of that name in BEVDet and projects based on it.
 
     ``d = decay * (1 - exp(-(init_updates + n) / tau))``, with decay 0.999,
     tau 2000, init_updates 0 and float buffers averaged by default.
@@ -46,6 +47,8 @@ class MEGVIIEMAHook(EMAHook):
         self._second = check_path('resume', resume)
         super().__init__(init_updates=init_updates, **options)
 
+    show_options(__init__, **dict.fromkeys(WORDS))
+
     def before_run(self, runner: Any) -> None:
         """Check that the raw weights of the second file were loaded."""
         super().before_run(runner)
@@ -65,14 +68,7 @@ class MEGVIIEMAHook(EMAHook):
     def after_read_checkpoint(
         self, runner: Any, checkpoint: Any, filename: str, resumes: bool
     ) -> None:
-        """Join a raw checkpoint and the second file beside it.
-
-        Args:
-            runner: The runner, which loads the checkpoint next.
-            checkpoint: What was read, changed in place.
-            filename: Name of the file.
-            resumes: Whether training resumes from it.
-        """
+        """Join a raw checkpoint and the second file beside it."""
         if resumes and is_second_file(checkpoint):
             raise CheckpointError(
                 f"{filename!r} is an EMA file of BEVDet's MEGVIIEMAHook, "

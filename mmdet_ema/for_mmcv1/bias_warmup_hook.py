@@ -7,8 +7,7 @@ from typing import Any, Dict, List
 from mmcv.runner.hooks import Hook, LrUpdaterHook
 from mmcv.runner.hooks.momentum_updater import MomentumUpdaterHook
 
-from mmdet_ema.for_mmcv1.run_log import RunLog
-from mmdet_ema.for_mmcv1.runner_facts import facts_of, optimizers_of
+from mmdet_ema.for_mmcv1.runner import RunLog, facts_of, optimizers_of
 from mmdet_ema.optimizers.warmup import Warmup
 
 _UPDATERS = {'lr': LrUpdaterHook, 'momentum': MomentumUpdaterHook}

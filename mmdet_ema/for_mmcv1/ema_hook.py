@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import torch
-from mmcv.runner import BaseRunner, Hook
+from mmcv.runner import BaseRunner, Hook, OptimizerHook
 
 from mmdet_ema.checkpoint.format import EMA
 from mmdet_ema.checkpoint.mmcv1 import (
@@ -21,15 +21,14 @@ from mmdet_ema.checkpoint.mmcv1 import (
     take_message,
     take_program,
 )
-from mmdet_ema.checks import check_choice, check_flag
-from mmdet_ema.for_mmcv1 import runner_facts
-from mmdet_ema.for_mmcv1.run_log import RunLog
+from mmdet_ema.checks import check_choice, check_path
+from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.saving import remove_later, with_ema_part
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
-from mmdet_ema.for_mmcv1.words import check_path, parse_words
-from mmdet_ema.optimizers.nominal import scale_weight_decay
+from mmdet_ema.for_mmcv1.words import WORDS, parse_words
 from mmdet_ema.training.lifecycle import EMALifecycle
-from mmdet_ema.training.planning import check_begin
+from mmdet_ema.training.options import show_options
+from mmdet_ema.training.plan import check_begin, refuse_second
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -56,14 +55,14 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to 0, from the start.
         update_buffers (bool): Whether float buffers (BatchNorm statistics)
             are averaged; else copied. Defaults to True, or to what the hook
-            does whose words are given.
+            does whose options are given.
         device (str, optional): Where the averages live: None for where the
             parameters are, 'cpu' for host memory. Defaults to None.
         evaluate (str): Weights that evaluations run on: 'ema', 'raw' or
             'both' (twice; the metrics of the raw weights come under
             ``raw/<name>``). Defaults to 'ema'.
         nonfinite (str): What to do with a step that leaves NaN or Inf:
-            in a parameter: 'skip' it, 'raise', or 'ignore' (take it in). A
+            in a parameter: 'skip' it, 'raise', or 'ignore' (average it). A
             buffer that holds some keeps its average. Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
             is an error on resume. Defaults to False.
@@ -74,25 +73,25 @@ class EMAHook(Hook):  # type: ignore[misc]
             ``'*.mask'``) of tensors that are copied, not averaged. Integers,
             masks of -inf, pruning masks, the vectors of spectral norm and the
             observers of quantization are copied anyway. Defaults to ().
-        overlap (bool): Whether an update runs beside the next forward and
-            backward pass, on a stream (or, without a GPU, a thread) of its
-            own; the numbers are the same. Nothing but the optimizer may
-            change parameters then. Defaults to False.
+        overlap (bool): Whether an update runs in parallel with the next
+            forward and backward pass, on a stream (or, without a GPU, a
+            thread) of its own; the numbers are the same. Nothing but the
+            optimizer may change parameters then. Defaults to False.
         enabled (bool): False: put the raw weights back on resume, then do
             nothing. Defaults to True.
-        ema_type (str, optional): mmengine's word: name of an averaging
+        ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
-        momentum (float, optional): OpenMMLab's word: ``1 - decay``. Alone it
+        momentum (float, optional): Compatible option: ``1 - decay``. Alone it
             means mmcv's hook, with its warm-up.
-        gamma (float, optional): mmengine's word: constant of the ramp of
+        gamma (float, optional): Compatible option: constant of the ramp of
             ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
-        warm_up (int, optional): mmcv's word, for
+        warm_up (int, optional): Of mmcv's hook, for
             ``d = min(1 - momentum, n / (warm_up + n - 1))``.
-        resume_from (str, optional): mmcv's word: a checkpoint that the run
+        resume_from (str, optional): Of mmcv's hook: a checkpoint that the run
             resumes from.
-        total_iter (float, optional): mmdet 2's word: constant of the
+        total_iter (float, optional): Of mmdet 2's hook: constant of the
             exponential ramp.
-        skip_buffers (bool, optional): mmdet 2's word: not
+        skip_buffers (bool, optional): Of mmdet 2's hook: not
             ``update_buffers``.
         state_dict_holds (str, optional): What the plain keys of a file of
             mmcv's own hook hold where the file does not tell: 'ema', or 'raw'
@@ -113,30 +112,35 @@ class EMAHook(Hook):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        enabled: bool = True,
         resume_from: Optional[str] = None,
         state_dict_holds: Optional[str] = None,
         **options: Any,
     ):
         checked = parse_words(self._words, options)
-        self.enabled = check_flag('enabled', enabled)
-        self.evaluates_both = checked.evaluate == 'both'
         self._resume_from = check_path('resume_from', resume_from)
         if state_dict_holds is not None:
             check_choice('state_dict_holds', state_dict_holds, HOLDS)
         self._holds = state_dict_holds
-        self._log = RunLog()
+        self.enabled = checked.enabled
+        self.evaluates_both = checked.evaluate == 'both'
+        self._log = runners.RunLog()
         self._life = EMALifecycle(checked, self._log)
         self._config: Optional[str] = None
         self._resumed_from = ''
         self.resumes = self.runs = False
         self.raw_metrics: Dict[str, Any] = {}
+        # a runner as evaluation hooks see it
         self.view: Any = None
+        # how often parameters were written to before the averages came in
         self._versions: Dict[torch.nn.Parameter, int] = {}
         self._started = self._steps_alone = False
         self._in_hook = self._stays_raw = False
         self._iteration = self._trained = self._saved_iteration = 0
         self._equal_since: Any = None
+        self._scalars: Dict[str, float] = {}
+        self._scalars_of: Any = None
+
+    show_options(__init__, **dict.fromkeys(WORDS))
 
     @property
     def priority(self) -> int:
@@ -160,10 +164,10 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is changed."""
         self._log.logger = runner.logger
-        runner_facts.refuse_second(runner)
+        refuse_second([hook for hook in runner.hooks if _is_ema(hook)])
         watch(runner, self)
         if self.enabled:
-            check_begin(self._life.options, runner_facts.facts_of(runner))
+            check_begin(self._life.options, runners.facts_of(runner))
             watch_hooks(runner, self)
         self._resume(runner)
         self._take_late(runner)
@@ -185,10 +189,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._iteration = runner.iter + 1
         # a runner without mmcv's OptimizerHook steps before any hook
         self._trained = runner.iter + int(self._steps_alone)
-        model = runner_facts.model_of(runner)
-        optimizers = runner_facts.optimizers_of(runner)
         self._life.before_iteration(
-            model, runner.iter, runner.epoch, optimizers
+            runners.model_of(runner),
+            runner.iter,
+            runner.epoch,
+            runners.optimizers_of(runner),
         )
 
     def after_train_iter(self, runner: Any) -> None:
@@ -198,55 +203,35 @@ class EMAHook(Hook):  # type: ignore[misc]
             self.make_equal(runner, by_epoch=False)
 
     def after_optimizer(self, runner: Any) -> None:
-        """Note that the optimizer's turn of this iteration is over.
-
-        Args:
-            runner: The runner.
-        """
+        """Note that the optimizer's turn of this iteration is over."""
         self._trained = runner.iter + 1
 
     def after_run(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
         self.catch_up()
         self._life.finish()
-        self.catch_up()  # of a skip that came to light just now
 
     def after_read_checkpoint(
         self, runner: Any, checkpoint: Any, filename: str, resumes: bool
     ) -> None:
-        """Sort out which weights of a checkpoint go where.
-
-        Args:
-            runner: The runner, which loads it next.
-            checkpoint: What was read, changed in place.
-            filename: Name of the file.
-            resumes: Whether training resumes from it.
-        """
+        """Sort out which weights of a checkpoint go where, before it loads."""
         self._log.logger = runner.logger
-        model = runner_facts.model_of(runner)
+        model = runners.model_of(runner)
         self._convert(checkpoint, model, filename)
-        drop(checkpoint, runner_facts.unsaved_names(model))
+        drop(checkpoint, runners.unsaved_names(model))
         self._saved_iteration = iteration_of(checkpoint)
-        if resumes:
-            optimizers = runner_facts.optimizers_of(runner)
-            self._life.resume(checkpoint, model, optimizers)
-            self._config = take_program(checkpoint)
-            self._resumed_from = filename
-            if not self.enabled:
-                self._log.warning(
-                    'EMA: enabled=False: training goes on from the raw '
-                    'weights, without an average.'
-                )
-        else:
+        if not resumes:
             self._life.fine_tune(checkpoint, model)
+            return
+        optimizers = runners.optimizers_of(runner)
+        self._life.resume(checkpoint, model, optimizers)
+        self._config = take_program(checkpoint)
+        self._resumed_from = filename
 
     def after_resume(self, runner: Any) -> None:
         """Go on after the iteration that was saved.
 
         ``IterBasedRunner`` would train it a second time.
-
-        Args:
-            runner: The runner, which has resumed.
         """
         if self._config is not None and runner.meta is not None:
             runner.meta.setdefault('config', self._config)
@@ -258,12 +243,9 @@ class EMAHook(Hook):  # type: ignore[misc]
     def evaluating(self, runner: Any, holds: bool = False) -> Iterator[None]:
         """Evaluate the averages in the body, if they are to be evaluated.
 
-        Args:
-            runner: The runner.
-            holds: Whether they stay in the model after the body, unless it
-                raises. Defaults to False.
+        Where ``holds`` says so they stay, unless the body raises.
         """
-        inner = self._is_shown
+        inner = self._life.is_applied
         try:
             self._show(runner)
             yield
@@ -275,7 +257,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     @contextlib.contextmanager
     def evaluating_lazily(self) -> Iterator[None]:
         """Evaluate the averages in the body, once the model is taken."""
-        inner, outer = self._is_shown, self._in_hook
+        inner, outer = self._life.is_applied, self._in_hook
         self._in_hook = True
         try:
             yield
@@ -285,23 +267,15 @@ class EMAHook(Hook):  # type: ignore[misc]
                 self.show_raw()
 
     def on_model_taken(self, runner: Any) -> None:
-        """Put the averages into the model that an evaluation hook takes.
-
-        Args:
-            runner: The runner.
-        """
+        """Put the averages into the model that an evaluation hook takes."""
         wanted = self._life.options.evaluate != 'raw'
         if wanted and self._in_hook and not self._stays_raw:
             self._show(runner)
 
     @contextlib.contextmanager
     def raw(self, runner: Any) -> Iterator[None]:
-        """Use the raw weights in the body, wherever it is.
-
-        Args:
-            runner: The runner.
-        """
-        shown, outer = self._is_shown, self._stays_raw
+        """Use the raw weights in the body, wherever it is."""
+        shown, outer = self._life.is_applied, self._stays_raw
         self.show_raw()
         self._stays_raw = True
         try:
@@ -313,7 +287,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def show_raw(self) -> None:
         """Put the raw weights back, if the averages are in the model."""
-        if self._is_shown and any(
+        if self._life.is_applied and any(
             parameter._version != version
             for parameter, version in self._versions.items()
         ):
@@ -328,62 +302,52 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def saving(self, runner: Any) -> Iterator[None]:
-        """Save the averages in the body, with the raw weights beside.
-
-        Args:
-            runner: The runner.
-        """
+        """Save the averages in the body, with the raw weights next to them."""
         self._start(runner)
         self.catch_up()
-        model = runner_facts.model_of(runner)
+        model = runners.model_of(runner)
         with with_ema_part(runner, model, self._save):
             yield
 
     def catch_up(self) -> None:
         """Average a step now; other hooks may come before our turn."""
-        taken = self._life.after_iteration(self._iteration)
-        if not taken and self._life.averager is not None:
-            iteration = self._life.last_iteration
-            self._log.skipped(self._life.averager, iteration)
+        self._life.after_iteration(self._iteration)
 
     def make_equal(self, runner: Any, by_epoch: bool) -> None:
         """Make buffers equal on all ranks if all evaluate now, once.
 
         Whichever of our hook, a checkpoint and an evaluation comes first calls
         it: a file that is written first is to hold what is evaluated.
-
-        Args:
-            runner: The runner.
-            by_epoch: Whether an epoch ends; else an iteration.
         """
         self.catch_up()
         moment = runner.iter, by_epoch
         # with a high priority our turn comes before the optimizer's
         stepped = by_epoch or self._trained > runner.iter
-        evaluates = runner_facts.will_evaluate(runner, by_epoch)
+        evaluates = runners.will_evaluate(runner, by_epoch)
         if stepped and evaluates and moment != self._equal_since:
             self._equal_since = moment
             self._life.synchronize()
 
-    def log_training(self, log: Callable[[Any], Any], runner: Any) -> Any:
-        """Let a logger log a training step, with decay and distance.
+    def add_scalars(self, runner: Any) -> None:
+        """Let a logger log decay, distance and skipped steps too.
 
-        Args:
-            log: The ``log`` of a logger hook.
-            runner: The runner.
+        They are put next to what is logged, not into its history: the logger
+        would show their mean over its interval. mmcv clears what was logged.
         """
-        return self._log.with_scalars(log, runner, self._life.averager)
-
-    @property
-    def _is_shown(self) -> bool:
-        evaluated = self._life.evaluated
-        return evaluated is not None and evaluated.is_applied
+        if runner.rank != 0:
+            return
+        averager = self._life.averager
+        steps = averager.num_steps if averager else 0
+        moment = (id(averager), runner.iter, steps)
+        if moment != self._scalars_of:  # once for all loggers
+            self._scalars_of, self._scalars = moment, self._life.scalars()
+        runner.log_buffer.output.update(self._scalars)
 
     def _show(self, runner: Any) -> None:
-        if not self._is_shown:
+        if not self._life.is_applied:
             self._start(runner)
             self.catch_up()
-            model = runner_facts.model_of(runner)
+            model = runners.model_of(runner)
             self._life.enter_evaluation(model)
             self._versions = {
                 parameter: parameter._version
@@ -396,9 +360,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         messages = (runner.meta or {}).get('hook_msgs', {})
         if MESSAGE not in messages:
             return
-        model = runner_facts.model_of(runner)
+        model = runners.model_of(runner)
         meta = dict(runner.meta, epoch=runner.epoch, iter=runner.iter)
-        optimizers = enumerate(runner_facts.optimizers_of(runner))
+        optimizers = enumerate(runners.optimizers_of(runner))
         checkpoint = dict(
             state_dict=model.state_dict(),
             meta=meta,
@@ -414,7 +378,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         owned = [x for x in model.state_dict() if x.startswith('ema_')]
         if EMA in checkpoint or owned:
             return
-        tied = runner_facts.tied_names(model)
+        tied = runners.tied_names(model)
         found = convert_buffers(checkpoint, tied, filename, self._holds)
         if found is not None:
             self._log.info(found.line)
@@ -431,28 +395,60 @@ class EMAHook(Hook):  # type: ignore[misc]
             return
         self._started = True
         remove_later(runner)
-        self._steps_alone = not runner_facts.has_optimizer_hook(runner)
-        facts = runner_facts.facts_of(runner)
-        self._life.start(runner_facts.model_of(runner), facts)
-        optimizers = runner_facts.optimizers_of(runner)
-        scale_weight_decay(optimizers, facts.samples, self._log)
+        self._steps_alone = not any(
+            isinstance(hook, OptimizerHook) for hook in runner.hooks
+        )
+        self._life.start(
+            runners.model_of(runner),
+            runners.facts_of(runner),
+            runners.optimizers_of(runner),
+        )
 
     def _resume(self, runner: Any) -> None:
         """Resume as mmcv's hook does, unless the run has resumed already."""
-        if self._resume_from is None:
+        path = self._resume_from
+        if path is None:
             return
-        if runner.iter and _is_same(self._resume_from, self._resumed_from):
+        if not runner.iter:
+            runner.resume(path)
             return
-        if runner.iter:
+        real, other = (
+            os.path.realpath(os.path.expanduser(x))
+            for x in (path, self._resumed_from)
+        )
+        if real != other:
             self._log.warning(
-                f'EMA: resume_from={self._resume_from!r} has no effect: the '
-                f'run has resumed from another checkpoint already.'
+                f'EMA: resume_from={path!r} has no effect: the run has '
+                f'resumed from another checkpoint already.'
             )
-        else:
-            runner.resume(self._resume_from)
 
 
-def _is_same(path: str, other: str) -> bool:
-    """Return whether two names are of one file; it may be gone by now."""
-    real = [os.path.realpath(os.path.expanduser(x)) for x in (path, other)]
-    return real[0] == real[1]
+def _is_ema(hook: Any) -> bool:
+    names = {kind.__name__ for kind in type(hook).__mro__}
+    return not names.isdisjoint(('EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook'))
+
+
+class ExpMomentumEMAHook(EMAHook):
+    """Instead of mmdet 2's hook of that name.
+
+    ``d = (1 - momentum) * (1 - exp(-n / total_iter))``, with momentum 0.0002,
+    total_iter 2000 and float buffers averaged by default.
+
+    Args:
+        **options: As for :class:`EMAHook`, but for other ramps.
+    """
+
+    _words = 'ExpMomentumEMAHook'
+
+
+class LinearMomentumEMAHook(EMAHook):
+    """Instead of mmdet 2's hook of that name.
+
+    ``d = min(1 - momentum, n / (warm_up + n - 1))``, with momentum 0.0002,
+    warm_up 100 and float buffers averaged by default.
+
+    Args:
+        **options: As for :class:`EMAHook`, but for other ramps.
+    """
+
+    _words = 'LinearMomentumEMAHook'

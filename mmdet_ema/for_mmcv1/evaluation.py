@@ -12,8 +12,8 @@ from typing import Any, Callable, Dict
 import torch.distributed as dist
 from mmcv.runner import DistEvalHook
 
-from mmdet_ema.errors import OptionError
-from mmdet_ema.for_mmcv1.runner_facts import broadcast_statistics
+from mmdet_ema.errors import OptionError, show
+from mmdet_ema.for_mmcv1.runner import broadcast_statistics
 from mmdet_ema.training.no_trace import same_randomness
 
 PREFIX = 'raw/'
@@ -23,21 +23,16 @@ Evaluate = Callable[..., Any]
 def check_best(hook: Any, both: bool) -> None:
     """Check the metric that an evaluation hook chooses the best file by.
 
-    Args:
-        hook: mmcv's evaluation hook; the word ``raw/`` is taken out of the
-            name of its file.
-        both: Whether raw weights and averages are evaluated.
-
-    Raises:
-        OptionError: If it is one of the raw weights, which are not evaluated.
+    A metric of the raw weights needs them evaluated; the ``/`` in its name is
+    taken out of the name of the file.
     """
     if not _wants_raw(hook):
         return
     if not both:
         raise OptionError(
-            f'save_best={hook.save_best!r} needs the metrics of the raw '
+            f'save_best={show(hook.save_best)} needs the metrics of the raw '
             f"weights; give the EMA hook evaluate='both', or use "
-            f'save_best={hook.save_best[len(PREFIX) :]!r}.'
+            f'save_best={show(hook.save_best[len(PREFIX) :])}.'
         )
     hook.key_indicator = hook.save_best.replace('/', '_')
 
@@ -45,16 +40,7 @@ def check_best(hook: Any, both: bool) -> None:
 def evaluate_with(
     ema: Any, hook: Any, evaluate: Evaluate, runner: Any, *args: Any, **kw: Any
 ) -> Any:
-    """Run an evaluation hook's ``_do_evaluate`` on the averages.
-
-    Args:
-        ema: Our hook.
-        hook: The evaluation hook.
-        evaluate: Its own ``_do_evaluate``.
-        runner: The runner.
-        *args: What else it takes.
-        **kw: The same.
-    """
+    """Run the ``_do_evaluate`` of an evaluation hook on the averages."""
     if isinstance(hook, DistEvalHook):
         ema.make_equal(runner, hook.by_epoch)
     again = functools.partial(evaluate, runner, *args, **kw)
@@ -74,20 +60,9 @@ def evaluate_with(
 
 
 def evaluate_by_raw(
-    ema: Any,
-    hook: Any,
-    evaluate: Evaluate,
-    *args: Any,
-    **kwargs: Any,
+    ema: Any, hook: Any, evaluate: Evaluate, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run an evaluation hook's ``evaluate``; a raw metric chooses the best.
-
-    Args:
-        ema: Our hook.
-        hook: The evaluation hook.
-        evaluate: Its own ``evaluate``.
-        *args: For it.
-        **kwargs: For it.
+    """Run the ``evaluate`` of an evaluation hook; a raw metric may choose.
 
     Returns:
         The metric of the raw weights where ``save_best`` names one; None
@@ -100,7 +75,13 @@ def evaluate_by_raw(
         evaluate(*args, **kwargs)
     finally:
         hook.save_best = best
-    return _score(ema.raw_metrics, best) if ema.raw_metrics else None
+    raw = ema.raw_metrics
+    if raw and best not in raw:
+        raise OptionError(
+            f'save_best={show(best)} is not among the metrics of the raw '
+            f'weights: {", ".join(raw)}.'
+        )
+    return raw.get(best)
 
 
 def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
@@ -121,15 +102,6 @@ def _raw_metrics(hook: Any, evaluate: Evaluate, runner: Any) -> Dict[str, Any]:
         dist.barrier()  # the second pass writes into the same folder
     found.pop('eval_iter_num', None)
     return {f'{PREFIX}{name}': value for name, value in found.items()}
-
-
-def _score(raw: Dict[str, Any], name: str) -> Any:
-    if name not in raw:
-        raise OptionError(
-            f'save_best={name!r} is not among the metrics of the raw '
-            f'weights: {", ".join(raw)}.'
-        )
-    return raw[name]
 
 
 def _wants_raw(hook: Any) -> bool:

@@ -17,7 +17,7 @@ from mmcv.runner import checkpoint as mmcv_checkpoint
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.mmcv1 import take_message
 from mmdet_ema.errors import CheckpointError
-from mmdet_ema.for_mmcv1.wrapping import wrap_once
+from mmdet_ema.for_mmcv1.runner import wrap_once
 
 
 def watch_loading(runner: Any, ema: Any) -> None:

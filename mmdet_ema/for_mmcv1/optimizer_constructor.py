@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.errors import OptionError
-from mmdet_ema.for_mmcv1.run_log import RunLog
+from mmdet_ema.for_mmcv1.runner import RunLog
 from mmdet_ema.optimizers.construction import Construction
 
 _ONE_IF_NOT_GIVEN = (

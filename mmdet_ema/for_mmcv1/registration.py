@@ -10,13 +10,13 @@ from mmcv.runner.optimizer import OPTIMIZER_BUILDERS
 
 from mmdet_ema.for_mmcv1.bevdet_hook import MEGVIIEMAHook
 from mmdet_ema.for_mmcv1.bias_warmup_hook import BiasWarmupHook
-from mmdet_ema.for_mmcv1.ema_hook import EMAHook
-from mmdet_ema.for_mmcv1.mmdet_hooks import (
+from mmdet_ema.for_mmcv1.ema_hook import (
+    EMAHook,
     ExpMomentumEMAHook,
     LinearMomentumEMAHook,
 )
 from mmdet_ema.for_mmcv1.optimizer_constructor import EMAOptimizerConstructor
-from mmdet_ema.for_mmcv1.wrapping import wrap_once
+from mmdet_ema.for_mmcv1.runner import wrap_once
 from mmdet_ema.frameworks import own_logger
 from mmdet_ema.version import __version__
 

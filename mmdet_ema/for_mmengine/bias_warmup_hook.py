@@ -6,8 +6,7 @@ from typing import Any, Dict, List
 
 from mmengine.hooks import Hook
 
-from mmdet_ema.for_mmengine.run_log import RunLog
-from mmdet_ema.for_mmengine.runner_facts import facts_of, optimizers_of
+from mmdet_ema.for_mmengine.runner import RunLog, facts_of, optimizers_of
 from mmdet_ema.optimizers.warmup import Warmup
 
 _RISING = ('Linear', 'Constant', 'QuadraticWarmup')

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Callable, Dict, Optional, Sequence, Union
+import contextlib
+import inspect
+from typing import Any, Dict, Iterator, Optional, Tuple
 
-import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook as MMEngineEMAHook
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.model import BaseAveragedModel
+from mmengine.registry import MODELS
+from torch import Tensor, nn
 
+from mmdet_ema.averaging.update import Rule
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checks import check_flag
-from mmdet_ema.for_mmengine import runner_facts
-from mmdet_ema.for_mmengine.evaluation import (
-    check_monitored,
-    forget_results,
-    run_passes,
-)
+from mmdet_ema.errors import OptionError, show
+from mmdet_ema.for_mmengine import runner as runners
+from mmdet_ema.for_mmengine.evaluation import check_monitored, watch_loops
 from mmdet_ema.for_mmengine.plain_checkpoint import (
     make_plain,
     refuse_foreign,
     strip_wrapper,
     unmake,
 )
-from mmdet_ema.for_mmengine.run_log import RunLog
 from mmdet_ema.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.for_mmengine.saving import keep_files_whole
-from mmdet_ema.for_mmengine.user_classes import find_rule
-from mmdet_ema.optimizers.nominal import scale_weight_decay
-from mmdet_ema.schedules import ScheduleSpec
+from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
-from mmdet_ema.training.loop_guard import guard_loop
-from mmdet_ema.training.options import parse_options
+from mmdet_ema.training.options import (
+    NAMES,
+    choose_rule,
+    parse_options,
+    show_options,
+)
+from mmdet_ema.training.plan import refuse_second
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -55,18 +58,18 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to 0, from the start.
         update_buffers (bool): Whether float buffers (BatchNorm statistics)
             are averaged; else copied. Defaults to True, or False where one of
-            OpenMMLab's words is given.
+            the compatible options is given.
         device (str, optional): Where the averages live: None for where the
             parameters are, 'cpu' for host memory. Defaults to None.
-        overlap (bool): Whether an update runs beside the next forward and
-            backward pass, on a stream (or, without a GPU, a thread) of its
-            own; the numbers are the same. Nothing but the optimizer may
-            change parameters then. Defaults to False.
+        overlap (bool): Whether an update runs in parallel with the next
+            forward and backward pass, on a stream (or, without a GPU, a
+            thread) of its own; the numbers are the same. Nothing but the
+            optimizer may change parameters then. Defaults to False.
         evaluate (str): Weights that validation and test run on: 'ema', 'raw'
             or 'both' (a pass over the data for each; the metrics of the raw
             weights come under ``raw/<name>``). Defaults to 'ema'.
         nonfinite (str): What to do with a step that leaves NaN or Inf:
-            in a parameter: 'skip' it, 'raise', or 'ignore' (take it in). A
+            in a parameter: 'skip' it, 'raise', or 'ignore' (average it). A
             buffer that holds some keeps its average. Defaults to 'skip'.
         strict_load (bool): Whether an average that is missing in a checkpoint
             is an error on resume. Defaults to False.
@@ -79,10 +82,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             observers of quantization are copied anyway. Defaults to ().
         enabled (bool): False: put the raw weights back on resume, then do
             nothing. Defaults to True.
-        ema_type (str, optional): OpenMMLab's word: name of an averaging
+        ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
-        momentum (float, optional): OpenMMLab's word: ``1 - decay``.
-        gamma (float, optional): OpenMMLab's word: constant of the ramp of
+        momentum (float, optional): Compatible option: ``1 - decay``.
+        gamma (float, optional): Compatible option: constant of the ramp of
             ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
         **more: Options of an averaging class of your own, where ``ema_type``
             names one (a subclass of mmengine's ``BaseAveragedModel``).
@@ -98,83 +101,52 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     priority = 'NORMAL'
 
-    def __init__(
-        self,
-        decay: Optional[float] = None,
-        tau: Optional[float] = None,
-        schedule: Optional[ScheduleSpec] = None,
-        interval: int = 1,
-        begin_iter: int = 0,
-        begin_epoch: int = 0,
-        update_buffers: Optional[bool] = None,
-        device: Union[str, torch.device, None] = None,
-        overlap: bool = False,
-        evaluate: str = 'ema',
-        nonfinite: str = 'skip',
-        strict_load: bool = False,
-        scale_decay: bool = False,
-        copied: Sequence[str] = (),
-        enabled: bool = True,
-        ema_type: Any = None,
-        momentum: Optional[float] = None,
-        gamma: Optional[float] = None,
-        **more: Any,
-    ):
-        self.priority = more.pop('priority', self.priority)
-        options = parse_options(
-            decay=decay,
-            tau=tau,
-            schedule=schedule,
-            interval=interval,
-            begin_iter=begin_iter,
-            begin_epoch=begin_epoch,
-            update_buffers=update_buffers,
-            device=device,
-            overlap=overlap,
-            evaluate=evaluate,
-            nonfinite=nonfinite,
-            strict_load=strict_load,
-            scale_decay=scale_decay,
-            copied=copied,
-            ema_type=ema_type,
-            momentum=momentum,
-            gamma=gamma,
-            find_rule=find_rule,
-            **more,
-        )
-        self.enabled = check_flag('enabled', enabled)
-        self._log = RunLog()
-        self._life = EMALifecycle(options, self._log)
+    def __init__(self, **options: Any):
+        self.priority = options.pop('priority', self.priority)
+        kind = _averaging_class(options.get('ema_type'))
+        choice = None
+        if kind is not None:
+            rule, options = _rule_of(kind, options)
+            choice = choose_rule(kind.__name__, rule)
+        checked = parse_options(choice, **options)
+        self.enabled = checked.enabled
+        self._log = runners.RunLog()
+        self._life = EMALifecycle(checked, self._log)
+        # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
-        self._evaluates = False
-        self._trained = False
+        self._evaluates = self._trained = False
+        self._logger: Optional[LoggerHook] = None
         self._model: Any = None
+
+    show_options(__init__)
 
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is loaded or changed."""
-        runner_facts.refuse_second(runner, EMAHook)
+        kinds = (EMAHook, MMEngineEMAHook)
+        refuse_second([x for x in runner.hooks if isinstance(x, kinds)])
         # whoever uses torch's safe_globals() takes ours away when leaving it
         allow_framework_types()
-        path = runner_facts.local_checkpoint(runner)
+        path = runners.local_checkpoint(runner)
         if path is not None:
             read_structure(path)
-        if not self.enabled:
-            return
-        self._watch_loops(runner)
-        if runner_facts.is_training(runner):
-            check_monitored(runner, self._life.passes)
+        if self.enabled:
+            watch_loops(runner, self._life.passes, self._evaluating)
+            if runners.is_training(runner):
+                check_monitored(runner, self._life.passes)
 
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
         if not self.enabled:
             return
         self._trained = False
-        self._model = runner_facts.model_of(runner)
-        facts = runner_facts.facts_of(runner)
-        self._life.start(self._model, facts)
-        optimizers = runner_facts.optimizers_of(runner)
-        scale_weight_decay(optimizers, facts.samples, self._log)
-        self._watch_loops(runner)
+        self._model = runners.model_of(runner)
+        optimizers = runners.optimizers_of(runner)
+        self._life.start(self._model, runners.facts_of(runner), optimizers)
+        watch_loops(runner, self._life.passes, self._evaluating)
+        loggers = (
+            hook for hook in runner.hooks if isinstance(hook, LoggerHook)
+        )
+        self._logger = next(loggers, None)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
@@ -189,12 +161,12 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not self.enabled:
             return
         # a hook that comes after ours may have changed the weights
-        self._catch_up(runner, runner.iter)
+        self._life.after_iteration(runner.iter)
         self._life.before_iteration(
             self._model,
             runner.iter,
             runner.epoch,
-            runner_facts.optimizers_of(runner),
+            runners.optimizers_of(runner),
         )
 
     def after_train_iter(
@@ -205,11 +177,15 @@ class EMAHook(Hook):  # type: ignore[misc]
         outputs: Any = None,
     ) -> None:
         """Update the average if the weights changed."""
-        self._catch_up(runner)
-        if runner_facts.will_validate(runner, by_epoch=False):
+        if not self.enabled:
+            return
+        self._life.after_iteration(runner.iter + 1)
+        many = runner.world_size > 1
+        if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
-        if runner_facts.will_log(runner, self, batch_idx):
-            self._log.scalars(runner, self._life.averager)
+        if self._will_log(runner, batch_idx):
+            for name, value in self._life.scalars().items():
+                runner.message_hub.update_scalar(f'train/{name}', value)
 
     def after_train_epoch(self, runner: Any) -> None:
         """Make buffers equal on all ranks, if all validate next.
@@ -217,24 +193,21 @@ class EMAHook(Hook):  # type: ignore[misc]
         Here, not at the validation: a file that is written first is to hold
         what is evaluated.
         """
-        if runner_facts.will_validate(runner, by_epoch=True):
+        if runners.will_validate(runner, by_epoch=True):
             self._life.synchronize()
         self._life.tell_steps()
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
-        self._catch_up(runner, runner.iter)
+        self._life.after_iteration(runner.iter)
         self._life.finish()
-        self._catch_up(runner, runner.iter)  # of a skip that shows just now
         self._trained = True
 
     def before_val_epoch(self, runner: Any) -> None:
         """Put the averages into the model."""
         self._enter_evaluation(runner)
 
-    def before_test_epoch(self, runner: Any) -> None:
-        """Put the averages into the model."""
-        self._enter_evaluation(runner)
+    before_test_epoch = before_val_epoch
 
     def before_val_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
@@ -242,11 +215,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the averages in where a loop did not say that it begins."""
         self._enter_evaluation(runner)
 
-    def before_test_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None
-    ) -> None:
-        """Put the averages in where a loop did not say that it begins."""
-        self._enter_evaluation(runner)
+    before_test_iter = before_val_iter
 
     def after_val_epoch(
         self, runner: Any, metrics: Optional[Dict[str, float]] = None
@@ -254,85 +223,47 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the raw weights back."""
         self._leave_evaluation()
 
-    def after_test_epoch(
-        self, runner: Any, metrics: Optional[Dict[str, float]] = None
-    ) -> None:
-        """Put the raw weights back."""
-        self._leave_evaluation()
+    after_test_epoch = after_val_epoch
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
-        """Put the averages into ``state_dict``, the raw weights beside."""
+        """Put the averages into ``state_dict``, the raw weights next to it."""
         if not self.enabled:
             return
-        self._catch_up(runner)
-        strip_wrapper(checkpoint, runner_facts.model_of(runner))
+        # other hooks may save before our turn comes
+        self._life.after_iteration(runner.iter + 1)
+        strip_wrapper(checkpoint, runners.model_of(runner))
         self._life.save(checkpoint)
         make_plain(checkpoint, self._log)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Sort out which weights of the checkpoint go where."""
         unmake(checkpoint)
-        model = runner_facts.model_of(runner)
-        if not runner_facts.is_training(runner) or self._trained:
+        model = runners.model_of(runner)
+        if not runners.is_training(runner) or self._trained:
             self._life.choose(checkpoint, model)
         elif runner._resume:
             refuse_foreign(checkpoint, self._log)
-            optimizers = runner_facts.made_optimizers_of(runner)
+            optimizers = runners.optimizers_of(runner)
             self._life.resume(checkpoint, model, optimizers)
-            if not self.enabled:
-                self._log.warning(
-                    'EMA: enabled=False: training goes on from the raw '
-                    'weights, without an average.'
-                )
         else:
             self._life.fine_tune(checkpoint, model)
 
-    def _catch_up(self, runner: Any, iteration: Optional[int] = None) -> None:
-        """Update now; other hooks may save before our turn comes."""
-        iteration = runner.iter + 1 if iteration is None else iteration
-        taken = self._life.after_iteration(iteration)
-        if not taken and self._life.averager is not None:
-            iteration = self._life.last_iteration
-            self._log.skipped(runner, self._life.averager, iteration)
+    def _will_log(self, runner: Any, batch_idx: int) -> bool:
+        """Return whether the logger logs this training iteration."""
+        logger, loader = self._logger, runner.train_dataloader
+        interval = 10 if logger is None else logger.interval
+        if self.every_n_inner_iters(batch_idx, interval):
+            return True
+        if logger is None or not self.end_of_epoch(loader, batch_idx):
+            return False
+        return not logger.ignore_last or len(loader) <= interval
 
-    def _watch_loops(self, runner: Any) -> None:
-        """Watch the evaluation loops that there are, and those to come."""
-        for loop in runner_facts.evaluation_loops(runner):
-            self._watch(runner, loop)
-        for name in ('build_val_loop', 'build_test_loop'):
-            if name not in vars(runner):
-                build = getattr(runner, name)
-                build = functools.partial(self._build, runner, build)
-                setattr(runner, name, build)
-
-    def _build(
-        self, runner: Any, build: Callable[[Any], Any], cfg: Any
-    ) -> Any:
-        loop = build(cfg)
-        self._watch(runner, loop)
-        return loop
-
-    def _watch(self, runner: Any, loop: Any) -> None:
-        """Let a loop run once for each set of weights."""
-
-        def around(run: Callable[[], Any]) -> Any:
-            evaluator = getattr(loop, 'evaluator', None)
-            passes = self._life.passes
-            try:
-                return run_passes(
-                    runner, evaluator, passes, lambda w: self._pass(run, w)
-                )
-            except BaseException:
-                forget_results(evaluator)
-                raise
-
-        guard_loop(loop, self._leave_evaluation, around)
-
-    def _pass(self, run: Callable[[], Any], weights: str) -> Any:
-        """Run a loop on one set of weights."""
+    @contextlib.contextmanager
+    def _evaluating(self, weights: str) -> Iterator[None]:
+        """Let the body evaluate a set of weights."""
         before, self._weights = self._weights, weights
         try:
-            return run()
+            yield
         finally:
             self._leave_evaluation()
             self._weights = before
@@ -340,12 +271,53 @@ class EMAHook(Hook):  # type: ignore[misc]
     def _enter_evaluation(self, runner: Any) -> None:
         if self._evaluates or not self.enabled:
             return
-        if runner_facts.is_training(runner) and not self._trained:
-            self._catch_up(runner)
-        model = runner_facts.model_of(runner)
+        if runners.is_training(runner) and not self._trained:
+            self._life.after_iteration(runner.iter + 1)
+        model = runners.model_of(runner)
         self._life.enter_evaluation(model, self._weights)
         self._evaluates = True
 
     def _leave_evaluation(self) -> None:
         self._evaluates = False
         self._life.leave_evaluation()
+
+
+def _averaging_class(ema_type: Any) -> Optional[Any]:
+    """Return a user's averaging class by itself or by its name."""
+    kind = ema_type
+    if isinstance(ema_type, str):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(ema_type)
+    own = inspect.isclass(kind) and issubclass(kind, BaseAveragedModel)
+    return kind if own and not is_family(ema_type) else None
+
+
+def _rule_of(kind: Any, given: Dict[str, Any]) -> Tuple[Rule, Dict[str, Any]]:
+    """Return the rule of a user's averaging class, and our own options.
+
+    Its ``avg_func`` is called for each tensor; the class never sees the
+    model, so that nothing is deep-copied.
+
+    Raises:
+        OptionError: If the class has an ``update_parameters`` of its own.
+    """
+    if kind.update_parameters is not BaseAveragedModel.update_parameters:
+        raise OptionError(
+            f'ema_type={show(given["ema_type"])} overrides update_parameters; '
+            f'only an avg_func can be used. Move what it does there.'
+        )
+    ours = {k: x for k, x in given.items() if k in NAMES}
+    theirs = {k: x for k, x in given.items() if k not in NAMES}
+    for name in ('gamma', 'interval', 'momentum'):
+        if given.get(name) is not None:
+            theirs[name] = given[name]
+    instance = kind(nn.Identity(), **theirs)
+
+    def rule(average: Tensor, raw: Tensor, step: int) -> None:
+        if step == 1:
+            average.copy_(raw)
+        else:
+            instance.steps.fill_(step - 1)
+            instance.avg_func(average, raw, instance.steps)
+
+    return rule, ours

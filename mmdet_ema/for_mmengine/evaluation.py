@@ -9,12 +9,24 @@ last pass.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+)
 
-from mmdet_ema.errors import OptionError
-from mmdet_ema.for_mmengine import runner_facts
+from mmengine.runner import BaseLoop
+
+from mmdet_ema.errors import OptionError, show
+from mmdet_ema.for_mmengine.runner import model_of
 from mmdet_ema.training.no_trace import leaving_no_trace
 
 _ENDS = {
@@ -35,59 +47,87 @@ _OUTPUTS = (
     'seg_out_dir',
     'submission_prefix',
 )
-Metrics = Dict[str, Any]
+_MARK = '_mmdet_ema_guard'
+Call = Callable[..., Any]
 
 
-def run_passes(
+def watch_loops(
+    runner: Any,
+    passes: Sequence[str],
+    evaluating: Callable[[str], ContextManager[None]],
+) -> None:
+    """Let each evaluation loop, there or to come, run once a set of weights.
+
+    Args:
+        runner: The runner; each of its loops is wrapped once.
+        passes: Names of the sets; the last one has the plain names.
+        evaluating: A context for a pass on the set of that name: it takes
+            the set out again, which a loop that fails would not.
+    """
+
+    def watch(loop: Any) -> Any:
+        run = loop.run
+        if getattr(run, _MARK, False):
+            return loop
+
+        @functools.wraps(run)
+        def run_passes(*args: Any, **kwargs: Any) -> Any:
+            once = functools.partial(run, *args, **kwargs)
+            evaluator = getattr(loop, 'evaluator', None)
+            try:
+                return _run_passes(runner, evaluator, passes, evaluating, once)
+            except BaseException:
+                # what a pass that broke off has left in the metrics
+                for metric in getattr(evaluator, 'metrics', ()):
+                    results: Any = getattr(metric, 'results', None)
+                    if hasattr(results, 'clear'):
+                        results.clear()
+                raise
+
+        setattr(run_passes, _MARK, True)
+        loop.run = run_passes
+        return loop
+
+    for loop in (runner._val_loop, runner._test_loop):
+        if isinstance(loop, BaseLoop):
+            watch(loop)
+    for name in ('build_val_loop', 'build_test_loop'):
+        if name not in vars(runner):
+            build = functools.partial(_build, watch, getattr(runner, name))
+            setattr(runner, name, build)
+
+
+def _build(watch: Call, build: Call, cfg: Any) -> Any:
+    return watch(build(cfg))
+
+
+def _run_passes(
     runner: Any,
     evaluator: Any,
     passes: Sequence[str],
-    run: Callable[[str], Any],
+    evaluating: Callable[[str], ContextManager[None]],
+    run: Callable[[], Any],
 ) -> Any:
-    """Run an evaluation loop once for each set of weights.
+    """Run a loop once a set; the last pass adds the metrics of the others.
 
-    Every pass but the last leaves nothing but its metrics, which the last one
-    adds to its own as ``<set>/<name>`` before any hook sees them.
-
-    Args:
-        runner: The runner.
-        evaluator: The evaluator of the loop, if it has one.
-        passes: Names of the sets; the last one has the plain names.
-        run: Runs the loop on the set of that name, and takes it out again.
-
-    Returns:
-        What the last pass returned.
+    Every pass but the last leaves nothing else. Metrics are ``<set>/<name>``
+    there before any hook sees them.
     """
-    found: List[Metrics] = []
-    model = runner_facts.model_of(runner)
+    found: List[Dict[str, Any]] = []
     for name in passes[:-1]:
         calling = _calling_hooks(runner, _keep_metrics(runner, name, found))
-        with leaving_no_trace(model), _own_files(evaluator, name), calling:
-            run(name)
-    if not found:
-        return run(passes[-1])
-    with _calling_hooks(runner, _add_metrics(runner, found)):
-        return run(passes[-1])
-
-
-def forget_results(evaluator: Any) -> None:
-    """Drop what a pass that broke off has left in the metrics."""
-    for metric in getattr(evaluator, 'metrics', ()):
-        clear = getattr(getattr(metric, 'results', None), 'clear', None)
-        if clear is not None:
-            clear()
+        leaving = leaving_no_trace(model_of(runner))
+        with leaving, _own_files(evaluator, name), calling, evaluating(name):
+            run()
+    adding: ContextManager[None] = contextlib.nullcontext()
+    if found:
+        adding = _calling_hooks(runner, _add_metrics(runner, found))
+    with adding, evaluating(passes[-1]):
+        return run()
 
 
 def check_monitored(runner: Any, passes: Sequence[str]) -> None:
-    """Check that nothing waits for metrics of weights not evaluated.
-
-    Args:
-        runner: The runner, about to train.
-        passes: Names of the sets that are evaluated.
-
-    Raises:
-        OptionError: If ``save_best`` or ``monitor`` names such a metric.
-    """
+    """Check that nothing waits for metrics of weights not evaluated."""
     if 'raw' in passes[:-1]:
         return
     owners = list(runner.hooks)
@@ -101,17 +141,14 @@ def check_monitored(runner: Any, passes: Sequence[str]) -> None:
         for name in given if isinstance(given, (list, tuple)) else [given]:
             if isinstance(name, str) and name.startswith('raw/'):
                 raise OptionError(
-                    f'{type(owner).__name__}({word}={name!r}) needs the '
+                    f'{type(owner).__name__}({word}={show(name)}) needs the '
                     f'metrics of the raw weights beside those of the '
                     f"averages; give EMAHook evaluate='both', or use "
-                    f'{word}={name[len("raw/") :]!r}.'
+                    f'{word}={show(name[len("raw/") :])}.'
                 )
 
 
-Call = Callable[..., None]
-
-
-def _keep_metrics(runner: Any, name: str, found: List[Metrics]) -> Call:
+def _keep_metrics(runner: Any, name: str, found: List[Dict[str, Any]]) -> Call:
     """Return a ``call_hook`` for a pass whose metrics wait for the last one.
 
     A hook that logs, or chooses the best file, hears of them there, once. One
@@ -140,7 +177,7 @@ def _keep_metrics(runner: Any, name: str, found: List[Metrics]) -> Call:
     return call
 
 
-def _add_metrics(runner: Any, found: List[Metrics]) -> Call:
+def _add_metrics(runner: Any, found: List[Dict[str, Any]]) -> Call:
     """Return a ``call_hook`` that adds the metrics of the passes before.
 
     A loop may report several times in a pass, as one over several data sets

@@ -10,7 +10,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
 from mmdet_ema.errors import OptionError
-from mmdet_ema.for_mmengine.run_log import RunLog
+from mmdet_ema.for_mmengine.runner import RunLog
 from mmdet_ema.optimizers.construction import Construction
 
 

@@ -9,7 +9,7 @@ from typing import Any, Callable
 from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
 from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS
 
-from mmdet_ema.errors import OptionError
+from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine.bias_warmup_hook import BiasWarmupHook
 from mmdet_ema.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.for_mmengine.optimizer_constructor import (
@@ -17,7 +17,7 @@ from mmdet_ema.for_mmengine.optimizer_constructor import (
 )
 from mmdet_ema.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.frameworks import own_logger
-from mmdet_ema.training.spellings import instead_of
+from mmdet_ema.training.compatible import instead_of
 from mmdet_ema.version import __version__
 
 _NAMES = ('mmengine.hooks.EMAHook', 'mmengine.hooks.ema_hook.EMAHook')
@@ -60,5 +60,5 @@ def _build(
         if not advice or 'is not in the' not in str(error):
             raise
         raise OptionError(
-            f'type={kind!r} is not a hook of this generation.{advice}'
+            f'type={show(kind)} is not a hook of this generation.{advice}'
         ) from None

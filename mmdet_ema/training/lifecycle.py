@@ -8,60 +8,29 @@ training starts, after initialisation and after any load.
 from __future__ import annotations
 
 import math
-import warnings as python_warnings
-from typing import (
-    Any,
-    Dict,
-    Mapping,
-    MutableMapping,
-    Optional,
-    Sequence,
-    Set,
-)
+import warnings
+from typing import Any, Dict, MutableMapping, Optional, Sequence, Set
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.averaging.averager import WeightAverager
-from mmdet_ema.averaging.tensors import (
-    count_roles,
-    no_match,
-    select,
-    unmatched,
-)
-from mmdet_ema.checkpoint.format import (
-    EMAPart,
-    check_training_state,
-    pack,
-)
+from mmdet_ema.averaging.tensors import select
+from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.errors import NonFiniteError
+from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.schedules import Schedule
-from mmdet_ema.training import weight_choice
-from mmdet_ema.training.facts import RunFacts
-from mmdet_ema.training.options import HookOptions
-from mmdet_ema.training.planning import (
-    check_begin,
-    has_begun,
-    planned_steps,
-    unused,
-)
+from mmdet_ema.training import resume
+from mmdet_ema.training.options import Options
+from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
 from mmdet_ema.training.report import (
-    buffers_of_ranks,
-    changes,
-    comparable,
-    copied_parameters,
-    describe,
-    describe_rule,
-    warnings,
-)
-from mmdet_ema.training.scaling import REFERENCE, Scaling, scaling_of
-from mmdet_ema.training.skips import (
     describe_idle,
     describe_replaced,
-    describe_steps,
+    describe_skip,
+    report,
 )
-from mmdet_ema.training.stepping import TELLS_OF_STEPS, WeightChanges
+from mmdet_ema.training.steps import TELLS_OF_STEPS, WeightChanges
 from mmdet_ema.version import __version__
 
 Checkpoint = MutableMapping[str, Any]
@@ -75,62 +44,64 @@ class EMALifecycle:
     Args:
         options: Checked options.
         log: Where lines go; has ``info`` and ``warning``.
+
+    Attributes:
+        averager: The averager, from the first iteration that counts on, or
+            that of a file that is evaluated.
+        passes: The sets of weights that are evaluated, the main one last.
     """
 
-    def __init__(self, options: HookOptions, log: Any):
+    def __init__(self, options: Options, log: Any):
         self.options = options
+        both = options.evaluate == 'both'
+        self.passes = ('raw', 'ema') if both else (options.evaluate,)
         self.averager: Optional[WeightAverager] = None
-        self.last_iteration = self._taken_in = self._noted = 0
         self._log = log
-        self._resume_part: Optional[EMAPart] = None
-        self._shown_part: Optional[EMAPart] = None
-        self._shown: Optional[WeightAverager] = None
+        # what was found in a file, until its weights are in the model
+        self._pending: Optional[EMAPart] = None
+        self._only_evaluates = False
+        self._plan: Optional[Plan] = None
+        self._reported = True
         self._changes: Optional[WeightChanges] = None
-        self._accumulation = 1
-        self._iterations = self._told_iterations = self._replacements = 0
         self._first: Dict[str, int] = {}
-        self._schedule: Optional[Schedule] = None
-        self._scaling: Optional[Scaling] = None
-        self._compared: Dict[str, Any] = {}
+        self._iterations = self._told_iterations = self._replacements = 0
+        self._updated_at = self._told_skipped = 0
         self._warned: Set[str] = set()
 
     @property
-    def passes(self) -> Sequence[str]:
-        """The sets of weights that are evaluated, the main one last."""
-        evaluate = self.options.evaluate
-        return ('raw', 'ema') if evaluate == 'both' else (evaluate,)
-
-    @property
-    def evaluated(self) -> Optional[WeightAverager]:
-        """The averager whose averages an evaluation shows."""
-        return self._shown if self.averager is None else self.averager
+    def is_applied(self) -> bool:
+        """Whether the model holds the averages just now."""
+        return self.averager is not None and self.averager.is_applied
 
     def start(
-        self,
-        model: nn.Module,
-        facts: RunFacts,
+        self, model: nn.Module, facts: RunFacts, optimizers: Sequence[Any]
     ) -> None:
-        """Get ready: training is about to start, everything is loaded.
-
-        Args:
-            model: The model, unwrapped.
-            facts: The run as planned.
-
-        Raises:
-            OptionError: If the average would start after the end.
-        """
+        """Get ready: training is about to start, everything is loaded."""
         check_begin(self.options, facts)
-        self._shown = self._shown_part = None
-        before = self._resume_part.meta if self._resume_part else {}
-        self._plan(facts, before)
-        self._resume_if_asked(model)
-        self._report(model, facts, before)
         self._stop_listening()
-        self._accumulation = facts.accumulation
+        if self._only_evaluates:
+            self.averager = self._pending = None
+            self._only_evaluates = False
+        part, done = self._pending, 0
+        if part is not None:
+            done = part.steps
+        elif self.averager is not None:
+            done = self.averager.num_steps
+        before = part.meta if part else {}
+        # a training that goes on in this process keeps the batch size
+        known = self._plan.reference if self._plan and not before else None
+        self._plan = Plan(self.options, facts, done, before, known)
+        self._take_pending(model)
+        if self.averager is not None:
+            self.averager.schedule = self._plan.schedule
+        self._reported = False
         self._iterations = self._told_iterations = 0
         self._changes = WeightChanges(
-            self._trained, self._before_step, facts.accumulation
+            lambda: self.averager.trained if self.averager else (),
+            self._before_step,
+            facts.accumulation,
         )
+        scale_weight_decay(optimizers, facts.samples, self._log)
 
     def before_epoch(self) -> None:
         """Follow tensors that were replaced since the last epoch."""
@@ -157,51 +128,63 @@ class EMALifecycle:
                 'EMA: an evaluation left the averages in the model; training '
                 'goes on from the raw weights.'
             )
-            self.averager.restore()
-        self._resume_if_asked(model)
+            self.leave_evaluation()
+        if self._pending is not None:
+            self._take_pending(model)
         if self.averager is None and has_begun(self.options, iteration, epoch):
-            assert self._schedule is not None
-            self.averager = self._make(model, self._schedule)
-        if self.averager is not None and self._changes is not None:
-            self._begin(self.averager, self._changes, optimizers)
+            assert self._plan is not None
+            self.averager = self._make(model, self._plan.schedule)
+        if not self._reported:
+            self._report(model)
+        averager, changes, plan = self.averager, self._changes, self._plan
+        if averager is None or changes is None or plan is None:
+            return
+        if not self._iterations:
+            self._first = averager.progress()
+        if not changes.told:
+            # maybe nobody tells before the weights change
+            averager.follow_changes()
+        replaced = averager.take_replaced()
+        if replaced:
+            self._replacements += 1
+            if math.log10(self._replacements).is_integer():
+                self._log.info(describe_replaced(replaced))
+        changes.begin(optimizers)
+        self._iterations += 1
+        times = changes.idle / max(_IDLE, 2 * plan.facts.accumulation)
+        if times >= 1 and math.log10(times).is_integer():
+            self._log.warning(describe_idle(changes.idle))
 
-    def after_iteration(self, iteration: int) -> bool:
+    def after_iteration(self, iteration: int) -> None:
         """Update the average if the weights changed, once an iteration.
 
         Args:
             iteration: The iteration that ends, from 1.
-
-        Returns:
-            False if a step turned out to be skipped because of NaN or Inf:
-            that of ``last_iteration``; else True.
-
-        Raises:
-            NonFiniteError: If there is NaN or Inf under ``'raise'``.
         """
         averager, changes = self.averager, self._changes
         if averager is None:
-            return True
-        if averager.is_applied or changes is None or not changes.take():
-            return self._note_skips()
-        try:
-            averager.wait()
-            fine = self._note_skips()
-            self._taken_in = iteration
-            if not changes.told:
-                self._end_overlap(averager)
-            averager.update()
-            self._note_replaced(averager)
-            return self._note_skips() and fine
-        except NonFiniteError as error:
-            k = self.options.interval
-            seen = '' if k == 1 else f' (weights are seen every {k} steps)'
-            raise NonFiniteError(
-                f'iteration {iteration}{seen}: {error}'
-            ) from None
+            return
+        if changes and not averager.is_applied and changes.take():
+            try:
+                averager.wait()
+                self._tell_skipped(averager)
+                self._updated_at = iteration
+                if not changes.told:
+                    self._end_overlap(averager)
+                averager.update()
+            except NonFiniteError as error:
+                k = self.options.interval
+                seen = '' if k == 1 else f' (weights are seen every {k} steps)'
+                raise NonFiniteError(
+                    f'iteration {iteration}{seen}: {error}'
+                ) from None
+        self._tell_skipped(averager)
 
     def finish(self) -> None:
         """Stop listening to the optimizers; the average stays."""
         self._stop_listening()
+        if self.averager is not None:
+            self._tell_skipped(self.averager)
         self.tell_steps()
 
     def tell_steps(self) -> None:
@@ -217,9 +200,23 @@ class EMALifecycle:
             now[name] - self._first[name]
             for name in ('num_steps', 'num_skipped')
         )
-        self._log.info(describe_steps(steps, skipped, total))
-        if not steps + skipped and total > self._accumulation:
+        self._log.info(
+            f'EMA: {steps} steps averaged, {skipped} skipped (NaN or Inf), '
+            f'in {total} iterations.'
+        )
+        assert self._plan is not None
+        if not steps + skipped and total > self._plan.facts.accumulation:
             self._log.warning(describe_idle(total))
+
+    def scalars(self) -> Dict[str, float]:
+        """Return what loggers log of the last step."""
+        averager = self.averager
+        found = {
+            'ema_decay': averager.decay if averager else 0.0,
+            'ema_distance': averager.distance() if averager else 0.0,
+            'ema_skipped': averager.num_skipped if averager else 0,
+        }
+        return {name: x for name, x in found.items() if math.isfinite(x)}
 
     def synchronize(self) -> None:
         """Make the averages of buffers equal; call it on all ranks at once."""
@@ -239,12 +236,10 @@ class EMALifecycle:
             model: The model, unwrapped.
             weights: One of ``passes``; the main one by default.
         """
-        self._resume_if_asked(model)
-        if self._shown_part is not None:
-            part, self._shown_part = self._shown_part, None
-            schedule = self.options.schedule_for(part.steps)
-            self._shown = self._from_part(model, schedule, part)
-        if self.averager is not None:
+        self._take_pending(model)
+        if self.averager is None:
+            return
+        if not self._only_evaluates:
             for name in self.averager.held_back():
                 self._warn_once(
                     f'EMA: the buffer {name} holds NaN or Inf, and its '
@@ -252,23 +247,19 @@ class EMALifecycle:
                     f'copied=[{name!r}] copies it.'
                 )
         self.tell_steps()
-        weights = weights or self.passes[-1]
-        if self.evaluated is not None and weights != 'raw':
-            self.evaluated.apply()
+        if (weights or self.passes[-1]) != 'raw':
+            self.averager.apply()
 
     def leave_evaluation(self) -> None:
         """Put the raw weights back; safe to call at any time."""
-        if self.evaluated is not None:
-            self.evaluated.restore()
+        if self.averager is not None:
+            self.averager.restore()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Give a checkpoint its EMA part, in place.
-
-        Args:
-            checkpoint: A checkpoint whose ``state_dict`` is the live model's.
-        """
-        averager = self.averager
-        meta = {**self._compared, 'writer': f'mmdet_ema {__version__}'}
+        """Give a checkpoint with the live weights its EMA part, in place."""
+        averager = None if self._only_evaluates else self.averager
+        meta: Dict[str, Any] = dict(self._plan.meta) if self._plan else {}
+        meta['writer'] = f'mmdet_ema {__version__}'
         if averager is None:
             pack(checkpoint, {}, {}, 0, meta)
             return
@@ -284,66 +275,83 @@ class EMALifecycle:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
     ) -> None:
-        """Go on from a checkpoint; see ``weight_choice.for_resume``."""
+        """Go on from a checkpoint; see ``resume.for_resume``."""
         strict = self.options.strict_load
-        part = weight_choice.for_resume(checkpoint, model, strict, self._log)
+        part = resume.for_resume(checkpoint, model, strict, self._log)
         check_training_state(checkpoint, optimizers, self._log)
-        self._resume_part, self.averager = part, None
+        self._expect(part)
+        if not self.options.enabled:
+            self._log.warning(
+                'EMA: enabled=False: training goes on from the raw weights, '
+                'without an average.'
+            )
 
     def fine_tune(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        """Start anew from a checkpoint's weights."""
-        self.averager = self._resume_part = None
-        weight_choice.for_fine_tuning(checkpoint, model, self._log)
+        """Start again from a checkpoint's weights."""
+        resume.for_fine_tuning(checkpoint, model, self._log)
+        self._expect(None)
 
     def choose(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        """Evaluate a checkpoint; see ``weight_choice.for_evaluation``."""
-        self.averager = self._resume_part = self._shown = None
-        self._shown_part = weight_choice.for_evaluation(
-            checkpoint, model, self.options.evaluate, self._log
-        )
+        """Evaluate a checkpoint; see ``resume.for_evaluation``."""
+        evaluate = self.options.evaluate
+        part = resume.for_evaluation(checkpoint, model, evaluate, self._log)
+        self._expect(part, only_evaluates=True)
 
-    def _warn_once(self, line: str) -> None:
-        if line not in self._warned:
-            self._warned.add(line)
-            self._log.warning(line)
-
-    def _note_skips(self) -> bool:
-        """Return whether no skipped step has come to light since the last."""
-        assert self.averager is not None
-        known = self.averager.known_skipped
-        if known == self._noted:
-            return True
-        self._noted, self.last_iteration = known, self._taken_in
-        return False
-
-    def _begin(
-        self,
-        averager: WeightAverager,
-        changes: WeightChanges,
-        optimizers: Sequence[Any],
+    def _expect(
+        self, part: Optional[EMAPart], only_evaluates: bool = False
     ) -> None:
-        if not self._iterations:
-            self._first = averager.progress()
-        if not changes.told:
-            # maybe nobody tells before the weights change
-            averager.follow_changes()
-        self._note_replaced(averager)
-        changes.begin(optimizers)
-        self._iterations += 1
-        limit = max(_IDLE, 2 * self._accumulation)
-        times = changes.idle / limit
-        if times >= 1 and math.log10(times).is_integer():
-            self._log.warning(describe_idle(changes.idle))
+        self.averager, self._pending = None, part
+        self._only_evaluates = only_evaluates
 
-    def _trained(self) -> Sequence[nn.Parameter]:
-        return () if self.averager is None else self.averager.trained
+    def _take_pending(self, model: nn.Module) -> None:
+        part, self._pending = self._pending, None
+        if part is not None:
+            plan, state = self._plan, dict(part.meta)
+            self.averager = self._make(
+                model,
+                plan.schedule
+                if plan
+                else self.options.schedule_for(part.steps),
+            )
+            state['num_steps'] = part.steps
+            state['averages'] = part.tensors(part.averages)
+            self.averager.load_state_dict(state, strict=False)
+            self._told_skipped = self.averager.known_skipped
+
+    def _make(self, model: nn.Module, schedule: Schedule) -> WeightAverager:
+        with warnings.catch_warnings():
+            # the report says so, in the run's log
+            warnings.filterwarnings('ignore', 'copied=')
+            averager = WeightAverager(
+                model, schedule, **self.options.of_the_averager
+            )
+        averager.announces_steps = TELLS_OF_STEPS
+        self._told_skipped = 0
+        return averager
+
+    def _report(self, model: nn.Module) -> None:
+        """Report in the first iteration: the tensors are known by then."""
+        assert self._plan is not None
+        self._reported, options = True, self.options
+        report(
+            self._plan,
+            self.averager.entries
+            if self.averager
+            else select(model, options.update_buffers, options.copied),
+            self._log,
+        )
+        if options.overlap and not TELLS_OF_STEPS:
+            self._log.warning(
+                f'EMA: overlap=True has no effect: torch {torch.__version__} '
+                f'does not tell of the steps of optimizers, 2.0 does.'
+            )
 
     def _before_step(self) -> None:
         averager, changes = self.averager, self._changes
         if averager is None or changes is None or averager.is_applied:
             return
-        beside = self.options.overlap or self.options.device is not None
-        if beside and not changes.heard and changes.were_written():
+        parallel = self.options.overlap or self.options.device is not None
+        if parallel and not changes.heard and changes.were_written():
             self._end_overlap(averager)
         averager.before_step()
 
@@ -356,12 +364,18 @@ class EMALifecycle:
             )
         averager.announces_steps = False
 
-    def _note_replaced(self, averager: WeightAverager) -> None:
-        names = averager.take_replaced()
-        if names:
-            self._replacements += 1
-            if math.log10(self._replacements).is_integer():
-                self._log.info(describe_replaced(names))
+    def _tell_skipped(self, averager: WeightAverager) -> None:
+        """Tell of a skip that has come to light; on a GPU that is later."""
+        if averager.known_skipped != self._told_skipped:
+            self._told_skipped = averager.known_skipped
+            line = describe_skip(averager, self._updated_at)
+            if line:
+                self._log.warning(line)
+
+    def _warn_once(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            self._log.warning(line)
 
     def _stop_listening(self) -> None:
         if self._changes is not None:
@@ -369,100 +383,3 @@ class EMALifecycle:
             self._changes = None
         if self.averager is not None:
             self.averager.wait()
-
-    def _plan(self, facts: RunFacts, before: Mapping[str, Any]) -> None:
-        """Fix the schedule; it may need to know how long the run is."""
-        planned = planned_steps(self.options, facts, self._done())
-        schedule = self.options.schedule_for(planned)
-        if before or self._scaling is None:
-            applied = self.options.scale_decay
-            self._scaling = scaling_of(before, facts.samples, applied)
-        self._schedule = self._scaling.of(schedule)
-        if self.averager is not None:
-            self.averager.schedule = self._schedule
-        self._compared = comparable(
-            schedule,
-            self.options.interval,
-            facts.batch_size * facts.accumulation,
-            facts.world_size,
-        )
-        self._compared[REFERENCE] = self._scaling.saved
-
-    def _done(self) -> int:
-        """Return the steps that the average has seen before this training."""
-        if self.averager is not None:
-            return self.averager.num_steps
-        return self._resume_part.steps if self._resume_part else 0
-
-    def _resume_if_asked(self, model: nn.Module) -> None:
-        if self._resume_part is not None:
-            part, self._resume_part = self._resume_part, None
-            schedule = self._schedule or self.options.schedule_for(part.steps)
-            self.averager = self._from_part(model, schedule, part)
-
-    def _make(self, model: nn.Module, schedule: Schedule) -> WeightAverager:
-        with python_warnings.catch_warnings():
-            # the report says so, in the run's log
-            python_warnings.filterwarnings('ignore', 'copied=')
-            averager = WeightAverager(
-                model,
-                schedule,
-                interval=self.options.interval,
-                phase=self.options.phase,
-                update_buffers=self.options.update_buffers,
-                device=self.options.device,
-                overlap=self.options.overlap,
-                nonfinite=self.options.nonfinite,
-                rule=self.options.rule,
-                copied=self.options.copied,
-            )
-        averager.announces_steps = TELLS_OF_STEPS
-        self._noted = 0
-        return averager
-
-    def _from_part(
-        self, model: nn.Module, schedule: Schedule, part: EMAPart
-    ) -> WeightAverager:
-        averager = self._make(model, schedule)
-        averages = part.tensors(part.averages)
-        state = {**part.meta, 'num_steps': part.steps, 'averages': averages}
-        averager.load_state_dict(state, strict=False)
-        self._noted = averager.known_skipped
-        return averager
-
-    def _report(
-        self, model: nn.Module, facts: RunFacts, before: Mapping[str, Any]
-    ) -> None:
-        assert self._schedule is not None
-        if self.averager is None:
-            options = self.options
-            entries = select(model, options.update_buffers, options.copied)
-        else:
-            entries = self.averager.entries
-        done = self._done()
-        planned = planned_steps(self.options, facts, done)
-        counts, phase = count_roles(entries), self.options.phase
-        plan = (self._schedule, self.options.interval)
-        if self.options.rule is None:
-            self._log.info(describe(*plan, done, planned, counts, phase))
-            found = warnings(*plan, planned, phase)
-        else:
-            self._log.info(describe_rule(self._schedule.name, counts))
-            found = []
-        found += [f'EMA: {x}' for x in unused(self.options, facts, done)]
-        if self.options.overlap and not TELLS_OF_STEPS:
-            found.append(
-                f'EMA: overlap=True has no effect: torch {torch.__version__} '
-                f'does not tell of the steps of optimizers, 2.0 does.'
-            )
-        found += [copied_parameters(entries), changes(before, self._compared)]
-        missing = unmatched(entries, self.options.copied)
-        found += [f'EMA: {no_match(pattern)}' for pattern in missing]
-        if facts.world_size > 1:
-            buffers = sum(not entry.parameters for entry in entries)
-            self._log.info(buffers_of_ranks(buffers, facts.agrees))
-        if self._scaling is not None and self.options.rule is None:
-            plain = self.options.schedule_for(planned)
-            found.append(self._scaling.describe(plain))
-        for line in filter(None, found):
-            self._log.warning(line)

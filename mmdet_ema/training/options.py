@@ -1,9 +1,20 @@
-"""Options of the hook: from what a config says to what will be done."""
+"""Options of the hook: each is written here, and checked once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Union
+import inspect
+import math
+from dataclasses import dataclass, field, fields
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 
@@ -21,153 +32,127 @@ from mmdet_ema.schedules import (
     SCHEDULES,
     Schedule,
     ScheduleSpec,
+    build_schedule,
+    make_schedule,
     options_of,
+    split_spec,
 )
-from mmdet_ema.training.openmmlab_words import check_words
-from mmdet_ema.training.schedule_choice import (
-    ScheduleChoice,
-    choose_family,
-    choose_native,
-    choose_rule,
+from mmdet_ema.training.compatible import (
+    decay_of,
+    family_schedule,
+    instead_of,
 )
-from mmdet_ema.training.spellings import instead_of
 
 EVALUATE = ('ema', 'raw', 'both')
-NAMES = (
-    'decay',
-    'tau',
-    'schedule',
-    'interval',
-    'begin_iter',
-    'begin_epoch',
-    'update_buffers',
-    'device',
-    'overlap',
-    'evaluate',
-    'nonfinite',
-    'strict_load',
-    'scale_decay',
-    'copied',
-    'ema_type',
-    'momentum',
-    'gamma',
-    'priority',
-)
 
 
 @dataclass(frozen=True)
-class HookOptions:
-    """Checked options of an EMA hook.
+class Choice:
+    """What the options say of the decay.
 
     Attributes:
-        schedule_for: Makes the schedule, given the steps that are planned.
-        interval: Steps between updates.
+        make: Makes the schedule, given the steps that are planned.
         phase: Which step of an interval updates.
-        begin_iter: First iteration that counts, from 1 (0 is 1).
-        begin_epoch: First epoch that counts, from 1 (0 is 1).
-        update_buffers: Whether float buffers are averaged.
-        device: Where the averages live; None for where the parameters are.
-        overlap: Whether an update runs beside the next forward pass.
-        evaluate: Which weights validation and test run on.
-        nonfinite: What is done with NaN and Inf.
-        strict_load: Whether a missing average is an error on resume.
-        scale_decay: Whether another batch size scales the decay on resume.
-        copied: Patterns of names that are copied, not averaged.
-        no_effect: Options that were given and change nothing.
-        rule: Updates one average in the place of the schedule.
+        no_effect: Sentences on options that change nothing.
+        rule: Updates one average instead of the schedule.
     """
 
-    schedule_for: Callable[[int], Schedule]
-    interval: int
-    phase: int
-    begin_iter: int
-    begin_epoch: int
-    update_buffers: bool
-    device: Optional[torch.device]
-    overlap: bool
-    evaluate: str
-    nonfinite: str
-    strict_load: bool
-    scale_decay: bool = False
-    copied: Tuple[str, ...] = ()
+    make: Callable[[int], Schedule]
+    phase: int = 0
     no_effect: Tuple[str, ...] = ()
     rule: Optional[Rule] = None
 
 
-FindRule = Callable[[Any, Mapping[str, Any]], Optional[Rule]]
-"""Finds a user's averaging class by ``ema_type`` and its options."""
+def _option(
+    default: Any, check: Any, *allowed: Any, averager: bool = False
+) -> Any:
+    """Define an option; the averager has those of that mark as well."""
+    more = {'check': check, 'allowed': allowed, 'averager': averager}
+    return field(default=default, metadata=more)
 
 
-def parse_options(
-    *,
-    decay: Optional[float] = None,
-    tau: Optional[float] = None,
-    schedule: Optional[ScheduleSpec] = None,
-    interval: int = 1,
-    begin_iter: int = 0,
-    begin_epoch: int = 0,
-    update_buffers: Optional[bool] = None,
-    device: Union[str, torch.device, None] = None,
-    overlap: bool = False,
-    evaluate: str = 'ema',
-    nonfinite: str = 'skip',
-    strict_load: bool = False,
-    scale_decay: bool = False,
-    copied: Sequence[str] = (),
-    ema_type: Any = None,
-    momentum: Optional[float] = None,
-    gamma: Optional[float] = None,
-    find_rule: Optional[FindRule] = None,
-    choice: Optional[ScheduleChoice] = None,
-    **more: Any,
-) -> HookOptions:
-    """Check the options of a hook; see ``EMAHook`` for what they mean.
+def _device(name: str, value: Any) -> Optional[torch.device]:
+    return check_device(value)
 
-    ``find_rule`` finds averaging classes of the user in the framework, and
-    whatever else is given are options of such a class. ``choice`` is a
-    schedule that an adapter has chosen by words of its own.
 
-    Returns:
-        The checked options.
+@dataclass(frozen=True)
+class Options:
+    """Checked options of an EMA hook; ``EMAHook`` says what they mean.
 
     Raises:
-        OptionError: If an option is unknown, out of range or contradicts
-            another one.
+        OptionError: If an option is out of range or contradicts another one.
     """
-    own = {'momentum': momentum, 'gamma': gamma, 'interval': interval, **more}
-    rule = find_rule(ema_type, own) if find_rule and ema_type else None
-    if rule is None:
-        refuse_unknown(more)
-    interval = check_count('interval', interval, 1)
-    _check_begin(begin_iter, begin_epoch)
-    words = check_words(decay, tau, schedule, ema_type, momentum, gamma)
-    if update_buffers is None:
-        update_buffers = not words
-    if choice is not None:
-        pass
-    elif rule is not None:
-        choice = choose_rule(getattr(ema_type, '__name__', ema_type), rule)
-    elif ema_type is not None or (words and schedule is None):
-        choice = choose_family(ema_type, decay, momentum, gamma, interval)
-    else:
-        choice = choose_native(schedule, decay, tau, momentum)
-    return HookOptions(
-        schedule_for=choice.make,
-        interval=interval,
-        phase=choice.phase,
-        begin_iter=begin_iter,
-        begin_epoch=begin_epoch,
-        update_buffers=check_flag('update_buffers', update_buffers),
-        device=check_device(device),
-        overlap=check_flag('overlap', overlap),
-        evaluate=check_choice('evaluate', evaluate, EVALUATE),
-        nonfinite=check_choice('nonfinite', nonfinite, NONFINITE),
-        strict_load=check_flag('strict_load', strict_load),
-        scale_decay=check_flag('scale_decay', scale_decay),
-        copied=check_patterns('copied', copied),
-        no_effect=choice.no_effect,
-        rule=choice.rule,
+
+    decay: Optional[float] = None
+    tau: Optional[float] = None
+    schedule: Optional[ScheduleSpec] = None
+    interval: int = _option(1, check_count, 1, averager=True)
+    begin_iter: int = _option(0, check_count, 0)
+    begin_epoch: int = _option(0, check_count, 0)
+    update_buffers: bool = _option(None, check_flag, averager=True)
+    device: Optional[torch.device] = _option(  # noqa: RUF009
+        None, _device, averager=True
     )
+    overlap: bool = _option(False, check_flag, averager=True)
+    evaluate: str = _option('ema', check_choice, EVALUATE)
+    nonfinite: str = _option('skip', check_choice, NONFINITE, averager=True)
+    strict_load: bool = _option(False, check_flag)
+    scale_decay: bool = _option(False, check_flag)
+    copied: Tuple[str, ...] = _option((), check_patterns, averager=True)
+    enabled: bool = _option(True, check_flag)
+    ema_type: Any = None
+    momentum: Optional[float] = None
+    gamma: Optional[float] = None
+    choice: Choice = None  # type: ignore[assignment]  # made of the others
+
+    def __post_init__(self) -> None:
+        compatible = _uses_compatible(self)
+        if self.update_buffers is None:
+            self._set('update_buffers', not compatible)
+        for option in fields(self):
+            if option.metadata:
+                check, allowed = (
+                    option.metadata[key] for key in ('check', 'allowed')
+                )
+                value = getattr(self, option.name)
+                self._set(option.name, check(option.name, value, *allowed))
+        if self.begin_iter and self.begin_epoch:
+            raise OptionError(
+                f'begin_iter={self.begin_iter} and begin_epoch='
+                f'{self.begin_epoch} are both given; give the one that the '
+                f'average should start at.'
+            )
+        if self.choice is None:
+            family = self.ema_type is not None or self.schedule is None
+            choose = _of_a_family if compatible and family else _of_our_own
+            self._set('choice', choose(self))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def schedule_for(self, planned: int) -> Schedule:
+        """Return the schedule, given the steps that are planned."""
+        return self.choice.make(planned)
+
+    @property
+    def of_the_averager(self) -> Dict[str, Any]:
+        """The options that :class:`WeightAverager` has as well."""
+        shared = [f.name for f in fields(self) if f.metadata.get('averager')]
+        return {
+            **{name: getattr(self, name) for name in shared},
+            'phase': self.choice.phase,
+            'rule': self.choice.rule,
+        }
+
+
+_DEFAULTS = {f.name: f.default for f in fields(Options) if f.name != 'choice'}
+NAMES = (*_DEFAULTS, 'priority')
+
+
+def parse_options(choice: Optional[Choice] = None, **given: Any) -> Options:
+    """Check the options of a hook; an adapter may know a choice of decay."""
+    refuse_unknown({k: x for k, x in given.items() if k not in _DEFAULTS})
+    return Options(choice=choice, **given)  # type: ignore[arg-type]
 
 
 def refuse_unknown(
@@ -175,16 +160,7 @@ def refuse_unknown(
     hook: str = 'EMAHook',
     names: Sequence[str] = NAMES,
 ) -> None:
-    """Refuse options that a hook does not have.
-
-    Args:
-        unknown: Their values by name.
-        hook: Name of the hook. Defaults to 'EMAHook'.
-        names: The options that it has.
-
-    Raises:
-        OptionError: If there are any.
-    """
+    """Refuse options that a hook does not have."""
     for name, value in unknown.items():
         homes = [kind for kind in SCHEDULES if name in options_of(kind)]
         hint = did_you_mean(name, names)
@@ -197,11 +173,116 @@ def refuse_unknown(
         )
 
 
-def _check_begin(begin_iter: int, begin_epoch: int) -> None:
-    check_count('begin_iter', begin_iter, 0)
-    check_count('begin_epoch', begin_epoch, 0)
-    if begin_iter and begin_epoch:
+def show_options(init: Any, **more: Any) -> None:
+    """Let ``inspect.signature`` show what ``**options`` of a hook may be.
+
+    Args:
+        init: The constructor, which takes ``**options``.
+        **more: The defaults of options that it has besides ours.
+    """
+    parameters = dict(inspect.signature(init).parameters)
+    del parameters['options']
+    for name, default in {**_DEFAULTS, **more}.items():
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameter = inspect.Parameter(name, kind, default=default)
+        parameters.setdefault(name, parameter)
+    init.__signature__ = inspect.Signature(list(parameters.values()))
+
+
+def choose_rule(name: str, rule: Rule) -> Choice:
+    """Choose a user's own rule, and what to call it."""
+
+    def no_decay(n: int) -> float:
+        raise AssertionError('a rule has no decay')
+
+    return Choice(lambda planned: Schedule(name, no_decay), 1, (), rule)
+
+
+def _uses_compatible(options: Options) -> bool:
+    """Return whether compatible options are given; refuse contradictions."""
+    decay, tau, schedule = options.decay, options.tau, options.schedule
+    ema_type, momentum = options.ema_type, options.momentum
+    if decay is not None and momentum is not None:
         raise OptionError(
-            f'begin_iter={begin_iter} and begin_epoch={begin_epoch} are both '
-            f'given; give the one that the average should start at.'
+            f'decay={show(decay)} and momentum={show(momentum)} are both '
+            f'given; they are one option, momentum = 1 - decay. Give decay '
+            f'alone.'
         )
+    word = 'ema_type' if ema_type is not None else 'gamma'
+    if schedule is not None and getattr(options, word) is not None:
+        raise OptionError(
+            f'schedule={show(schedule)} and {word} are both given; write '
+            f'schedule=dict(type=..., **options) without {word}.'
+        )
+    given = any(x is not None for x in (ema_type, momentum, options.gamma))
+    if given and tau is not None and schedule is None:
+        raise OptionError(
+            f"tau={show(tau)} goes with schedule='exponential'; with "
+            f'ema_type, momentum or gamma the ramp constant is called gamma '
+            f"(ema_type='ExpMomentumEMA')."
+        )
+    return given
+
+
+def _of_a_family(options: Options) -> Choice:
+    """Choose the schedule of one of OpenMMLab's classes."""
+    rate = decay_of(options.decay, options.momentum)
+    schedule = family_schedule(
+        options.ema_type, rate, options.gamma, options.interval
+    )
+    unused = _given(options, 'decay', 'momentum')
+    if schedule.limit is not None:
+        unused = {}
+    by = f'ema_type {options.ema_type!r}'
+    no_effect = tuple(_unused(word, by) for word in unused)
+    return Choice(lambda planned: schedule, 1, no_effect)
+
+
+def _of_our_own(options: Options) -> Choice:
+    """Choose one of our schedules; its options may stand next to it."""
+    spec = 'exponential' if options.schedule is None else options.schedule
+    given = _given(options, 'decay', 'tau', 'momentum')
+    if callable(spec) or (isinstance(spec, str) and '.' in spec):
+        schedule = build_schedule(spec)
+        unused = tuple(_unused(word, 'a callable schedule') for word in given)
+        return Choice(lambda planned: schedule, 0, unused)
+    name, own = split_spec(spec)
+    no_effect: List[str] = []
+    for word, value in given.items():
+        option = 'decay' if word == 'momentum' else word
+        if word == 'momentum':
+            value = decay_of(None, value)
+        if option not in options_of(name):
+            no_effect.append(_unused(word, f'schedule {name!r}'))
+        elif not _agree(own.setdefault(option, value), value):
+            raise OptionError(
+                f'{word}={show(given[word])} contradicts '
+                f'schedule={show(spec)}; give {option} once.'
+            )
+    # what can be wrong with the options is found now
+    waits = 'total_steps' in options_of(name) and 'total_steps' not in own
+    schedule = make_schedule(name, {'total_steps': 1, **own} if waits else own)
+
+    def make(planned: int) -> Schedule:
+        if not waits:
+            return schedule
+        return make_schedule(name, {'total_steps': max(planned, 1), **own})
+
+    return Choice(make, 0, tuple(no_effect))
+
+
+def _given(options: Options, *names: str) -> Dict[str, Any]:
+    values = {name: getattr(options, name) for name in names}
+    return {name: x for name, x in values.items() if x is not None}
+
+
+def _agree(left: Any, right: Any) -> bool:
+    """Compare two values; 1 - momentum is next to the decay, not on it."""
+    try:
+        return left is right or math.isclose(left, right, rel_tol=1e-9)
+    except TypeError:
+        return False
+
+
+def _unused(option: str, by: str) -> str:
+    return f'{option} has no effect with {by}.'

@@ -27,8 +27,11 @@ BEST = dict(rule='greater')
 @pytest.mark.parametrize('evaluate', ['ema', 'raw', 'both'])
 def test_exception_leaves_the_raw_weights(error, evaluate, tmp_path):
     """Whatever ends an evaluation, the model holds the raw weights."""
+    states = []
 
     def fail(model, data_loader):
+        states.append(torch.get_rng_state())
+        torch.rand(1)
         raise error('in the evaluation')
 
     hook = dict(EMA, evaluate=evaluate)
@@ -37,6 +40,8 @@ def test_exception_leaves_the_raw_weights(error, evaluate, tmp_path):
         run.train()
     assert 4 == len(run.records)
     assert [] == same(state_of(run.model), run.records[-1])
+    if evaluate == 'both':  # the evaluation of the raw weights has failed
+        assert torch.equal(states[0], torch.get_rng_state())
 
 
 def test_training_goes_on_after_an_exception(tmp_path):

@@ -8,8 +8,7 @@ import pytest
 import torch
 from mmcv.runner import RUNNERS, EpochBasedRunner, load_checkpoint
 
-from mmdet_ema import CheckpointError, OptionError
-from mmdet_ema.for_mmcv1.ema_hook import EMAHook
+from mmdet_ema import CheckpointError
 from tests.for_mmcv1.toy import EMA, Lines, Run, ToyModel, quiet, raw_of, same
 
 EPOCHS = dict(max_epochs=4)
@@ -17,22 +16,6 @@ EPOCHS = dict(max_epochs=4)
 
 def averages(checkpoint):
     return checkpoint['state_dict']
-
-
-@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
-def test_resume_equals_the_run_that_was_not_stopped(priority, tmp_path):
-    """Raw weights, averages and n are those of one run, bit for bit."""
-    hook = dict(EMA, priority=priority)
-    whole = Run(tmp_path / 'whole', hook, runner=EPOCHS).train()
-    Run(tmp_path / 'half', hook, runner=dict(max_epochs=2)).train()
-    rest = Run(tmp_path / 'half', hook, runner=EPOCHS)
-    rest.train(resume=tmp_path / 'half' / 'latest.pth')
-    assert 8 == len(rest.records)
-    assert [] == same(rest.records[-1], whole.records[-1])
-    saved, expected = rest.load('epoch_4.pth'), whole.load('epoch_4.pth')
-    assert [] == same(averages(saved), averages(expected))
-    assert [] == same(raw_of(saved), raw_of(expected))
-    assert 16 == steps_of(saved) == steps_of(expected)
 
 
 def steps_of(checkpoint):
@@ -113,27 +96,6 @@ def test_resume_from_yields_to_the_tools_resume(tmp_path):
     assert [x for x in lines.lines if 'resume_from' in x and 'WARN' in x]
 
 
-def test_fine_tuning_starts_from_the_averages(tmp_path):
-    """``load_from`` loads the averages; n starts at 0."""
-    run = Run(tmp_path / 'a', EMA).train()
-    saved = run.load('epoch_2.pth')
-    tuned = Run(tmp_path / 'b', EMA, runner=dict(max_epochs=1))
-    tuned.train(load=tmp_path / 'a' / 'epoch_2.pth')
-    low = {k: v.to(v.dtype) for k, v in averages(saved).items() if k != 'low'}
-    start = {k: v for k, v in tuned.recorder.start.items() if k != 'low'}
-    assert [] == same(start, low)
-    assert 4 == steps_of(tuned.load('epoch_1.pth'))
-
-
-def test_fine_tuning_with_another_number_of_classes(tmp_path):
-    """Tensors of another shape keep their weights, as mmcv does it."""
-    Run(tmp_path / 'a', EMA).train()
-    model = ToyModel(classes=3)
-    tuned = Run(tmp_path / 'b', EMA, model=model)
-    tuned.train(load=tmp_path / 'a' / 'epoch_2.pth')
-    assert averages(tuned.load('epoch_2.pth'))['head.weight'].shape == (3, 4)
-
-
 def test_plain_keys_load_into_the_model_without_a_word(tmp_path):
     """``tools/test.py`` finds no missing and no unexpected key."""
     run = Run(tmp_path, EMA).train()
@@ -211,22 +173,6 @@ def test_going_on_without_an_average(runner, tmp_path):
     assert 'EMAHook' not in saved['meta'].get('hook_msgs', {})
 
 
-def test_enabled_is_a_flag():
-    """Another value is refused in one line."""
-    with pytest.raises(OptionError, match="enabled='no'"):
-        EMAHook(enabled='no')
-
-
-def test_checkpoint_without_ema_resumes(tmp_path):
-    """The average starts from its weights; one line says so."""
-    Run(tmp_path, runner=dict(max_epochs=2)).train()
-    lines = Lines()
-    rest = Run(tmp_path, EMA, runner=EPOCHS, logger=quiet(lines))
-    rest.train(resume=tmp_path / 'epoch_2.pth')
-    assert [x for x in lines.lines if 'no EMA part' in x]
-    assert 8 == steps_of(rest.load('epoch_4.pth'))
-
-
 @pytest.mark.parametrize('size', [10, 1000])
 def test_damaged_file_is_refused_before_anything_changes(size, tmp_path):
     """One line names the file; the weights are as they were."""
@@ -240,16 +186,6 @@ def test_damaged_file_is_refused_before_anything_changes(size, tmp_path):
     assert [] == same(before, run.model.state_dict())
 
 
-def test_file_of_another_model_is_refused_before_anything_changes(tmp_path):
-    """A part that does not fit is named; the weights are as they were."""
-    Run(tmp_path, EMA).train()
-    run = Run(tmp_path, EMA, model=ToyModel(classes=3))
-    before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    with pytest.raises(CheckpointError, match='does not fit'):
-        run.train(resume=tmp_path / 'epoch_2.pth')
-    assert [] == same(before, run.model.state_dict())
-
-
 def test_missing_file_is_named(tmp_path):
     """A line of mmcv names a file that is not there."""
     with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
@@ -257,33 +193,6 @@ def test_missing_file_is_named(tmp_path):
     hook = dict(EMA, resume_from='nowhere.pth')
     with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
         Run(tmp_path, hook).train()
-
-
-def test_changed_schedule_is_reported(tmp_path):
-    """A resume with another decay says so in one line."""
-    Run(tmp_path, EMA).train()
-    lines = Lines()
-    hook = dict(EMA, decay=0.8)
-    rest = Run(tmp_path, hook, runner=EPOCHS, logger=quiet(lines))
-    rest.train(resume=tmp_path / 'epoch_2.pth')
-    found = [x for x in lines.lines if 'changed since' in x]
-    assert 1 == len(found)
-    assert 'batch_size' not in found[0]
-
-
-def test_strict_load_takes_a_complete_file(tmp_path):
-    """Non-persistent buffers, which mmcv saves, are no unknown names."""
-
-    class Model(ToyModel):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer('grid', torch.ones(3), persistent=False)
-
-    hook = dict(EMA, strict_load=True)
-    Run(tmp_path, hook, model=Model()).train()
-    rest = Run(tmp_path, hook, model=Model(), runner=EPOCHS)
-    rest.train(resume=tmp_path / 'epoch_2.pth')
-    assert 16 == steps_of(rest.load('epoch_4.pth'))
 
 
 def test_a_file_is_never_half_written(tmp_path, monkeypatch):
@@ -300,10 +209,3 @@ def test_a_file_is_never_half_written(tmp_path, monkeypatch):
         run.runner.save_checkpoint(str(tmp_path), 'epoch_2.pth')
     assert before == (tmp_path / 'epoch_2.pth').read_bytes()
     assert names == sorted(os.listdir(tmp_path))
-
-
-def test_two_hooks_are_refused(tmp_path):
-    """Ours twice, or mmcv's beside ours: both are named."""
-    for other in (EMA, dict(type='MMCVEMAHook')):
-        with pytest.raises(OptionError, match=r'2 EMA hooks.*EMAHook'):
-            Run(tmp_path, EMA, other).train()

@@ -11,7 +11,6 @@ from mmcv.runner import (
 from mmcv.runner.hooks.optimizer import GradientCumulativeFp16OptimizerHook
 from torch import nn
 
-from mmdet_ema import NonFiniteError
 from tests.for_mmcv1.test_orders import wrong
 from tests.for_mmcv1.toy import (
     EMA,
@@ -60,18 +59,6 @@ def test_optimizer_hooks(make, steps, priority, tmp_path):
     hook = dict(EMA, priority=priority)
     run = Run(tmp_path, hook, optimizer_config=make()).train()
     check(run, steps)
-
-
-def test_accumulation_is_planned(tmp_path):
-    """The report counts the steps that will be taken, not iterations."""
-    lines = Lines()
-    Run(
-        tmp_path,
-        EMA,
-        optimizer_config=GradientCumulativeOptimizerHook(cumulative_iters=3),
-        logger=quiet(lines),
-    ).train()
-    assert [x for x in lines.lines if 'steps: 3 planned' in x]
 
 
 class Overflowing:
@@ -152,66 +139,6 @@ def test_several_optimizers_step_once_an_iteration(tmp_path):
     ).train()
     assert 8 == meta_of(run, 'epoch_2.pth')[STEPS]
     assert 8 == len(optimizers['head'].records)
-
-
-class Poisoned(RecordingSGD):
-    """Leaves NaN at the third step, and the old weights after it."""
-
-    def step(self, closure=None):
-        if len(self.records) == 3:
-            for parameter in self.model.parameters():
-                parameter.grad = None
-            self.model.load_state_dict(self.records[1])
-        loss = super().step(closure)
-        if len(self.records) == 3:
-            with torch.no_grad():
-                self.model.head.bias.fill_(float('nan'))
-        return loss
-
-
-@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
-def test_nan_is_skipped_and_said(priority, tmp_path):
-    """A step that leaves NaN does not enter; the iteration is named."""
-    lines = Lines()
-    hook = dict(EMA, priority=priority)
-    run = Run(tmp_path, hook, optimizer=Poisoned, logger=quiet(lines))
-    run.train()
-    meta = meta_of(run, 'epoch_2.pth')
-    assert (7, 1) == (meta[STEPS], meta['num_skipped'])
-    found = [x for x in lines.lines if 'left NaN or Inf' in x]
-    assert 1 == len(found)
-    assert 'iteration 3' in found[0]
-    weights = run.load('epoch_2.pth')['state_dict']
-    assert all(torch.isfinite(v.float()).all() for v in weights.values())
-
-
-@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
-def test_nan_stops_the_run_if_asked(priority, tmp_path):
-    """``nonfinite='raise'`` names iteration and tensor."""
-    hook = dict(EMA, nonfinite='raise', priority=priority)
-    run = Run(tmp_path, hook, optimizer=Poisoned)
-    with pytest.raises(NonFiniteError, match=r'iteration 3: head\.bias'):
-        run.train()
-
-
-@pytest.mark.parametrize(
-    ('begin', 'steps'),
-    [(dict(begin_iter=3), 6), (dict(begin_epoch=2), 4)],
-)
-def test_average_begins_late(begin, steps, tmp_path):
-    """Steps before the beginning do not count; files before it are raw."""
-    run = Run(tmp_path, dict(EMA, **begin)).train()
-    assert steps == meta_of(run, 'epoch_2.pth')[STEPS]
-    first = run.load('epoch_1.pth')
-    if 'begin_epoch' in begin:
-        assert [] == same(first['state_dict'], run.records[3])
-
-
-@pytest.mark.parametrize('overlap', [True, False])
-def test_overlap_has_the_same_numbers(overlap, tmp_path):
-    """An update beside the next forward pass gives the same average."""
-    run = Run(tmp_path, dict(EMA, overlap=overlap)).train()
-    check(run, 8)
 
 
 def test_batch_size_is_known(tmp_path):

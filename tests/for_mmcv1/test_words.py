@@ -155,15 +155,6 @@ def test_wrong_words(config, words):
     assert '\n' not in str(error.value)
 
 
-def test_begin_past_the_end_is_refused(tmp_path):
-    """An average that would begin after the run is refused at its start."""
-    hook = dict(type='EMAHook', begin_epoch=3)
-    run = Run(tmp_path, hook)
-    with pytest.raises(OptionError, match='begin_epoch=3 is past the end'):
-        run.train()
-    assert [] == run.records
-
-
 def test_public_hook_is_the_one_that_is_built():
     """``mmdet_ema.EMAHook`` is the hook of mmcv 1.x where that is there."""
     assert type(build()) is EMAHook

@@ -1,5 +1,6 @@
 """Every option of the hook: what is taken, what it does, what is refused."""
 
+import inspect
 import math
 
 import pytest
@@ -9,12 +10,12 @@ from mmengine.model.averaged_model import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
-from mmengine.registry import MODELS
 from torch import nn
 
-from mmdet_ema.averaging import OptionError, WeightAverager, build_schedule
-from mmdet_ema.training.openmmlab_words import family_schedule
-from mmdet_ema.training.options import NAMES, parse_options
+from mmdet_ema import EMAHook
+from mmdet_ema.averaging import OptionError, build_schedule
+from mmdet_ema.training.compatible import family_schedule
+from mmdet_ema.training.options import NAMES, Options, parse_options
 from tests import oracle
 
 
@@ -38,26 +39,28 @@ def message_of(**options):
 def test_defaults():
     """Without options the hook does what the design says."""
     options = parse_options()
-    found = {
-        name: getattr(options, name)
-        for name in options.__dataclass_fields__
-        if name != 'schedule_for'
-    }
-    assert found == dict(
-        interval=1,
-        phase=0,
-        begin_iter=0,
-        begin_epoch=0,
-        update_buffers=True,
-        device=None,
-        overlap=False,
-        evaluate='ema',
-        nonfinite='skip',
-        strict_load=False,
-        no_effect=(),
-        rule=None,
-        scale_decay=False,
-        copied=(),
+    assert (
+        Options(
+            interval=1,
+            begin_iter=0,
+            begin_epoch=0,
+            update_buffers=True,
+            device=None,
+            overlap=False,
+            evaluate='ema',
+            nonfinite='skip',
+            strict_load=False,
+            scale_decay=False,
+            copied=(),
+            enabled=True,
+            choice=options.choice,
+        )
+        == options
+    )
+    assert (0, (), None) == (
+        options.choice.phase,
+        options.choice.no_effect,
+        options.choice.rule,
     )
     schedule = options.schedule_for(1000)
     assert 'exponential(decay=0.9999, tau=2000.0)' == str(schedule)
@@ -73,19 +76,26 @@ def test_defaults_of_openmmlab(words):
     """Under OpenMMLab's words mmengine's defaults are taken."""
     options = parse_options(**words)
     assert options.update_buffers is False
-    assert 1 == options.phase
+    assert 1 == options.choice.phase
     # 1 - 0.0002 is next to 0.9998 in float64.
     assert pytest.approx(0.9998, rel=1e-15) == options.schedule_for(9).limit
     assert parse_options(update_buffers=True, **words).update_buffers is True
 
 
-def test_names():
-    """The names in messages are those of the signature, and priority."""
-    code = parse_options.__code__
-    names = code.co_varnames[: code.co_kwonlyargcount]
-    inner = ('find_rule', 'choice')
-    signature = [name for name in names if name not in inner]
-    assert (*signature, 'priority') == NAMES
+def test_signature():
+    """``inspect.signature`` of the hook shows its options and defaults."""
+    shown = inspect.signature(EMAHook).parameters
+    assert [*NAMES[:-1]] == [*shown]
+    assert 1 == shown['interval'].default
+    assert 'ema' == shown['evaluate'].default
+
+
+def test_every_option_is_documented():
+    """The docstring of the hook says what each option means."""
+    missing = [
+        x for x in NAMES[:-1] if f'\n        {x} (' not in EMAHook.__doc__
+    ]
+    assert [] == missing
 
 
 # decay, tau, schedule
@@ -183,7 +193,7 @@ def test_cosine_is_checked_at_once():
 )
 def test_no_effect(options, expected):
     """An option that changes nothing is named, as the user wrote it."""
-    found = parse_options(**options).no_effect
+    found = parse_options(**options).choice.no_effect
     assert expected == tuple(text.partition(' ')[0] for text in found)
     assert all('has no effect with' in text for text in found)
 
@@ -265,6 +275,11 @@ def test_the_same_said_twice():
         (dict(begin_epoch='2'), ("begin_epoch='2'", 'whole number')),
         (dict(update_buffers=1), ('update_buffers=1', 'True or False')),
         (dict(strict_load='no'), ("strict_load='no'", 'True or False')),
+        (dict(enabled='no'), ("enabled='no'", 'True or False')),
+        (dict(copied='head.*'), ("copied='head.*'", 'use a list of names')),
+        (dict(copied=None), ('copied=None', 'use a list of names')),
+        (dict(copied=[1]), ('copied=[1]', 'use a list of names')),
+        (dict(copied=['']), ("copied=['']", 'use a list of names')),
         (dict(device='gpu'), ("device='gpu'", "'cpu'")),
         (dict(evaluate='emma'), ("evaluate='emma'", "Did you mean 'ema'?")),
         (dict(evaluate=True), ('evaluate=True', "'raw'", "'both'")),
@@ -423,78 +438,6 @@ def test_annealing_begins_with_a_copy(gamma):
     """The first annealed update copies, whatever gamma is."""
     schedule = schedule_of(ema_type='MomentumAnnealingEMA', gamma=gamma)
     assert 0.0 == schedule(1)
-
-
-class Net(nn.Module):
-    """No ties, so that the classes of the field are right too."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(2, 3, 2)
-        self.norm = nn.BatchNorm2d(3)
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.head(self.norm(self.conv(x)).mean((2, 3)))
-
-
-def peer_class(name):
-    if name == 'ExpMomentumEMA':
-        pytest.importorskip('mmdet', reason='mmdet has this class')
-        from mmdet.models.layers import ExpMomentumEMA
-
-        return ExpMomentumEMA
-    return MODELS.get(name)
-
-
-SIDE_BY_SIDE = [
-    ('ExponentialMovingAverage', dict(momentum=0.05), 1),
-    ('ExponentialMovingAverage', {}, 1),
-    ('ExpMomentumEMA', dict(momentum=0.05, gamma=10), 1),
-    ('ExpMomentumEMA', {}, 1),
-    ('MomentumAnnealingEMA', dict(momentum=0.05, gamma=7), 1),
-    ('MomentumAnnealingEMA', {}, 1),
-    ('StochasticWeightAverage', {}, 1),
-    ('StochasticWeightAverage', {}, 3),
-]
-
-
-@pytest.mark.parametrize('buffers', [False, True])
-@pytest.mark.parametrize(('name', 'words', 'interval'), SIDE_BY_SIDE)
-def test_numbers(name, words, interval, buffers):
-    """Fifty steps beside the class that ``ema_type`` names: same numbers."""
-    torch.manual_seed(0)
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-    peer = peer_class(name)(
-        model, interval=interval, update_buffers=buffers, **words
-    )
-    options = parse_options(
-        ema_type=name, interval=interval, update_buffers=buffers, **words
-    )
-    averager = WeightAverager(
-        model,
-        options.schedule_for(50),
-        interval=options.interval,
-        phase=options.phase,
-        update_buffers=options.update_buffers,
-    )
-    for step in range(50):
-        optimizer.zero_grad()
-        (model(torch.randn(4, 2, 4, 4)) - 1).square().mean().backward()
-        optimizer.step()
-        peer.update_parameters(model)
-        averager.update()
-        expected = peer.module.state_dict()
-        for key, average in averager.named_averages():
-            if key == 'norm.num_batches_tracked':
-                # The peers never average it; ours is exact.
-                assert step + 1 == int(average)
-                continue
-            # Fifty float32 roundings on either side of numbers near 1.
-            torch.testing.assert_close(
-                average, expected[key], rtol=0, atol=2e-6
-            )
 
 
 def test_interval_keeps_the_window():

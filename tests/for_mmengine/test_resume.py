@@ -4,15 +4,13 @@ import copy
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from mmengine.hooks import EMAHook as PeerHook
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
-from mmdet_ema.errors import CheckpointError
-from tests import needs, oracle
+from tests import oracle
 from tests.for_mmengine.toy import (
     SAFELY,
     Run,
@@ -30,21 +28,6 @@ def ema_equal(left, right):
     return same(left['state_dict'], right['state_dict']) + same(
         left['ema_state_dict'], right['ema_state_dict']
     )
-
-
-@pytest.mark.parametrize('interval', [1, 3])
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, interval):
-    """4 epochs at once equal 2 and, resumed, 2 more: bit for bit."""
-    hook = dict(EMA, interval=interval)
-    whole = Run(tmp_path / 'whole', hook, max_epochs=4).train()
-    Run(tmp_path / 'part', hook, max_epochs=2).train()
-    last = str(tmp_path / 'part' / 'epoch_2.pth')
-    options = dict(max_epochs=4, resume=True, load_from=last)
-    resumed = Run(tmp_path / 'part', hook, **options).train()
-    left, right = (r.load('epoch_4.pth') for r in (whole, resumed))
-    assert ema_equal(left, right) == []
-    assert left['ema_state_dict']['steps'] == 16
-    assert left['ema_meta'] == right['ema_meta']
 
 
 def test_resume_finds_the_latest_checkpoint_by_itself(tmp_path):
@@ -142,27 +125,6 @@ def untied():
     return model
 
 
-def test_resume_without_ema_part_starts_from_the_weights(tmp_path):
-    """A file of a run without EMA resumes; n starts at 0, and it is said."""
-    Run(tmp_path, max_epochs=1).train()
-    run = Run(tmp_path, EMA, max_epochs=2, resume=True).train()
-    start, values = run.trace('head.weight')
-    expected = oracle.average(start, values, lambda n: oracle.ramp(n, 0.9, 3))
-    saved = run.load('epoch_2.pth')
-    error = oracle.relative_error(saved['state_dict']['head.weight'], expected)
-    assert error < 1e-6  # float32 rounding
-    assert saved['ema_state_dict']['steps'] == 4
-
-
-def test_strict_resume_without_ema_part_is_refused(tmp_path):
-    """With ``strict_load`` it is an error that says what to do."""
-    Run(tmp_path, max_epochs=1).train()
-    hook = dict(EMA, strict_load=True)
-    run = Run(tmp_path, hook, max_epochs=2, resume=True)
-    with pytest.raises(CheckpointError, match='strict_load=False'):
-        run.train()
-
-
 def test_resume_with_another_batch_size_plans_the_steps_that_follow(tmp_path):
     """What is planned is what is done, and what the last epoch will add."""
     Run(tmp_path, EMA, max_epochs=2).train()
@@ -171,41 +133,6 @@ def test_resume_with_another_batch_size_plans_the_steps_that_follow(tmp_path):
     logs = [path.read_text() for path in tmp_path.glob('*/*.log')]
     assert any('steps: 10 planned, 8 of them done' in log for log in logs)
     assert 10 == run.load('epoch_3.pth')['ema_state_dict']['steps']
-
-
-def test_fine_tuning_starts_the_average_from_the_loaded_weights(tmp_path):
-    """``load_from`` a file of another class count trains; n starts at 0."""
-    Run(tmp_path / 'a', EMA, max_epochs=2).train()
-    file = tmp_path / 'a' / 'epoch_2.pth'
-    loaded = torch.load(file, weights_only=SAFELY)['state_dict']
-    model = ToyModel(classes=5)
-    options = dict(model=model, max_epochs=1, load_from=str(file))
-    run = Run(tmp_path / 'b', EMA, **options).train()
-    start = run.recorder.start
-    assert torch.equal(start['first.weight'], loaded['first.weight'])
-    assert start['head.weight'].shape == (5, 4)
-    for key in ('first.weight', 'head.weight', 'norm.running_var'):
-        expected = oracle.average(
-            *run.trace(key), lambda n: oracle.ramp(n, 0.9, 3)
-        )
-        found = run.load('epoch_1.pth')['state_dict'][key]
-        # float32 rounding
-        assert oracle.relative_error(found, expected) < 1e-6
-    assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
-
-
-def test_resume_into_another_model_is_refused(tmp_path):
-    """A shape that differs is named, with both shapes and what to do."""
-    Run(tmp_path, EMA, max_epochs=1).train()
-    run = Run(
-        tmp_path, EMA, model=ToyModel(classes=5), max_epochs=2, resume=True
-    )
-    with pytest.raises(ValueError, match=r'head\.weight') as error:
-        run.train()
-    text = str(error.value)
-    assert '(2, 4)' in text
-    assert '(5, 4)' in text
-    assert 'load_from without resume' in text
 
 
 def test_newly_frozen_layer_keeps_its_average_on_resume(tmp_path):
@@ -232,26 +159,6 @@ def test_newly_frozen_layer_keeps_its_average_on_resume(tmp_path):
 def log_of(run):
     """Text of the last log file of a run."""
     return max(run.work_dir.glob('*/*.log')).read_text()
-
-
-def test_changes_since_the_checkpoint_are_reported(tmp_path):
-    """A changed schedule and batch size are named in one line."""
-    Run(tmp_path / 'a', EMA, max_epochs=1).train()
-    hook = dict(type='EMAHook', decay=0.8, tau=3)
-    options = dict(
-        max_epochs=2,
-        resume=True,
-        load_from=str(tmp_path / 'a' / 'epoch_1.pth'),
-        train_dataloader=loader(16, batch=2),
-    )
-    run = Run(tmp_path / 'b', hook, **options).train()
-    lines = [x for x in log_of(run).splitlines() if 'changed since' in x]
-    assert len(lines) == 1
-    assert (
-        'exponential(decay=0.9, tau=3.0) -> exponential(decay=0.8'
-        in (lines[0])
-    )
-    assert 'batch_size 4 -> 2' in lines[0]
 
 
 def test_resume_of_frozen_weights_shares_them_in_the_file(tmp_path):
@@ -404,30 +311,6 @@ def test_implausible_counters_do_not_hang_the_run(tmp_path):
     assert run.load('epoch_2.pth')['ema_state_dict']['steps'] == 2**40 + 4
 
 
-@pytest.mark.parametrize('scale', [False, True])
-def test_another_batch_size_is_reported_and_scaled_if_told(tmp_path, scale):
-    """With half the samples a step, decay ** 0.5 keeps the window."""
-    ema = dict(type='EMAHook', schedule='constant', decay=0.9)
-    Run(tmp_path, ema, max_epochs=1).train()
-    options = dict(resume=True, train_dataloader=loader(16, batch=2))
-    hook = dict(ema, scale_decay=scale)
-    run = Run(tmp_path, hook, max_epochs=2, **options).train()
-    log = log_of(run)
-    assert 'a step takes 2 samples, not 4 as in the checkpoint' in log
-    assert 'decay ** 0.5 (0.9 -> 0.948683) keeps the averaging window' in log
-    assert ('scale_decay=True uses it' in log) == (not scale)
-    decay = np.sqrt(0.9) if scale else 0.9
-    first = torch.load(tmp_path / 'epoch_1.pth', weights_only=SAFELY)
-    _, values = run.trace('head.weight')
-    expected = oracle.average(
-        first['state_dict']['head.weight'], values, lambda n: decay
-    )
-    found = run.load('epoch_2.pth')['state_dict']['head.weight']
-    assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
-    again = Run(tmp_path, hook, max_epochs=3, **options).train()
-    assert again.scalar('train/ema_decay')[-1] == pytest.approx(decay)
-
-
 def test_file_of_the_older_framework_is_refused(tmp_path):
     """A file of mmcv 1.x cannot resume; one line says what can be done."""
     meta = dict(epoch=1, iter=4, hook_msgs=dict(EMAHook={}))
@@ -436,28 +319,3 @@ def test_file_of_the_older_framework_is_refused(tmp_path):
     run = Run(tmp_path, EMA, load_from=str(tmp_path / 'old.pth'), resume=True)
     with pytest.raises(ValueError, match=r'written by mmcv 1\.x'):
         run.train()
-
-
-def test_disabled_hook_resumes_the_raw_weights_and_does_nothing(tmp_path):
-    """``enabled=False`` trains on as if there had never been an average."""
-    ema = dict(type='EMAHook', decay=0.9, tau=3)
-    Run(tmp_path / 'first', ema, max_epochs=1).train()
-    file = str(tmp_path / 'first' / 'epoch_1.pth')
-    raw = {
-        name[len('module.') :]: value
-        for name, value in torch.load(file, weights_only=needs.SAFELY)[
-            'ema_state_dict'
-        ].items()
-    }
-    off = dict(type='EMAHook', enabled=False)
-    again = dict(load_from=file, resume=True, max_epochs=2)
-    run = Run(tmp_path / 'second', off, **again).train()
-    for name, value in run.recorder.start.items():
-        assert torch.equal(value, raw[name]), name
-    # a file of the framework's own, which is more than weights
-    path = run.work_dir / 'epoch_2.pth'
-    saved = torch.load(path, weights_only=False)
-    assert 'ema_state_dict' not in saved
-    assert same(saved['state_dict'], state_of(run.model)) == []
-    (log,) = (tmp_path / 'second').glob('*/*.log')
-    assert 'enabled=False' in log.read_text()

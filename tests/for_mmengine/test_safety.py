@@ -103,39 +103,6 @@ def test_best_checkpoint_has_the_right_roles(tmp_path):
     assert oracle.relative_error(found, average) < 1e-6  # float32 rounding
 
 
-def test_validation_uses_averages_and_training_goes_on_from_raw(tmp_path):
-    """With and without the hook the raw weights are the same, bit for bit."""
-    with_ema = Run(tmp_path / 'a', EMA, max_epochs=3).train()
-    without = Run(tmp_path / 'b', max_epochs=3).train()
-    found = [
-        same(left, right)
-        for left, right in zip(with_ema.records, without.records)
-    ]
-    assert found == [[]] * 12
-
-
-class Replacing(Hook):
-    """Replaces a buffer and a parameter by new objects between epochs."""
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == 1:
-            norm = runner.model.norm
-            norm.running_mean = norm.running_mean.clone()
-            head = runner.model.head
-            head.bias.data = head.bias.data.clone()
-
-
-def test_replaced_tensors_are_followed(tmp_path):
-    """A buffer that became another object, and moved data, are averaged."""
-    run = Run(tmp_path, Replacing(), EMA, max_epochs=2).train()
-    weights = run.load('epoch_2.pth')['state_dict']
-    for key in ('norm.running_mean', 'head.bias'):
-        start, values = run.trace(key)
-        average = oracle.average(start, values, lambda n: 0.9)
-        # float32 rounding
-        assert oracle.relative_error(weights[key], average) < 1e-6
-
-
 class Poisoned(ToyModel):
     """Has NaN in a weight after the third step, and for that step only."""
 
@@ -148,43 +115,6 @@ class Poisoned(ToyModel):
             self.healthy = self.head.bias.data.clone()
             self.head.bias.data[1] = float('nan')
         return log
-
-
-def test_step_with_nan_is_skipped_and_counted(tmp_path, capsys):
-    """Under 'skip' a NaN never enters: n does not count, the log does."""
-    hook = dict(type='EMAHook', decay=0.9, tau=3)
-    run = Run(tmp_path, hook, model=Poisoned(), max_epochs=2).train()
-    saved = run.load('epoch_2.pth')
-    start, values = run.trace('head.weight')
-    average = oracle.average(
-        start, values[:2] + values[3:], lambda n: oracle.ramp(n, 0.9, 3)
-    )
-    found = saved['state_dict']['head.weight']
-    assert oracle.relative_error(found, average) < 1e-6  # float32 rounding
-    assert all(torch.isfinite(v).all() for v in saved['state_dict'].values())
-    assert saved['ema_state_dict']['steps'] == 7
-    assert run.scalar('train/ema_skipped')[-1] == 1
-    text = capsys.readouterr().err + capsys.readouterr().out
-    log = next(tmp_path.glob('*/*.log')).read_text() + text
-    assert 'iteration 3 left NaN or Inf in head.bias' in log
-
-
-def test_step_with_nan_stops_the_run_if_told(tmp_path):
-    """Under 'raise' the message names the iteration and the tensor."""
-    hook = dict(type='EMAHook', nonfinite='raise')
-    run = Run(tmp_path, hook, model=Poisoned(), max_epochs=2)
-    with pytest.raises(
-        FloatingPointError, match=r'iteration 3: head\.bias holds NaN or Inf'
-    ):
-        run.train()
-
-
-def test_nan_enters_if_told(tmp_path):
-    """Under 'ignore' the average takes in what there is."""
-    hook = dict(type='EMAHook', nonfinite='ignore')
-    run = Run(tmp_path, hook, model=Poisoned(), max_epochs=1).train()
-    bias = run.load('epoch_1.pth')['state_dict']['head.bias']
-    assert torch.isnan(bias).tolist() == [False, True]
 
 
 class Masked(ToyModel):

@@ -9,7 +9,7 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
 
-from mmdet_ema.training.stepping import TELLS_OF_STEPS
+from mmdet_ema.training.steps import TELLS_OF_STEPS
 from tests import oracle
 from tests.for_mmengine.toy import Run, ToyModel, loader, same, state_of
 

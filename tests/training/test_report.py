@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mmdet_ema.averaging import OptionError, build_schedule
 from mmdet_ema.training.options import parse_options
-from mmdet_ema.training.report import changes, comparable, describe, warnings
+from mmdet_ema.training.plan import Plan, RunFacts
+from mmdet_ema.training.report import changes, describe, warnings
 from tests import oracle
 
 COUNTS = dict(averaged=12, copied=3, shared=4, bytes=5 * 2**20 + 2**19)
@@ -250,7 +251,7 @@ def test_rare_under_openmmlab_words():
     """Under OpenMMLab's words the first step does update."""
     options = parse_options(ema_type='StochasticWeightAverage', interval=101)
     schedule, interval = options.schedule_for(100), options.interval
-    (text,) = warnings(schedule, interval, 100, options.phase)
+    (text,) = warnings(schedule, interval, 100, options.choice.phase)
     assert 'takes in one of them' in text
 
 
@@ -273,21 +274,19 @@ def test_changes():
 
 def test_nothing_changed():
     """Nothing is said where nothing changed, or nothing is known."""
-    now = comparable(build_schedule('mean'), 1, 16, 2)
-    assert '' == changes(now, dict(now))
-    assert '' == changes({}, now)
-    assert '' == changes(dict(writer='x'), now)
-
-
-def test_comparable():
-    """Schedule, interval, batch size and world size are compared."""
-    now = comparable(build_schedule('constant', decay=0.5), 2, 16, 4)
+    facts = RunFacts(0, 100, 1, accumulation=2, batch_size=8, world_size=4)
+    spec = dict(type='constant', decay=0.5)
+    now = Plan(parse_options(schedule=spec, interval=2), facts).meta
     assert now == dict(
         schedule='constant(decay=0.5)',
         interval=2,
         batch_size=16,
         world_size=4,
+        reference_samples=64,
     )
+    assert '' == changes(now, dict(now))
+    assert '' == changes({}, now)
+    assert '' == changes(dict(writer='x'), now)
 
 
 def test_numbers_are_readable():

@@ -31,8 +31,6 @@ _TRIAL = 10
 # elements; smaller tensors are compared as they are, larger ones by their sum
 _SMALL = 4096
 _VERSION = attrgetter('_version')
-_POST_HOOKS = '_optimizer_step_post_hooks'
-
 
 # A run that stops with an error does not detach: what it leaves behind must
 # not keep its model alive. torch's hooks stay until somebody detaches, as they
@@ -76,8 +74,21 @@ class WeightChanges:
         self._trial: float = _TRIAL
         self._skipped, self._taken = False, True
         self._progress: Optional[int] = None
-        if TELLS_OF_STEPS:
-            _listen(self)
+        if not TELLS_OF_STEPS:
+            return
+        _LISTENERS.add(self)
+        if not _HANDLES:
+            _HANDLES[:] = (
+                torch_optimizer.register_optimizer_step_pre_hook(_before_step),
+                torch_optimizer.register_optimizer_step_post_hook(_after_step),
+            )
+
+    def detach(self) -> None:
+        """Stop listening to optimizers."""
+        _LISTENERS.discard(self)
+        if not _LISTENERS:
+            while _HANDLES:
+                _HANDLES.pop().remove()
 
     def begin(self, optimizers: Sequence[Any]) -> None:
         """Begin an iteration: changes up to now do not count in it.
@@ -89,12 +100,12 @@ class WeightChanges:
         if self._taken:
             self._fingerprint = None
         self.heard = self.told = self._skipped = self._taken = False
-        if not _are(optimizers, self._optimizers):
+        if [*map(id, optimizers)] != [*map(id, self._optimizers)]:
             self._optimizers = list(optimizers)
             _complete(optimizers)
             self._trial = max(self._trial, _TRIAL)
         parameters = self._list_parameters()
-        versions = _versions(parameters)
+        versions = sum(map(_VERSION, parameters))
         if parameters is not self._parameters or versions != self._versions:
             self._fingerprint = None
         self._parameters, self._versions = parameters, versions
@@ -114,16 +125,11 @@ class WeightChanges:
 
     def were_written(self) -> bool:
         """Return whether anything wrote to the weights in this iteration."""
-        return _versions(self._parameters) != self._versions
-
-    def detach(self) -> None:
-        """Stop listening to optimizers."""
-        _stop_listening(self)
+        return bool(sum(map(_VERSION, self._parameters)) != self._versions)
 
     def _have_changed(self) -> bool:
-        versions = _versions(self._parameters)
-        written = versions != self._versions and not self._skipped
-        self._versions = versions
+        written = self.were_written() and not self._skipped
+        self._versions = sum(map(_VERSION, self._parameters))
         if written and self._fingerprint is None:
             return True
         if not written and self.idle + 1 < self._accumulation:
@@ -134,69 +140,41 @@ class WeightChanges:
             # a first silent iteration: the next can be compared with it
             return False
         changed = not _equal(before, self._fingerprint)
-        # a step with a learning rate of 0, as in a warm-up, moves no weight,
-        # nor does any step once the weights are NaN
-        if (written and not changed) and (
-            self._has_progressed() or not all_finite(self._fingerprint)
-        ):
-            return True
+        if written and not changed:
+            # a step with a learning rate of 0, as in a warm-up, moves no
+            # weight, nor does any step once the weights are NaN
+            progress, self._progress = self._progress, None
+            if progress not in (None, _progress(self._optimizers)):
+                return True
+            if not all_finite(self._fingerprint):
+                return True
         if changed is not written:
             # here the cheap signs mislead: never go by them alone again
             self._trial = math.inf
         return changed
 
-    def _has_progressed(self) -> bool:
-        before, self._progress = self._progress, None
-        return before is not None and before != _progress(self._optimizers)
-
-    def _on_pre_step(self) -> None:
-        self._before_step()
-        self.heard = True
-
-    def _on_post_step(self, optimizer: Any) -> None:
-        if not self._is_ours(optimizer):
-            return
+    def _on_step(self, optimizer: Any) -> None:
+        if not any(optimizer is known for known in self._optimizers):
+            ours = set(map(id, self._list_parameters()))
+            groups = optimizer.param_groups
+            if ours.isdisjoint(id(p) for g in groups for p in g['params']):
+                return
         found_inf = getattr(optimizer, 'found_inf', None)
         if found_inf is None or not bool(found_inf):
             self.told = True
         else:
             self._skipped = True
 
-    def _is_ours(self, optimizer: Any) -> bool:
-        if any(optimizer is known for known in self._optimizers):
-            return True
-        ours = set(map(id, self._list_parameters()))
-        groups = optimizer.param_groups
-        return any(id(p) in ours for group in groups for p in group['params'])
-
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     for changes in list(_LISTENERS):
-        changes._on_pre_step()
+        changes._before_step()
+        changes.heard = True
 
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     for changes in list(_LISTENERS):
-        changes._on_post_step(optimizer)
-
-
-def _listen(changes: WeightChanges) -> None:
-    """Let torch tell of the steps of all optimizers."""
-    _LISTENERS.add(changes)
-    if not _HANDLES:
-        _HANDLES.append(
-            torch_optimizer.register_optimizer_step_pre_hook(_before_step)
-        )
-        _HANDLES.append(
-            torch_optimizer.register_optimizer_step_post_hook(_after_step)
-        )
-
-
-def _stop_listening(changes: WeightChanges) -> None:
-    _LISTENERS.discard(changes)
-    if not _LISTENERS:
-        while _HANDLES:
-            _HANDLES.pop().remove()
+        changes._on_step(optimizer)
 
 
 def _complete(optimizers: Sequence[Any]) -> None:
@@ -206,13 +184,10 @@ def _complete(optimizers: Sequence[Any]) -> None:
     """
     for optimizer in optimizers:
         if TELLS_OF_STEPS and isinstance(optimizer, torch.optim.Optimizer):
-            for name in ('_optimizer_step_pre_hooks', _POST_HOOKS):
+            for kind in ('pre', 'post'):
+                name = f'_optimizer_step_{kind}_hooks'
                 if not hasattr(optimizer, name):
                     setattr(optimizer, name, OrderedDict())
-
-
-def _are(left: Sequence[Any], right: Sequence[Any]) -> bool:
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right))
 
 
 def _progress(optimizers: Sequence[Any]) -> int:
@@ -227,11 +202,6 @@ def _progress(optimizers: Sequence[Any]) -> int:
         for value in (state.values() if isinstance(state, dict) else ())
         if isinstance(value, (int, Tensor))
     )
-
-
-def _versions(parameters: Sequence[nn.Parameter]) -> int:
-    """Return how often the parameters were written to, all together."""
-    return sum(map(_VERSION, parameters))
 
 
 def _fingerprint(parameters: Sequence[nn.Parameter]) -> List[Tensor]:

@@ -2,7 +2,9 @@
 
 A checkpoint with an EMA part holds two sets of weights, and the framework
 loads one, ``state_dict``. Each function here prepares a checkpoint for one
-purpose, in place, before the framework loads it.
+purpose, in place, before the framework loads it. Of the model only names,
+shapes and kinds of tensors are looked at. What does not fit, or is damaged,
+raises a :class:`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -38,18 +40,8 @@ def for_resume(
 ) -> Optional[EMAPart]:
     """Prepare a checkpoint that training resumes from: raw weights load.
 
-    Args:
-        checkpoint: The checkpoint, changed in place.
-        model: The model, unwrapped; only its shapes are looked at.
-        strict: Whether all names must be the same.
-        log: Where lines go.
-
     Returns:
         The EMA part to go on from; None to start from the loaded weights.
-
-    Raises:
-        CheckpointError: If the EMA part does not fit the model, or with
-            ``strict`` if there is none.
     """
     part = unpack(checkpoint)
     if part is None:
@@ -58,12 +50,12 @@ def for_resume(
                 'strict_load=True, but the checkpoint has no EMA part. With '
                 'strict_load=False the average starts from its weights.'
             )
-        weights = _check_kinds(checkpoint, model)
+        weights = _weights_of(checkpoint, model)
         log.warning(
             'EMA: the checkpoint has no EMA part; the average starts from '
             'its weights.'
         )
-        _name_nonfinite(weights, model, 'weights', log)
+        _name_nonfinite(weights, model, log)
         return None
     _check_fits(part, model, strict, log)
     _restart_nonfinite(part, log)
@@ -75,19 +67,10 @@ def for_resume(
 def for_fine_tuning(
     checkpoint: Checkpoint, model: nn.Module, log: Any
 ) -> None:
-    """Note what a fresh training starts from; ``state_dict`` loads as it is.
-
-    Args:
-        checkpoint: The checkpoint.
-        model: The model, unwrapped; only its kinds of tensors are looked at.
-        log: Where lines go.
-
-    Raises:
-        CheckpointError: If there is something else where tensors belong.
-    """
-    weights = _check_kinds(checkpoint, model)
+    """Say what a new training starts from; ``state_dict`` loads as it is."""
+    weights = _weights_of(checkpoint, model)
     part = _if_readable(checkpoint, log)
-    _name_nonfinite(weights, model, 'weights', log)
+    _name_nonfinite(weights, model, log)
     origin = 'weights' if part is None else f'averages ({part.steps} steps)'
     log.info(
         f'EMA: the average starts anew (n = 0), from the {origin} of the '
@@ -100,27 +83,28 @@ def for_evaluation(
 ) -> Optional[EMAPart]:
     """Prepare a checkpoint that is only evaluated.
 
-    Args:
-        checkpoint: The checkpoint, changed in place.
-        model: The model, unwrapped; only its shapes are looked at.
-        evaluate: 'ema', 'raw' or 'both'.
-        log: Where lines go.
-
     Returns:
         The EMA part if both sets will be evaluated: then the raw weights
         load, and the averages are put in for the evaluation.
-
-    Raises:
-        CheckpointError: If raw weights are asked for and there are none.
     """
-    _check_kinds(checkpoint, model)
-    needed = evaluate != 'ema'
-    part = unpack(checkpoint) if needed else _if_readable(checkpoint, log)
+    _weights_of(checkpoint, model)
+    if evaluate == 'ema':
+        part = _if_readable(checkpoint, log)
+    else:
+        part = unpack(checkpoint)
     if part is None:
-        _check_single(evaluate, log)
+        if evaluate != 'ema':
+            raise CheckpointError(
+                f'evaluate={evaluate!r} needs raw weights, but the checkpoint '
+                f'holds one set of weights and no EMA part; use '
+                f"evaluate='ema' to evaluate what it holds."
+            )
+        log.info(
+            'EMA: the checkpoint has no EMA part; evaluating its weights.'
+        )
         return None
     log.info(f'EMA: evaluating {_SETS[evaluate]} (n={part.steps}).')
-    if needed:
+    if evaluate != 'ema':
         put_raw(checkpoint, part)
     if evaluate != 'both':
         return None
@@ -135,16 +119,6 @@ def _if_readable(checkpoint: Checkpoint, log: Any) -> Optional[EMAPart]:
     except CheckpointError as error:
         log.warning(f'EMA: the EMA part is left out: {error}')
         return None
-
-
-def _check_single(evaluate: str, log: Any) -> None:
-    if evaluate != 'ema':
-        raise CheckpointError(
-            f'evaluate={evaluate!r} needs raw weights, but the checkpoint '
-            f'holds one set of weights and no EMA part; use '
-            f"evaluate='ema' to evaluate what it holds."
-        )
-    log.info('EMA: the checkpoint has no EMA part; evaluating its weights.')
 
 
 def _check_fits(
@@ -175,7 +149,7 @@ def _check_fits(
         )
 
 
-def _check_kinds(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+def _weights_of(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """Return the weights that a framework loads; they are tensors."""
     weights = checkpoint.get(WEIGHTS, checkpoint)
     check_names(weights, WEIGHTS)
@@ -187,21 +161,8 @@ def _check_kinds(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     return weights  # type: ignore[no-any-return]
 
 
-def _nonfinite(value: Any) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and (value.is_floating_point() or value.is_complex())
-        and not bool(torch.isfinite(value).all())
-    )
-
-
-def _named(names: List[str]) -> str:
-    more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-    return f'NaN or Inf in {names[0]}{more}'
-
-
 def _name_nonfinite(
-    weights: Mapping[str, Any], model: nn.Module, half: str, log: Any
+    weights: Mapping[str, Any], model: nn.Module, log: Any
 ) -> None:
     """Warn of weights that are not finite; a buffer may be a mask."""
     masks = {k for k, v in model.named_buffers() if _nonfinite(v)}
@@ -209,7 +170,7 @@ def _name_nonfinite(
     bad = [k for k, v in weights.items() if k in own and _nonfinite(v)]
     if bad:
         log.warning(
-            f'EMA: the {half} of the checkpoint hold {_named(bad)}; training '
+            f'EMA: the weights of the checkpoint hold {_named(bad)}; training '
             f'starts from them as they are. Take an earlier checkpoint.'
         )
 
@@ -220,9 +181,14 @@ def _restart_nonfinite(part: EMAPart, log: Any) -> None:
     lost: List[str] = []
     for name, raw in part.raws.items():
         average = part.averages.get(name)
-        if _nonfinite(raw) and not _is_constant(average, raw):
-            bad.append(name)
-        elif not _nonfinite(raw) and _nonfinite(average):
+        if _nonfinite(raw):
+            # what never moved may be meant so, as a mask of infinity is
+            same = isinstance(average, torch.Tensor) and bool(
+                average.shape == raw.shape and (average == raw).all()
+            )
+            if not same:
+                bad.append(name)
+        elif _nonfinite(average):
             lost.append(name)
             part.averages[name] = raw
     if lost:
@@ -238,8 +204,14 @@ def _restart_nonfinite(part: EMAPart, log: Any) -> None:
         )
 
 
-def _is_constant(average: Any, raw: Any) -> bool:
-    """Return whether a tensor never moved, as a mask of infinity does."""
-    return isinstance(average, torch.Tensor) and bool(
-        average.shape == raw.shape and (average == raw).all()
+def _nonfinite(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and (value.is_floating_point() or value.is_complex())
+        and not bool(torch.isfinite(value).all())
     )
+
+
+def _named(names: List[str]) -> str:
+    more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+    return f'NaN or Inf in {names[0]}{more}'

@@ -1,22 +1,76 @@
-"""Read a runner of mmcv: what the lifecycle needs to know."""
+"""A runner of mmcv: what the lifecycle needs to know, its log, its methods."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Set
+import functools
+import inspect
+import logging
+import types
+from typing import Any, Callable, Dict, List, Optional, Set
 
 import torch.distributed as dist
 from mmcv.parallel import is_module_wrapper
-from mmcv.runner import DistEvalHook, EvalHook, OptimizerHook
+from mmcv.runner import DistEvalHook, EvalHook
 from mmcv.runner.checkpoint import get_state_dict
+from mmcv.utils.logging import logger_initialized
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from mmdet_ema.errors import OptionError
-from mmdet_ema.training.facts import RunFacts
+from mmdet_ema.frameworks import own_logger
+from mmdet_ema.training.plan import RunFacts, batch_size_of
 
 _LOADER = '_mmdet_ema_loader'
-_OTHERS = ('EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook')
+_MARK = '_mmdet_ema_wrapped'
+
+
+class RunLog:
+    """Forwards lines to the runner's logger.
+
+    Args:
+        logger: The runner's logger; None before there is a runner, for that
+            of the tool that runs, which writes into a file. Defaults to None.
+    """
+
+    def __init__(self, logger: Optional[logging.Logger] = None):
+        self.logger = logger
+
+    def info(self, text: str) -> None:
+        """Log a line."""
+        (self.logger or _logger_of_the_tool()).info(text)
+
+    def warning(self, text: str) -> None:
+        """Log a warning."""
+        (self.logger or _logger_of_the_tool()).warning(text)
+
+
+def _logger_of_the_tool() -> logging.Logger:
+    for name in logger_initialized:
+        logger = logging.getLogger(name)
+        if any(isinstance(h, logging.FileHandler) for h in logger.handlers):
+            return logger
+    return own_logger()
+
+
+def wrap_once(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method by ``around(method, *args, **kwargs)``.
+
+    It stays a bound method, with the signature that it has. Wrapping it again
+    does nothing.
+    """
+    method = getattr(owner, name)
+    if getattr(method, _MARK, False):
+        return
+    bound = inspect.ismethod(method)
+
+    @functools.wraps(method.__func__ if bound else method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(method, *args[bound:], **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    setattr(
+        owner, name, types.MethodType(wrapped, owner) if bound else wrapped
+    )
 
 
 def model_of(runner: Any) -> nn.Module:
@@ -37,27 +91,33 @@ def facts_of(runner: Any) -> RunFacts:
     """Return the training run as planned."""
     by_epoch = runner.max_epochs is not None
     counts = [getattr(hook, 'cumulative_iters', 1) for hook in runner.hooks]
+    loader = getattr(runner, _LOADER, None)
+    loader = getattr(runner, 'data_loader', None) if loader is None else loader
+    loader = getattr(loader, '_dataloader', loader)
     return RunFacts(
         iteration=runner.iter,
         max_iters=runner.max_iters or 0,
         max_epochs=runner.max_epochs if by_epoch else 1,
         by_epoch=by_epoch,
         accumulation=max(counts, default=1),
-        batch_size=_batch_size(runner),
+        batch_size=batch_size_of(loader),
         world_size=runner.world_size,
         validates=any(isinstance(hook, EvalHook) for hook in runner.hooks),
         agrees=any(isinstance(hook, DistEvalHook) for hook in runner.hooks),
     )
 
 
+def note_loader(runner: Any, loaders: Any, workflow: Any) -> None:
+    """Note which data the runner trains on, before it calls any hook."""
+    pairs = zip(loaders, workflow)
+    found = [loader for loader, (mode, _) in pairs if mode == 'train']
+    setattr(runner, _LOADER, found[0] if found else None)
+
+
 def will_evaluate(runner: Any, by_epoch: bool) -> bool:
     """Return whether all ranks evaluate after this epoch or iteration.
 
     mmcv's ``DistEvalHook`` does, and has collectives of its own there.
-
-    Args:
-        runner: The runner.
-        by_epoch: Whether an epoch ends; else an iteration.
     """
     return any(
         isinstance(hook, DistEvalHook)
@@ -65,11 +125,6 @@ def will_evaluate(runner: Any, by_epoch: bool) -> bool:
         and hook._should_evaluate(runner)
         for hook in runner.hooks
     )
-
-
-def has_optimizer_hook(runner: Any) -> bool:
-    """Return whether one of mmcv's hooks calls the optimizer."""
-    return any(isinstance(hook, OptimizerHook) for hook in runner.hooks)
 
 
 def tied_names(model: nn.Module) -> List[List[str]]:
@@ -85,24 +140,6 @@ def unsaved_names(model: nn.Module) -> Set[str]:
     return {*get_state_dict(model)} - {*model.state_dict()}
 
 
-def refuse_second(runner: Any) -> None:
-    """Refuse a run with two EMA hooks.
-
-    Args:
-        runner: The runner.
-
-    Raises:
-        OptionError: If there are two, ours or not; all are named.
-    """
-    found = [hook for hook in runner.hooks if _is_ema(hook)]
-    if len(found) > 1:
-        names = ' and '.join(_describe(hook) for hook in found)
-        raise OptionError(
-            f'there are {len(found)} EMA hooks: {names}. They would average '
-            f"each other's weights; keep one in custom_hooks."
-        )
-
-
 def broadcast_statistics(runner: Any) -> None:
     """Give all ranks the BatchNorm statistics of rank 0.
 
@@ -114,36 +151,3 @@ def broadcast_statistics(runner: Any) -> None:
             for statistics in (module.running_var, module.running_mean):
                 assert statistics is not None
                 dist.broadcast(statistics, 0)
-
-
-def _is_ema(hook: Any) -> bool:
-    return any(kind.__name__ in _OTHERS for kind in type(hook).__mro__)
-
-
-def _describe(hook: Any) -> str:
-    kind = type(hook)
-    return f'{kind.__module__}.{kind.__name__} (priority={hook.priority!r})'
-
-
-def note_loader(runner: Any, loaders: Any, workflow: Any) -> None:
-    """Note which data the runner trains on, before it calls any hook.
-
-    Args:
-        runner: The runner.
-        loaders: Its data loaders.
-        workflow: What is done with each, as ``('train', 1)``.
-    """
-    pairs = zip(loaders, workflow)
-    found = [loader for loader, (mode, _) in pairs if mode == 'train']
-    setattr(runner, _LOADER, found[0] if found else None)
-
-
-def _batch_size(runner: Any) -> int:
-    loader = getattr(runner, _LOADER, None)
-    loader = getattr(runner, 'data_loader', None) if loader is None else loader
-    loader = getattr(loader, '_dataloader', loader)
-    size = getattr(loader, 'batch_size', None)
-    if size is None:
-        sampler = getattr(loader, 'batch_sampler', None)
-        size = getattr(sampler, 'batch_size', None)
-    return int(size or 1)

@@ -1,16 +1,16 @@
 """Which iterations changed the weights, with every way to change them."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
 import torch
-from mmengine.optim import OptimWrapper
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from mmdet_ema.training import stepping
-from mmdet_ema.training.stepping import TELLS_OF_STEPS, WeightChanges
+from mmdet_ema.training import steps
+from mmdet_ema.training.steps import TELLS_OF_STEPS, WeightChanges
 
 OLD = pytest.mark.skipif(
     not TELLS_OF_STEPS, reason='torch before 2.0 has no step hooks'
@@ -305,7 +305,7 @@ def test_known_accumulation_is_not_looked_into(monkeypatch):
     training.run(*[nothing, nothing, nothing, optimizer.step] * 5)
     calls = []
     monkeypatch.setattr(
-        stepping, '_fingerprint', lambda parameters: calls.append(1) or []
+        steps, '_fingerprint', lambda parameters: calls.append(1) or []
     )
     actions = [nothing, nothing, nothing, optimizer.step] * 5
     found = training.run(*actions)
@@ -329,7 +329,7 @@ def test_steps_that_are_told_cost_no_reading(monkeypatch):
     training.run(*[optimizer.step] * 12)
     calls = []
     monkeypatch.setattr(
-        stepping, '_fingerprint', lambda parameters: calls.append(1) or []
+        steps, '_fingerprint', lambda parameters: calls.append(1) or []
     )
     assert [RIGHT] * 5 == training.run(*[optimizer.step] * 5)
     assert [] == calls
@@ -404,7 +404,7 @@ def hooks_of_all_optimizers():
 
 def test_detach():
     """Afterwards torch and the optimizer are as they were."""
-    stepping._LISTENERS.clear()
+    steps._LISTENERS.clear()
     model, optimizer = model_and()
     attributes = set(vars(optimizer))
     training = Training(model, optimizer)
@@ -503,16 +503,17 @@ def test_one_of_two_is_skipped(fused):
 @pytest.mark.parametrize('known', [True, False])
 @pytest.mark.parametrize('counts', [1, 2, 3])
 def test_accumulation(counts, known):
-    """Micro-batches of mmengine's wrapper do not count, steps do."""
+    """Micro-batches do not count, steps do, as does what is left over."""
     model, optimizer = model_and()
-    wrapper = OptimWrapper(optimizer, accumulative_counts=counts)
-    wrapper.initialize_count_status(model, 0, 19)
     training = Training(model, optimizer, accumulation=counts if known else 1)
+    numbers = itertools.count(1)
 
     def iteration():
-        with wrapper.optim_context(model):
-            loss = model(torch.ones(1, 2)).sum()
-        wrapper.update_params(loss)
+        model(torch.ones(1, 2)).sum().backward()
+        number = next(numbers)
+        if number % counts == 0 or number == 19:
+            optimizer.step()
+            optimizer.zero_grad()
 
     expected = [n % counts == 0 or n == 19 for n in range(1, 20)]
     found = training.run(*[iteration] * 19)

@@ -5,9 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdet_ema.averaging import OptionError
-from mmdet_ema.training.facts import RunFacts
 from mmdet_ema.training.options import parse_options
-from mmdet_ema.training.planning import check_begin, has_begun, planned_steps
+from mmdet_ema.training.plan import (
+    RunFacts,
+    check_begin,
+    has_begun,
+    planned_steps,
+)
 
 
 def counted(options, facts, done):
@@ -19,7 +23,8 @@ def counted(options, facts, done):
     """
     steps = done
     for iteration in range(facts.iteration + 1, facts.max_iters + 1):
-        epoch = (iteration - 1) // facts.iters_per_epoch + 1
+        length = facts.max_iters // facts.max_epochs
+        epoch = (iteration - 1) // length + 1
         begun = done or (
             iteration >= max(options.begin_iter, 1)
             and epoch >= max(options.begin_epoch, 1)
@@ -139,18 +144,3 @@ def test_past_the_end(begin, facts, words):
 def test_at_the_end(begin):
     """The last epoch and the last iteration are still in the run."""
     check_begin(parse_options(**begin), RunFacts(0, 100, 10))
-
-
-@pytest.mark.parametrize(
-    ('facts', 'expected'),
-    [
-        (RunFacts(0, 100, 10), 10),
-        (RunFacts(0, 0, 10), 1),
-        (RunFacts(0, 100, 0), 100),
-        (RunFacts(0, 5, 10), 1),
-    ],
-    ids=str,
-)
-def test_iters_per_epoch(facts, expected):
-    """An epoch has at least one iteration."""
-    assert expected == facts.iters_per_epoch

@@ -1,0 +1,133 @@
+"""Read a runner of mmengine: what the lifecycle needs to know."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import os
+from typing import Any, List, Optional
+
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import (
+    BaseLoop,
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    find_latest_checkpoint,
+)
+from torch import nn
+from torch.optim import Optimizer
+
+from mmdet_ema.training.plan import RunFacts, batch_size_of
+
+# the loops, and what a subclass may not change of them
+_OWN_LOOPS = {
+    EpochBasedTrainLoop: ('run', 'run_epoch', '_decide_current_val_interval'),
+    IterBasedTrainLoop: ('run', 'run_iter', '_decide_current_val_interval'),
+}
+
+
+class RunLog:
+    """Forwards lines to the logger of the run that is going on."""
+
+    def info(self, text: str) -> None:
+        """Log a line."""
+        print_log(text, logger='current')
+
+    def warning(self, text: str) -> None:
+        """Log a warning."""
+        print_log(text, logger='current', level=logging.WARNING)
+
+
+def model_of(runner: Any) -> nn.Module:
+    """Return the model without its wrappers (DDP, test-time augmentation)."""
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model  # type: ignore[no-any-return]
+
+
+def optimizers_of(runner: Any) -> List[Optimizer]:
+    """Return every optimizer of the run that is made by now."""
+    found = [getattr(w, 'optimizer', None) for w in _wrappers(runner)]
+    return [optimizer for optimizer in found if optimizer is not None]
+
+
+def facts_of(runner: Any) -> RunFacts:
+    """Return the training run as planned."""
+    counts = [getattr(w, '_accumulative_counts', 1) for w in _wrappers(runner)]
+    loop, loader = runner.train_loop, runner.train_dataloader
+    by_epoch = not hasattr(loop, 'dataloader_iterator')
+    max_iters = loop.max_iters
+    if by_epoch:
+        # on resume with another batch size the loop's own number is wrong
+        epochs = max(loop.max_epochs - runner.epoch, 0)
+        max_iters = runner.iter + epochs * len(loader)
+    return RunFacts(
+        iteration=runner.iter,
+        max_iters=max_iters,
+        max_epochs=loop.max_epochs,
+        by_epoch=by_epoch,
+        accumulation=min(counts, default=1),
+        batch_size=batch_size_of(loader),
+        world_size=runner.world_size,
+        validates=runner._val_loop is not None,
+        agrees=_validates_together(runner, BaseLoop),
+    )
+
+
+def is_training(runner: Any) -> bool:
+    """Return whether the runner was told to train, not only to evaluate."""
+    return isinstance(runner._train_loop, BaseLoop)
+
+
+def local_checkpoint(runner: Any) -> Optional[str]:
+    """Return the local file that will be loaded; None if there is none."""
+    path = runner._load_from
+    if isinstance(runner._resume, str):
+        path = runner._resume
+    if path is None and runner._resume and is_training(runner):
+        path = find_latest_checkpoint(runner.work_dir)
+    if not isinstance(path, str) or '://' in path:
+        return None
+    return os.path.expanduser(path)
+
+
+def will_validate(runner: Any, by_epoch: bool) -> bool:
+    """Return whether all ranks validate after this epoch or iteration."""
+    kind = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
+    if not _validates_together(runner, kind):
+        return False
+    loop = runner.train_loop
+    done = (loop.epoch if by_epoch else loop.iter) + 1
+    last = loop.max_epochs if by_epoch else loop.max_iters
+    # the loop looks up its interval when the epoch is over
+    place = bisect.bisect(loop.dynamic_milestones, done + 1) - 1
+    interval = loop.dynamic_intervals[place]
+    validates = done % interval == 0 or done == last
+    return bool(validates and done >= loop.val_begin)
+
+
+def _validates_together(runner: Any, kind: Any) -> bool:
+    """Return whether a loop is sure to validate on all ranks at once.
+
+    That is known of mmengine's own training loops alone: one of the user's
+    own may validate on one rank, or end an epoch on one rank before the
+    others do (torch's ``Join``).
+    """
+    loop = runner.train_loop
+    owns = any(
+        isinstance(loop, own)
+        and issubclass(own, kind)
+        and all(getattr(type(loop), x) is getattr(own, x) for x in methods)
+        for own, methods in _OWN_LOOPS.items()
+    )
+    return owns and runner._val_loop is not None
+
+
+def _wrappers(runner: Any) -> List[Any]:
+    wrapper = runner.optim_wrapper
+    if isinstance(wrapper, dict):  # a config: nothing is made yet
+        return []
+    many = hasattr(wrapper, 'optim_wrappers')
+    return list(wrapper.values()) if many else [wrapper]

@@ -1,0 +1,165 @@
+"""What a run will average, as far as it is known when training starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, Mapping, Optional, Sequence
+
+from mmdet_ema.errors import OptionError
+from mmdet_ema.schedules import to_the_power
+from mmdet_ema.training.options import Options
+
+REFERENCE = 'reference_samples'
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A training run, as planned.
+
+    Attributes:
+        iteration: Iterations done when training starts (above 0 on resume).
+        max_iters: Iterations that are planned in all.
+        max_epochs: Epochs that are planned in all.
+        by_epoch: Whether the loop counts epochs.
+        accumulation: Iterations to one optimizer step.
+        batch_size: Samples that one process takes in an iteration.
+        world_size: Number of processes.
+        validates: Whether it has a validation.
+        agrees: Whether it has one that is sure to be run on all ranks at
+            once.
+    """
+
+    iteration: int
+    max_iters: int
+    max_epochs: int
+    by_epoch: bool = True
+    accumulation: int = 1
+    batch_size: int = 1
+    world_size: int = 1
+    validates: bool = True
+    agrees: bool = True
+
+    @property
+    def samples(self) -> int:
+        """Samples that one optimizer step takes, over all processes."""
+        return self.batch_size * self.accumulation * self.world_size
+
+
+def batch_size_of(loader: Any) -> int:
+    """Return the samples in a batch of a data loader, 1 if it is unknown."""
+    size = getattr(loader, 'batch_size', None)
+    if size is None:
+        sampler = getattr(loader, 'batch_sampler', None)
+        size = getattr(sampler, 'batch_size', None)
+    return int(size or 1)
+
+
+def refuse_second(hooks: Sequence[Any]) -> None:
+    """Refuse a run with several EMA hooks, ours or not."""
+    names = [
+        f'{type(hook).__module__}.{type(hook).__name__} '
+        f'(priority={hook.priority!r})'
+        for hook in hooks
+    ]
+    if len(names) > 1:
+        raise OptionError(
+            f'there are {len(names)} EMA hooks: {" and ".join(names)}. They '
+            f"would average each other's weights; keep one in custom_hooks."
+        )
+
+
+class Plan:
+    """The steps of a run, and the schedule over them.
+
+    With kappa times as many samples a step as the decay was chosen for,
+    ``decay ** kappa`` averages over the same number of samples (Busbridge et
+    al. 2023, arXiv:2307.13813; the learning rate has to be scaled as well).
+
+    Args:
+        options: Options of the hook.
+        facts: The run as planned.
+        done: Steps that the average has seen already; above 0 on resume.
+        before: ``ema_meta`` of the checkpoint; empty for a new run.
+        reference: Samples a step that the decay was chosen for; None for
+            what the checkpoint says, or those of this run.
+
+    Attributes:
+        planned: Steps that the average will have seen at the end.
+        unscaled: The schedule of the options.
+        schedule: The schedule that the run uses.
+        kappa: Samples a step, relative to the reference.
+        meta: What a run that resumes from this one compares itself with.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        facts: RunFacts,
+        done: int = 0,
+        before: Optional[Mapping[str, Any]] = None,
+        reference: Optional[int] = None,
+    ):
+        self.options, self.facts, self.done = options, facts, done
+        self.before = before or {}
+        self.planned = planned_steps(options, facts, done)
+        if reference is None:
+            reference = _reference_of(self.before) or facts.samples
+        self.reference = reference
+        self.kappa = facts.samples / reference
+        self.unscaled = self.schedule = options.schedule_for(self.planned)
+        if options.scale_decay and self.kappa != 1:
+            self.schedule = to_the_power(self.unscaled, self.kappa)
+        self.meta: Dict[str, Any] = {
+            'schedule': str(self.unscaled),
+            'interval': options.interval,
+            'batch_size': facts.batch_size * facts.accumulation,
+            'world_size': facts.world_size,
+            REFERENCE: reference if options.scale_decay else facts.samples,
+        }
+
+
+def _reference_of(meta: Mapping[str, Any]) -> Optional[int]:
+    per_rank, ranks = meta.get('batch_size'), meta.get('world_size')
+    reference = meta.get(REFERENCE)
+    if not isinstance(reference, int) and per_rank and ranks:
+        reference = per_rank * ranks
+    right = isinstance(reference, int) and reference > 0
+    return reference if right else None
+
+
+def planned_steps(options: Options, facts: RunFacts, done: int) -> int:
+    """Return how many steps the average will have seen at the end."""
+    first = facts.iteration
+    if not done:
+        iters_per_epoch = max(facts.max_iters // max(facts.max_epochs, 1), 1)
+        epochs = max(options.begin_epoch - 1, 0)
+        begin = max(options.begin_iter - 1, epochs * iters_per_epoch)
+        first = max(first, begin)
+    if first >= facts.max_iters:
+        return done
+    # the framework steps at the last iteration too, whatever is left over
+    total = -(-facts.max_iters // facts.accumulation)
+    return done + total - first // facts.accumulation
+
+
+def has_begun(options: Options, iteration: int, epoch: int) -> bool:
+    """Return whether the iteration after so many is averaged."""
+    begun = iteration + 1 >= options.begin_iter
+    return begun and epoch + 1 >= options.begin_epoch
+
+
+def check_begin(options: Options, facts: RunFacts) -> None:
+    """Check that the average begins before the run ends."""
+    if options.begin_epoch > facts.max_epochs:
+        kind = '' if facts.by_epoch else ' (the run counts iterations)'
+        raise OptionError(
+            f'begin_epoch={options.begin_epoch} is past the end: '
+            f'{facts.max_epochs} epochs are planned{kind}. Use a number up '
+            f'to {facts.max_epochs}, or begin_iter.'
+        )
+    if options.begin_iter > facts.max_iters:
+        raise OptionError(
+            f'begin_iter={options.begin_iter} is past the end: '
+            f'{facts.max_iters} iterations are planned. Use a number up to '
+            f'{facts.max_iters}.'
+        )

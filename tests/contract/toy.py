@@ -1,0 +1,176 @@
+"""Train with the hook, the same way under whichever framework there is.
+
+Both toys have the same model, data and optimizer; a file of either is read
+into the same parts.
+"""
+
+import torch
+
+from tests import oracle
+from tests.conftest import MMCV1
+
+if MMCV1:
+    from mmcv.runner import Hook
+
+    from tests.for_mmcv1 import toy
+else:
+    from mmengine.hooks import Hook
+
+    from tests.for_mmengine import toy
+
+__all__ = [
+    'EMA',
+    'Hook',
+    'RecordingSGD',
+    'Run',
+    'Saved',
+    'ToyModel',
+    'ramp',
+    'same',
+    'state_of',
+]
+
+RecordingSGD, ToyModel = toy.RecordingSGD, toy.ToyModel
+same, state_of = toy.same, toy.state_of
+EMA = dict(type='EMAHook', decay=0.9, tau=3)
+
+
+def ramp(n):
+    return oracle.ramp(n, 0.9, 3)
+
+
+class Saved:
+    """A file of a run: both halves by name, and what is said of them."""
+
+    def __init__(self, path):
+        # the framework's own files hold more than weights
+        self.content = torch.load(path, **({} if MMCV1 else UNSAFE))
+        self.averages = self.content['state_dict']
+        part = self.content
+        if MMCV1:
+            part = part['meta'].get('hook_msgs', {}).get('EMAHook', {})
+        self.has_part = 'ema_state_dict' in part
+        if self.has_part:
+            ema = dict(part['ema_state_dict'])
+            self.steps, self.meta = int(ema.pop('steps')), part['ema_meta']
+            self.raws = {name[len('module.') :]: x for name, x in ema.items()}
+
+
+UNSAFE = dict(weights_only=False)
+
+
+class Run:
+    """A run of the toy with some hooks, of two epochs of four iterations.
+
+    Args:
+        work_dir: Where its files are; those of an earlier run are resumed.
+        *hooks: Its hooks.
+        epochs: When it ends.
+        accumulation: Iterations to one step.
+        batch: Samples in a batch, of 16.
+        resume: A file that training resumes from.
+        load: A file that it starts from.
+        model: The model.
+    """
+
+    def __init__(
+        self,
+        work_dir,
+        *hooks,
+        epochs=2,
+        accumulation=1,
+        batch=4,
+        resume=None,
+        load=None,
+        **options,
+    ):
+        self.work_dir, self._files = work_dir, {}
+        if MMCV1:
+            self._files = dict(resume=resume, load=load)
+            self._lines = toy.Lines()
+            options.update(
+                runner=dict(max_epochs=epochs),
+                loader=toy.loader(batch=batch),
+                logger=toy.quiet(self._lines),
+            )
+            if accumulation > 1:
+                kind = 'GradientCumulativeOptimizerHook'
+                options['optimizer_config'] = dict(
+                    type=kind, cumulative_iters=accumulation
+                )
+        else:
+            options.update(
+                max_epochs=epochs,
+                train_dataloader=toy.loader(batch=batch),
+                accumulative_counts=accumulation,
+            )
+            if resume or load:
+                options['load_from'] = str(resume or load)
+            options['resume'] = bool(resume)
+        self.toy = toy.Run(work_dir, *hooks, **options)
+        self.model, self.trace = self.toy.model, self.toy.trace
+
+    def train(self):
+        """Train; return this run."""
+        self.toy.train(**self._files)
+        return self
+
+    @property
+    def start(self):
+        """State of the model when training starts."""
+        return self.toy.recorder.start
+
+    @property
+    def records(self):
+        """States of the model after every optimizer step."""
+        return self.toy.records
+
+    def load(self, epoch=2):
+        """Read the file of an epoch."""
+        return Saved(self.work_dir / f'epoch_{epoch}.pth')
+
+    @property
+    def log(self):
+        """The log in one line, levels included."""
+        if MMCV1:
+            text = '\n'.join(self._lines.lines)
+        else:
+            text = max(self.work_dir.glob('*/*.log')).read_text()
+        return ' '.join(text.split())
+
+    def wrong(self, saved, decay_of, keys=None, chosen=None):
+        """Names of the tensors of a file that are not the oracle's average.
+
+        Args:
+            saved: The file.
+            decay_of: Maps n to the decay.
+            keys: Names to look at; all averaged ones by default.
+            chosen: Which records were averaged; all by default.
+        """
+        found = {}
+        for key in AVERAGED if keys is None else keys:
+            start, values = self.trace(key)
+            if chosen is not None:
+                values = [values[i] for i in chosen]
+            expected = oracle.average(start, values, decay_of)
+            average = saved.averages[key].double()
+            error = oracle.relative_error(average, expected)
+            # float32 rounds each of up to 200 updates to 6e-8
+            if error > 1e-6:
+                found[key] = error
+        return found
+
+
+AVERAGED = [
+    'low',
+    'first.weight',
+    'first.bias',
+    'norm.weight',
+    'norm.bias',
+    'norm.running_mean',
+    'norm.running_var',
+    'tied.weight',
+    'tied.bias',
+    'head.weight',
+    'head.bias',
+]
