@@ -150,7 +150,7 @@ def test_imports_without_frameworks(module):
     assert [] == [name for name in loaded if 'for_mm' in name]
 
 
-LIKE_THE_CORE = 'import torch\n\nfrom mmdet_ema.averaging import fit\n\n{}\n'
+LIKE_THE_CORE = 'import torch\n\nfrom mmdet_ema.averaging import swap\n\n{}\n'
 
 
 @pytest.mark.parametrize('name', FRAMEWORKS)

@@ -282,12 +282,16 @@ def own_memory(named: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """
     own: Dict[int, Tensor] = {}
     for tensor in named.values():
-        # torch before 2.0 has no untyped_storage()
-        storage = getattr(tensor, 'untyped_storage', tensor.storage)()
-        part = storage.nbytes() > tensor.numel() * tensor.element_size()
         if id(tensor) not in own:
-            own[id(tensor)] = tensor.clone() if part else tensor
+            own[id(tensor)] = tensor.clone() if is_part(tensor) else tensor
     return {name: own[id(tensor)] for name, tensor in named.items()}
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Return whether a tensor is a part of a larger storage."""
+    # torch before 2.0 has no untyped_storage()
+    storage = getattr(tensor, 'untyped_storage', tensor.storage)()
+    return bool(storage.nbytes() > tensor.numel() * tensor.element_size())
 
 
 def _some(names: Sequence[str], word: str) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mmdet_ema.averaging.averages import read_count, read_progress
+from mmdet_ema.averaging.averages import is_part, read_count, read_progress
 from mmdet_ema.errors import CheckpointError
 
 WEIGHTS = 'state_dict'
@@ -86,11 +86,13 @@ def pack(
         if not isinstance(value, Tensor):
             return value
         value = value.detach()
-        if value.device.type == 'cpu':
+        away = value.device.type != 'cpu'
+        # a file would hold the whole storage of a part
+        if not away and not is_part(value):
             return value
         key = (value.data_ptr(), value.dtype, value.shape, value.stride())
         if key not in copies:
-            copies[key] = value.cpu()
+            copies[key] = value.cpu() if away else value.clone()
         return copies[key]
 
     live = checkpoint[WEIGHTS]

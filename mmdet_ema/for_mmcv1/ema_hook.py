@@ -73,10 +73,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             ``'*.mask'``) of tensors that are copied, not averaged. Integers,
             masks of -inf, pruning masks, the vectors of spectral norm and the
             observers of quantization are copied anyway. Defaults to ().
-        overlap (bool): Whether an update runs in parallel with the next
-            forward and backward pass, on a stream (or, without a GPU, a
-            thread) of its own; the numbers are the same. Nothing but the
-            optimizer may change parameters then. Defaults to False.
+        overlap (bool): Whether an update of a model on a GPU runs in parallel
+            with the next forward and backward pass, on a side stream; the
+            numbers are the same. Nothing but the optimizer may change
+            parameters then. Defaults to False.
         enabled (bool): False: put the raw weights back on resume, then do
             nothing. Defaults to True.
         ema_type (str, optional): Compatible option: name of an averaging

@@ -61,10 +61,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             the compatible options is given.
         device (str, optional): Where the averages live: None for where the
             parameters are, 'cpu' for host memory. Defaults to None.
-        overlap (bool): Whether an update runs in parallel with the next
-            forward and backward pass, on a stream (or, without a GPU, a
-            thread) of its own; the numbers are the same. Nothing but the
-            optimizer may change parameters then. Defaults to False.
+        overlap (bool): Whether an update of a model on a GPU runs in parallel
+            with the next forward and backward pass, on a side stream; the
+            numbers are the same. Nothing but the optimizer may change
+            parameters then. Defaults to False.
         evaluate (str): Weights that validation and test run on: 'ema', 'raw'
             or 'both' (a pass over the data for each; the metrics of the raw
             weights come under ``raw/<name>``). Defaults to 'ema'.

@@ -345,6 +345,13 @@ class EMALifecycle:
                 f'EMA: overlap=True has no effect: torch {torch.__version__} '
                 f'does not tell of the steps of optimizers, 2.0 does.'
             )
+        elif options.overlap and not any(
+            p.is_cuda for p in model.parameters()
+        ):
+            self._log.warning(
+                'EMA: overlap=True has no effect on a CPU, where an update '
+                'takes its time from the training wherever it runs.'
+            )
 
     def _before_step(self) -> None:
         averager, changes = self.averager, self._changes
