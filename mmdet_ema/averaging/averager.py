@@ -43,6 +43,7 @@ from mmdet_ema.averaging.update import (
     DeviceVerdict,
     Rule,
     UpdatePlan,
+    all_finite,
 )
 from mmdet_ema.checks import (
     check_choice,
@@ -355,13 +356,14 @@ class WeightAverager:
         """Name the buffers whose average stays: they hold NaN or Inf now."""
         if self.nonfinite == 'ignore' or self.is_applied:
             return []
-        return [
-            entry.name
+        buffers = [
+            entry
             for entry in self.entries
-            if entry.has_mean
-            and not entry.parameters
-            and not is_finite(entry.raw)
+            if entry.has_mean and not entry.parameters
         ]
+        if all_finite([entry.raw for entry in buffers]):
+            return []
+        return [entry.name for entry in buffers if not is_finite(entry.raw)]
 
     def counts(self) -> Dict[str, int]:
         """Return tensors per role, and ``'bytes'`` that the averages take."""
