@@ -1,7 +1,4 @@
-"""Maths and tensors: schedules, update kernels, selection, the averager.
-
-Imports torch only, and knows nothing of any trainer.
-"""
+"""Averages of a model's tensors; knows torch alone, and no trainer."""
 
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.errors import CheckpointError, NonFiniteError, OptionError

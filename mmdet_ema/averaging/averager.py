@@ -102,6 +102,14 @@ class WeightAverager:
     Raises:
         OptionError: If an option is unknown or out of range, or two tensors
             of the model share a part of their memory.
+        ValueError: If a parameter has no shape yet (a lazy module).
+
+    Attributes:
+        entries: The unique tensors of the model, and what is done with each.
+        trained: The parameters that have an average; another list where they
+            are others.
+        announces_steps: Whether :meth:`before_step` is called before every
+            step, so that an update may go on until then.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -153,7 +161,7 @@ class WeightAverager:
 
     @property
     def num_steps(self) -> int:
-        """Steps that were seen."""
+        """Steps that were counted, without the skipped ones."""
         return self._waited().steps
 
     @property
@@ -227,7 +235,7 @@ class WeightAverager:
         self.follow_changes()
 
     def follow_changes(self) -> None:
-        """Follow parameters that are trainable only now, replaced or added.
+        """Follow parameters that have just become trainable, or were replaced.
 
         An update does so, too; called before the weights change, their
         averages start from the values before.
@@ -251,10 +259,10 @@ class WeightAverager:
             self._select_again()
 
     def take_replaced(self) -> List[str]:
-        """Return the parameters that became other objects since the last call.
+        """Return the parameters that are other objects since the last call.
 
-        Their averages went on by name, with new names and shapes from the
-        values that they had.
+        Their averages go on by name; where a name or shape is new, they start
+        from the present values.
         """
         replaced, self._replaced = self._replaced, []
         return replaced
@@ -265,6 +273,8 @@ class WeightAverager:
         Nothing else asks the other ranks: call it on all of them together,
         before evaluating. Float buffers become the mean over the ranks, the
         others those of rank 0.
+
+        While the averages are applied nothing is done.
 
         Returns:
             False if nothing was changed: the buffers of the ranks differ in
@@ -327,7 +337,7 @@ class WeightAverager:
     def named_raws(self) -> Iterator[Tuple[str, Tensor]]:
         """Yield every name of the model's ``state_dict`` with its raw value.
 
-        Also right while the averages are applied; the tensors are live.
+        Right while the averages are applied, too; the tensors are live.
         """
         return self._averages.named(self._averages.swap.raw)
 
@@ -473,7 +483,7 @@ class WeightAverager:
         self._plan_updates()
 
     def _plan_updates(self) -> None:
-        """Plan updates again: the only place that knows all lists."""
+        """Plan updates for the entries and averages as they are now."""
         averages = self._averages.tensors
         self._plan = UpdatePlan(self.entries, [averages])
         self._changes = ModelChanges(self.model, self.entries)
@@ -483,7 +493,7 @@ class WeightAverager:
             self.overlap,
         )
         trained = [p for i in averages for p in self.entries[i].parameters]
-        # another list only if they are others: who listens to them compares
+        # whoever listens to them compares lists by identity
         if list(map(id, trained)) != list(map(id, self.trained)):
             self.trained = trained
 
@@ -499,7 +509,8 @@ class WeightAverager:
             self._averages.complete()
         if not (changes.follow_buffers() and changes.follow_memory()):
             self._select_again()
-        elif thawed or self.entries[0].raw.is_cuda:
+        elif thawed or any(entry.raw.is_cuda for entry in self.entries):
+            # kernels of a GPU read memory as it lay when they were planned
             self._plan_updates()
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from mmdet_ema.averaging.update import all_finite
 from mmdet_ema.errors import CheckpointError, show
 
 _LONGEST_INTERVAL = 100_000
-# elements: what is subtracted is still in a core's cache when it is squared
+# elements: a difference is still in the core's cache when it is squared
 _CHUNK = 2**16
 
 
@@ -78,7 +78,7 @@ class Averages:
             value_of: The value by the number of the entry; None for its
                 average.
             stored: Whether to leave out what has no average of its own.
-            saved: Whether to leave out what the ``state_dict`` has not.
+            saved: Whether to leave out names that no ``state_dict`` has.
         """
         value_of = value_of or self.swap.average
         for i, entry in enumerate(self._entries):
@@ -96,9 +96,9 @@ class Averages:
     ) -> None:
         """Copy averages in by name; nothing changes if one does not fit.
 
-        An average that holds NaN or Inf is not copied in where the model's
-        tensor holds none: it starts again from there. Where only the model's
-        does, the average goes on.
+        An average that is missing, or holds NaN or Inf where the model's
+        tensor holds none, starts again from that tensor. Where only the
+        model's does, the average goes on.
 
         Args:
             averages: Averages by name.
@@ -115,14 +115,15 @@ class Averages:
             if tensor.is_floating_point() or tensor.is_complex()
         ]
         all_are_finite = all_finite(floats)
-        loaded = []
+        loaded: Dict[int, Tensor] = {}
         for i, entry in enumerate(self._entries):
             new = [averages[name] for name in entry.names if name in averages]
             if not new:
                 continue
             if entry.role is Role.SHARED and entry.parameters:
+                # frozen after it was trained: its average is another tensor
                 raw = entry.raw.detach()
-                if not torch.equal(raw, new[0].to(raw)):
+                if not torch.equal(raw, new[-1].to(raw)):
                     entry.role = Role.AVERAGED
             finite = all_are_finite or all(map(is_finite, new))
             if finite and entry.holds_nonfinite:
@@ -130,11 +131,10 @@ class Averages:
                 if entry.parameters or update_buffers:
                     entry.role = Role.AVERAGED
             if finite or not entry.has_mean:
-                loaded.append((i, new[-1]))
+                loaded[i] = new[-1]
         self.complete()
-        for i, value in loaded:
-            if i in self.tensors:
-                self.tensors[i].copy_(value)
+        for i, average in self.tensors.items():
+            average.copy_(loaded.get(i, self._entries[i].raw.detach()))
 
     @torch.no_grad()
     def distance(self) -> float:
@@ -192,7 +192,7 @@ class Progress(NamedTuple):
     """Counters of an average.
 
     Attributes:
-        steps: Steps that were seen.
+        steps: Steps that were counted, without the skipped ones.
         updates: Updates of the averages.
         skipped: Steps that were left out because of NaN or Inf.
         averaged: The step of the last update.

@@ -1,10 +1,10 @@
 """Several processes: the same averages on every rank.
 
 After an optimizer step the parameters of data-parallel training are equal on
-all ranks, and so are their averages: nobody has to be asked. Buffers are not:
-every rank has seen other samples. An average is linear in what it averages, so
-the mean of the ranks' averages is the average of their mean, whenever it is
-taken.
+all ranks, and so are their averages: no communication is needed. Buffers are
+not: every rank has seen other samples. An average is linear in what it
+averages, so the mean of the ranks' averages is the average of their mean,
+whenever it is taken.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def world_size() -> int:
 def make_equal(means: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
     """Make tensors the same on every rank, in place; call it on all of them.
 
-    It makes three collectives, however many tensors there are.
+    It runs three collectives, however many tensors there are.
 
     Args:
         means: Float or complex tensors that become the mean over the ranks.
@@ -57,7 +57,7 @@ def make_equal(means: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
 def _take_means(means: Sequence[Tensor], firsts: Sequence[Tensor]) -> None:
     """Add to the values of rank 0 the mean of what differs from them.
 
-    So equal values stay, and a sum of large ones does not overflow.
+    This way equal values keep their bits, and large ones do not overflow.
     """
     differences = []
     for mean, first in zip(means, firsts):
@@ -108,10 +108,10 @@ def _from_bytes(flat: Tensor, tensors: Sequence[Tensor]) -> List[Tensor]:
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
     """Return the device that the process group communicates on."""
-    if dist.get_backend() in ('gloo', 'mpi'):
-        return torch.device('cpu')
+    backend = dist.get_backend()
     away = [t.device for t in tensors if t.device.type != 'cpu']
-    if away:
+    if away and backend not in ('gloo', 'mpi'):
         return away[0]
-    # of averages in host memory
-    return torch.device('cuda', torch.cuda.current_device())
+    if backend == 'nccl':  # of averages in host memory
+        return torch.device('cuda', torch.cuda.current_device())
+    return torch.device('cpu')

@@ -1,8 +1,8 @@
 """Notice what becomes of a model's tensors while it is trained.
 
-In-place changes need no notice: an entry holds the parameter itself.
+In-place changes need no notice: an entry holds the parameter itself. These do:
 ``module.weight = nn.Parameter(...)``, ``.to(device)``, ``parameter.data =``,
-``load_state_dict(assign=True)`` and ``self.buffer = self.buffer * 2`` do.
+``load_state_dict(assign=True)``, ``self.buffer = self.buffer * 2``.
 """
 
 from __future__ import annotations
@@ -43,16 +43,22 @@ class ModelChanges:
         ]
         self._members = list(self._list_members())
         self._labels = _labels(model)
-        shared = [e for e in entries if e.role is Role.SHARED]
-        self._frozen = [p for entry in shared for p in entry.parameters]
+        self._still = [
+            i
+            for i, entry in enumerate(entries)
+            if entry.role is Role.SHARED
+            and not any(map(_TRAINS, entry.parameters))
+        ]
+        self._frozen = [p for i in self._still for p in entries[i].parameters]
         self._remember_layout()
 
     def noticed(self) -> bool:
         """Return whether something has changed; cheap enough for each step.
 
-        A module, parameter or buffer is another object, one was added or
-        taken away; a tensor lies elsewhere, or has another shape (multi-tensor
-        calls would broadcast what does not fit); a frozen parameter trains.
+        A module, parameter or buffer is another object, one was added next to
+        others or taken away; a tensor lies elsewhere, or has another shape
+        (multi-tensor calls would broadcast what does not fit); a frozen
+        parameter trains.
         """
         # map() over methods of the class: half the time of a comprehension
         members = chain.from_iterable(map(_VALUES, self._owners))
@@ -68,13 +74,12 @@ class ModelChanges:
         """Return the entries that were frozen and are trainable now."""
         return [
             i
-            for i, entry in enumerate(self._entries)
-            if entry.role is Role.SHARED
-            and any(map(_TRAINS, entry.parameters))
+            for i in self._still
+            if any(map(_TRAINS, self._entries[i].parameters))
         ]
 
     def follow_memory(self) -> bool:
-        """Go on with tensors whose ``.data`` was replaced by the like.
+        """Go on with tensors whose ``.data`` was replaced by the same kind.
 
         Returns:
             False if more than that has happened: the model has to be
@@ -128,7 +133,7 @@ class ModelChanges:
             if not (_is_buffer(old) and _is_buffer(new)):
                 return False
             entry = entries.get(id(old))
-            if entry is None:  # one that no file holds
+            if entry is None:  # not in the state_dict
                 continue
             if (
                 len(entry.names) > 1
@@ -149,7 +154,8 @@ class ModelChanges:
         return _labels(self._model) != self._labels
 
     def _list_members(self) -> Iterator[Any]:
-        # no loop of Python's: there are hundreds. The end differs from all.
+        # no loop of Python's: there are hundreds; the sentinel at the end lets
+        # lists of different lengths differ
         members = chain.from_iterable(map(_VALUES, self._owners))
         return chain(members, (_END,))
 

@@ -52,10 +52,10 @@ class SideStream:
 def side_stream(
     raws: Sequence[Tensor], averages: Sequence[Tensor], overlap: bool
 ) -> Optional[SideStream]:
-    """Return a stream where one pays, None for updates that run inline.
+    """Return a stream where one pays off, None for updates that run inline.
 
     Averages in host memory of a model on a GPU come to the GPU, tensor by
-    tensor, and go back: the way is long. On a CPU nothing is gained by a
+    tensor, and go back: the transfer is slow. On a CPU nothing is gained by a
     thread: it would take its time from the training.
 
     Args:

@@ -11,7 +11,7 @@ from mmdet_ema.averaging.tensors import Entry
 from mmdet_ema.averaging.update import DeferredInterrupts, copy_all
 
 _Trade = Tuple[List[Tensor], List[Tensor], List[Tensor]]
-# elements: as small tensors are swapped in few calls, large ones one by one
+# elements of the scratch: small tensors are swapped together
 _SCRATCH = 2**20
 
 
@@ -20,7 +20,7 @@ class Swap:
 
     Where dtype is the same the two trade places, some tensors at a time, so no
     second copy of the model is needed. A raw tensor of lower precision cannot
-    hold its float32 average: there the raw values are set aside meanwhile.
+    hold its float32 average: there the raw values are set aside until then.
     All memory is taken before anything is changed, and kept for the way back.
 
     Args:

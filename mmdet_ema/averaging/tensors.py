@@ -19,11 +19,11 @@ from torch.nn.parameter import is_lazy
 
 from mmdet_ema.errors import OptionError
 
-# Modules whose buffers no mean makes sense of, by name: torch moves them from
+# Modules whose buffers have no meaningful mean, by name: torch moves them from
 # package to package, and torchao has classes of its own.
 _COPIED_MODULES = {
     'ObserverBase',  # quantization-aware training: ranges, histograms
-    'FakeQuantizeBase',  # and scales
+    'FakeQuantizeBase',  # the same: scales
     '_SpectralNorm',  # vectors of length one
     '_Orthogonal',  # an orthogonal matrix
     'FakeSparsity',  # masks
@@ -45,9 +45,11 @@ class Role(enum.Enum):
     """Trainable parameters, and float buffers unless told otherwise."""
     COPIED = 'copied'
     """Integer and boolean buffers; float buffers that are not averaged; what
-    has no mean, see :attr:`Entry.has_mean`."""
+    has no mean (:attr:`Entry.has_mean`) or is copied because the user says so.
+    """
     SHARED = 'shared'
-    """Frozen parameters: average and raw are the same tensor."""
+    """Frozen parameters, and buffers that repeat their memory (``expand``):
+    average and raw are the same tensor."""
 
 
 @dataclass
@@ -136,7 +138,7 @@ def average_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def count_roles(entries: Sequence[Entry]) -> Dict[str, int]:
-    """Count tensors a role, and under 'bytes' what their averages take.
+    """Count tensors per role, and under 'bytes' what their averages take.
 
     Args:
         entries: The entries of a model.
@@ -170,7 +172,7 @@ def no_match(pattern: str) -> str:
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a float tensor holds neither NaN nor Inf."""
     if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()  # torch asks this of no 8-bit float
+        tensor = tensor.float()  # torch.isfinite knows no 8-bit floats
     return bool(torch.isfinite(tensor).all())
 
 
@@ -252,8 +254,7 @@ def _refuse_overlaps(entries: Sequence[Entry]) -> None:
     spaces: Dict[object, List[Entry]] = {}
     for entry in entries:
         if entry.raw.numel() and entry.raw.data_ptr():
-            key = entry.raw.device, entry.raw.dtype
-            spaces.setdefault(key, []).append(entry)
+            spaces.setdefault(entry.raw.device, []).append(entry)
     for space in spaces.values():
         space.sort(key=lambda entry: entry.raw.data_ptr())
         near: List[Entry] = []
@@ -277,13 +278,18 @@ def _refuse_overlaps(entries: Sequence[Entry]) -> None:
 def _share_elements(left: Tensor, right: Tensor) -> bool:
     spans = _span(left), _span(right)
     start = min(span[0] for span in spans)
-    size = left.element_size()
-    length = (max(span[1] for span in spans) - start) // size
-    seen = torch.zeros(length, dtype=torch.bool)
-    views = [
-        seen.as_strided(x.shape, x.stride(), (x.data_ptr() - start) // size)
-        for x in (left, right)
-    ]
+    stop = max(span[1] for span in spans)
+    # by bytes, as one may be a view of the other in another dtype
+    seen = torch.zeros(stop - start, dtype=torch.bool)
+    views = []
+    for x in (left, right):
+        size = x.element_size()
+        strides = [stride * size for stride in x.stride()]
+        views.append(
+            seen.as_strided(
+                (*x.shape, size), (*strides, 1), x.data_ptr() - start
+            )
+        )
     views[0].fill_(True)
     return bool(views[1].any())
 

@@ -1,8 +1,8 @@
 """One update, ``avg = d * avg + (1 - d) * raw``, of all tensors at once.
 
-What can be known before is: tensors are grouped once, those of few elements
-are gathered into one buffer whose average is one flat tensor too, and an
-update is a handful of multi-tensor calls.
+All that can be prepared is prepared once: tensors are grouped, those of few
+elements are gathered into one buffer whose average is one flat tensor too, and
+an update is a handful of multi-tensor calls.
 
 Whether the parameters hold NaN or Inf has to be known before an average is
 written, which cannot be taken back. On a CPU that is one more reading of the
@@ -116,7 +116,7 @@ class UpdatePlan:
         skip = None
         given = [decay for decay in decays if decay is not None]
         if given and check and self._sources:
-            # a copy (a decay of 0) is no lerp that a flag can stop
+            # a decay of 0 is a copy, which the flag cannot stop
             if self._can_defer and min(given) > 0:
                 skip = _nonfinite_flag(self._sources)
             elif not all_finite(self._sources):
@@ -230,7 +230,7 @@ class _Gathered:
                 part.view(entry.raw.shape)
                 for part, entry in zip(self._parts, entries)
             ]
-        # which tensor an element is of; made where it is first asked for
+        # which tensor each element belongs to; made when first asked for
         self._owners: Optional[Tensor] = None
 
     def update(
@@ -285,8 +285,8 @@ class DeferredInterrupts:
     """Holds Ctrl-C back until the body is done, then lets it through.
 
     A swap that stops half-way would leave some raw weights in the model and
-    some among the averages; an update, averages of a step without its
-    buffers. Only the main thread receives interrupts.
+    some among the averages; an update that does, averages that are a step
+    ahead of others. Only the main thread receives interrupts.
     """
 
     def __enter__(self) -> None:

@@ -585,7 +585,7 @@ def storages_of(root):
         if id(item) in seen or isinstance(item, (type, nn.Module)):
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor):
+        if isinstance(item, torch.Tensor) and item.layout is torch.strided:
             storage = storage_of(item)
             found[storage.data_ptr()] = storage.nbytes()
         elif not callable(item) or hasattr(item, '__dict__'):
