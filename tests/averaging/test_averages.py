@@ -671,3 +671,18 @@ def test_saved_tensors_have_memory_of_their_own():
     assert averages['tied.weight'] is averages['first.weight']
     for name, live in averager.named_averages():
         assert torch.equal(live, averages[name])
+
+
+def test_missing_average_starts_again():
+    """Without ``strict``: from the present weights, whatever it was before."""
+    model = nn.Linear(1, 1)
+    fill(model, 0.0)
+    averager = constant(model)
+    fill(model, 8.0)
+    averager.update()
+    state = averager.state_dict()
+    del state['averages']['bias']
+    fill(model, 100.0)
+    averager.load_state_dict(state, strict=False)
+    found = {k: v.item() for k, v in averager.named_averages()}
+    assert dict(weight=4.0, bias=100.0) == found

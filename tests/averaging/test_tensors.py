@@ -139,6 +139,7 @@ def test_buffer_tied_to_a_parameter():
         lambda flat: flat.view(2, 6),
         lambda flat: flat[::2],
         lambda flat: flat.view(3, 4).t(),
+        lambda flat: flat.view(torch.int32)[2:5],
     ],
 )
 def test_tensors_that_overlap_in_part(view):
@@ -151,9 +152,11 @@ def test_tensors_that_overlap_in_part(view):
         WeightAverager(model)
     assert '\n' not in str(error.value)
     # what nobody trains and no average is put into may overlap
-    model.left.requires_grad_(False)
-    model.right = nn.Parameter(view(flat), requires_grad=False)
-    assert 'shared' == roles_of(model)['right']
+    model = holder(
+        left=nn.Parameter(flat, requires_grad=False),
+        right=nn.Parameter(flat[3:9], requires_grad=False),
+    )
+    assert {'shared'} == set(roles_of(model).values())
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,16 @@ def test_buffer_that_repeats_its_memory(repeated):
         assert torch.equal(repeated, model.x)
     assert torch.equal(repeated, dict(averager.named_averages())['x'])
     assert 8 == averager.counts()['bytes']
+
+
+def test_parameter_that_repeats_its_memory():
+    """It is its own average, also where it counts as trained."""
+    model = holder(x=nn.Parameter(torch.ones(1).expand(3)))
+    averager = WeightAverager(model)
+    averager.update()
+    with averager.applied():
+        assert [1, 1, 1] == model.x.tolist()
+    assert 0 == averager.counts()['bytes']
 
 
 def test_slices_of_one_flat_buffer():
