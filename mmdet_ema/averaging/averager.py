@@ -192,6 +192,11 @@ class WeightAverager:
         """Whether the model holds the averages at this moment."""
         return self._averages.swap.swapped
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether updates run in parallel with the training: on a GPU only."""
+        return self.overlap and self._stream is not None
+
     @torch.no_grad()
     def update(self) -> bool:
         """Update the averages after an optimizer step.

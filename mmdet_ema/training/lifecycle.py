@@ -364,7 +364,7 @@ class EMALifecycle:
 
     def _end_overlap(self, averager: WeightAverager) -> None:
         """Let no update run on while nobody tells before weights change."""
-        if averager.announces_steps and self.options.overlap:
+        if averager.announces_steps and averager.overlaps:
             self._log.warning(
                 'EMA: overlap=True has no effect from here on: the weights '
                 "changed outside of an optimizer's step(). Leave it out."
