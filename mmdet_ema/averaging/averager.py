@@ -227,7 +227,9 @@ class WeightAverager:
             self._before, self._progress = self._progress, after
         if self._stream is not None and not self.announces_steps:
             self._stream.release()
-        known = isinstance(self._verdict, bool)
+        known = self._verdict is False or (
+            self._verdict is True and self._stream is None
+        )
         return self.wait() if known or self.nonfinite == 'raise' else True
 
     def before_step(self) -> None:
@@ -442,6 +444,8 @@ class WeightAverager:
         # a Ctrl-C here leaves it under way
         if self._stream is not None:
             self._stream.wait()
+        for device in self._unwatched:
+            torch.cuda.synchronize(device)
         finite, self._verdict = bool(self._verdict), None
         if finite:
             return True
@@ -497,6 +501,14 @@ class WeightAverager:
             list(averages.values()),
             self.overlap,
         )
+        # offloaded without a stream, as the model is on several devices
+        self._unwatched = {
+            self.entries[i].raw.device
+            for i, average in averages.items()
+            if self._stream is None
+            and self.entries[i].raw.is_cuda
+            and not average.is_cuda
+        }
         trained = [p for i in averages for p in self.entries[i].parameters]
         # whoever listens to them compares lists by identity
         if list(map(id, trained)) != list(map(id, self.trained)):
@@ -507,14 +519,11 @@ class WeightAverager:
         changes = self._changes
         if not changes.noticed():
             return
-        thawed = changes.thawed()
-        for i in thawed:
-            self.entries[i].role = Role.AVERAGED
-        if thawed:
-            self._averages.complete()
-        if not (changes.follow_buffers() and changes.follow_memory()):
+        if changes.has_thawed() or not (
+            changes.follow_buffers() and changes.follow_memory()
+        ):
             self._select_again()
-        elif thawed or any(entry.raw.is_cuda for entry in self.entries):
+        elif any(entry.raw.is_cuda for entry in self.entries):
             # kernels of a GPU read memory as it lay when they were planned
             self._plan_updates()
 

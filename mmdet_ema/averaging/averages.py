@@ -120,11 +120,11 @@ class Averages:
             new = [averages[name] for name in entry.names if name in averages]
             if not new:
                 continue
-            if entry.role is Role.SHARED and entry.parameters:
+            frozen = entry.role is Role.SHARED and entry.parameters
+            if frozen and not _is_same(entry.raw.detach(), new[-1]):
                 # frozen after it was trained: its average is another tensor
-                raw = entry.raw.detach()
-                if not torch.equal(raw, new[-1].to(raw)):
-                    entry.role = Role.AVERAGED
+                averaged = entry.has_mean
+                entry.role = Role.AVERAGED if averaged else Role.COPIED
             finite = all_are_finite or all(map(is_finite, new))
             if finite and entry.holds_nonfinite:
                 entry.has_mean, entry.holds_nonfinite = True, False
@@ -285,6 +285,13 @@ def own_memory(named: Mapping[str, Tensor]) -> Dict[str, Tensor]:
         if id(tensor) not in own:
             own[id(tensor)] = tensor.clone() if is_part(tensor) else tensor
     return {name: own[id(tensor)] for name, tensor in named.items()}
+
+
+def _is_same(raw: Tensor, average: Tensor) -> bool:
+    average = average.to(raw)
+    if raw.element_size() == 1:  # torch compares no 8-bit floats
+        raw, average = raw.float(), average.float()
+    return torch.allclose(raw, average, rtol=0, atol=0, equal_nan=True)
 
 
 def is_part(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +43,14 @@ class ModelChanges:
         ]
         self._members = list(self._list_members())
         self._labels = _labels(model)
-        self._still = [
-            i
-            for i, entry in enumerate(entries)
+        self._frozen = [
+            parameter
+            for entry in entries
             if entry.role is Role.SHARED
             and not any(map(_TRAINS, entry.parameters))
+            for parameter in entry.parameters
         ]
-        self._frozen = [p for i in self._still for p in entries[i].parameters]
+        self._frozen_addresses = [p.data_ptr() for p in self._frozen]
         self._remember_layout()
 
     def noticed(self) -> bool:
@@ -70,13 +71,9 @@ class ModelChanges:
             or any(map(_TRAINS, self._frozen))
         )
 
-    def thawed(self) -> List[int]:
-        """Return the entries that were frozen and are trainable now."""
-        return [
-            i
-            for i in self._still
-            if any(map(_TRAINS, self._entries[i].parameters))
-        ]
+    def has_thawed(self) -> bool:
+        """Return whether a parameter that was frozen is trainable now."""
+        return any(map(_TRAINS, self._frozen))
 
     def follow_memory(self) -> bool:
         """Go on with tensors whose ``.data`` was replaced by the same kind.
@@ -111,7 +108,9 @@ class ModelChanges:
             if raw.shape != shape or _kind(raw) != self._kinds[i] or parted:
                 return False
         self._remember_layout()
-        return True
+        # some may have come to share memory
+        apart = [x for x in self._addresses if x]
+        return len(set(apart)) == len(apart)
 
     def follow_buffers(self) -> bool:
         """Go on with buffers that became other tensors of the same kind.
@@ -125,18 +124,25 @@ class ModelChanges:
         found = list(self._list_members())
         if len(found) != len(self._members):
             return False
+        if all(map(is_, found, self._members)):
+            return True
         entries = {id(entry.raw): entry for entry in self._watched}
+        unsaved = {
+            id(module._buffers.get(name))
+            for module in self._model.modules()
+            for name in module._non_persistent_buffers_set
+        }
         pairs = []
         for old, new in zip(self._members, found):
             if old is new:
                 continue
-            if not (_is_buffer(old) and _is_buffer(new)):
-                return False
             entry = entries.get(id(old))
-            if entry is None:  # not in the state_dict
+            if entry is None and id(new) in unsaved:
                 continue
             if (
-                len(entry.names) > 1
+                entry is None
+                or not (_is_buffer(old) and _is_buffer(new))
+                or len(entry.names) > 1
                 or (old.shape, _kind(old)) != (new.shape, _kind(new))
                 or new._base is not None
             ):
@@ -144,14 +150,20 @@ class ModelChanges:
             pairs.append((entry, new))
         for entry, new in pairs:
             entry.raw = new
-        if pairs:
-            self._members = found
-            self._remember_layout()
+        self._members = found
+        self._remember_layout()
         return True
 
     def any(self) -> bool:
-        """Return whether any tensor is another one, moved or renamed."""
-        return _labels(self._model) != self._labels
+        """Return whether anything has changed that was not followed yet.
+
+        Also what :meth:`noticed` is too quick to see.
+        """
+        return (
+            self.noticed()
+            or _labels(self._model) != self._labels
+            or [p.data_ptr() for p in self._frozen] != self._frozen_addresses
+        )
 
     def _list_members(self) -> Iterator[Any]:
         # no loop of Python's: there are hundreds; the sentinel at the end lets
@@ -163,7 +175,8 @@ class ModelChanges:
         self._watched = [
             entry
             for entry in self._entries
-            if entry.role is not Role.SHARED and entry.raw.numel()
+            if entry.role is not Role.SHARED
+            and (entry.raw.numel() or not entry.parameters)
         ]
         self._raws = [entry.raw for entry in self._watched]
         self._kinds = [_kind(raw) for raw in self._raws]
@@ -212,19 +225,13 @@ def parametrized(
 
 
 def _labels(model: nn.Module) -> List[object]:
-    """Return what every tensor is, and where the model has it."""
+    """Return where the model has which kind of tensor."""
     return [
-        (path, name, _identity(tensor))
+        (path, name, None if tensor is None else (_kind(tensor), tensor.shape))
         for path, module in model.named_modules()
         for owner in (module._parameters, module._buffers)
         for name, tensor in owner.items()
     ]
-
-
-def _identity(tensor: Optional[Tensor]) -> object:
-    if tensor is None:
-        return None
-    return id(tensor), _kind(tensor), tensor.shape, tensor.data_ptr()
 
 
 def _is_buffer(member: object) -> bool:

@@ -31,10 +31,11 @@ class SideStream:
     def run(self, update: Callable[[], _Result]) -> _Result:
         """Run an update after what the training has been given so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            result = update()
-        self._done.record(self._stream)
-        return result
+        try:
+            with torch.cuda.stream(self._stream):
+                return update()
+        finally:
+            self._done.record(self._stream)
 
     def release(self) -> None:
         """Make the training's stream wait for the side stream."""

@@ -70,8 +70,19 @@ class UpdatePlan:
         small = [i for i in self._weights if entries[i].raw.numel() < _SMALL]
         self._small = self._gather(small)
         self._large = [i for i in self._weights if i not in set(small)]
-        self._averaged = self._gather(self._buffers)
+        # large buffers of a CPU are read where they are: nothing runs there in
+        # parallel with a forward pass, and a copy of them takes room
+        self._direct = [
+            i
+            for i in (*self._buffers, *copied)
+            if not entries[i].raw.is_cuda and entries[i].raw.numel() >= _SMALL
+        ]
+        gathered = set(owned).difference(self._direct)
+        self._averaged = self._gather(
+            [i for i in self._buffers if i in gathered]
+        )
         # float buffers that are copied, and what has no mean: bit for bit
+        copied = [i for i in copied if i in gathered]
         self._copied = self._gather([i for i in copied if entries[i].has_mean])
         self._exact = self._gather(
             [i for i in copied if not entries[i].has_mean]
@@ -125,6 +136,8 @@ class UpdatePlan:
             if decay is not None:
                 for sources, averages in self._groups:
                     _lerp(averages[k], sources, 1 - decay, skip)
+        for i in self._direct:
+            self._update_buffer(self._entries[i], i, decays, check)
         for gathered in self._averaged if given else ():
             gathered.update(decays, check, skip)
         copies = [0.0] * len(decays)
@@ -153,6 +166,21 @@ class UpdatePlan:
                 for averages in self._sets:
                     rule(averages[i], raw.to(averages[i]), step)
         return self.run([None] * len(self._sets), check) is True
+
+    def _update_buffer(
+        self,
+        entry: Entry,
+        i: int,
+        decays: Sequence[Optional[float]],
+        check: bool,
+    ) -> None:
+        if check and entry.has_mean and not all_finite([entry.raw]):
+            return
+        for averages, decay in zip(self._sets, decays):
+            if entry.role is Role.COPIED:
+                averages[i].copy_(entry.raw)
+            elif decay is not None:
+                _lerp([averages[i]], [entry.raw], 1 - decay, None)
 
     def _gather(self, indices: Sequence[int]) -> List[_Gathered]:
         kinds: Dict[object, List[int]] = {}
@@ -245,15 +273,21 @@ class _Gathered:
         statistics of one layer says nothing about the weights.
         """
         moves = None if skip is None else skip == 0
-        if check and (skip is not None or not all_finite([self.buffer])):
-            if self.buffer.is_cuda:
-                finite = _finite_each(self._parts)
-            else:
-                finite = torch.tensor([is_finite(p) for p in self._parts])
+        away = self.buffer.is_cuda
+        if check and (away or not all_finite([self.buffer])):
+            # the host does not wait for what a GPU finds
+            device = self.buffer.device
+            finite = (
+                _finite_each(self._parts)
+                if away
+                else torch.tensor(
+                    [is_finite(part) for part in self._parts], device=device
+                )
+            )
             if self._owners is None:
-                sizes = torch.tensor(self._sizes)
-                owners = torch.arange(len(sizes)).repeat_interleave(sizes)
-                self._owners = owners.to(finite.device)
+                sizes = torch.tensor(self._sizes, device=device)
+                numbers = torch.arange(len(self._sizes), device=device)
+                self._owners = numbers.repeat_interleave(sizes)
             finite = finite[self._owners]
             moves = finite if moves is None else finite & moves
         for flat, decay in zip(self.flats, decays):
@@ -327,7 +361,9 @@ class DeviceVerdict:
         self._event: Optional[torch.cuda.Event] = None
         self._flag = flag
         if flag.is_cuda:
-            self._flag = torch.empty((), dtype=flag.dtype, pin_memory=True)
+            self._flag = torch.empty(
+                (), dtype=flag.dtype, device='cpu', pin_memory=True
+            )
             self._flag.copy_(flag, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(flag.device))
@@ -383,6 +419,8 @@ def _finite_each(tensors: List[Tensor]) -> Tensor:
     """Return, on the device, whether each tensor is free of NaN and Inf."""
     # the largest magnitude cannot overflow where the values do not; the sum
     # of squares can, but every torch has it
+    if tensors[0].element_size() == 1:  # there are no norms of 8-bit floats
+        tensors = [tensor.float() for tensor in tensors]
     first = tensors[0]
     largest = _trial(_try_largest, first.device, first.dtype)
     norms = torch._foreach_norm(tensors, math.inf if largest else 2.0)

@@ -96,7 +96,9 @@ def pack(
         return copies[key]
 
     live = checkpoint[WEIGHTS]
-    ema: Dict[str, Any] = OrderedDict({STEPS: torch.tensor(steps)})
+    ema: Dict[str, Any] = OrderedDict(
+        {STEPS: torch.tensor(steps, device='cpu')}
+    )
     for name, value in live.items():
         ema[PREFIX + name] = on_host(raws.get(name, value))
         live[name] = on_host(averages.get(name, value))

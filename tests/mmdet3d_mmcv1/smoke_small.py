@@ -13,7 +13,7 @@ model = dict(
     # have to reach.
     bbox_head=dict(loss_cls=dict(alpha=8.0)),
 )
-optimizer = dict(lr=0.002)
+optimizer = dict(lr=0.005)
 
 data_root = 'data/kitti_mini/'
 scale = dict(type='AffineResize', img_scale=(320, 96), down_ratio=4)
