@@ -163,6 +163,11 @@ class ModelChanges:
             self.noticed()
             or _labels(self._model) != self._labels
             or [p.data_ptr() for p in self._frozen] != self._frozen_addresses
+            or any(  # tied parameters were parted by ``.data``
+                p.data_ptr() != entry.raw.data_ptr()
+                for entry in self._watched
+                for p in entry.parameters
+            )
         )
 
     def _list_members(self) -> Iterator[Any]:
