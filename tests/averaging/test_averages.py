@@ -686,3 +686,122 @@ def test_missing_average_starts_again():
     averager.load_state_dict(state, strict=False)
     found = {k: v.item() for k, v in averager.named_averages()}
     assert dict(weight=4.0, bias=100.0) == found
+
+
+def holder(**buffers):
+    """Make a model of one weight and buffers."""
+    model = nn.Linear(2, 1)
+    for name, buffer in buffers.items():
+        model.register_buffer(name, buffer)
+    return model
+
+
+def tied_buffers():
+    model = holder(x=torch.zeros(3))
+    model.register_buffer('y', model.x.detach())
+    return model, 'y'
+
+
+def buffer_of_a_frozen_weight():
+    model = holder()
+    model.weight.requires_grad_(False).zero_()
+    model.register_buffer('x', model.weight.data)
+    return model, 'x'
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        tied_buffers,
+        buffer_of_a_frozen_weight,
+        lambda: (holder(x=torch.empty(0, 2)), 'x'),
+        lambda: (holder(x=torch.zeros(1).expand(3)), 'x'),
+    ],
+    ids=['tied', 'frozen', 'empty', 'repeated'],
+)
+def test_odd_buffers_that_are_replaced(make):
+    """They are followed by the update after, as any other."""
+    model, name = make()
+    averager = constant(model)
+    before = getattr(model, name)
+    setattr(model, name, torch.full((3,), 8.0))
+    averager.update()
+    # one of another shape starts from its value
+    expected = 4.0 if before.shape == (3,) else 8.0
+    assert [expected] * 3 == averages_of(averager)[name].tolist()
+
+
+def test_buffer_that_grows_in_place():
+    """``resize_`` from nothing is followed."""
+    model = holder(x=torch.zeros(0))
+    averager = constant(model)
+    model.x.resize_(3).fill_(1)
+    averager.update()
+    assert [1, 1, 1] == dict(averager.named_averages())['x'].tolist()
+
+
+def test_unsaved_buffer_that_is_replaced():
+    """It is passed over, also in a model that has nothing else."""
+    model = nn.Module()
+    model.register_buffer('x', torch.ones(1), persistent=False)
+    averager = constant(model)
+    for _ in range(3):
+        model.x = model.x * 2
+        assert averager.update()
+    assert {} == dict(averager.named_averages())
+
+
+def test_thawed_tensors_keep_their_kind():
+    """What is copied by name stays so; a mask of -inf makes no bad step."""
+    model = nn.Module()
+    model.named = nn.Parameter(torch.zeros(2), requires_grad=False)
+    mask = torch.tensor([0.0, -float('inf')])
+    model.mask = nn.Parameter(mask, requires_grad=False)
+    averager = constant(model, copied=['named'])
+    model.requires_grad_(True)
+    with torch.no_grad():
+        model.named.fill_(8)
+    assert averager.update()
+    assert averager.update()
+    assert [8, 8] == dict(averager.named_averages())['named'].tolist()
+
+
+def test_frozen_weight_that_is_nan():
+    """Loading its own value leaves it frozen; no step is bad for it."""
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.bias.requires_grad_(False).fill_(float('nan'))
+    averager = constant(model)
+    averager.load_state_dict(averager.state_dict())
+    assert averager.update()
+    assert 1 == averager.counts()['shared']
+
+
+def test_weights_that_come_to_share_memory():
+    """By ``.data``: they are one from then on, and swapped once."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    fill(model, 0.0)
+    averager = constant(model)
+    model[1].weight.data = model[0].weight.data
+    fill(model, 8.0)
+    averager.update()
+    with averager.applied():
+        assert 4.0 == model[0].weight.item() == model[1].weight.item()
+    assert 8.0 == model[0].weight.item()
+
+
+def test_large_buffers():
+    """They are averaged, copied and left out as small ones are."""
+    model = holder(x=torch.zeros(5000), n=torch.zeros(5000, dtype=torch.int64))
+    averager = constant(model)
+    model.x.fill_(8)
+    model.n.fill_(3)
+    averager.update()
+    averages = averages_of(averager)
+    assert (4.0, 3) == (averages['x'][0].item(), averages['n'][-1].item())
+    model.x[7] = float('nan')
+    with torch.no_grad():
+        model.weight.add_(1)
+    averager.update()
+    assert torch.equal(averages['x'], averages_of(averager)['x'])
+    assert not torch.equal(averages['weight'], averages_of(averager)['weight'])
