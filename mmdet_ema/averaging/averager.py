@@ -154,6 +154,7 @@ class WeightAverager:
         # of the update that is under way; None if there is none
         self._verdict: Union[bool, DeviceVerdict, None] = None
         self._replaced: List[str] = []
+        self._places: List[Any] = []
         self.trained: List[nn.Parameter] = []
         self._select()
         for pattern in unmatched(self.entries, self.copied):
@@ -302,12 +303,25 @@ class WeightAverager:
         """Put the averages into the model until :meth:`restore`."""
         if not self.is_applied:
             self.refresh()
+            known = {id(entry.raw) for entry in self.entries}
+            # an evaluation may put another tensor where one of these was
+            self._places = [
+                (owner, name, tensor)
+                for module in self.model.modules()
+                for owner in (module._parameters, module._buffers)
+                for name, tensor in owner.items()
+                if id(tensor) in known
+            ]
             self._averages.swap.swap_in()
 
     def restore(self) -> None:
         """Put the raw weights back, bit for bit; no-op if they are there."""
         if self.is_applied:
             self._averages.swap.swap_out()
+            for owner, name, tensor in self._places:
+                if name in owner:
+                    owner[name] = tensor
+            self._places = []
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[nn.Module]:

@@ -163,6 +163,17 @@ def test_restored_early():
     check_raw(model, averager, bits, averages)
 
 
+def test_tensors_that_are_replaced_inside():
+    """What was computed from the averages does not stay in the model."""
+    model, averager, averages = averaged()
+    bits, buffer = bits_of(model), model.norm.running_mean
+    with averager.applied():
+        model.norm.running_mean = model.norm.running_mean * 2
+        model.scale = nn.Parameter(torch.ones(()))
+    assert model.norm.running_mean is buffer
+    check_raw(model, averager, bits, averages)
+
+
 def test_decorator_and_many_times():
     """A hundred swaps leave every bit as it was."""
     model, averager, averages = averaged()
