@@ -78,7 +78,7 @@ def average(decay, overlap):
 def main(rank, folder):
     """Go through all scenarios; dump what was seen."""
     # where torch chooses it does not say 'gloo' afterwards
-    chosen = needs.TORCH >= (2, 1) and not torch.cuda.is_available()
+    chosen = needs.TORCH >= (2, 1) and not dist.is_nccl_available()
     dist.init_process_group(
         None if chosen else 'gloo',
         init_method=f'file://{folder}/meeting',
