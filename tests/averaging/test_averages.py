@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ema.averaging import CheckpointError, WeightAverager
+from mmdet_ema.averaging import CheckpointError, WeightAverager, swap
 from tests import oracle
 from tests.averaging.models import (
     Mixed,
@@ -781,8 +781,9 @@ def test_frozen_weight_that_is_nan():
     assert 1 == averager.counts()['shared']
 
 
-def test_weights_that_come_to_share_memory():
+def test_weights_that_come_to_share_memory(monkeypatch):
     """By ``.data``: they are one from then on, and swapped once."""
+    monkeypatch.setattr(swap, '_SCRATCH', 1)  # one after the other
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     fill(model, 0.0)
     averager = constant(model)
