@@ -157,6 +157,7 @@ class WeightAverager:
         self._places: List[Any] = []
         self.trained: List[nn.Parameter] = []
         self._select()
+        self._plan_updates()
         for pattern in unmatched(self.entries, self.copied):
             warnings.warn(no_match(pattern), stacklevel=2)
 
@@ -212,8 +213,7 @@ class WeightAverager:
             RuntimeError: If the model holds the averages just now, or a
                 tensor cannot be followed.
         """
-        if self._averages.swap.swapped:
-            self._refuse_inside('update')
+        self._refuse_inside('update')
         self.wait()
         self._follow()
         after, decay = self._next_step()
@@ -503,7 +503,6 @@ class WeightAverager:
     def _select(self) -> None:
         self.entries = select(self.model, self.update_buffers, self.copied)
         self._averages = Averages(self.entries, self._device)
-        self._plan_updates()
 
     def _plan_updates(self) -> None:
         """Plan updates for the entries and averages as they are now."""

@@ -62,13 +62,12 @@ class ModelChanges:
         parameter trains.
         """
         # map() over methods of the class: half the time of a comprehension
-        members = chain.from_iterable(map(_VALUES, self._owners))
         return (
-            not all(map(is_, chain(members, (_END,)), self._members))
+            not all(map(is_, self._list_members(), self._members))
             or list(map(Tensor.data_ptr, self._raws)) != self._addresses
             or list(map(Tensor.size, self._raws)) != self._shapes
             or list(map(Tensor.stride, self._strided)) != self._strides
-            or any(map(_TRAINS, self._frozen))
+            or self.has_thawed()
         )
 
     def has_thawed(self) -> bool:

@@ -137,7 +137,7 @@ class UpdatePlan:
                 for sources, averages in self._groups:
                     _lerp(averages[k], sources, 1 - decay, skip)
         for i in self._direct:
-            self._update_buffer(self._entries[i], i, decays, check)
+            self._update_direct(i, decays, check)
         for gathered in self._averaged if given else ():
             gathered.update(decays, check, skip)
         copies = [0.0] * len(decays)
@@ -167,13 +167,10 @@ class UpdatePlan:
                     rule(averages[i], raw.to(averages[i]), step)
         return self.run([None] * len(self._sets), check) is True
 
-    def _update_buffer(
-        self,
-        entry: Entry,
-        i: int,
-        decays: Sequence[Optional[float]],
-        check: bool,
+    def _update_direct(
+        self, i: int, decays: Sequence[Optional[float]], check: bool
     ) -> None:
+        entry = self._entries[i]
         if check and entry.has_mean and not all_finite([entry.raw]):
             return
         for averages, decay in zip(self._sets, decays):

@@ -5,23 +5,11 @@ import pytest
 import torch
 
 from tests import needs, oracle
+from tests.contract.toy import AVERAGED
 from tests.for_mmengine.toy import Run, ToyModel, loader
 
 # float32 rounds each of the 200 updates to 6e-8 of the magnitude
 TOLERANCE = 1e-6
-AVERAGED = [
-    'low',
-    'first.weight',
-    'first.bias',
-    'norm.weight',
-    'norm.bias',
-    'norm.running_mean',
-    'norm.running_var',
-    'tied.weight',
-    'tied.bias',
-    'head.weight',
-    'head.bias',
-]
 
 
 def ramp(n):
