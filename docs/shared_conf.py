@@ -55,7 +55,7 @@ def link_to_repository(app, name, source):
         inside = Path(path).is_relative_to(app.srcdir)
         if inside or Path(path).is_relative_to(DOCS / 'images'):
             return found[0]
-        return f']({REPOSITORY}/{os.path.relpath(path, ROOT)}{found[2]})'
+        return f']({REPOSITORY}/{os.path.relpath(path, ROOT)}{found[2] or ""})'
 
     source[0] = re.sub(r'\]\((\.\.?/[^)#]*)(#[^)]*)?\)', link, source[0])
 

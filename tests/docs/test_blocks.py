@@ -8,7 +8,6 @@ for mmcv 1.x, ``not run: reason`` is left out.
 import os
 import re
 import shlex
-import textwrap
 
 import pytest
 import torch
@@ -176,7 +175,7 @@ def _configs(code):
     """Return the configs of a block; lines of hooks alone are one each."""
     if re.search(r'^\w+ = ', code, re.M) or 'import' in code:
         return [code]
-    hooks = re.split(r'\n(?=dict\()', textwrap.dedent(code))
+    hooks = re.split(r'\n(?=dict\()', code)
     return [f'custom_hooks = [\n{hook}\n]\n' for hook in hooks]
 
 
