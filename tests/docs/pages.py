@@ -89,4 +89,4 @@ def tables(path):
 
 def names(path):
     """Return what stands between backquotes, in a set."""
-    return set(re.findall(r'`([^`]+)`', re.sub(r'\n', ' ', prose(path))))
+    return set(re.findall(r'`([^`]+)`', re.sub(r'\s+', ' ', prose(path))))

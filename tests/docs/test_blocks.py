@@ -80,6 +80,43 @@ def test_config_builds_its_hooks(block, tmp_path, monkeypatch):
             assert OPTIM_WRAPPER_CONSTRUCTORS.get(constructor)
 
 
+@pytest.mark.skipif(
+    has_mmcv1() or not has_mmengine(), reason='a recipe of mmengine'
+)
+@pytest.mark.parametrize(
+    'block',
+    [
+        pytest.param(block, id=f'{block.page}:{block.line}')
+        for block in BLOCKS
+        if block.page.endswith(('recipes.md', 'which_decay.md', 'off.md'))
+        and block.language == 'python'
+        and block.mark in ('', 'config')
+        and 'default_hooks' in block.code
+    ],
+)
+def test_recipe_trains(block, tmp_path):
+    """A small model is trained and validated with the hooks of the recipe."""
+    from tests.for_mmengine.toy import Run, Score
+
+    known = {}
+    exec(block.code, known)
+    metric = Score()
+    metric.compute_metrics = lambda results: {'coco/bbox_mAP': sum(results)}
+    steps = known.get('optim_wrapper', {}).get('accumulative_counts', 1)
+    run = Run(
+        tmp_path,
+        hooks=known['default_hooks'],
+        max_epochs=10,
+        accumulative_counts=steps,
+        metric=metric,
+    )
+    run.train()
+    assert 1 == sum(isinstance(x, mmdet_ema.EMAHook) for x in run.runner.hooks)
+    enabled = known['default_hooks']['ema'].get('enabled', True)
+    (path, *_) = sorted(tmp_path.glob('*.pth'))
+    assert enabled == ('ema_meta' in run.load(path.name))
+
+
 @pytest.mark.skipif(not has_mmcv1(), reason='a config of mmcv 1.x')
 @_marked('config: mmcv1')
 def test_config_of_mmcv1_builds_its_hooks(block, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Links in pages lead somewhere; nothing is asked of the network."""
 
+import re
+
 import pytest
 
-from tests.docs.pages import DOCS, ROOT, links, slugs
+from tests.docs.pages import DOCS, ROOT, links, prose, slugs
 
 PAGES = [
     *sorted(DOCS.rglob('*.md')),
@@ -23,6 +25,13 @@ def test_links_of_a_page_lead_to_files_and_headings(page):
         if not file.exists() or (anchor and anchor not in slugs(file)):
             lost.append(target)
     assert [] == lost
+
+
+def test_tests_that_pages_name_are_there():
+    """A recipe says which test runs it."""
+    for page in DOCS.rglob('*.md'):
+        for name in re.findall(r'`(tests/[\w/.-]+)`', prose(page)):
+            assert (ROOT / name).exists(), (page, name)
 
 
 def test_every_page_is_in_the_table_of_contents():
