@@ -90,3 +90,9 @@ def tables(path):
 def names(path):
     """Return what stands between backquotes, in a set."""
     return set(re.findall(r'`([^`]+)`', re.sub(r'\s+', ' ', prose(path))))
+
+
+def numbers(path):
+    """Return the numbers outside of backquotes and links, in a set."""
+    text = re.sub(r'`[^`]+`|\]\([^)]*\)', '', prose(path))
+    return set(re.findall(r'\d[\d,.]*\d|\d', text))

@@ -11,6 +11,7 @@ from tests.docs.pages import (
     blocks,
     headings,
     names,
+    numbers,
     prose,
     tables,
 )
@@ -53,8 +54,9 @@ def test_tables_are_the_same(page):
 
 @pairs
 def test_the_same_names_and_numbers_are_named(page):
-    """What stands between backquotes is the same: no page drifts away."""
+    """What is between backquotes, and numbers: no page drifts away."""
     assert names(page) == names(CHINESE / page.name)
+    assert numbers(page) == numbers(CHINESE / page.name)
 
 
 @pytest.mark.parametrize('page', NAMES)
