@@ -8,6 +8,7 @@ from tests.docs.pages import (
     DOCS,
     ENGLISH,
     NAMES,
+    ROOT,
     blocks,
     headings,
     names,
@@ -59,10 +60,14 @@ def test_the_same_names_and_numbers_are_named(page):
     assert numbers(page) == numbers(CHINESE / page.name)
 
 
-@pytest.mark.parametrize('page', NAMES)
+@pytest.mark.parametrize(
+    'page',
+    [*(CHINESE / name for name in NAMES), ROOT / 'README_zh-CN.md'],
+    ids=lambda x: x.name,
+)
 def test_chinese_has_full_width_punctuation(page):
     """No ASCII comma, stop, colon or bracket next to a Chinese character."""
-    text = re.sub(r'`[^`]*`', '`', prose(CHINESE / page))
+    text = re.sub(r'`[^`]*`', '`', prose(page))
     text = re.sub(r'\]\([^)]*\)', ']', text)
     wrong = re.findall(r'.?[\u4e00-\u9fff][,;:?!()].?', text)
     wrong += re.findall(r'.?[,;:?!()][\u4e00-\u9fff].?', text)
