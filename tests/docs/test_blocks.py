@@ -16,10 +16,11 @@ from torch import nn
 import mmdet_ema
 from mmdet_ema.cli.main import _parser
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
-from tests.docs.pages import ENGLISH, blocks
+from tests.docs.pages import ENGLISH, ROOT, blocks
 from tests.needs import SAFELY
 
-BLOCKS = [block for page in ENGLISH for block in blocks(page)]
+PAGES = [*ENGLISH, ROOT / 'README.md']
+BLOCKS = [block for page in PAGES for block in blocks(page)]
 MARKS = r'|config|program|(config|program): mmcv1|not run: .{10,}'
 
 

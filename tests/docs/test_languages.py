@@ -18,7 +18,13 @@ from tests.docs.pages import (
 )
 
 CHINESE = DOCS / 'zh_cn'
-pairs = pytest.mark.parametrize('page', ENGLISH, ids=NAMES)
+PAIRS = [
+    *((page, CHINESE / page.name) for page in ENGLISH),
+    (ROOT / 'README.md', ROOT / 'README_zh-CN.md'),
+]
+pairs = pytest.mark.parametrize(
+    ('page', 'chinese'), PAIRS, ids=[page.name for page, _ in PAIRS]
+)
 
 
 def test_both_languages_have_the_same_pages():
@@ -27,14 +33,14 @@ def test_both_languages_have_the_same_pages():
 
 
 @pairs
-def test_headings_are_the_same(page):
+def test_headings_are_the_same(page, chinese):
     """As many headings of each level, in the same order."""
-    ours, theirs = headings(page), headings(CHINESE / page.name)
+    ours, theirs = headings(page), headings(chinese)
     assert [level for level, _ in ours] == [level for level, _ in theirs]
 
 
 @pairs
-def test_blocks_are_the_same(page):
+def test_blocks_are_the_same(page, chinese):
     """Every block has the same code; its comments are translated."""
     ours, theirs = (
         [
@@ -42,32 +48,28 @@ def test_blocks_are_the_same(page):
             for x in blocks(path)
             if x.language != '{toctree}'
         ]
-        for path in (page, CHINESE / page.name)
+        for path in (page, chinese)
     )
     assert ours == theirs
 
 
 @pairs
-def test_tables_are_the_same(page):
+def test_tables_are_the_same(page, chinese):
     """Every table has as many rows and columns."""
-    assert tables(page) == tables(CHINESE / page.name)
+    assert tables(page) == tables(chinese)
 
 
 @pairs
-def test_the_same_names_and_numbers_are_named(page):
+def test_the_same_names_and_numbers_are_named(page, chinese):
     """What is between backquotes, and numbers: no page drifts away."""
-    assert names(page) == names(CHINESE / page.name)
-    assert numbers(page) == numbers(CHINESE / page.name)
+    assert names(page) == names(chinese)
+    assert numbers(page) == numbers(chinese)
 
 
-@pytest.mark.parametrize(
-    'page',
-    [*(CHINESE / name for name in NAMES), ROOT / 'README_zh-CN.md'],
-    ids=lambda x: x.name,
-)
-def test_chinese_has_full_width_punctuation(page):
+@pairs
+def test_chinese_has_full_width_punctuation(page, chinese):
     """No ASCII comma, stop, colon or bracket next to a Chinese character."""
-    text = re.sub(r'`[^`]*`', '`', prose(page))
+    text = re.sub(r'`[^`]*`', '`', prose(chinese))
     text = re.sub(r'\]\([^)]*\)', ']', text)
     wrong = re.findall(r'.?[\u4e00-\u9fff][,;:?!()].?', text)
     wrong += re.findall(r'.?[,;:?!()][\u4e00-\u9fff].?', text)
