@@ -53,8 +53,11 @@ def test_config_builds_its_hooks(block, tmp_path, monkeypatch):
     from mmengine.runner import Runner
     from mmengine.visualization import Visualizer
 
-    for framework in ('mmdet3d', 'mmdet'):
-        if f"'{framework}" in block.code and not has_package(framework):
+    for framework, named in (
+        ('mmdet3d', r'mmdet3d::'),
+        ('mmdet', r'mmdet::|NumClassCheckHook'),
+    ):
+        if re.search(named, block.code) and not has_package(framework):
             pytest.skip(f'{framework} is not in this stack')
     _registered('mmdet3d' if 'mmdet3d::' in block.code else 'mmdet')
     Visualizer.get_instance('pages')  # hooks of mmdet ask for one
@@ -115,7 +118,9 @@ def test_recipe_trains(block, tmp_path):
     assert 1 == sum(isinstance(x, mmdet_ema.EMAHook) for x in run.runner.hooks)
     enabled = known['default_hooks']['ema'].get('enabled', True)
     (path, *_) = sorted(tmp_path.glob('*.pth'))
-    assert enabled == ('ema_meta' in run.load(path.name))
+    # switched off, it is a file of the framework's own
+    saved = torch.load(path, **({'weights_only': False} if SAFELY else {}))
+    assert enabled == ('ema_meta' in saved)
 
 
 @pytest.mark.skipif(not has_mmcv1(), reason='a config of mmcv 1.x')
@@ -156,7 +161,8 @@ def test_program_of_mmcv1_runs(block, tmp_path, monkeypatch):
     """In a folder with a checkpoint that a run of mmcv 1.x wrote."""
     from tests.for_mmcv1.toy import EMA, Run
 
-    Run(tmp_path, EMA, runner=dict(max_epochs=12)).train()
+    Run(tmp_path, EMA, runner=dict(max_epochs=1)).train()
+    (tmp_path / 'epoch_1.pth').rename(tmp_path / 'epoch_12.pth')
     monkeypatch.chdir(tmp_path)
     _execute_up_to(block)
 
