@@ -539,6 +539,8 @@ class WeightAverager:
         elif any(entry.raw.is_cuda for entry in self.entries):
             # kernels of a GPU read memory as it lay when they were planned
             self._plan_updates()
+        else:
+            self._plan.look_again()
 
     @torch.no_grad()
     def _select_again(self) -> None:

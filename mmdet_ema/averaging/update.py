@@ -107,7 +107,12 @@ class UpdatePlan:
         what was gathered before.
         """
         for gathered in self._gathered:
-            copy_all(gathered.shaped, [e.raw for e in gathered.entries])
+            gathered.read()
+
+    def look_again(self) -> None:
+        """Read tensors where they are now: some lie elsewhere."""
+        for gathered in self._gathered:
+            gathered.where = None
 
     def run(
         self, decays: Sequence[Optional[float]], check: bool
@@ -251,12 +256,25 @@ class _Gathered:
             device = entries[0].raw.device
             self.buffer = torch.empty_like(self.flats[0], device=device)
             self._parts = list(torch.split(self.buffer, self._sizes))
-            self.shaped = [
-                part.view(entry.raw.shape)
-                for part, entry in zip(self._parts, entries)
-            ]
+        # the tensors as they are joined; looked up by the next reading
+        self.where: Optional[List[Tensor]] = None
         # which tensor each element belongs to; made when first asked for
         self._owners: Optional[Tensor] = None
+
+    def read(self) -> None:
+        """Read the tensors into the buffer."""
+        if self.where is None:
+            raws = [entry.raw.detach() for entry in self.entries]
+            if not all(
+                raw.is_contiguous() and raw.dtype == self.buffer.dtype
+                for raw in raws
+            ):
+                parts = zip(self._parts, raws)
+                copy_all([part.view(raw.shape) for part, raw in parts], raws)
+                return
+            self.where = [raw.view(-1) for raw in raws]
+        # half the time of a copy of each
+        torch.cat(self.where, out=self.buffer)
 
     def update(
         self,
