@@ -218,7 +218,7 @@ class WeightAverager:
         self._follow()
         after, decay = self._next_step()
         with DeferredInterrupts():
-            self._plan.read()
+            self._plan.read(updates=after.averaged == after.steps)
             if self._stream is None:
                 self._verdict = self._run(after, decay)
             else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import cmath
 import functools
+import itertools
 import math
 import signal
 import threading
@@ -87,12 +88,6 @@ class UpdatePlan:
         self._exact = self._gather(
             [i for i in copied if not entries[i].has_mean]
         )
-        self._gathered = [
-            *self._small,
-            *self._averaged,
-            *self._copied,
-            *self._exact,
-        ]
         self._groups = self._group()
         self._sources = [s for sources, _ in self._groups for s in sources]
         if deferred is None:
@@ -100,18 +95,24 @@ class UpdatePlan:
             deferred = len(devices) == 1 and devices.pop().type == 'cuda'
         self._can_defer = deferred and self._can_fuse()
 
-    def read(self) -> None:
+    def read(self, updates: bool = True) -> None:
         """Gather small weights and all buffers.
 
         A forward pass changes buffers: what runs in parallel with it reads
         what was gathered before.
+
+        Args:
+            updates: Whether averages are updated, or copies alone.
+                Defaults to True.
         """
-        for gathered in self._gathered:
+        averaged = [*self._small, *self._averaged] if updates else []
+        for gathered in (*averaged, *self._copied, *self._exact):
             gathered.read()
 
     def look_again(self) -> None:
         """Read tensors where they are now: some lie elsewhere."""
-        for gathered in self._gathered:
+        parts = self._small, self._averaged, self._copied, self._exact
+        for gathered in itertools.chain(*parts):
             gathered.where = None
 
     def run(
