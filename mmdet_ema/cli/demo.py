@@ -78,7 +78,7 @@ def _train(
     images, labels = train
     for _ in range(_EPOCHS):
         model.train()
-        for batch in torch.randperm(len(images)).split(_BATCH):
+        for batch in torch.split(torch.randperm(len(images)), _BATCH):
             loss = functional.cross_entropy(
                 model(images[batch]), labels[batch]
             )
