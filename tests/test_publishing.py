@@ -12,6 +12,7 @@ import pytest
 
 from mmdet_ema.version import __version__
 from tests.averaging.models import ROOT
+from tests.test_stacks import ROWS
 
 BUILD = """
 import sys
@@ -96,3 +97,23 @@ def test_editable_install_is_found_by_type_checkers(built):
         (path,) = [x for x in names if x.endswith('.pth')]
         assert names == [path]
         assert file.read(path).decode().strip() == str(source)
+
+
+def test_version_and_date_are_those_of_the_changes():
+    """The newest release of the changes is what is built and cited."""
+    changes = (ROOT / 'CHANGELOG.md').read_text()
+    found = re.search(r'^## (\d\S+) \((\d{4}-\d\d-\d\d)\)$', changes, re.M)
+    assert found, 'no release with a date'
+    assert __version__ == found[1]
+    cited = (ROOT / 'CITATION.cff').read_text()
+    assert f'\nversion: {found[1]}\ndate-released: {found[2]}\n' in cited
+
+
+def test_every_stack_is_run_in_ci():
+    """What ``.ci/run`` may leave out has a job of its own."""
+    workflow = (ROOT / '.github' / 'workflows' / 'ci.yml').read_text()
+    jobs = re.findall(r"stack: ([\w-]+), python: '([\d.]+)'", workflow)
+    assert jobs == [(row[0], row[1]) for row in ROWS if row[2] != 'always']
+    always = {row[1] for row in ROWS if row[2] == 'always'}
+    listed = re.findall(r'^ +(3\.\d+)$', workflow, re.MULTILINE)
+    assert always == set(listed)
