@@ -70,6 +70,20 @@ def test_wheel_is_for_every_platform(built):
     assert {'mmengine', 'mmdet', 'mmcv1', 'forks', 'plot'} <= wanted
 
 
+def test_links_on_pypi_are_absolute(built):
+    """The README that is shown there has no link to a file beside it."""
+    with tarfile.open(built[1]) as file:
+        name = f'mmdet_ema-{__version__}/PKG-INFO'
+        shown = email.message_from_binary_file(file.extractfile(name))
+    assert 'text/markdown' == shown['Description-Content-Type']
+    readme = shown.get_payload(decode=True).decode()
+    links = re.findall(r'\]\(([^)]+)\)|(?:src|href)="([^"]+)"', readme)
+    targets = [markdown or html for markdown, html in links]
+    assert len(targets) > 10
+    assert [] == [x for x in targets if not re.match('https?://|#', x)]
+    assert any('githubusercontent' in x for x in targets)
+
+
 def test_sdist_is_the_project(built):
     """Every file of the sources is in it, so that its tests run."""
     source, sdist = built[:2]
