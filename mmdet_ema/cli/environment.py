@@ -7,11 +7,12 @@ the bug. Hence nothing here imports one of them at the top.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Iterator, List, Tuple
+from typing import Callable, Iterator, Tuple
 
 from mmdet_ema.frameworks import (
     has_mmcv1,
@@ -26,13 +27,17 @@ _DISTRIBUTIONS = {
     'mmengine': ('mmengine', 'mmengine-lite', 'onedl-mmengine'),
     'mmcv': ('mmcv', 'mmcv-full', 'mmcv-lite', 'onedl-mmcv'),
     'mmdet': ('mmdet', 'onedl-mmdetection'),
-    'mmdet3d': ('mmdet3d', 'onedl-mmdetection3d'),
+    'mmdet3d': ('mmdet3d',),
+    'mmpose': ('mmpose',),
+    'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
+    'mmrotate': ('mmrotate', 'onedl-mmrotate'),
+    'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
 }
-"""Packages by import name, and what they are installed as."""
+"""Packages by import name, and what they can be installed as."""
 
 
 def print_environment() -> None:
-    """Print versions, the hooks and the GPUs, a line each.
+    """Print versions, the hooks that are built and the GPUs, a line each.
 
     Nothing else comes on stdout: what frameworks print when they are imported
     goes to stderr.
@@ -40,29 +45,51 @@ def print_environment() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         rows = list(_rows())
     for name, value in rows:
-        print(f'{name + ":":<10} {value}')
+        print(f'{name + ":":<14} {value}')
 
 
 def _rows() -> Iterator[Tuple[str, str]]:
     yield 'mmdet_ema', __version__
     yield 'Python', platform.python_version()
     yield 'OS', platform.platform()
-    gpus: List[str] = []
-    try:
-        import torch
+    yield 'torch', _answer(_torch)
+    found = {package: _version(package) for package in _DISTRIBUTIONS}
+    yield from ((name, text) for name, text in found.items() if text)
+    missing = [name for name, text in found.items() if not text]
+    if missing:
+        yield 'not installed', ', '.join(missing)
+    registries = [
+        *(['mmcv.runner'] if has_mmcv1() else []),
+        *(['mmengine.registry'] if has_mmengine() else []),
+    ]
+    for name in registries:
+        hook = _answer(functools.partial(_hook, name))
+        yield 'EMAHook', f'{hook} ({name})'
+    if not registries:
+        yield 'EMAHook', 'needs mmengine or mmcv 1.7'
+    yield 'GPUs', _answer(_gpus)
 
-        cuda = torch.version.cuda or torch.version.hip
-        yield 'torch', f'{torch.__version__} (CUDA {cuda or "not built in"})'
-        gpus = [
-            torch.cuda.get_device_name(i)
-            for i in range(torch.cuda.device_count())
-        ]
+
+def _answer(ask: Callable[[], str]) -> str:
+    """Return what is answered, or the error on one line."""
+    try:
+        return ask()
     except Exception as error:
-        yield 'torch', _why(error)
-    for package in _DISTRIBUTIONS:
-        yield package, _version(package)
-    yield from _hooks()
-    yield 'GPUs', ', '.join(gpus) or 'none'
+        return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+def _torch() -> str:
+    import torch
+
+    cuda = torch.version.cuda or torch.version.hip
+    return f'{torch.__version__} (CUDA {cuda or "not built in"})'
+
+
+def _gpus() -> str:
+    import torch
+
+    numbers = range(torch.cuda.device_count())
+    return ', '.join(map(torch.cuda.get_device_name, numbers)) or 'none'
 
 
 def _version(package: str) -> str:
@@ -70,26 +97,11 @@ def _version(package: str) -> str:
         with contextlib.suppress(PackageNotFoundError):
             return version(name) + f' ({name})' * (name != package)
     # a clone on PYTHONPATH has no metadata
-    return 'not installed' if not has_package(package) else 'version unknown'
+    return 'version unknown' if has_package(package) else ''
 
 
-def _hooks() -> Iterator[Tuple[str, str]]:
-    """Yield what ``dict(type='EMAHook')`` builds, by generation."""
-    registries = [
-        *(['mmcv.runner'] if has_mmcv1() else []),
-        *(['mmengine.registry'] if has_mmengine() else []),
-    ]
-    if not registries:
-        yield 'EMAHook', 'none: neither mmengine nor mmcv 1.7 is installed'
-    for name in registries:
-        try:
-            load_hook()
-            hook: Any = importlib.import_module(name).HOOKS.get('EMAHook')
-            yield 'EMAHook', f'{hook.__module__}.{hook.__name__} ({name})'
-        except Exception as error:
-            yield 'EMAHook', f'{_why(error)} ({name})'
-
-
-def _why(error: Exception) -> str:
-    text = ' '.join(str(error).split())
-    return f'does not import: {type(error).__name__}: {text}'
+def _hook(registry: str) -> str:
+    """Return the class that ``dict(type='EMAHook')`` builds."""
+    load_hook()
+    hook = importlib.import_module(registry).HOOKS.get('EMAHook')
+    return f'{hook.__module__}.{hook.__name__}'
