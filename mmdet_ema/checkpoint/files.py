@@ -47,8 +47,7 @@ _DTYPES = {
 # what torch reads besides tensors; a stand-in takes its place
 _KNOWN = f"""
     builtins.bytearray builtins.complex builtins.set collections.Counter
-    {HISTORY}
-    numpy.dtype numpy.ndarray
+    {HISTORY} numpy.dtype numpy.ndarray
     numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar
     numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar
     torch.Tensor torch.device torch.serialization._get_layout
@@ -100,7 +99,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
             )
         with open(path, 'rb') as file:
             is_zip = file.read(4) == b'PK\3\4'
-        content = _in_archive(path) if is_zip else _in_legacy_file(path)
+        content = _look_into_archive(path) if is_zip else _look_into_old(path)
         if not isinstance(content, Mapping):
             raise _RefusedError(
                 f'holds a {type(content).__name__}, not a dict with a '
@@ -121,9 +120,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
 def write_whole(path: str, content: bytes) -> None:
     """Write a file under a temporary name, and move it into place.
 
-    Args:
-        path: The file, which is replaced; a link is followed.
-        content: What it will hold.
+    A file of that name is replaced; a link is followed.
     """
     path = os.path.realpath(path)
     folder, name = os.path.split(path)
@@ -146,10 +143,8 @@ class RemovesLater:
     """A file backend that removes a file when the next one is written.
 
     Hooks remove the last best file before they write the next: a run that is
-    killed in between would be left without.
-
-    Args:
-        backend: The backend; files that are not local it removes at once.
+    killed in between would be left without. Files that are not local are
+    removed at once.
     """
 
     def __init__(self, backend: Any):
@@ -179,7 +174,11 @@ def _moment_of(path: Any) -> Any:
     return status.st_ino, status.st_mtime_ns
 
 
-def _in_archive(path: str) -> Any:
+class _RefusedError(Exception):
+    """The rest of a sentence about a file."""
+
+
+def _look_into_archive(path: str) -> Any:
     if not zipfile.is_zipfile(path):
         raise _RefusedError(
             f'({os.path.getsize(path)} bytes) is cut off or no checkpoint: '
@@ -197,41 +196,37 @@ def _in_archive(path: str) -> Any:
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: info for info in archive.infolist()}
         root = next(iter(records)).split('/')[0]
-        structure = f'{root}/data.pkl'
-        bad = None
+        structure, bad = f'{root}/data.pkl', None
         # torch can leave out all checksums (set_crc32_options)
         if any(info.CRC for info in records.values()):
             is_same = zlib.crc32(pickled) == records[structure].CRC
             bad = archive.testzip() if is_same else structure
     content: Any = {}
-    owners: Dict[str, Tensor] = {}
+    named = bad
     if bad != structure and not _is_unsafe_chosen():
         look = _Look(io.BytesIO(pickled))
         content = look.load()
         for tensor, storage in look.tensors:
             record = f'{root}/data/{storage.key}'
-            owners.setdefault(record, tensor)
             held = records[record].file_size if record in records else 0
             if held < storage.nbytes:
                 raise _RefusedError(
                     f'is damaged: it holds {held} of the {storage.nbytes} '
-                    f'bytes of {_name_of(content, tensor)}. Take another '
+                    f'bytes of {_name_of(tensor, content)}. Take another '
                     f'checkpoint.'
                 )
+            if record == named:
+                named = _name_of(tensor, content)
     if bad is not None:
-        name = _name_of(content, owners[bad]) if bad in owners else bad
         raise _RefusedError(
-            f'is damaged: {name} is not what was written. Take another '
+            f'is damaged: {named} is not what was written. Take another '
             f'checkpoint.'
         )
     return content
 
 
-def _in_legacy_file(path: str) -> Any:
-    """Look into a file of torch before 1.6: five pickles, then the data.
-
-    It has no checksums.
-    """
+def _look_into_old(path: str) -> Any:
+    """Look into a file of torch before 1.6: five pickles, then the data."""
     with open(path, 'rb') as file:
         if _is_unsafe_chosen():
             return {}
@@ -249,14 +244,10 @@ def _in_legacy_file(path: str) -> Any:
             end = file.seek(storage.nbytes, os.SEEK_CUR)
             if numel != storage.numel or end > os.path.getsize(path):
                 raise _RefusedError(
-                    f'is cut off or damaged at {_name_of(content, tensor)}; '
+                    f'is cut off or damaged at {_name_of(tensor, content)}; '
                     f'take another checkpoint.'
                 )
     return content
-
-
-class _RefusedError(Exception):
-    """The rest of a sentence about a file."""
 
 
 class _Storage(NamedTuple):
@@ -282,16 +273,7 @@ class _StandIn:
     def __init__(self, *args: Any):
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    extend = append
+    append = extend = __setitem__ = __setstate__ = __init__
 
 
 class _NotCalled(type):
@@ -359,7 +341,7 @@ class _Look(pickle.Unpickler):
                 f'holds a sharded or nested tensor ({full}); save the whole '
                 f'tensors (full_tensor()) and give that file.'
             )
-        if _is_known(full):
+        if full in _KNOWN.split() or full in _read_besides():
             try:
                 getattr(importlib.import_module(module), name)
             except (ImportError, AttributeError):
@@ -409,15 +391,13 @@ def _sparse(layout: Any, data: Any) -> Tensor:
     return torch.empty(data[place], dtype=dtype, device='meta')
 
 
-def _is_known(full: str) -> bool:
-    if full in _KNOWN.split():
-        return True
+def _read_besides() -> List[str]:
     if not LOADS_SAFELY:
-        return full in _KNOWN_BEFORE.split()
-    return full in {
+        return _KNOWN_BEFORE.split()
+    return [
         x[1] if isinstance(x, tuple) else f'{x.__module__}.{x.__qualname__}'
         for x in torch.serialization.get_safe_globals()
-    }
+    ]
 
 
 def _is_harmless(module: str, name: str) -> bool:
@@ -449,16 +429,17 @@ def _would_run(name: str) -> str:
     )
 
 
-def _name_of(content: Any, tensor: Tensor) -> str:
+def _name_of(tensor: Tensor, content: Any) -> str:
     return next((k[1:] for k, v in _walk(content) if v is tensor), 'a tensor')
 
 
 def _walk(value: Any, name: str = '') -> Iterator[Tuple[str, Any]]:
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _walk(item, f'{name}.{key}')
+        items: Any = value.items()
     elif isinstance(value, (list, tuple)):
-        for place, item in enumerate(value):
-            yield from _walk(item, f'{name}.{place}')
+        items = enumerate(value)
     else:
         yield name, value
+        return
+    for key, item in items:
+        yield from _walk(item, f'{name}.{key}')

@@ -12,7 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdet_ema.checkpoint import Codec, foreign, from_plain, to_plain
+from mmdet_ema.checkpoint.weights_only import (
+    Codec,
+    foreign,
+    from_plain,
+    to_plain,
+)
 from tests.averaging.models import run_python
 
 
