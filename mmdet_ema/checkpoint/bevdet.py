@@ -79,21 +79,16 @@ def add_averages(
         # that hook leaves integers as they were at the start
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             averages[name] = value
-    ema = OrderedDict({STEPS: torch.tensor(updates - init_updates)})
-    ema.update({PREFIX + name: raw for name, raw in raws.items()})
-    checkpoint[WEIGHTS], checkpoint[EMA] = averages, ema
-    return _doubts(path, second, checkpoint, raws.keys() - found.keys())
-
-
-def _doubts(
-    path: str, second: Any, checkpoint: Mapping[str, Any], missing: Any
-) -> List[str]:
+    steps = torch.tensor(updates - init_updates)
+    checkpoint[EMA] = {STEPS: steps, **{PREFIX + k: raws[k] for k in raws}}
+    checkpoint[WEIGHTS] = averages
     doubts = []
+    missing = sorted(raws.keys() - found.keys())
     if missing:
         doubts.append(
             f'{len(missing)} tensors of the checkpoint are not in {path!r} '
-            f'({", ".join(sorted(missing)[:3])}); their average starts from '
-            f'the raw weights.'
+            f'({", ".join(missing[:3])}); their average starts from the raw '
+            f'weights.'
         )
     meta = checkpoint.get('meta') or {}
     # a hook may note the number before or after the runner counts up, and
