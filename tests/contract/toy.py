@@ -4,6 +4,8 @@ Both toys have the same model, data and optimizer; a file of either is read
 into the same parts.
 """
 
+from logging.handlers import BufferingHandler
+
 import torch
 
 from tests import oracle
@@ -85,13 +87,13 @@ class Run:
         **options,
     ):
         self.work_dir, self._files = work_dir, {}
+        self._said = BufferingHandler(10**6)
         if MMCV1:
             self._files = dict(resume=resume, load=load)
-            self._lines = toy.Lines()
             options.update(
                 runner=dict(max_epochs=epochs),
                 loader=toy.loader(batch=batch),
-                logger=toy.quiet(self._lines),
+                logger=toy.quiet(self._said),
             )
             if accumulation > 1:
                 kind = 'GradientCumulativeOptimizerHook'
@@ -108,12 +110,40 @@ class Run:
                 options['load_from'] = str(resume or load)
             options['resume'] = bool(resume)
         self.toy = toy.Run(work_dir, *hooks, **options)
+        if not MMCV1:
+            self.toy.runner.logger.addHandler(self._said)
         self.model, self.trace = self.toy.model, self.toy.trace
 
     def train(self):
         """Train; return this run."""
         self.toy.train(**self._files)
         return self
+
+    def read(self, path, resume):
+        """Read a file and get ready to train; return the averages, if any.
+
+        May be called again with another file.
+        """
+        runner = self.toy.runner
+        self._said.flush()
+        if MMCV1:
+            if resume:
+                runner.resume(str(path))
+                moments = 'before_run', 'before_train_epoch'
+                for moment in (*moments, 'before_train_iter'):
+                    runner.call_hook(moment)
+            else:
+                runner.load_checkpoint(str(path))
+        else:
+            assert runner.train_loop  # it is made when it is asked for
+            runner._has_loaded, runner._load_from = False, str(path)
+            runner._resume = resume
+            runner.call_hook('before_run')
+            runner.load_or_resume()
+            runner.call_hook('before_train')
+        hooks = (x for x in runner.hooks if type(x).__name__ == 'EMAHook')
+        averager = next(hooks)._life.averager
+        return dict(averager.named_averages()) if averager else None
 
     @property
     def start(self):
@@ -132,11 +162,8 @@ class Run:
     @property
     def log(self):
         """The log in one line, levels included."""
-        if MMCV1:
-            text = '\n'.join(self._lines.lines)
-        else:
-            text = max(self.work_dir.glob('*/*.log')).read_text()
-        return ' '.join(text.split())
+        said = (f'{x.levelname} {x.getMessage()}' for x in self._said.buffer)
+        return ' '.join(' '.join(said).split())
 
     def wrong(self, saved, decay_of, keys=None, chosen=None):
         """Names of the tensors of a file that are not the oracle's average.
