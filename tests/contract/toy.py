@@ -45,17 +45,27 @@ class Saved:
     """A file of a run: both halves by name, and what is said of them."""
 
     def __init__(self, path):
+        self.path = path
         # the framework's own files hold more than weights
         self.content = torch.load(path, **({} if MMCV1 else UNSAFE))
         self.averages = self.content['state_dict']
-        part = self.content
+        self.part = self.content
         if MMCV1:
-            part = part['meta'].get('hook_msgs', {}).get('EMAHook', {})
-        self.has_part = 'ema_state_dict' in part
+            messages = self.content['meta'].get('hook_msgs', {})
+            self.part = messages.get('EMAHook', {})
+        self.has_part = 'ema_state_dict' in self.part
         if self.has_part:
-            ema = dict(part['ema_state_dict'])
-            self.steps, self.meta = int(ema.pop('steps')), part['ema_meta']
+            ema = dict(self.part['ema_state_dict'])
+            self.steps, self.meta = (
+                int(ema.pop('steps')),
+                self.part['ema_meta'],
+            )
             self.raws = {name[len('module.') :]: x for name, x in ema.items()}
+
+    def write(self):
+        """Write what the content has become; return the path."""
+        torch.save(self.content, self.path)
+        return self.path
 
 
 UNSAFE = dict(weights_only=False)
