@@ -14,7 +14,6 @@ import os
 import pickle
 import sys
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -52,12 +51,10 @@ _KNOWN = f"""
     numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar
     torch.Tensor torch.device torch.serialization._get_layout
     torch.nn.parameter.Buffer torch.nn.parameter.Parameter
-    torch.per_channel_affine torch.per_channel_affine_float_qparams
-    torch.per_channel_symmetric torch.per_tensor_affine
-    torch.per_tensor_symmetric torch._utils._rebuild_device_tensor_from_numpy
+    torch._utils._rebuild_device_tensor_from_numpy
 """
-# and what a torch that reads everything is given besides
-_KNOWN_BEFORE = """
+if not LOADS_SAFELY:  # and reads everything
+    _KNOWN += """
     addict.addict.Dict mmcv.utils.config.Config mmcv.utils.config.ConfigDict
     mmengine.config.config.ConfigDict
     builtins.bool builtins.bytes builtins.dict builtins.float
@@ -123,20 +120,15 @@ def write_whole(path: str, content: bytes) -> None:
     A file of that name is replaced; a link is followed.
     """
     path = os.path.realpath(path)
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp('.tmp', f'{name}.', folder)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with os.fdopen(handle, 'wb') as file:
+        with open(temporary, 'wb') as file:
             file.write(content)
-        # mkstemp makes private files
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 class RemovesLater:
@@ -251,13 +243,10 @@ def _look_into_old(path: str) -> Any:
 
 
 class _Storage(NamedTuple):
-    dtype: torch.dtype
     key: str
+    dtype: torch.dtype
     numel: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * torch.empty((), dtype=self.dtype).element_size()
+    nbytes: int
 
 
 class _StandIn:
@@ -302,7 +291,8 @@ class _Look(pickle.Unpickler):
         kind, dtype, key, _, numel = pid[:5]
         if kind != 'storage' or not isinstance(dtype, torch.dtype):
             raise _RefusedError(_would_run(f'a persistent {kind}'))
-        return _Storage(dtype, str(key), int(numel))
+        size = torch.empty((), dtype=dtype).element_size()
+        return _Storage(str(key), dtype, int(numel), int(numel) * size)
 
     def find_class(self, module: str, name: str) -> Any:
         # torch writes names of Python 2
@@ -334,14 +324,15 @@ class _Look(pickle.Unpickler):
         if module in ('torch', 'torch.storage'):
             if name.endswith('Storage') and name[:-7] in _DTYPES:
                 return _DTYPES[name[:-7]]
-            if isinstance(getattr(torch, name, None), torch.dtype):
-                return getattr(torch, name)
+            value = getattr(torch, name, None)
+            if isinstance(value, (torch.dtype, torch.qscheme)):
+                return value
         if name in _SHARDED:
             raise _RefusedError(
                 f'holds a sharded or nested tensor ({full}); save the whole '
                 f'tensors (full_tensor()) and give that file.'
             )
-        if full in _KNOWN.split() or full in _read_besides():
+        if full in _known():
             try:
                 getattr(importlib.import_module(module), name)
             except (ImportError, AttributeError):
@@ -391,13 +382,14 @@ def _sparse(layout: Any, data: Any) -> Tensor:
     return torch.empty(data[place], dtype=dtype, device='meta')
 
 
-def _read_besides() -> List[str]:
+def _known() -> List[str]:
     if not LOADS_SAFELY:
-        return _KNOWN_BEFORE.split()
-    return [
+        return _KNOWN.split()
+    allowed = (
         x[1] if isinstance(x, tuple) else f'{x.__module__}.{x.__qualname__}'
         for x in torch.serialization.get_safe_globals()
-    ]
+    )
+    return [*_KNOWN.split(), *allowed]
 
 
 def _is_harmless(module: str, name: str) -> bool:
