@@ -34,18 +34,10 @@ def is_second_file(checkpoint: Mapping[str, Any]) -> bool:
 def add_averages(
     checkpoint: MutableMapping[str, Any], path: str, init_updates: int
 ) -> List[str]:
-    """Give a raw checkpoint the EMA part that is in a second file.
+    """Give a raw checkpoint, in place, the averages of a second file.
 
-    Args:
-        checkpoint: The raw checkpoint of the same moment, changed in place.
-        path: The second file.
-        init_updates: The hook's option; the file's count starts there.
-
-    Returns:
-        Sentences on what may be wrong.
-
-    Raises:
-        CheckpointError: If it is no such file, or does not fit.
+    The file's count starts at the hook's ``init_updates``. Returns sentences
+    on what may be wrong.
     """
     read_structure(path)  # refuses what would run code, or is damaged
     try:

@@ -74,9 +74,6 @@ def read_structure(path: str) -> Mapping[str, Any]:
     Every record of the file is compared with its CRC-32, which torch writes
     and does not look at (torch before 1.6 wrote none).
 
-    Args:
-        path: A file.
-
     Returns:
         The checkpoint, with its tensors on the ``meta`` device and stand-ins
         for objects. Empty where ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` says to
@@ -96,7 +93,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
             )
         with open(path, 'rb') as file:
             is_zip = file.read(4) == b'PK\3\4'
-        content = _look_into_archive(path) if is_zip else _look_into_old(path)
+        content = _look_into_zip(path) if is_zip else _look_into_old(path)
         if not isinstance(content, Mapping):
             raise _RefusedError(
                 f'holds a {type(content).__name__}, not a dict with a '
@@ -170,7 +167,7 @@ class _RefusedError(Exception):
     """The rest of a sentence about a file."""
 
 
-def _look_into_archive(path: str) -> Any:
+def _look_into_zip(path: str) -> Any:
     if not zipfile.is_zipfile(path):
         raise _RefusedError(
             f'({os.path.getsize(path)} bytes) is cut off or no checkpoint: '

@@ -138,23 +138,21 @@ def pack(
 def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
     """Return the EMA part of a checkpoint, or None if there is none.
 
-    Args:
-        checkpoint: What was read from a file; it is not changed.
-
     Raises:
         CheckpointError: If there is a part that cannot be understood.
     """
     if EMA not in checkpoint and META not in checkpoint:
         return None
-    ema: Any = checkpoint.get(EMA)
     weights: Any = checkpoint.get(WEIGHTS)
+    ema = checkpoint.get(EMA)
     if not isinstance(ema, Mapping) or STEPS not in ema:
         raise CheckpointError(
             f'the {EMA!r} of the checkpoint has no {STEPS!r}; it was not '
             f'written by an EMAHook of this generation. Load the file with '
             f'load_from (no resume) to start from its weights.'
         )
-    meta = {} if checkpoint.get(META) is None else checkpoint[META]
+    meta = checkpoint.get(META)
+    meta = {} if meta is None else meta
     for half, what in ((weights, WEIGHTS), (ema, EMA), (meta, META)):
         check_names(half, what)
     roles = meta.get('roles', _ROLES)
@@ -182,10 +180,6 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
 
 def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
     """Make ``state_dict`` hold the raw weights, for the framework to load.
-
-    Args:
-        checkpoint: The checkpoint, changed in place.
-        part: Its EMA part.
 
     Raises:
         CheckpointError: If it lacks the raw weights of some tensors.
@@ -270,13 +264,9 @@ def check_training_state(
 ) -> None:
     """Check what else training resumes from, before anything is loaded.
 
-    Args:
-        checkpoint: What was read from a file.
-        optimizers: The optimizers of the run, as far as they are made.
-        log: Where a warning goes if the file has none.
-
     Raises:
-        CheckpointError: If it is damaged, or of other optimizers.
+        CheckpointError: If it is damaged, or of other optimizers than those
+            of the run that are made by now.
     """
     meta: Any = checkpoint.get('meta')
     check_names(meta, "'meta'")

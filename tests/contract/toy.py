@@ -96,8 +96,8 @@ class Run:
         load=None,
         **options,
     ):
-        self.work_dir, self._files = work_dir, {}
         self._said = BufferingHandler(10**6)
+        self.work_dir, self._files = work_dir, {}
         if MMCV1:
             self._files = dict(resume=resume, load=load)
             options.update(
