@@ -6,6 +6,7 @@ into the same parts.
 
 from logging.handlers import BufferingHandler
 
+import pytest
 import torch
 
 from tests import oracle
@@ -128,6 +129,18 @@ class Run:
         """Train; return this run."""
         self.toy.train(**self._files)
         return self
+
+    def refuse(self, error, match):
+        """Training is refused in one line, before a weight is loaded."""
+        loaded = []
+        load = self.model._load_from_state_dict
+        self.model._load_from_state_dict = lambda *a: loaded.append(load(*a))
+        with pytest.raises(error, match=match) as caught:
+            self.train()
+        assert '\n' not in str(caught.value)
+        assert not loaded
+        assert not self.records
+        return str(caught.value)
 
     def read(self, path, resume):
         """Read a file and get ready to train; return the averages, if any.
