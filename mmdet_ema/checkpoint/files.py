@@ -252,7 +252,8 @@ class _StandIn:
     def __new__(cls, *args: Any) -> _StandIn:
         # a set would ask for their hash, a defaultdict would call them
         for _, value in _walk(args):
-            if isinstance(value, (_NotCalled, _Instance)):
+            kind = value if isinstance(value, type) else type(value)
+            if issubclass(kind, _Instance):
                 raise _RefusedError(_would_run(cls.__name__))
         return object.__new__(cls)
 
@@ -262,15 +263,14 @@ class _StandIn:
     append = extend = __setitem__ = __setstate__ = __init__
 
 
-class _NotCalled(type):
-    def __call__(cls, *args: Any) -> Any:
-        raise _RefusedError(_would_run(cls.__name__))
-
-
-class _Instance(metaclass=_NotCalled):
+class _Instance:
     """Stands in for what pickle makes without a class's code."""
 
     __hash__ = None  # type: ignore[assignment]  # it is no key of a dict
+
+    def __init__(self, *args: Any):
+        # pickle calls the class, instead of its __new__ alone
+        raise _RefusedError(_would_run(type(self).__name__))
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict:
@@ -339,7 +339,7 @@ class _Look(pickle.Unpickler):
                 ) from None
             return type(full, (_StandIn,), {})
         if not LOADS_SAFELY and _is_harmless(module, name):
-            return _NotCalled(full, (_Instance,), {})
+            return type(full, (_Instance,), {})
         raise _RefusedError(_would_run(full))
 
     def _statistic(self, owner: Any, name: Any) -> Any:
