@@ -8,19 +8,12 @@ and ``updates`` (its count, which starts at ``init_updates``).
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
 from typing import Any, List, Mapping, MutableMapping
 
 import torch
 
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checkpoint.format import (
-    EMA,
-    PREFIX,
-    STEPS,
-    WEIGHTS,
-    plain_name,
-)
+from mmdet_ema.checkpoint.format import WEIGHTS, pack, plain_name
 from mmdet_ema.errors import CheckpointError
 
 UPDATES = 'updates'
@@ -66,14 +59,13 @@ def add_averages(
             f'({", ".join(unknown[:3])}) that the checkpoint does not have; '
             f'give the file beside it, of the same run.'
         )
-    averages = OrderedDict(raws)
-    for name, value in found.items():
-        # that hook leaves integers as they were at the start
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            averages[name] = value
-    steps = torch.tensor(updates - init_updates)
-    checkpoint[EMA] = {STEPS: steps, **{PREFIX + k: raws[k] for k in raws}}
-    checkpoint[WEIGHTS] = averages
+    # that hook leaves integers as they were at the start
+    averages = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    pack(checkpoint, averages, {}, updates - init_updates, {})
     doubts = []
     missing = sorted(raws.keys() - found.keys())
     if missing:
