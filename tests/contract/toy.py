@@ -130,6 +130,26 @@ class Run:
         self.toy.train(**self._files)
         return self
 
+    @property
+    def start(self):
+        """State of the model when training starts."""
+        return self.toy.recorder.start
+
+    @property
+    def records(self):
+        """States of the model after every optimizer step."""
+        return self.toy.records
+
+    def load(self, epoch=2):
+        """Read the file of an epoch."""
+        return Saved(self.work_dir / f'epoch_{epoch}.pth')
+
+    @property
+    def log(self):
+        """The log in one line, levels included."""
+        said = (f'{x.levelname} {x.getMessage()}' for x in self._said.buffer)
+        return ' '.join(' '.join(said).split())
+
     def refuse(self, error, match):
         """Training is refused in one line, before a weight is loaded."""
         loaded = []
@@ -167,26 +187,6 @@ class Run:
         hooks = (x for x in runner.hooks if type(x).__name__ == 'EMAHook')
         averager = next(hooks)._life.averager
         return dict(averager.named_averages()) if averager else None
-
-    @property
-    def start(self):
-        """State of the model when training starts."""
-        return self.toy.recorder.start
-
-    @property
-    def records(self):
-        """States of the model after every optimizer step."""
-        return self.toy.records
-
-    def load(self, epoch=2):
-        """Read the file of an epoch."""
-        return Saved(self.work_dir / f'epoch_{epoch}.pth')
-
-    @property
-    def log(self):
-        """The log in one line, levels included."""
-        said = (f'{x.levelname} {x.getMessage()}' for x in self._said.buffer)
-        return ' '.join(' '.join(said).split())
 
     def wrong(self, saved, decay_of, keys=None, chosen=None):
         """Names of the tensors of a file that are not the oracle's average.
