@@ -12,7 +12,6 @@ from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdet_ema.averaging.update import Rule
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine import checkpoints
@@ -22,6 +21,7 @@ from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import (
     NAMES,
+    Choice,
     choose_rule,
     parse_options,
     show_options,
@@ -88,11 +88,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def __init__(self, **options: Any):
         self.priority = options.pop('priority', self.priority)
-        kind = _averaging_class(options.get('ema_type'))
-        choice = None
-        if kind is not None:
-            rule, options = _rule_of(kind, options)
-            choice = choose_rule(kind.__name__, rule)
+        choice, options = _rule_of_ones_own(options)
         checked = parse_options(choice, **options)
         self.enabled = checked.enabled
         self._log = runners.RunLog()
@@ -261,29 +257,26 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._life.fine_tune(checkpoint, model)
 
 
-def _averaging_class(ema_type: Any) -> Optional[Any]:
-    """Return a user's averaging class by itself or by its name."""
-    kind = ema_type
-    if isinstance(ema_type, str):
-        with MODELS.switch_scope_and_registry(None) as registry:
-            kind = registry.get(ema_type)
-    own = inspect.isclass(kind) and issubclass(kind, BaseAveragedModel)
-    return kind if own and not is_family(ema_type) else None
-
-
-def _rule_of(kind: Any, given: Dict[str, Any]) -> Tuple[Rule, Dict[str, Any]]:
+def _rule_of_ones_own(
+    given: Dict[str, Any],
+) -> Tuple[Optional[Choice], Dict[str, Any]]:
     """Return the rule of a user's averaging class, and our own options.
 
     Its ``avg_func`` is called for each tensor; the class never sees the
     model, so that nothing is deep-copied.
-
-    Raises:
-        OptionError: If the class has an ``update_parameters`` of its own.
     """
+    ema_type = given.get('ema_type')
+    kind: Any = ema_type
+    if isinstance(ema_type, str):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(ema_type)
+    own = inspect.isclass(kind) and issubclass(kind, BaseAveragedModel)
+    if not own or is_family(ema_type):
+        return None, given
     if kind.update_parameters is not BaseAveragedModel.update_parameters:
         raise OptionError(
-            f'ema_type={show(given["ema_type"])} overrides update_parameters; '
-            f'only an avg_func can be used. Move what it does there.'
+            f'ema_type={show(ema_type)} overrides update_parameters; only an '
+            f'avg_func can be used. Move what it does there.'
         )
     ours = {k: x for k, x in given.items() if k in NAMES}
     theirs = {k: x for k, x in given.items() if k not in NAMES}
@@ -299,4 +292,4 @@ def _rule_of(kind: Any, given: Dict[str, Any]) -> Tuple[Rule, Dict[str, Any]]:
             instance.steps.fill_(step - 1)
             instance.avg_func(average, raw, instance.steps)
 
-    return rule, ours
+    return choose_rule(kind.__name__, rule), ours

@@ -40,10 +40,6 @@ _IDLE = 50
 class EMALifecycle:
     """The life of one average inside a trainer.
 
-    Args:
-        options: Checked options.
-        log: Where lines go; has ``info`` and ``warning``.
-
     Attributes:
         averager: The averager, from the first iteration that counts on, or
             that of a file that is evaluated.
@@ -113,15 +109,11 @@ class EMALifecycle:
         epoch: int,
         optimizers: Sequence[Any],
     ) -> None:
-        """Start the average if its time has come.
+        """Start the average if its time has come, after so many iterations.
 
-        Args:
-            model: The model, unwrapped.
-            iteration: Iterations done.
-            epoch: Epochs done.
-            optimizers: The optimizers of the run, as they are now.
+        The model is unwrapped, the optimizers are those of now.
         """
-        if self.averager is not None and self.averager.is_applied:
+        if self.is_applied:
             self._log.warning(
                 'EMA: an evaluation left the averages in the model; training '
                 'goes on from the raw weights.'
@@ -162,11 +154,7 @@ class EMALifecycle:
         averager.before_step()
 
     def after_iteration(self, iteration: int) -> None:
-        """Update the average if the weights changed, once an iteration.
-
-        Args:
-            iteration: The iteration that ends, from 1.
-        """
+        """Update the average if the weights changed in this one, from 1."""
         averager, changes = self.averager, self._changes
         if averager is None:
             return
@@ -216,16 +204,14 @@ class EMALifecycle:
     def tell_steps(self) -> None:
         """Say how many steps were averaged: once, and again at the end."""
         averager, plan, total = self.averager, self._plan, self._iterations
-        told_already = self._told_iterations and self._changes is not None
-        if averager is None or plan is None or told_already:
+        told, at_the_end = self._told_iterations, self._changes is None
+        if told == total or (told and not at_the_end):
             return
-        if self._told_iterations == total:
+        if averager is None or plan is None:
             return
         self._told_iterations, now = total, averager.progress()
-        steps, skipped = (
-            now[name] - self._first[name]
-            for name in ('num_steps', 'num_skipped')
-        )
+        steps = now['num_steps'] - self._first['num_steps']
+        skipped = now['num_skipped'] - self._first['num_skipped']
         self._log.info(
             f'EMA: {steps} steps averaged, {skipped} skipped (NaN or Inf), '
             f'in {total} iterations.'
@@ -236,10 +222,12 @@ class EMALifecycle:
     def scalars(self) -> Dict[str, float]:
         """Return what loggers log of the last step."""
         averager = self.averager
+        if averager is None:
+            return {'ema_decay': 0.0, 'ema_distance': 0.0, 'ema_skipped': 0}
         found = {
-            'ema_decay': averager.decay if averager else 0.0,
-            'ema_distance': averager.distance() if averager else 0.0,
-            'ema_skipped': averager.num_skipped if averager else 0,
+            'ema_decay': averager.decay,
+            'ema_distance': averager.distance(),
+            'ema_skipped': averager.num_skipped,
         }
         return {name: x for name, x in found.items() if math.isfinite(x)}
 
@@ -255,12 +243,7 @@ class EMALifecycle:
     def enter_evaluation(
         self, model: nn.Module, weights: Optional[str] = None
     ) -> None:
-        """Put the averages into the model, if they are to be evaluated.
-
-        Args:
-            model: The model, unwrapped.
-            weights: One of ``passes``; the main one by default.
-        """
+        """Put one of ``passes`` into the model, the main one by default."""
         if self._pending is not None:
             self._make_averager(model)
         if self.averager is None:
@@ -283,17 +266,15 @@ class EMALifecycle:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint with the live weights its EMA part, in place."""
-        averager = None if self._only_evaluates else self.averager
+        averager, averages, raws = self.averager, {}, {}
         meta: Dict[str, Any] = dict(self._plan.meta) if self._plan else {}
         meta['writer'] = f'mmdet_ema {__version__}'
-        if averager is None:
-            pack(checkpoint, {}, {}, 0, meta)
-            return
-        averager.refresh()
-        averages = dict(averager.named_averages(stored=True))
-        raws = dict(averager.named_raws()) if averager.is_applied else {}
-        meta.update(averager.progress())
-        pack(checkpoint, averages, raws, meta['num_steps'], meta)
+        if averager is not None and not self._only_evaluates:
+            averager.refresh()
+            averages = dict(averager.named_averages(stored=True))
+            raws = dict(averager.named_raws()) if averager.is_applied else {}
+            meta.update(averager.progress())
+        pack(checkpoint, averages, raws, meta.get('num_steps', 0), meta)
 
     def resume(
         self,
@@ -333,11 +314,9 @@ class EMALifecycle:
         """Start the average: from the weights, or where the file left it."""
         part, self._pending = self._pending, None
         steps = part.steps if part else 0
-        schedule = (
-            self._plan.schedule
-            if self._plan
-            else self.options.schedule_for(steps)
-        )
+        schedule = self.options.schedule_for(steps)
+        if self._plan is not None:
+            schedule = self._plan.schedule
         with warnings.catch_warnings():
             # the report says so, in the run's log
             warnings.filterwarnings('ignore', 'copied=')
