@@ -125,10 +125,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._model = runners.model_of(runner)
         optimizers = runners.optimizers_of(runner)
         self._life.start(self._model, runners.facts_of(runner), optimizers)
-        self._logger = next(
-            (hook for hook in runner.hooks if isinstance(hook, LoggerHook)),
-            None,
-        )
+        loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
+        self._logger = loggers[0] if loggers else None
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
@@ -169,12 +167,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         many = runner.world_size > 1
         if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
-        logger = self._logger
-        logs = self.every_n_inner_iters(
-            batch_idx, logger.interval if logger else 10
-        )
-        if logs or (
-            logger and self.end_of_epoch(runner.train_dataloader, batch_idx)
+        # the distance costs a reading of the weights: only where it is logged
+        logger, loader = self._logger, runner.train_dataloader
+        interval = logger.interval if logger else 10
+        if self.every_n_inner_iters(batch_idx, interval) or (
+            logger and self.end_of_epoch(loader, batch_idx)
         ):
             for name, value in self._life.scalars().items():
                 runner.message_hub.update_scalar(f'train/{name}', value)
@@ -228,8 +225,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         try:
             yield
         finally:
-            self.after_val_epoch(None)
-            self._weights = before
+            self._evaluates, self._weights = False, before
+            self._life.leave_evaluation()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights next to it."""

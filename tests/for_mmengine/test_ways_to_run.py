@@ -430,6 +430,14 @@ class TeacherAndStudent(ToyModel):
         return dict(loss=loss + 0.1 * (out - aim).square().mean())
 
 
+def semi_supervised(folder, *hooks, priority='NORMAL', **options):
+    """A run with mmdet's teacher hook before ours, and mmdet's loop."""
+    teacher = MeanTeacherHook(momentum=0.2, **options)
+    teacher.priority = priority
+    model, loop = TeacherAndStudent(), dict(type=TeacherStudentValLoop)
+    return Run(folder, teacher, *hooks, model=model, val_cfg=loop).train()
+
+
 @needs.mmdet
 @pytest.mark.parametrize('skip_buffer', [True, False])
 @pytest.mark.parametrize('priority', ['NORMAL', 'VERY_LOW'])
@@ -439,20 +447,10 @@ def test_mean_teacher(tmp_path, skip_buffer, priority):
     Whichever of the two hooks comes first, and in mmdet's own loop, which
     validates both: the teacher as it is, the student averaged.
     """
-
-    def train(name, *hooks):
-        teacher = MeanTeacherHook(momentum=0.2, skip_buffer=skip_buffer)
-        teacher.priority = priority
-        return Run(
-            tmp_path / name,
-            teacher,
-            *hooks,
-            model=TeacherAndStudent(),
-            val_cfg=dict(type=TeacherStudentValLoop),
-        ).train()
-
+    options = dict(priority=priority, skip_buffer=skip_buffer)
     looks = Looks()
-    alone, run = train('alone'), train('beside', EMA, looks)
+    alone = semi_supervised(tmp_path / 'alone', **options)
+    run = semi_supervised(tmp_path / 'beside', EMA, looks, **options)
     start, live = run.recorder.start, state_of(run.model)
     assert same(state_of(alone.model), live) == []
     assert len(run.scalar('val/teacher/score')) == 2
@@ -479,17 +477,10 @@ def test_mean_teacher(tmp_path, skip_buffer, priority):
 @needs.mmdet
 def test_both_weights_of_teacher_and_student(tmp_path):
     """Under 'both' the loop's two evaluations have raw metrics each."""
-
-    def train(evaluate):
-        return Run(
-            tmp_path / evaluate,
-            dict(EMA, evaluate=evaluate),
-            MeanTeacherHook(momentum=0.2),
-            model=TeacherAndStudent(),
-            val_cfg=dict(type=TeacherStudentValLoop),
-        ).train()
-
-    runs = {name: train(name) for name in ('ema', 'raw', 'both')}
+    runs = {
+        name: semi_supervised(tmp_path / name, dict(EMA, evaluate=name))
+        for name in ('ema', 'raw', 'both')
+    }
     for who in ('teacher', 'student'):
         for name, prefix in (('ema', ''), ('raw', 'raw/')):
             expected = list(runs[name].scalar(f'val/{who}/score'))
@@ -501,14 +492,8 @@ def test_both_weights_of_teacher_and_student(tmp_path):
 def test_teacher_with_copied_buffers_is_shown_as_it_is(tmp_path):
     """``update_buffers=False`` shows a frozen teacher's own statistics."""
     looks = Looks()
-    run = Run(
-        tmp_path,
-        MeanTeacherHook(momentum=0.2, skip_buffer=False),
-        dict(EMA, update_buffers=False),
-        looks,
-        model=TeacherAndStudent(),
-        val_cfg=dict(type=TeacherStudentValLoop),
-    ).train()
+    hook = dict(EMA, update_buffers=False)
+    run = semi_supervised(tmp_path, hook, looks, skip_buffer=False)
     (*_, shown), live = looks.seen[-1], state_of(run.model)
     teacher = [key for key in live if key.startswith('teacher.')]
     assert [k for k in teacher if not torch.equal(shown[k], live[k])] == []
