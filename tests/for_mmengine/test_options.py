@@ -112,11 +112,33 @@ def test_every_option_is_documented():
             dict(schedule='exponential', momentum=0.25, tau=3),
             'exponential(decay=0.75, tau=3.0)',
         ),
+        (dict(momentum=0.1), 'ExponentialMovingAverage(momentum=0.1)'),
+        (
+            dict(ema_type='ExpMomentumEMA'),
+            'ExpMomentumEMA(momentum=0.0002, gamma=2000.0)',
+        ),
+        (
+            dict(ema_type='ExpMomentumEMA', momentum=0.01, gamma=50),
+            'ExpMomentumEMA(momentum=0.01, gamma=50.0)',
+        ),
+        (
+            dict(ema_type='ExpMomentumEMA', decay=0.99),
+            'ExpMomentumEMA(momentum=0.01, gamma=2000.0)',
+        ),
+        (
+            dict(ema_type='MomentumAnnealingEMA'),
+            'MomentumAnnealingEMA(momentum=0.0002, gamma=100.0)',
+        ),
+        (
+            dict(ema_type='StochasticWeightAverage'),
+            'StochasticWeightAverage()',
+        ),
+        (dict(ema_type=StochasticWeightAverage), 'StochasticWeightAverage()'),
     ],
     ids=str,
 )
 def test_schedules(options, expected):
-    """A schedule takes its options from its dict and from beside it."""
+    """Options stand in the dict or beside it; a class is in its own words."""
     assert expected == str(schedule_of(**options))
 
 
@@ -310,39 +332,6 @@ def test_scope(scope):
     """A class is named with or without its scope."""
     for kind in ('ExpMomentumEMA', 'StochasticWeightAverage'):
         assert kind == schedule_of(ema_type=scope + kind).name
-
-
-@pytest.mark.parametrize(
-    ('options', 'expected'),
-    [
-        (dict(momentum=0.1), 'ExponentialMovingAverage(momentum=0.1)'),
-        (
-            dict(ema_type='ExpMomentumEMA'),
-            'ExpMomentumEMA(momentum=0.0002, gamma=2000.0)',
-        ),
-        (
-            dict(ema_type='ExpMomentumEMA', momentum=0.01, gamma=50),
-            'ExpMomentumEMA(momentum=0.01, gamma=50.0)',
-        ),
-        (
-            dict(ema_type='ExpMomentumEMA', decay=0.99),
-            'ExpMomentumEMA(momentum=0.01, gamma=2000.0)',
-        ),
-        (
-            dict(ema_type='MomentumAnnealingEMA'),
-            'MomentumAnnealingEMA(momentum=0.0002, gamma=100.0)',
-        ),
-        (
-            dict(ema_type='StochasticWeightAverage'),
-            'StochasticWeightAverage()',
-        ),
-        (dict(ema_type=StochasticWeightAverage), 'StochasticWeightAverage()'),
-    ],
-    ids=str,
-)
-def test_families(options, expected):
-    """A class is described in its own words, with its own defaults."""
-    assert expected == str(schedule_of(**options))
 
 
 @pytest.mark.parametrize('gamma', [0.3, 0.6, 0.7, 1.1, 100])
