@@ -1,6 +1,7 @@
 """Every change of the weights is averaged once an iteration."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,8 +10,7 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
 
-from mmdet_ema.training.steps import TELLS_OF_STEPS
-from tests import oracle
+from tests import needs, oracle
 from tests.for_mmengine.toy import Run, ToyModel, loader, same, state_of
 
 EMA = dict(type='EMAHook', decay=0.9, tau=3)
@@ -61,11 +61,6 @@ def train(folder, *hooks, ema=EMA, **options):
     run = Run(folder, ema, *hooks, trace, **options).train()
     run.trace = trace
     return run
-
-
-def load(run, name):
-    """Read a file of a run; torch 1.13 does not read it ``weights_only``."""
-    return torch.load(run.work_dir / name, weights_only=TELLS_OF_STEPS)
 
 
 def log_of(run):
@@ -126,7 +121,7 @@ def test_weights_that_no_optimizer_changes(tmp_path, change, options):
     """They are averaged where no optimizer of torch's ever steps."""
     run = train(tmp_path, model=Stepping(change), **options)
     name = 'iter_12.pth' if options else 'epoch_2.pth'
-    saved = load(run, name)
+    saved = run.load(name)
     steps = len(run.trace.after)
     assert steps == int(saved['ema_state_dict']['steps'])
     assert run.trace.wrong(saved['state_dict']) == []
@@ -134,23 +129,17 @@ def test_weights_that_no_optimizer_changes(tmp_path, change, options):
     assert 'did not change the weights' not in log_of(run)
 
 
-class Micro:
-    """Changes the weights in every third iteration."""
-
-    def __init__(self, change):
-        self.change, self.calls = change, 0
-
-    def __call__(self, model, backward):
-        self.calls += 1
-        if self.calls % 3 == 0:
-            self.change(model, backward)
-
-
 @pytest.mark.parametrize('change', [by_data, in_place, two_steps])
 def test_accumulation_of_ones_own(tmp_path, change):
     """Iterations that change nothing do not count, also if nobody says so."""
-    run = train(tmp_path, model=Stepping(Micro(change)), **ITERATIONS)
-    saved = load(run, 'iter_12.pth')
+    calls = itertools.count(1)
+
+    def every_third(model, backward):
+        if next(calls) % 3 == 0:
+            change(model, backward)
+
+    run = train(tmp_path, model=Stepping(every_third), **ITERATIONS)
+    saved = run.load('iter_12.pth')
     assert int(saved['ema_state_dict']['steps']) == 4
     keys = ('first.weight', 'tied.bias', 'head.weight')
     wrong = run.trace.wrong(
@@ -180,7 +169,7 @@ class Swap(Hook):
 def test_optimizer_that_is_replaced(tmp_path, early):
     """The steps of the new one count, and what it thaws is averaged."""
     run = train(tmp_path, Swap(early), max_epochs=3)
-    saved = load(run, 'epoch_3.pth')
+    saved = run.load('epoch_3.pth')
     assert int(saved['ema_state_dict']['steps']) == 12
     keys = (*KEYS, 'frozen.weight')
     assert run.trace.wrong(saved['state_dict'], keys=keys) == []
@@ -205,7 +194,7 @@ class NewHead(Hook):
 def test_module_that_is_replaced(tmp_path, priority):
     """By iterations, too, its average goes on with the new one at once."""
     run = train(tmp_path, NewHead(2, priority), **ITERATIONS)
-    saved = load(run, 'iter_12.pth')
+    saved = run.load('iter_12.pth')
     assert run.trace.wrong(saved['state_dict']) == []
     assert same(run.trace.after[-1], state_of(run.model)) == []
     text = log_of(run)
@@ -214,21 +203,12 @@ def test_module_that_is_replaced(tmp_path, priority):
 
 @pytest.mark.parametrize(
     'priority',
-    [
-        'VERY_HIGH',
-        pytest.param(
-            'VERY_LOW',
-            marks=pytest.mark.skipif(
-                not TELLS_OF_STEPS,
-                reason='torch before 2.0 does not tell before a step',
-            ),
-        ),
-    ],
+    ['VERY_HIGH', pytest.param('VERY_LOW', marks=needs.told_of_steps)],
 )
 def test_module_of_another_shape(tmp_path, priority):
     """Its average starts from its weights before their first step."""
     run = train(tmp_path, NewHead(3, priority), **ITERATIONS)
-    weights = load(run, 'iter_12.pth')['state_dict']['head.weight']
+    weights = run.load('iter_12.pth')['state_dict']['head.weight']
     expected = run.trace.before[5]['head.weight'].double().numpy()
     for n, state in enumerate(run.trace.after[5:], 6):
         value = state['head.weight'].double().numpy()
@@ -250,7 +230,7 @@ def test_hook_that_steps_after_ours(tmp_path):
     """Its changes are averaged in the iteration that they belong to."""
     model = Stepping(lambda model, backward: None)
     run = train(tmp_path, Late(), model=model, **ITERATIONS)
-    saved = load(run, 'iter_12.pth')
+    saved = run.load('iter_12.pth')
     # the file is written before the hook's last turn
     assert int(saved['ema_state_dict']['steps']) == 11
     averager = run.hook._life.averager
@@ -293,7 +273,7 @@ def test_several_optimizers(tmp_path):
     }
     wrapper = OptimWrapperDict(**wrappers)
     run = train(tmp_path, model=model, optim_wrapper=wrapper)
-    saved = load(run, 'epoch_2.pth')
+    saved = run.load('epoch_2.pth')
     assert int(saved['ema_state_dict']['steps']) == 8
     keys = ('maker.weight', 'critic.weight')
     assert run.trace.wrong(saved['state_dict'], keys=keys) == []
@@ -310,7 +290,7 @@ def test_overlap_ends_where_nobody_tells_of_steps(tmp_path, change):
         )
         for overlap in (True, False)
     ]
-    left, right = (load(run, 'epoch_2.pth') for run in runs)
+    left, right = (run.load('epoch_2.pth') for run in runs)
     assert same(left['state_dict'], right['state_dict']) == []
     assert runs[0].trace.wrong(left['state_dict']) == []
     assert log_of(runs[0]).count('overlap=True has no effect') == 1
@@ -334,7 +314,7 @@ def test_two_step_optimizer_that_ends_in_a_step(tmp_path, overlap):
     model = Stepping(change)
     model.__dict__['sgd'] = torch.optim.SGD(trained(model), lr=0.002)
     run = train(tmp_path, ema=dict(EMA, overlap=overlap), model=model)
-    saved = load(run, 'epoch_2.pth')
+    saved = run.load('epoch_2.pth')
     assert int(saved['ema_state_dict']['steps']) == 8
     assert run.trace.wrong(saved['state_dict']) == []
     assert log_of(run).count('overlap=True has no effect') == int(overlap)
@@ -370,6 +350,6 @@ def test_resumed_run_of_weights_that_no_optimizer_changes(tmp_path):
     rest = train(
         tmp_path / 'b', model=Stepping(by_data), max_epochs=3, resume=True
     )
-    left, right = (load(run, 'epoch_3.pth') for run in (whole, rest))
+    left, right = (run.load('epoch_3.pth') for run in (whole, rest))
     for part in ('state_dict', 'ema_state_dict'):
         assert same(left[part], right[part]) == []
