@@ -168,7 +168,7 @@ def test_program_of_mmcv1_runs(block, tmp_path, monkeypatch):
 
 
 # built next
-SOON = ('demo', 'env', 'plot')
+SOON = ('demo', 'plot')
 
 
 def test_commands_of_the_pages_are_commands():
