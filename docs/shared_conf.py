@@ -41,6 +41,10 @@ copybutton_prompt_text = '>>> '
 html_theme = 'furo'
 html_title = f'mmdet_ema {release}'
 html_copy_source = False
+html_theme_options = dict(
+    source_repository='https://github.com/mmdet-ema/mmdet_ema/',
+    source_branch='main',
+)
 
 
 def link_to_repository(app, name, source):
