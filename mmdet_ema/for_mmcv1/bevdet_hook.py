@@ -9,8 +9,8 @@ from mmdet_ema.checkpoint.bevdet import add_averages, is_second_file
 from mmdet_ema.checkpoint.format import EMA
 from mmdet_ema.checks import check_count, check_path
 from mmdet_ema.errors import CheckpointError, OptionError
+from mmdet_ema.for_mmcv1.compatible import COMPATIBLE
 from mmdet_ema.for_mmcv1.ema_hook import EMAHook
-from mmdet_ema.for_mmcv1.words import WORDS
 from mmdet_ema.training.options import show_options
 
 
@@ -30,7 +30,7 @@ class MEGVIIEMAHook(EMAHook):
             for other ramps.
     """
 
-    _words = 'MEGVIIEMAHook'
+    _hook = 'MEGVIIEMAHook'
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class MEGVIIEMAHook(EMAHook):
         self._second = check_path('resume', resume)
         super().__init__(init_updates=init_updates, **options)
 
-    show_options(__init__, **dict.fromkeys(WORDS))
+    show_options(__init__, **dict.fromkeys(COMPATIBLE))
 
     def before_run(self, runner: Any) -> None:
         """Check that the raw weights of the second file were loaded."""

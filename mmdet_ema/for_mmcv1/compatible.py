@@ -1,6 +1,6 @@
-"""The words of mmcv's ``EMAHook``, of mmdet 2's two hooks and of BEVDet's.
+"""Compatible options: mmcv's ``EMAHook``, mmdet 2's two hooks and BEVDet's.
 
-A config that says them gets what those hooks were meant to do, with their
+A config that has them gets what those hooks were meant to do, with their
 defaults. Their defects are not kept: the warm-up fires (theirs compares a
 ramp of the decay with the momentum), and the averaging window does not change
 with ``interval``.
@@ -23,7 +23,7 @@ from mmdet_ema.training.options import (
     refuse_unknown,
 )
 
-WORDS = (
+COMPATIBLE = (
     *('warm_up', 'total_iter', 'skip_buffers', 'resume_from'),
     'state_dict_holds',
 )
@@ -42,17 +42,19 @@ _FIXED = {
 _RAMPS = ('warm_up', 'total_iter', 'tau', 'schedule', 'ema_type', 'gamma')
 
 
-def parse_words(hook: str, given: Mapping[str, Any]) -> Options:
+def parse_compatible(hook: str, given: Mapping[str, Any]) -> Options:
     """Check the options of the hook of that name; None is left out."""
     given = {name: x for name, x in given.items() if x is not None}
     megvii = ('init_updates', 'resume') if hook == _MEGVII else ()
-    known = (*NAMES, *WORDS, *megvii)
+    known = (*NAMES, *COMPATIBLE, *megvii)
     unknown = {name: x for name, x in given.items() if name not in known}
     refuse_unknown(unknown, hook, known)
     _check_ramps(hook, given)
     kind = hook if hook in _FIXED else _meant(given)
     update_buffers = _update_buffers(kind, hook, given)
-    options = {n: x for n, x in given.items() if n not in (*WORDS, *megvii)}
+    options = {
+        n: x for n, x in given.items() if n not in (*COMPATIBLE, *megvii)
+    }
     options['update_buffers'] = update_buffers
     if kind is None:
         return parse_options(**options)
