@@ -76,21 +76,18 @@ class MEGVIIEMAHook(EMAHook):
                 f'checkpoint beside it and give the hook '
                 f'resume={filename!r}.'
             )
-        self._log.logger = runner.logger
         if resumes and self._second is not None:
             self._join(checkpoint, self._second)
             self._second = None
         elif resumes and EMA not in checkpoint:
-            self._look_beside(filename)
+            stem, _ = os.path.splitext(os.path.realpath(filename))
+            beside = f'{stem}_ema.pth'
+            if os.path.isfile(beside):
+                self._log.warning(
+                    f'EMA: the averages of the checkpoint are in {beside!r}; '
+                    f'to go on from them, give the hook resume={beside!r}.'
+                )
         super().after_read_checkpoint(runner, checkpoint, filename, resumes)
-
-    def _look_beside(self, filename: str) -> None:
-        second = f'{os.path.splitext(os.path.realpath(filename))[0]}_ema.pth'
-        if os.path.isfile(second):
-            self._log.warning(
-                f'EMA: the averages of the checkpoint are in {second!r}; to '
-                f'go on from them, give the hook resume={second!r}.'
-            )
 
     def _join(self, checkpoint: Any, second: str) -> None:
         if EMA in checkpoint:

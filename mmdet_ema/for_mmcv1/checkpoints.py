@@ -22,7 +22,6 @@ from mmdet_ema.checkpoint.files import (
     write_whole,
 )
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
-from mmdet_ema.errors import CheckpointError
 from mmdet_ema.for_mmcv1.runner import wrap_once
 
 Method = Callable[..., Any]
@@ -55,9 +54,6 @@ def watch_loading(runner: Any, ema: Any) -> None:
                     runner, checkpoint, str(filename), resumes
                 )
 
-        path = os.path.expanduser(str(filename))
-        if os.path.isfile(path):
-            read_structure(path)  # mmcv would run what is in it
         with reading_through(prepare):
             return method(filename, *args, **kwargs)
 
@@ -71,17 +67,9 @@ def reading_through(prepare: Callable[[Any], None]) -> Iterator[None]:
     read = mmcv_checkpoint._load_checkpoint
 
     def read_and_prepare(path: str, *args: Any, **kwargs: Any) -> Any:
-        try:
-            checkpoint = read(path, *args, **kwargs)
-        except Exception as error:  # damaged bytes can raise anything
-            if not os.path.isfile(path):
-                raise
-            cause = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
-                f'{path!r} ({os.path.getsize(path)} bytes) is cut off or no '
-                f'checkpoint ({cause}); give the path of a .pth file that a '
-                f'training run wrote.'
-            ) from None
+        if os.path.isfile(os.path.expanduser(path)):
+            read_structure(path)  # mmcv would run what is in it
+        checkpoint = read(path, *args, **kwargs)
         prepare(checkpoint)
         return checkpoint
 

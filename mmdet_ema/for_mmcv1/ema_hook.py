@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -27,6 +28,7 @@ from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.checkpoints import remove_later, with_ema_part
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
+from mmdet_ema.frameworks import own_logger
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import show_options
 from mmdet_ema.training.plan import check_begin, refuse_second
@@ -43,47 +45,46 @@ class EMAHook(Hook):  # type: ignore[misc]
     evaluated, saved or logged.
 
     Args:
-        decay (float): Weight of the old average at the end of the ramp, in
-            [0, 1). Defaults to 0.9999.
+        decay (float): Weight of the old average. Defaults to 0.9999.
         tau (float): Constant of the ramp in updates. Defaults to 2000.
         schedule (str | dict | Callable): Name, ``dict(type=name, **options)``
             or callable n -> decay. Defaults to 'exponential'.
-        interval (int): Steps between updates, in the same averaging window.
-            Defaults to 1.
+        interval (int): Steps between updates. Defaults to 1.
         begin_iter (int): First iteration that is averaged. Defaults to 0.
         begin_epoch (int): First epoch that is averaged. Defaults to 0.
         update_buffers (bool): Whether float buffers are averaged, not copied.
             Defaults to True, or to what the hook does whose options are given.
-        device (str, optional): Where the averages live; None for where the
-            parameters are. Defaults to None.
-        evaluate (str): Weights to evaluate: 'ema', 'raw' or 'both' (twice;
-            raw metrics come under ``raw/<name>``). Defaults to 'ema'.
-        nonfinite (str): A step that leaves NaN or Inf: 'skip' it, 'raise', or
-            'ignore' (average it). Defaults to 'skip'.
-        strict_load (bool): Whether a checkpoint that lacks an average is an
-            error on resume. Defaults to False.
-        scale_decay (bool): Whether a resume with another batch size or world
-            size keeps the window in samples. Defaults to False.
-        copied (Sequence[str]): Patterns of names of tensors that are copied,
-            not averaged. Defaults to ().
-        overlap (bool): Whether updates on a GPU run in parallel with the next
-            iteration, on a side stream. Defaults to False.
-        enabled (bool): False: put the raw weights back on resume, then do
-            nothing. Defaults to True.
-        ema_type (str, optional): An averaging class of mmengine, for its
-            numbers and defaults.
+        device (str, optional): Where the averages live. Defaults to None, for
+            where the parameters are.
+        evaluate (str): 'ema', 'raw' or 'both': one after the other, with raw
+            metrics under ``raw/<name>``. Defaults to 'ema'.
+        nonfinite (str): 'skip', 'raise' or 'ignore' (average) a step that
+            leaves NaN or Inf. Defaults to 'skip'.
+        strict_load (bool): Whether to resume needs every average. Defaults to
+            False.
+        scale_decay (bool): Whether to resume with another batch size keeps
+            the averaging window in samples. Defaults to False.
+        copied (Sequence[str]): Patterns of names of tensors that are not
+            averaged. Defaults to ().
+        overlap (bool): Whether updates run on a side stream. Defaults to
+            False.
+        enabled (bool): Whether to average, or to do nothing but resume from
+            the raw weights. Defaults to True.
+        ema_type (str, optional): An averaging class of mmengine.
         momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
             with its warm-up.
-        gamma (float, optional): Ramp of some classes of ``ema_type``.
+        gamma (float, optional): Constant of the ramp of ``ema_type``.
         warm_up (int, optional): Of mmcv's hook, for
             ``d = min(1 - momentum, n / (warm_up + n - 1))``.
         resume_from (str, optional): Of mmcv's hook: what the run resumes from.
         total_iter (float, optional): Of mmdet 2's hook: its ``tau``.
-        skip_buffers (bool, optional): Of mmdet 2's hook: not
-            ``update_buffers``.
-        state_dict_holds (str, optional): 'ema' or 'raw': what the plain keys
-            hold of a file of mmcv's own hook that does not tell. Defaults to
+        skip_buffers (bool, optional): The opposite of ``update_buffers``.
+        state_dict_holds (str, optional): 'ema' or 'raw', what the plain keys
+            of a file of mmcv's own hook hold that does not tell. Defaults to
             None: 'raw' in files named by iteration, else 'ema'.
+
+    What mmengine's hook has too is described at length there, in
+    ``mmdet_ema.for_mmengine.ema_hook.EMAHook``.
 
     Raises:
         OptionError: If an option is unknown, out of range or contradicts
@@ -111,7 +112,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self.enabled = checked.enabled
         self.evaluates_both = checked.evaluate == 'both'
         self.train_loader: Any = None
-        self._log = runners.RunLog()
+        self._log = logging.LoggerAdapter(own_logger(), {})
         self._life = EMALifecycle(checked, self._log)
         self._started = self._steps_alone = False
         # iterations: of the last step that may be averaged, whose optimizer's
@@ -143,7 +144,14 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self.enabled:
             check_begin(self._life.options, runners.facts_of(runner))
             watch_hooks(runner, self)
-        self._resume(runner)
+        path = self._resume_from
+        if path is not None and not runner.iter:
+            runner.resume(path)
+        elif path is not None and _real(path) != _real(self._resumed_from):
+            self._log.warning(
+                f'EMA: resume_from={path!r} has no effect: the run has '
+                f'resumed from another checkpoint already.'
+            )
         self._take_late(runner)
         self._started = False
 
@@ -314,8 +322,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         They are put next to what is logged, not into its history: the logger
         would show their mean over its interval. mmcv clears what was logged.
         """
-        if runner.rank != 0:
-            return
         averager = self._life.averager
         steps = averager.num_steps if averager else 0
         moment = (id(averager), runner.iter, steps)
@@ -370,24 +376,6 @@ class EMAHook(Hook):  # type: ignore[misc]
             for warning in found.warnings:
                 self._log.warning(warning)
 
-    def _resume(self, runner: Any) -> None:
-        """Resume as mmcv's hook does, unless the run has resumed already."""
-        path = self._resume_from
-        if path is None:
-            return
-        if not runner.iter:
-            runner.resume(path)
-            return
-        real, other = (
-            os.path.realpath(os.path.expanduser(x))
-            for x in (path, self._resumed_from)
-        )
-        if real != other:
-            self._log.warning(
-                f'EMA: resume_from={path!r} has no effect: the run has '
-                f'resumed from another checkpoint already.'
-            )
-
     def _take_late(self, runner: Any) -> None:
         """Take our part of a file that was loaded before we were there."""
         if MESSAGE not in (runner.meta or {}).get('hook_msgs', {}):
@@ -408,6 +396,10 @@ class EMAHook(Hook):  # type: ignore[misc]
 def _is_ema(hook: Any) -> bool:
     names = {kind.__name__ for kind in type(hook).__mro__}
     return not names.isdisjoint(('EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook'))
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 class ExpMomentumEMAHook(EMAHook):

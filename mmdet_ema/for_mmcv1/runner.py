@@ -20,20 +20,6 @@ from mmdet_ema.training.plan import RunFacts, batch_size_of
 _MARK = '_mmdet_ema_wrapped'
 
 
-class RunLog:
-    """Forwards lines to the logger of the run, once there is one."""
-
-    logger: logging.Logger
-
-    def info(self, text: str) -> None:
-        """Log a line."""
-        self.logger.info(text)
-
-    def warning(self, text: str) -> None:
-        """Log a warning."""
-        self.logger.warning(text)
-
-
 def logger_of_the_tool() -> logging.Logger:
     """Return the tool's logger, before there is a run: it has a file."""
     for name in logger_initialized:

@@ -96,18 +96,9 @@ def _watch_hook(runner: Any, ema: Any, hook: Any) -> None:
         method(runner)
         ema.after_optimizer(runner)
 
-    def save(method: Method, runner: Any) -> None:
-        # all ranks come here, one writes
-        ema.make_equal(runner, hook.by_epoch)
-        method(runner)
-
-    def after_iter(method: Method, runner: Any) -> None:
-        # on every rank: some loggers log on one of them
-        ema.catch_up()
-        method(runner)
-
     def log(method: Method, runner: Any) -> Any:
-        if runner.mode == 'train' and hook.get_mode(runner) == 'train':
+        trains = runner.mode == 'train' == hook.get_mode(runner)
+        if trains and runner.rank == 0:
             ema.add_scalars(runner)
         return method(runner)
 
@@ -116,9 +107,12 @@ def _watch_hook(runner: Any, ema: Any, hook: Any) -> None:
     elif isinstance(hook, OptimizerHook):
         wrap_once(hook, 'after_train_iter', step)
     elif isinstance(hook, CheckpointHook):
-        wrap_once(hook, '_save_checkpoint', save)
+        # all ranks come here, one writes
+        equal = _after(lambda: ema.make_equal(runner, hook.by_epoch))
+        wrap_once(hook, '_save_checkpoint', equal)
     elif isinstance(hook, LoggerHook):
-        wrap_once(hook, 'after_train_iter', after_iter)
+        # on every rank: some loggers log on one of them
+        wrap_once(hook, 'after_train_iter', _after(ema.catch_up))
         wrap_once(hook, 'log', log)
     kinds = [kind.__name__ for kind in type(hook).__mro__]
     # some evaluation hooks are derived from mmcv's plain Hook
@@ -135,6 +129,14 @@ def _watch_hook(runner: Any, ema: Any, hook: Any) -> None:
     if synchronizing and getattr(hook, 'sync_buffer', True):
         name = _SYNCHRONIZES[synchronizing]
         wrap_once(hook, name, _inside(lambda: ema.raw(runner)))
+
+
+def _after(action: Callable[[], None]) -> Method:
+    def around(method: Method, *args: Any, **kwargs: Any) -> Any:
+        action()
+        return method(*args, **kwargs)
+
+    return around
 
 
 def _inside(context: Callable[[], ContextManager[None]]) -> Method:
@@ -174,7 +176,7 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
     ``evaluate='both'`` evaluates twice, first the raw weights: mmcv's hooks
     read the data and call the model themselves, and cannot share a pass.
     """
-    best = getattr(hook, 'save_best', None)
+    best: Any = getattr(hook, 'save_best', None)
     by_raw = isinstance(best, str) and best.startswith(_RAW)
     if by_raw and not ema.evaluates_both:
         raise OptionError(
