@@ -8,6 +8,7 @@ import torch
 
 from tests import oracle
 from tests.conftest import MMCV1
+from tests.toy import RecordingSGD, same, state_of
 
 if MMCV1:
     from mmcv.runner import Hook
@@ -30,8 +31,7 @@ __all__ = [
     'state_of',
 ]
 
-RecordingSGD, ToyModel = toy.RecordingSGD, toy.ToyModel
-same, state_of = toy.same, toy.state_of
+ToyModel = toy.ToyModel
 EMA = dict(type='EMAHook', decay=0.9, tau=3)
 
 
@@ -66,6 +66,7 @@ class Run:
         work_dir: Where its files are; those of an earlier run are resumed.
         *hooks: Its hooks.
         epochs: When it ends.
+        iters: When it ends, where it counts no epochs.
         accumulation: Iterations to one step.
         batch: Samples in a batch, of 16.
         resume: A file that training resumes from.
@@ -78,6 +79,7 @@ class Run:
         work_dir,
         *hooks,
         epochs=2,
+        iters=None,
         accumulation=1,
         batch=4,
         resume=None,
@@ -85,20 +87,35 @@ class Run:
         **options,
     ):
         self.work_dir, self._files = work_dir, {}
+        self._length = iters or epochs
+        self._unit = 'iter' if iters else 'epoch'
+        by_iter = dict(by_epoch=False, interval=iters)
         if MMCV1:
             self._files = dict(resume=resume, load=load)
             self._lines = toy.Lines()
             options.update(
-                runner=dict(max_epochs=epochs),
+                runner=dict(type='IterBasedRunner', max_iters=iters)
+                if iters
+                else dict(max_epochs=epochs),
                 loader=toy.loader(batch=batch),
                 logger=toy.quiet(self._lines),
             )
+            if iters:
+                options.update(checkpoint=by_iter, evaluation=dict(by_iter))
             if accumulation > 1:
                 kind = 'GradientCumulativeOptimizerHook'
                 options['optimizer_config'] = dict(
                     type=kind, cumulative_iters=accumulation
                 )
         else:
+            if iters:
+                checkpoint = dict(type='CheckpointHook', **by_iter)
+                options.update(
+                    train_cfg=dict(
+                        by_epoch=False, max_iters=iters, val_interval=iters
+                    ),
+                    hooks=dict(checkpoint=checkpoint),
+                )
             options.update(
                 max_epochs=epochs,
                 train_dataloader=toy.loader(batch=batch),
@@ -125,9 +142,10 @@ class Run:
         """States of the model after every optimizer step."""
         return self.toy.records
 
-    def load(self, epoch=2):
-        """Read the file of an epoch."""
-        return Saved(self.work_dir / f'epoch_{epoch}.pth')
+    def load(self, number=None):
+        """Read the file of an epoch or iteration, by default the last."""
+        number = self._length if number is None else number
+        return Saved(self.work_dir / f'{self._unit}_{number}.pth')
 
     @property
     def log(self):
