@@ -9,7 +9,6 @@ from mmcv.runner import (
     OptimizerHook,
 )
 from mmcv.runner.hooks.optimizer import GradientCumulativeFp16OptimizerHook
-from torch import nn
 
 from tests.for_mmcv1.test_orders import wrong
 from tests.for_mmcv1.toy import (
@@ -215,97 +214,3 @@ def test_weights_that_no_optimizer_changes(priority, in_place, tmp_path):
         '4 steps averaged, 0 skipped (NaN or Inf), in 4 iterations.'
     )
     assert [] == [x for x in lines.lines if 'did not change' in x]
-
-
-class Thaw(Hook):
-    """Thaws a layer with a new optimizer."""
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == 1:
-            runner.model.frozen.requires_grad_(True)
-            runner.optimizer = torch.optim.SGD(
-                runner.model.parameters(), lr=0.001
-            )
-
-
-@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
-def test_optimizer_that_is_replaced(priority, tmp_path):
-    """Steps of the new one count, and what it thaws is averaged."""
-    run = traced(
-        tmp_path,
-        dict(EMA, priority=priority),
-        Thaw(),
-        runner=dict(max_epochs=3),
-    )
-    check(run, 12, 'epoch_3.pth')
-    moved = run.records[-1]['frozen.weight'] - run.records[3]['frozen.weight']
-    assert moved.abs().max() > 0
-
-
-class NewHead(Hook):
-    """Puts a new head in, in the middle of the training."""
-
-    def before_train_iter(self, runner):
-        if runner.iter == 5:
-            torch.manual_seed(3)
-            runner.model.head = nn.Linear(4, 2)
-            group = dict(params=list(runner.model.head.parameters()))
-            runner.optimizer.add_param_group(group)
-
-
-@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
-def test_module_that_is_replaced(priority, tmp_path):
-    """``IterBasedRunner`` has no epochs: it is followed at the next step."""
-    lines = Lines()
-    run = traced(
-        tmp_path,
-        dict(EMA, priority=priority),
-        NewHead(),
-        runner=dict(type='IterBasedRunner', max_iters=8),
-        checkpoint=dict(interval=8, by_epoch=False),
-        logger=quiet(lines),
-    )
-    check(run, 8, 'iter_8.pth')
-    said = [x for x in lines.lines if 'replaced in the model' in x]
-    assert 1 == len(said)
-    assert 'head.weight and 1 more' in said[0]
-
-
-class Scheduler(Hook):
-    """Makes one of torch's own schedulers in the middle of the training."""
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == 1:
-            make = torch.optim.lr_scheduler.CosineAnnealingLR
-            self.scheduler = make(runner.optimizer, 5)
-
-    def after_train_iter(self, runner):
-        if runner.epoch == 1:
-            self.scheduler.step()
-
-
-def test_schedulers_of_torch(tmp_path):
-    """They can be made at any time: ``optimizer.step`` is left as it is."""
-    run = Run(tmp_path, EMA, Scheduler()).train()
-    check(run, 8)
-
-
-def test_weights_that_stand_still_are_reported(tmp_path):
-    """At the end of a short run, and with what to look at."""
-    lines = Lines()
-    traced(
-        tmp_path,
-        EMA,
-        optimizer_config=Idle(),
-        logger=quiet(lines),
-    )
-    found = [x for x in lines.lines if 'did not change the weights' in x]
-    assert 2 == len(found)
-    assert 'look at the learning rate' in found[0]
-
-
-class Idle(OptimizerHook):
-    """Never steps."""
-
-    def after_train_iter(self, runner):
-        pass
