@@ -97,23 +97,6 @@ def test_validation_of_both_while_training(tmp_path):
     assert same(state_of(run.model), state_of(alone['raw'].model)) == []
 
 
-def test_raw_metrics_are_in_the_log_and_choose_the_best(tmp_path):
-    """``save_best='raw/score'`` works, and the log shows the metric."""
-    best = dict(type='CheckpointHook', save_best='raw/score', rule='greater')
-    run = Run(
-        tmp_path,
-        dict(EMA, evaluate='both'),
-        hooks=dict(checkpoint=best),
-        max_epochs=2,
-    ).train()
-    assert list(tmp_path.glob('best_raw_score_epoch_*.pth'))
-    log = next(tmp_path.glob('*/*.log')).read_text()
-    assert 'raw/score: ' in log
-    assert run.runner.message_hub.get_info('best_score') == max(
-        run.scalar('val/raw/score')
-    )
-
-
 def test_both_before_the_average_begins(tmp_path):
     """Before ``begin_epoch`` both sets have the same metrics."""
     hook = dict(EMA, evaluate='both', begin_epoch=2)

@@ -1,8 +1,6 @@
 """The raw weights come back, and files keep their roles, whatever happens."""
 
 import contextlib
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -32,30 +30,6 @@ def fail():
     raise RuntimeError('metric failed')
 
 
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.mark.parametrize(
-    ('action', 'error'),
-    [(fail, RuntimeError), (interrupt, KeyboardInterrupt)],
-)
-def test_raw_weights_come_back_after_a_broken_validation(
-    tmp_path, action, error
-):
-    """An exception and Ctrl-C in validation leave the raw weights."""
-    model = ToyModel()
-    metric = Failing(model, action)
-    run = Run(tmp_path, EMA, model=model, metric=metric, max_epochs=1)
-    with pytest.raises(error):
-        run.train()
-    start, values = run.trace('head.weight')
-    average = oracle.average(start, values, lambda n: 0.9)
-    seen = metric.during['head.weight'].numpy()
-    assert oracle.relative_error(seen, average) < 1e-6  # float32 rounding
-    assert same(state_of(model), run.records[-1]) == []
-
-
 def test_training_can_go_on_after_a_broken_validation(tmp_path):
     """After a failed validation the same hook still averages right."""
     metric = Failing(ToyModel(), fail)
@@ -82,25 +56,6 @@ def test_checkpoint_written_in_validation_has_the_right_roles(tmp_path):
     assert same(middle['state_dict'], end['state_dict']) == []
     assert same(middle['ema_state_dict'], end['ema_state_dict']) == []
     assert same(state_of(run.model), run.records[-1]) == []
-
-
-def test_best_checkpoint_has_the_right_roles(tmp_path):
-    """``save_best`` writes averages as weights and raw weights beside."""
-    best = dict(type='CheckpointHook', save_best='score', rule='greater')
-    run = Run(tmp_path, EMA, hooks=dict(checkpoint=best), max_epochs=1).train()
-    saved = run.load('best_score_epoch_1.pth')
-    raw = {k[7:]: v for k, v in saved['ema_state_dict'].items() if '.' in k}
-    assert (
-        same(
-            {**raw, 'low': saved['ema_state_dict']['module.low']},
-            run.records[-1],
-        )
-        == []
-    )
-    start, values = run.trace('norm.running_mean')
-    average = oracle.average(start, values, lambda n: 0.9)
-    found = saved['state_dict']['norm.running_mean']
-    assert oracle.relative_error(found, average) < 1e-6  # float32 rounding
 
 
 class Poisoned(ToyModel):

@@ -1,6 +1,6 @@
 """Every way in which mmengine runs a model, through its real Runner.
 
-Also run elsewhere: two ranks in ``test_ranks.py``, ``FlexibleRunner`` in
+Also run elsewhere: two ranks in ``tests/contract``, ``FlexibleRunner`` in
 ``test_flexible_runner.py``, accumulation and several optimizers in
 ``test_numbers.py``.
 """
