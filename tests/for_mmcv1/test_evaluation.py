@@ -1,7 +1,6 @@
 """What evaluations see, and that the raw weights come back."""
 
 import pytest
-from mmcv.runner import EvalHook
 
 from mmdet_ema import OptionError
 from tests import oracle
@@ -9,7 +8,6 @@ from tests.for_mmcv1.test_orders import RUNNERS, plain_records, wrong
 from tests.for_mmcv1.toy import (
     EMA,
     Run,
-    loader,
     same,
     state_of,
 )
@@ -135,22 +133,6 @@ def test_dynamic_intervals_of_mmdet(tmp_path):
     run.train()
     assert [8, 12, 16] == [step for step, _ in seen]
     assert [] == [step for step, state in seen if wrong(run, state, step)]
-
-
-def test_hook_that_is_registered_late_is_watched(tmp_path):
-    """An evaluation hook that comes during the run sees the averages."""
-    run = Run(tmp_path, EMA, evaluation=None, runner=dict(max_epochs=2))
-    late = EvalHook(loader(4, seed=1), test_fn=run.recorder.test)
-    before_run = run.recorder.before_run
-
-    def register(runner):
-        before_run(runner)
-        runner.register_hook(late, priority='LOW')
-
-    run.recorder.before_run = register
-    run.train()
-    assert [4, 8] == [step for step, _ in run.recorder.seen]
-    assert [] == [s for s, seen in run.recorder.seen if wrong(run, seen, s)]
 
 
 def test_plain_records_are_those_of_the_oracle(tmp_path):

@@ -9,38 +9,18 @@ from mmengine.evaluator import Evaluator
 from mmengine.model import BaseTTAModel
 
 from tests import needs
+from tests.contract.test_evaluation import score_of as score
+from tests.contract.toy import Saved
 from tests.for_mmengine.toy import Run, Score, ToyModel, loader, same, state_of
 
 EMA = dict(type='EMAHook', schedule='constant', decay=0.9)
 
 
 def trained(tmp_path):
-    """Train once; return the checkpoint's path and the expected scores."""
-    run = Run(tmp_path, EMA, max_epochs=2).train()
-    saved = run.load('epoch_2.pth')
-    raw = {
-        k[len('module.') :]: v
-        for k, v in saved['ema_state_dict'].items()
-        if k.startswith('module.')
-    }
-    return tmp_path / 'epoch_2.pth', saved['state_dict'], raw
-
-
-def score(weights):
-    """Score of some weights, computed without a runner."""
-    model = ToyModel()
-    model.load_state_dict(weights)
-    model.eval()
-    batch = next(
-        iter(
-            torch.utils.data.DataLoader(
-                loader(4, seed=1)['dataset'], batch_size=4
-            )
-        )
-    )
-    with torch.no_grad():
-        outputs = model(batch['inputs'])
-    return float(sum(o['out'].double().sum() for o in outputs))
+    """Train once; return the checkpoint's path and its two halves."""
+    Run(tmp_path, EMA, max_epochs=2).train()
+    saved = Saved(tmp_path / 'epoch_2.pth')
+    return tmp_path / 'epoch_2.pth', saved.averages, saved.raws
 
 
 def a_tester(tmp_path, path, evaluate):

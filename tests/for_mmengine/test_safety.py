@@ -72,22 +72,6 @@ class Poisoned(ToyModel):
         return log
 
 
-class Masked(ToyModel):
-    """Holds minus infinity in a buffer, as attention masks do."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer('mask', torch.tensor([0.0, -np.inf]))
-
-
-def test_constant_infinity_in_a_buffer_is_no_bad_step(tmp_path):
-    """A mask of minus infinity is copied; no step is skipped for it."""
-    run = Run(tmp_path, EMA, model=Masked(), max_epochs=1).train()
-    saved = run.load('epoch_1.pth')
-    assert saved['state_dict']['mask'].tolist() == [0.0, -np.inf]
-    assert saved['ema_state_dict']['steps'] == 4
-
-
 class BrokenTest(Hook):
     """Runs a test that fails in the middle of training, and goes on."""
 
