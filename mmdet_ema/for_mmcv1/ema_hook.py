@@ -45,13 +45,13 @@ class EMAHook(Hook):  # type: ignore[misc]
     evaluated, saved or logged.
 
     Args:
-        decay (float): Weight of the old average. Defaults to 0.9999.
+        decay (float): The old average's weight, in [0, 1). Defaults to 0.9999.
         tau (float): Constant of the ramp in updates. Defaults to 2000.
         schedule (str | dict | Callable): Name, ``dict(type=name, **options)``
             or callable n -> decay. Defaults to 'exponential'.
         interval (int): Steps between updates. Defaults to 1.
-        begin_iter (int): First iteration that is averaged. Defaults to 0.
-        begin_epoch (int): First epoch that is averaged. Defaults to 0.
+        begin_iter (int): First iteration to average, from 1. Defaults to 0.
+        begin_epoch (int): First epoch to average, from 1. Defaults to 0.
         update_buffers (bool): Whether float buffers are averaged, not copied.
             Defaults to True, or to what the hook does whose options are given.
         device (str, optional): Where the averages live. Defaults to None, for
