@@ -83,8 +83,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             of a file of mmcv's own hook hold that does not tell. Defaults to
             None: 'raw' in files named by iteration, else 'ema'.
 
-    What mmengine's hook has too is described at length there, in
-    ``mmdet_ema.for_mmengine.ema_hook.EMAHook``.
+    The hook for mmengine says more of the options that it has as well.
 
     Raises:
         OptionError: If an option is unknown, out of range or contradicts
