@@ -8,19 +8,12 @@ and ``updates`` (its count, which starts at ``init_updates``).
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
 from typing import Any, List, Mapping, MutableMapping
 
 import torch
 
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checkpoint.format import (
-    EMA,
-    PREFIX,
-    STEPS,
-    WEIGHTS,
-    plain_name,
-)
+from mmdet_ema.checkpoint.format import WEIGHTS, pack, plain_name
 from mmdet_ema.errors import CheckpointError
 
 UPDATES = 'updates'
@@ -34,18 +27,10 @@ def is_second_file(checkpoint: Mapping[str, Any]) -> bool:
 def add_averages(
     checkpoint: MutableMapping[str, Any], path: str, init_updates: int
 ) -> List[str]:
-    """Give a raw checkpoint the EMA part that is in a second file.
+    """Give a raw checkpoint, in place, the averages of a second file.
 
-    Args:
-        checkpoint: The raw checkpoint of the same moment, changed in place.
-        path: The second file.
-        init_updates: The hook's option; the file's count starts there.
-
-    Returns:
-        Sentences on what may be wrong.
-
-    Raises:
-        CheckpointError: If it is no such file, or does not fit.
+    The file's count starts at the hook's ``init_updates``. Returns sentences
+    on what may be wrong.
     """
     read_structure(path)  # refuses what would run code, or is damaged
     try:
@@ -74,26 +59,20 @@ def add_averages(
             f'({", ".join(unknown[:3])}) that the checkpoint does not have; '
             f'give the file beside it, of the same run.'
         )
-    averages = OrderedDict(raws)
-    for name, value in found.items():
-        # that hook leaves integers as they were at the start
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            averages[name] = value
-    ema = OrderedDict({STEPS: torch.tensor(updates - init_updates)})
-    ema.update({PREFIX + name: raw for name, raw in raws.items()})
-    checkpoint[WEIGHTS], checkpoint[EMA] = averages, ema
-    return _doubts(path, second, checkpoint, raws.keys() - found.keys())
-
-
-def _doubts(
-    path: str, second: Any, checkpoint: Mapping[str, Any], missing: Any
-) -> List[str]:
+    # that hook leaves integers as they were at the start
+    averages = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    pack(checkpoint, averages, {}, updates - init_updates, {})
     doubts = []
+    missing = sorted(raws.keys() - found.keys())
     if missing:
         doubts.append(
             f'{len(missing)} tensors of the checkpoint are not in {path!r} '
-            f'({", ".join(sorted(missing)[:3])}); their average starts from '
-            f'the raw weights.'
+            f'({", ".join(missing[:3])}); their average starts from the raw '
+            f'weights.'
         )
     meta = checkpoint.get('meta') or {}
     # a hook may note the number before or after the runner counts up, and

@@ -14,7 +14,6 @@ import os
 import pickle
 import sys
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -47,18 +46,15 @@ _DTYPES = {
 # what torch reads besides tensors; a stand-in takes its place
 _KNOWN = f"""
     builtins.bytearray builtins.complex builtins.set collections.Counter
-    {HISTORY}
-    numpy.dtype numpy.ndarray
+    {HISTORY} numpy.dtype numpy.ndarray
     numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar
     numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar
     torch.Tensor torch.device torch.serialization._get_layout
     torch.nn.parameter.Buffer torch.nn.parameter.Parameter
-    torch.per_channel_affine torch.per_channel_affine_float_qparams
-    torch.per_channel_symmetric torch.per_tensor_affine
-    torch.per_tensor_symmetric torch._utils._rebuild_device_tensor_from_numpy
+    torch._utils._rebuild_device_tensor_from_numpy
 """
-# and what a torch that reads everything is given besides
-_KNOWN_BEFORE = """
+if not LOADS_SAFELY:  # and reads everything
+    _KNOWN += """
     addict.addict.Dict mmcv.utils.config.Config mmcv.utils.config.ConfigDict
     mmengine.config.config.ConfigDict
     builtins.bool builtins.bytes builtins.dict builtins.float
@@ -77,9 +73,6 @@ def read_structure(path: str) -> Mapping[str, Any]:
 
     Every record of the file is compared with its CRC-32, which torch writes
     and does not look at (torch before 1.6 wrote none).
-
-    Args:
-        path: A file.
 
     Returns:
         The checkpoint, with its tensors on the ``meta`` device and stand-ins
@@ -100,7 +93,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
             )
         with open(path, 'rb') as file:
             is_zip = file.read(4) == b'PK\3\4'
-        content = _in_archive(path) if is_zip else _in_legacy_file(path)
+        content = _look_into_zip(path) if is_zip else _look_into_old(path)
         if not isinstance(content, Mapping):
             raise _RefusedError(
                 f'holds a {type(content).__name__}, not a dict with a '
@@ -121,35 +114,26 @@ def read_structure(path: str) -> Mapping[str, Any]:
 def write_whole(path: str, content: bytes) -> None:
     """Write a file under a temporary name, and move it into place.
 
-    Args:
-        path: The file, which is replaced; a link is followed.
-        content: What it will hold.
+    A file of that name is replaced; a link is followed.
     """
     path = os.path.realpath(path)
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp('.tmp', f'{name}.', folder)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with os.fdopen(handle, 'wb') as file:
+        with open(temporary, 'wb') as file:
             file.write(content)
-        # mkstemp makes private files
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 class RemovesLater:
     """A file backend that removes a file when the next one is written.
 
     Hooks remove the last best file before they write the next: a run that is
-    killed in between would be left without.
-
-    Args:
-        backend: The backend; files that are not local it removes at once.
+    killed in between would be left without. Files that are not local are
+    removed at once.
     """
 
     def __init__(self, backend: Any):
@@ -179,7 +163,11 @@ def _moment_of(path: Any) -> Any:
     return status.st_ino, status.st_mtime_ns
 
 
-def _in_archive(path: str) -> Any:
+class _RefusedError(Exception):
+    """The rest of a sentence about a file."""
+
+
+def _look_into_zip(path: str) -> Any:
     if not zipfile.is_zipfile(path):
         raise _RefusedError(
             f'({os.path.getsize(path)} bytes) is cut off or no checkpoint: '
@@ -197,41 +185,37 @@ def _in_archive(path: str) -> Any:
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: info for info in archive.infolist()}
         root = next(iter(records)).split('/')[0]
-        structure = f'{root}/data.pkl'
-        bad = None
+        structure, bad = f'{root}/data.pkl', None
         # torch can leave out all checksums (set_crc32_options)
         if any(info.CRC for info in records.values()):
             is_same = zlib.crc32(pickled) == records[structure].CRC
             bad = archive.testzip() if is_same else structure
     content: Any = {}
-    owners: Dict[str, Tensor] = {}
+    named = bad
     if bad != structure and not _is_unsafe_chosen():
         look = _Look(io.BytesIO(pickled))
         content = look.load()
         for tensor, storage in look.tensors:
             record = f'{root}/data/{storage.key}'
-            owners.setdefault(record, tensor)
             held = records[record].file_size if record in records else 0
             if held < storage.nbytes:
                 raise _RefusedError(
                     f'is damaged: it holds {held} of the {storage.nbytes} '
-                    f'bytes of {_name_of(content, tensor)}. Take another '
+                    f'bytes of {_name_of(tensor, content)}. Take another '
                     f'checkpoint.'
                 )
+            if record == named:
+                named = _name_of(tensor, content)
     if bad is not None:
-        name = _name_of(content, owners[bad]) if bad in owners else bad
         raise _RefusedError(
-            f'is damaged: {name} is not what was written. Take another '
+            f'is damaged: {named} is not what was written. Take another '
             f'checkpoint.'
         )
     return content
 
 
-def _in_legacy_file(path: str) -> Any:
-    """Look into a file of torch before 1.6: five pickles, then the data.
-
-    It has no checksums.
-    """
+def _look_into_old(path: str) -> Any:
+    """Look into a file of torch before 1.6: five pickles, then the data."""
     with open(path, 'rb') as file:
         if _is_unsafe_chosen():
             return {}
@@ -249,24 +233,17 @@ def _in_legacy_file(path: str) -> Any:
             end = file.seek(storage.nbytes, os.SEEK_CUR)
             if numel != storage.numel or end > os.path.getsize(path):
                 raise _RefusedError(
-                    f'is cut off or damaged at {_name_of(content, tensor)}; '
+                    f'is cut off or damaged at {_name_of(tensor, content)}; '
                     f'take another checkpoint.'
                 )
     return content
 
 
-class _RefusedError(Exception):
-    """The rest of a sentence about a file."""
-
-
 class _Storage(NamedTuple):
-    dtype: torch.dtype
     key: str
+    dtype: torch.dtype
     numel: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * torch.empty((), dtype=self.dtype).element_size()
+    nbytes: int
 
 
 class _StandIn:
@@ -275,34 +252,25 @@ class _StandIn:
     def __new__(cls, *args: Any) -> _StandIn:
         # a set would ask for their hash, a defaultdict would call them
         for _, value in _walk(args):
-            if isinstance(value, (_NotCalled, _Instance)):
+            kind = value if isinstance(value, type) else type(value)
+            if issubclass(kind, _Instance):
                 raise _RefusedError(_would_run(cls.__name__))
         return object.__new__(cls)
 
     def __init__(self, *args: Any):
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    extend = append
+    append = extend = __setitem__ = __setstate__ = __init__
 
 
-class _NotCalled(type):
-    def __call__(cls, *args: Any) -> Any:
-        raise _RefusedError(_would_run(cls.__name__))
-
-
-class _Instance(metaclass=_NotCalled):
+class _Instance:
     """Stands in for what pickle makes without a class's code."""
 
     __hash__ = None  # type: ignore[assignment]  # it is no key of a dict
+
+    def __init__(self, *args: Any):
+        # pickle calls the class, instead of its __new__ alone
+        raise _RefusedError(_would_run(type(self).__name__))
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict:
@@ -320,7 +288,8 @@ class _Look(pickle.Unpickler):
         kind, dtype, key, _, numel = pid[:5]
         if kind != 'storage' or not isinstance(dtype, torch.dtype):
             raise _RefusedError(_would_run(f'a persistent {kind}'))
-        return _Storage(dtype, str(key), int(numel))
+        size = torch.empty((), dtype=dtype).element_size()
+        return _Storage(str(key), dtype, int(numel), int(numel) * size)
 
     def find_class(self, module: str, name: str) -> Any:
         # torch writes names of Python 2
@@ -352,14 +321,15 @@ class _Look(pickle.Unpickler):
         if module in ('torch', 'torch.storage'):
             if name.endswith('Storage') and name[:-7] in _DTYPES:
                 return _DTYPES[name[:-7]]
-            if isinstance(getattr(torch, name, None), torch.dtype):
-                return getattr(torch, name)
+            value = getattr(torch, name, None)
+            if isinstance(value, (torch.dtype, torch.qscheme)):
+                return value
         if name in _SHARDED:
             raise _RefusedError(
                 f'holds a sharded or nested tensor ({full}); save the whole '
                 f'tensors (full_tensor()) and give that file.'
             )
-        if _is_known(full):
+        if full in _known():
             try:
                 getattr(importlib.import_module(module), name)
             except (ImportError, AttributeError):
@@ -369,7 +339,7 @@ class _Look(pickle.Unpickler):
                 ) from None
             return type(full, (_StandIn,), {})
         if not LOADS_SAFELY and _is_harmless(module, name):
-            return _NotCalled(full, (_Instance,), {})
+            return type(full, (_Instance,), {})
         raise _RefusedError(_would_run(full))
 
     def _statistic(self, owner: Any, name: Any) -> Any:
@@ -409,15 +379,14 @@ def _sparse(layout: Any, data: Any) -> Tensor:
     return torch.empty(data[place], dtype=dtype, device='meta')
 
 
-def _is_known(full: str) -> bool:
-    if full in _KNOWN.split():
-        return True
+def _known() -> List[str]:
     if not LOADS_SAFELY:
-        return full in _KNOWN_BEFORE.split()
-    return full in {
+        return _KNOWN.split()
+    allowed = (
         x[1] if isinstance(x, tuple) else f'{x.__module__}.{x.__qualname__}'
         for x in torch.serialization.get_safe_globals()
-    }
+    )
+    return [*_KNOWN.split(), *allowed]
 
 
 def _is_harmless(module: str, name: str) -> bool:
@@ -449,16 +418,17 @@ def _would_run(name: str) -> str:
     )
 
 
-def _name_of(content: Any, tensor: Tensor) -> str:
+def _name_of(tensor: Tensor, content: Any) -> str:
     return next((k[1:] for k, v in _walk(content) if v is tensor), 'a tensor')
 
 
 def _walk(value: Any, name: str = '') -> Iterator[Tuple[str, Any]]:
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _walk(item, f'{name}.{key}')
+        items: Any = value.items()
     elif isinstance(value, (list, tuple)):
-        for place, item in enumerate(value):
-            yield from _walk(item, f'{name}.{place}')
+        items = enumerate(value)
     else:
         yield name, value
+        return
+    for key, item in items:
+        yield from _walk(item, f'{name}.{key}')

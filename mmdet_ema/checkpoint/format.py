@@ -11,21 +11,18 @@ import math
 import operator
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import (
-    Any,
-    Dict,
-    Mapping,
-    MutableMapping,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Dict, Mapping, MutableMapping, Optional, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmdet_ema.averaging.averages import is_part, read_count, read_progress
+from mmdet_ema.averaging.averages import (
+    check_fit,
+    is_part,
+    read_count,
+    read_progress,
+)
 from mmdet_ema.errors import CheckpointError
 
 WEIGHTS = 'state_dict'
@@ -60,6 +57,36 @@ class EMAPart:
         """Return the tensors of one half, without extra state of modules."""
         return {k: v for k, v in half.items() if isinstance(v, Tensor)}
 
+    def check(self, model: nn.Module, strict: bool, log: Any) -> None:
+        """Check that both halves fit a model, with the same names if strict.
+
+        Raises:
+            CheckpointError: If they do not.
+        """
+        present = self.tensors(model.state_dict())
+        try:
+            for what, half in ((WEIGHTS, self.averages), (EMA, self.raws)):
+                check_weights(present, half, what)
+                check_fit(present, self.tensors(half), strict)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f'the EMA part of the checkpoint does not fit: {error} To '
+                f'start a new training from this file, use load_from without '
+                f'resume.'
+            ) from None
+        missing = [name for name in present if name not in self.averages]
+        if missing and len(missing) == len(present):
+            raise CheckpointError(
+                'no tensor of the model is in the EMA part of the checkpoint; '
+                'it belongs to another model.'
+            )
+        if missing:
+            log.warning(
+                f'EMA: {len(missing)} tensors of the model are not in the '
+                f'checkpoint ({", ".join(missing[:3])}); their average starts '
+                f'from the weights that they have.'
+            )
+
 
 def pack(
     checkpoint: MutableMapping[str, Any],
@@ -68,10 +95,9 @@ def pack(
     steps: int,
     meta: Mapping[str, Any],
 ) -> None:
-    """Give a checkpoint its EMA part, in place.
+    """Give a checkpoint its EMA part, in place and in host memory.
 
-    Every tensor is put into host memory; names that share one tensor share
-    it in the file too.
+    Names that share one tensor share it in the file too.
 
     Args:
         checkpoint: A checkpoint whose ``state_dict`` holds the live weights.
@@ -80,7 +106,7 @@ def pack(
         steps: Steps that the averages have seen.
         meta: What else to say in ``ema_meta``: plain values only.
     """
-    copies: Dict[Tuple[Any, ...], Tensor] = {}
+    copies: Dict[Any, Tensor] = {}
 
     def on_host(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -96,9 +122,7 @@ def pack(
         return copies[key]
 
     live = checkpoint[WEIGHTS]
-    ema: Dict[str, Any] = OrderedDict(
-        {STEPS: torch.tensor(steps, device='cpu')}
-    )
+    ema = OrderedDict({STEPS: torch.tensor(steps, device='cpu')})
     for name, value in live.items():
         ema[PREFIX + name] = on_host(raws.get(name, value))
         live[name] = on_host(averages.get(name, value))
@@ -114,25 +138,23 @@ def pack(
 def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
     """Return the EMA part of a checkpoint, or None if there is none.
 
-    Args:
-        checkpoint: What was read from a file; it is not changed.
-
     Raises:
         CheckpointError: If there is a part that cannot be understood.
     """
     if EMA not in checkpoint and META not in checkpoint:
         return None
-    ema, weights = checkpoint.get(EMA), checkpoint.get(WEIGHTS)
+    weights: Any = checkpoint.get(WEIGHTS)
+    ema = checkpoint.get(EMA)
     if not isinstance(ema, Mapping) or STEPS not in ema:
         raise CheckpointError(
             f'the {EMA!r} of the checkpoint has no {STEPS!r}; it was not '
             f'written by an EMAHook of this generation. Load the file with '
             f'load_from (no resume) to start from its weights.'
         )
-    meta = {} if checkpoint.get(META) is None else checkpoint[META]
+    meta = checkpoint.get(META)
+    meta = {} if meta is None else meta
     for half, what in ((weights, WEIGHTS), (ema, EMA), (meta, META)):
         check_names(half, what)
-    assert isinstance(weights, Mapping)
     roles = meta.get('roles', _ROLES)
     # as text, because arrays cannot be compared
     if str(roles) != str(_ROLES):
@@ -150,21 +172,14 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
         read_count(meta, key, 1)
     steps = read_count(ema, STEPS)
     read_progress({**meta, 'num_steps': steps})
-    raws = {
-        name[len(PREFIX) :]: value
-        for name, value in ema.items()
-        if name.startswith(PREFIX)
-    }
+    size = len(PREFIX)
+    raws = {k[size:]: v for k, v in ema.items() if k.startswith(PREFIX)}
     averages = {plain_name(k, raws): v for k, v in weights.items()}
     return EMAPart(averages, raws, steps, dict(meta))
 
 
 def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
     """Make ``state_dict`` hold the raw weights, for the framework to load.
-
-    Args:
-        checkpoint: The checkpoint, changed in place.
-        part: Its EMA part.
 
     Raises:
         CheckpointError: If it lacks the raw weights of some tensors.
@@ -193,11 +208,7 @@ def plain_name(name: str, names: Mapping[str, Any]) -> str:
 
 
 def check_names(value: Any, what: str) -> None:
-    """Check that something in a checkpoint, called ``what``, is a dict.
-
-    Raises:
-        CheckpointError: If it is something else, or has other names than text.
-    """
+    """Refuse what is not a dict whose keys are text."""
     if not isinstance(value, Mapping):
         kind = type(value).__name__
         raise CheckpointError(
@@ -214,27 +225,17 @@ def check_names(value: Any, what: str) -> None:
 def check_weights(
     present: Mapping[str, Any], given: Mapping[str, Any], what: str = WEIGHTS
 ) -> None:
-    """Check that the weights of a checkpoint are ordinary tensors.
+    """Refuse weights that a model cannot hold, whatever their shape.
 
     A framework leaves out what it cannot copy into the model, with a line in
-    the log.
-
-    Args:
-        present: Tensors of the model by name.
-        given: Those of the checkpoint; names the model lacks are left alone.
-        what: Where they are in the checkpoint, for the message.
-
-    Raises:
-        CheckpointError: At the first that is something else.
+    the log. Names that the model lacks are left to it.
     """
     for name, value in given.items():
         mine = present.get(plain_name(name, present))
-        if not isinstance(mine, Tensor):
+        if not isinstance(mine, Tensor) or _can_hold(mine, value):
             continue
         kind = type(value).__name__
         if isinstance(value, Tensor):
-            if value.layout == mine.layout and _holds(value, mine):
-                continue
             shape = tuple(value.shape)
             kind = f'{kind} of shape {shape} ({value.layout}, {value.dtype})'
         raise CheckpointError(
@@ -244,8 +245,9 @@ def check_weights(
         )
 
 
-def _holds(value: Tensor, mine: Tensor) -> bool:
-    """Return whether a tensor has values for one of the model."""
+def _can_hold(mine: Tensor, value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.layout != mine.layout:
+        return False
     if value.is_quantized or mine.is_quantized:
         return value.is_quantized == mine.is_quantized
     if mine.dim() == 0 and value.dim() == 1 and len(value) != 1:
@@ -262,28 +264,22 @@ def check_training_state(
 ) -> None:
     """Check what else training resumes from, before anything is loaded.
 
-    Args:
-        checkpoint: What was read from a file.
-        optimizers: The optimizers of the run, as far as they are made.
-        log: Where a warning goes if the file has none.
-
     Raises:
-        CheckpointError: If it is damaged, or of other optimizers.
+        CheckpointError: If it is damaged, or of other optimizers than those
+            of the run that are made by now.
     """
-    meta = checkpoint.get('meta')
+    meta: Any = checkpoint.get('meta')
     check_names(meta, "'meta'")
-    assert isinstance(meta, Mapping)
     for key in ('epoch', 'iter', 'seed'):
-        if key == 'seed' and meta.get(key) is None:
-            continue
+        value = meta.get(key)
         try:
-            whole = operator.index(meta[key]) >= 0  # NumPy's too
+            whole = operator.index(value) >= 0  # NumPy's too
         except Exception:  # a tensor, an array, nothing at all
-            whole = False
+            whole = key == 'seed' and value is None
         if not whole:
             raise CheckpointError(
-                f'{key}={meta.get(key)!r:.80} in the meta of the checkpoint '
-                f'is no whole number from 0 on; {_DAMAGED}, or use load_from '
+                f'{key}={value!r:.80} in the meta of the checkpoint is no '
+                f'whole number from 0 on; {_DAMAGED}, or use load_from '
                 f'without resume.'
             )
     if 'optimizer' not in checkpoint:
@@ -316,24 +312,31 @@ def check_training_state(
 def _check_optimizer(
     state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    saved, slots = state['param_groups'], state['state']
     mine = [len(group['params']) for group in groups]
     try:
-        assert isinstance(saved, list)
+        saved = list(state['param_groups'])
         theirs = [len(group['params']) for group in saved]
         order = [i for group in saved for i in group['params']]
-        own = {k: v for k, v in slots.items() if isinstance(k, int)}
-        assert {*own} <= {*order}
-        assert all(isinstance(slot, Mapping) for slot in own.values())
-        for group in saved:
-            for key, value in group.items():
-                if type(groups[0].get(key)) in (int, float):
-                    assert math.isfinite(value)
+        state_of = state['state'].items()
+        slots = {k: v for k, v in state_of if isinstance(k, int)}
+        numbers = [
+            value
+            for group in saved
+            for key, value in group.items()
+            if type(groups[0].get(key)) in (int, float)
+        ]
+        sound = (
+            {*slots} <= {*order}
+            and all(isinstance(slot, Mapping) for slot in slots.values())
+            and all(map(math.isfinite, numbers))
+        )
     except Exception:  # anything may be anywhere
+        sound = False
+    if not sound:
         raise CheckpointError(
             f'the groups of parameters of the optimizer in the checkpoint, '
             f'or the state of one, are not what torch writes; {_DAMAGED}.'
-        ) from None
+        )
     if theirs != mine:
         raise CheckpointError(
             f'the optimizer of the checkpoint has groups of {theirs} '
@@ -342,7 +345,7 @@ def _check_optimizer(
         )
     parameters = [p for group in groups for p in group['params']]
     for index, parameter in zip(order, parameters):
-        for key, value in own.get(index, {}).items():
+        for key, value in slots.get(index, {}).items():
             if key not in _LIKE_PARAMETER or value is None:
                 continue
             shape = getattr(value, 'shape', None)

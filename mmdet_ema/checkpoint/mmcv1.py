@@ -53,20 +53,12 @@ Checkpoint = MutableMapping[str, Any]
 def put_message(
     messages: MutableMapping[str, Any], checkpoint: Checkpoint
 ) -> None:
-    """Move the EMA part of a checkpoint among the hooks' messages.
-
-    Args:
-        messages: ``meta['hook_msgs']`` of the file that will be written.
-        checkpoint: A checkpoint with an EMA part, which it loses.
-    """
+    """Move the EMA part of a checkpoint into ``meta['hook_msgs']``."""
     messages[MESSAGE] = {key: checkpoint.pop(key) for key in (EMA, META)}
 
 
 def take_message(checkpoint: Checkpoint) -> None:
     """Move the EMA part back to the top of a checkpoint, if it has one.
-
-    Args:
-        checkpoint: What was read from a file of mmcv, changed in place.
 
     Raises:
         CheckpointError: If there is something else where it belongs.
@@ -104,16 +96,11 @@ def drop(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 
 def take_program(checkpoint: Checkpoint) -> Optional[str]:
-    """Take the config's text out of a checkpoint if it is a program.
+    """Take the config's text out of a checkpoint, and return it, if it runs.
 
     A runner of mmcv runs the text when it resumes, to compare the number of
-    GPUs. What mmcv's ``Config.pretty_text`` writes are plain values.
-
-    Args:
-        checkpoint: A checkpoint, changed in place.
-
-    Returns:
-        What was taken out; None if the text holds plain values only.
+    GPUs. What mmcv's ``Config.pretty_text`` writes are plain values, which
+    stay.
     """
     text = checkpoint['meta'].get('config')
     try:
@@ -133,12 +120,7 @@ def _is_data(node: ast.AST) -> bool:
 
 
 class Converted(NamedTuple):
-    """What was found in a file of another hook.
-
-    Attributes:
-        line: What it is, and what was assumed.
-        warnings: What cannot be known of it.
-    """
+    """A file of another hook: what was assumed, what cannot be known."""
 
     line: str
     warnings: List[str]
@@ -162,9 +144,6 @@ def convert_buffers(
     Returns:
         What was found and assumed; None if there are no such buffers, and
         then nothing is changed.
-
-    Raises:
-        CheckpointError: If ``state_dict`` has no names.
     """
     if WEIGHTS not in checkpoint:
         return None
@@ -198,8 +177,7 @@ def convert_buffers(
     meta = checkpoint.get('meta')
     steps = meta.get('iter', 0) if isinstance(meta, Mapping) else 0
     checkpoint[WEIGHTS] = averages
-    checkpoint[EMA] = OrderedDict({STEPS: steps})
-    checkpoint[EMA].update({PREFIX + k: v for k, v in raws.items()})
+    checkpoint[EMA] = {STEPS: steps, **{PREFIX + k: raws[k] for k in raws}}
     if several:
         collided = ', '.join(x for names in several.values() for x in names)
         warnings.append(
@@ -208,15 +186,15 @@ def convert_buffers(
             f'none of them; their average starts from the raw weights.'
         )
     kind = 'the averages' if swapped else 'the raw weights'
-    return Converted(
+    line = (
         f"EMA: the checkpoint was written by mmcv's or mmdet's own EMA hook "
-        f'(n={steps}); its plain keys are taken as {kind}, because {reason}.',
-        warnings,
+        f'(n={steps}); its plain keys are taken as {kind}, because {reason}.'
     )
+    return Converted(line, warnings)
 
 
 def _names_by_buffer(weights: Mapping[str, Any]) -> Dict[str, List[str]]:
-    """Return which names share which buffer; more than one is a collision."""
+    # names that differ in "." and "_" only collide in one buffer
     buffers = {k for k in weights if k.startswith('ema_') and '.' not in k}
     groups: Dict[str, List[str]] = {}
     for name in weights:

@@ -22,22 +22,11 @@ _LEAVES = (
 
 
 class Codec(NamedTuple):
-    """How one type is stored.
-
-    Attributes:
-        type: The type; instances of subclasses are not included.
-        encode: From an instance to plain values under string keys.
-        decode: The way back.
-    """
+    """How a type is stored, without its subclasses: as a dict of values."""
 
     type: Type[Any]
     encode: Callable[[Any], Dict[str, Any]]
     decode: Callable[[Dict[str, Any]], Any]
-
-    @property
-    def tag(self) -> str:
-        """Name under which it is stored."""
-        return _name(self.type)
 
 
 def to_plain(value: Any, codecs: List[Codec]) -> Any:
@@ -50,23 +39,23 @@ def to_plain(value: Any, codecs: List[Codec]) -> Any:
     for codec in codecs:
         if type(value) is codec.type:
             inner = to_plain(codec.encode(value), codecs)
-            return {TAG: codec.tag, **inner}
+            return {TAG: _name(codec.type), **inner}
     # whoever imports this need not have NumPy
     if 'numpy.generic' in map(_name, type(value).__mro__):
         number = value.item()
         # Python has no long double
         return float(number) if type(number) is type(value) else number
-    return _rebuild(value, lambda item: to_plain(item, codecs))
+    return _rebuild(value, to_plain, codecs)
 
 
 def from_plain(value: Any, codecs: List[Codec]) -> Any:
     """Return what :func:`to_plain` with the same codecs made plain."""
     if isinstance(value, dict) and TAG in value:
         for codec in codecs:
-            if value[TAG] == codec.tag:
+            if value[TAG] == _name(codec.type):
                 inner = {k: v for k, v in value.items() if k != TAG}
                 return codec.decode(from_plain(inner, codecs))
-    return _rebuild(value, lambda item: from_plain(item, codecs))
+    return _rebuild(value, from_plain, codecs)
 
 
 def foreign(value: Any) -> List[str]:
@@ -82,15 +71,17 @@ def foreign(value: Any) -> List[str]:
     return list(dict.fromkeys(own + [n for x in parts for n in foreign(x)]))
 
 
-def _rebuild(value: Any, convert: Callable[[Any], Any]) -> Any:
-    if isinstance(value, OrderedDict):
-        new = OrderedDict((convert(k), convert(v)) for k, v in value.items())
-        new.__dict__.update(value.__dict__)
-        return new
+def _rebuild(value: Any, convert: Any, codecs: List[Codec]) -> Any:
     if isinstance(value, dict):
-        return {convert(k): convert(v) for k, v in value.items()}
+        pairs = value.items()
+        items = [(convert(k, codecs), convert(v, codecs)) for k, v in pairs]
+        if not isinstance(value, OrderedDict):
+            return dict(items)
+        ordered = OrderedDict(items)
+        ordered.__dict__.update(value.__dict__)
+        return ordered
     if type(value) in (list, tuple, set):
-        return type(value)(convert(item) for item in value)
+        return type(value)(convert(item, codecs) for item in value)
     return value
 
 

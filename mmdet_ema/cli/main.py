@@ -50,7 +50,15 @@ def main(argv: Optional[List[str]] = None) -> None:
         SystemExit: With status 2 for wrong usage or input, else with that of
             the tool.
     """
-    options, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command == 'env':
+        if rest:
+            parser.error(f'unrecognized arguments: {" ".join(rest)}')
+        from mmdet_ema.cli.environment import print_environment
+
+        print_environment()
+        return
     from mmdet_ema.cli import commands
 
     load_hook()
@@ -113,5 +121,10 @@ def _parser() -> argparse.ArgumentParser:
         '--weights',
         choices=('ema', 'raw', 'both'),
         help='which weights; by default what the config says, or ema',
+    )
+    commands.add_parser(
+        'env',
+        help='print what a bug report needs',
+        description='Print versions, the hooks that are built, and the GPUs.',
     )
     return parser

@@ -6,7 +6,12 @@ from typing import Any, Dict, List
 
 from mmengine.hooks import Hook
 
-from mmdet_ema.for_mmengine.runner import RunLog, facts_of, optimizers_of
+from mmdet_ema.for_mmengine.runner import (
+    RunLog,
+    facts_of,
+    optimizers_of,
+    schedulers_of,
+)
 from mmdet_ema.optimizers.warmup import Warmup
 
 _RISING = ('Linear', 'Constant', 'QuadraticWarmup')
@@ -78,13 +83,10 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
 
 def _other_warmups(runner: Any) -> Dict[str, List[str]]:
     """Name schedulers that raise the same values from the start."""
-    schedulers = runner.param_schedulers or []
-    if isinstance(schedulers, dict):
-        schedulers = [s for several in schedulers.values() for s in several]
     return {
         value: [
             f'{type(s).__name__}(end={s.end})'
-            for s in schedulers
+            for s in schedulers_of(runner)
             if type(s).__name__ in [f'{word}{ending}' for word in _RISING]
             if s.begin == 0
             if s.end > (runner.epoch if s.by_epoch else runner.iter)

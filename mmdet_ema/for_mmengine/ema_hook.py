@@ -12,23 +12,16 @@ from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdet_ema.averaging.update import Rule
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.errors import OptionError, show
+from mmdet_ema.for_mmengine import checkpoints
 from mmdet_ema.for_mmengine import runner as runners
 from mmdet_ema.for_mmengine.evaluation import check_monitored, watch_loops
-from mmdet_ema.for_mmengine.plain_checkpoint import (
-    make_plain,
-    refuse_foreign,
-    strip_wrapper,
-    unmake,
-)
-from mmdet_ema.for_mmengine.safe_globals import allow_framework_types
-from mmdet_ema.for_mmengine.saving import keep_files_whole
 from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import (
     NAMES,
+    Choice,
     choose_rule,
     parse_options,
     show_options,
@@ -52,34 +45,26 @@ class EMAHook(Hook):  # type: ignore[misc]
             or callable n -> decay. Defaults to 'exponential'.
         interval (int): Optimizer steps between updates; the averaging window
             does not change with it. Defaults to 1.
-        begin_iter (int): First iteration that is averaged, counted from 1.
-            Defaults to 0, from the start.
-        begin_epoch (int): First epoch that is averaged, counted from 1.
-            Defaults to 0, from the start.
-        update_buffers (bool): Whether float buffers (BatchNorm statistics)
-            are averaged; else copied. Defaults to True, or False where one of
-            the compatible options is given.
-        device (str, optional): Where the averages live: None for where the
-            parameters are, 'cpu' for host memory. Defaults to None.
-        overlap (bool): Whether an update of a model on a GPU runs in parallel
-            with the next forward and backward pass, on a side stream; the
-            numbers are the same. Nothing but the optimizer may change
-            parameters then. Defaults to False.
-        evaluate (str): Weights that validation and test run on: 'ema', 'raw'
-            or 'both' (a pass over the data for each; the metrics of the raw
-            weights come under ``raw/<name>``). Defaults to 'ema'.
-        nonfinite (str): What to do with a step that leaves NaN or Inf:
-            in a parameter: 'skip' it, 'raise', or 'ignore' (average it). A
-            buffer that holds some keeps its average. Defaults to 'skip'.
-        strict_load (bool): Whether an average that is missing in a checkpoint
-            is an error on resume. Defaults to False.
-        scale_decay (bool): Whether a resume with another batch size or world
-            size uses ``decay ** kappa``, which keeps the averaging window in
-            samples. Defaults to False.
-        copied (Sequence[str]): Patterns of names (``'head.queue'``,
-            ``'*.mask'``) of tensors that are copied, not averaged. Integers,
-            masks of -inf, pruning masks, the vectors of spectral norm and the
-            observers of quantization are copied anyway. Defaults to ().
+        begin_iter (int): First iteration averaged, from 1. Defaults to 0.
+        begin_epoch (int): First epoch averaged, from 1. Defaults to 0.
+        update_buffers (bool): Average float buffers, or copy them. Defaults
+            to True, or to False with one of the compatible options.
+        device (str, optional): 'cpu' for averages in host memory. Defaults to
+            None, where the parameters are.
+        overlap (bool): Update on a side stream of the GPU, in parallel with
+            the next pass; only the optimizer may change parameters then.
+            Defaults to False.
+        evaluate (str): Weights to validate and test: 'ema', 'raw' or 'both'
+            (a pass each, metrics ``raw/<name>``). Defaults to 'ema'.
+        nonfinite (str): 'skip' a step that leaves NaN or Inf in a parameter,
+            'raise', or 'ignore'; a buffer's average stays. Defaults to 'skip'.
+        strict_load (bool): Refuse a resume where an average is missing.
+            Defaults to False.
+        scale_decay (bool): After a resume with another batch or world size,
+            use ``decay ** kappa``: the same window in samples. Defaults to
+            False.
+        copied (Sequence[str]): Names (``'*.queue'``) of tensors to copy, as
+            integers, masks and the like are anyway. Defaults to ().
         enabled (bool): False: put the raw weights back on resume, then do
             nothing. Defaults to True.
         ema_type (str, optional): Compatible option: name of an averaging
@@ -87,8 +72,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         momentum (float, optional): Compatible option: ``1 - decay``.
         gamma (float, optional): Compatible option: constant of the ramp of
             ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
-        **more: Options of an averaging class of your own, where ``ema_type``
-            names one (a subclass of mmengine's ``BaseAveragedModel``).
+        **more: Options of a ``BaseAveragedModel`` of your own, if
+            ``ema_type`` names one.
 
     Raises:
         OptionError: If an option is unknown, out of range or contradicts
@@ -103,20 +88,17 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def __init__(self, **options: Any):
         self.priority = options.pop('priority', self.priority)
-        kind = _averaging_class(options.get('ema_type'))
-        choice = None
-        if kind is not None:
-            rule, options = _rule_of(kind, options)
-            choice = choose_rule(kind.__name__, rule)
+        choice, options = _rule_of_ones_own(options)
         checked = parse_options(choice, **options)
         self.enabled = checked.enabled
         self._log = runners.RunLog()
         self._life = EMALifecycle(checked, self._log)
+        self._model: Any = None  # unwrapped
+        self._logger: Optional[LoggerHook] = None
+        self._iteration = 0
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
         self._evaluates = self._trained = False
-        self._logger: Optional[LoggerHook] = None
-        self._model: Any = None
 
     show_options(__init__)
 
@@ -125,10 +107,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         kinds = (EMAHook, MMEngineEMAHook)
         refuse_second([x for x in runner.hooks if isinstance(x, kinds)])
         # whoever uses torch's safe_globals() takes ours away when leaving it
-        allow_framework_types()
+        checkpoints.allow_framework_types()
         path = runners.local_checkpoint(runner)
         if path is not None:
             read_structure(path)
+        self._model = runners.model_of(runner)
         if self.enabled:
             watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
@@ -142,17 +125,14 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._model = runners.model_of(runner)
         optimizers = runners.optimizers_of(runner)
         self._life.start(self._model, runners.facts_of(runner), optimizers)
-        watch_loops(runner, self._life.passes, self._evaluating)
-        loggers = (
-            hook for hook in runner.hooks if isinstance(hook, LoggerHook)
-        )
-        self._logger = next(loggers, None)
+        loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
+        self._logger = loggers[0] if loggers else None
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
         if self.enabled:
-            keep_files_whole(runner)
-        self._life.before_epoch()
+            checkpoints.keep_files_whole(runner)
+            self._life.before_epoch()
 
     def before_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
@@ -161,12 +141,16 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not self.enabled:
             return
         # a hook that comes after ours may have changed the weights
-        self._life.after_iteration(runner.iter)
+        self._life.after_iteration(self._iteration)
+        self._iteration = runner.iter + 1
+        # another wrapper or optimizer may have taken the place of the last
+        wrapper = runner.optim_wrapper
+        several = getattr(wrapper, 'optim_wrappers', {'': wrapper})
         self._life.before_iteration(
             self._model,
             runner.iter,
             runner.epoch,
-            runners.optimizers_of(runner),
+            [w.optimizer for w in several.values() if hasattr(w, 'optimizer')],
         )
 
     def after_train_iter(
@@ -179,11 +163,16 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Update the average if the weights changed."""
         if not self.enabled:
             return
-        self._life.after_iteration(runner.iter + 1)
+        self._life.after_iteration(self._iteration)
         many = runner.world_size > 1
         if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
-        if self._will_log(runner, batch_idx):
+        # the distance costs a reading of the weights: only where it is logged
+        logger, loader = self._logger, runner.train_dataloader
+        interval = logger.interval if logger else 10
+        if self.every_n_inner_iters(batch_idx, interval) or (
+            logger and self.end_of_epoch(loader, batch_idx)
+        ):
             for name, value in self._life.scalars().items():
                 runner.message_hub.update_scalar(f'train/{name}', value)
 
@@ -199,13 +188,16 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
-        self._life.after_iteration(runner.iter)
+        self._life.after_iteration(self._iteration)
         self._life.finish()
         self._trained = True
 
     def before_val_epoch(self, runner: Any) -> None:
         """Put the averages into the model."""
-        self._enter_evaluation(runner)
+        if self.enabled and not self._evaluates:
+            self._life.after_iteration(self._iteration)
+            self._life.enter_evaluation(self._model, self._weights)
+            self._evaluates = True
 
     before_test_epoch = before_val_epoch
 
@@ -213,7 +205,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Put the averages in where a loop did not say that it begins."""
-        self._enter_evaluation(runner)
+        self.before_val_epoch(runner)
 
     before_test_iter = before_val_iter
 
@@ -221,42 +213,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         self, runner: Any, metrics: Optional[Dict[str, float]] = None
     ) -> None:
         """Put the raw weights back."""
-        self._leave_evaluation()
+        self._evaluates = False
+        self._life.leave_evaluation()
 
     after_test_epoch = after_val_epoch
-
-    def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
-        """Put the averages into ``state_dict``, the raw weights next to it."""
-        if not self.enabled:
-            return
-        # other hooks may save before our turn comes
-        self._life.after_iteration(runner.iter + 1)
-        strip_wrapper(checkpoint, runners.model_of(runner))
-        self._life.save(checkpoint)
-        make_plain(checkpoint, self._log)
-
-    def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
-        """Sort out which weights of the checkpoint go where."""
-        unmake(checkpoint)
-        model = runners.model_of(runner)
-        if not runners.is_training(runner) or self._trained:
-            self._life.choose(checkpoint, model)
-        elif runner._resume:
-            refuse_foreign(checkpoint, self._log)
-            optimizers = runners.optimizers_of(runner)
-            self._life.resume(checkpoint, model, optimizers)
-        else:
-            self._life.fine_tune(checkpoint, model)
-
-    def _will_log(self, runner: Any, batch_idx: int) -> bool:
-        """Return whether the logger logs this training iteration."""
-        logger, loader = self._logger, runner.train_dataloader
-        interval = 10 if logger is None else logger.interval
-        if self.every_n_inner_iters(batch_idx, interval):
-            return True
-        if logger is None or not self.end_of_epoch(loader, batch_idx):
-            return False
-        return not logger.ignore_last or len(loader) <= interval
 
     @contextlib.contextmanager
     def _evaluating(self, weights: str) -> Iterator[None]:
@@ -265,46 +225,55 @@ class EMAHook(Hook):  # type: ignore[misc]
         try:
             yield
         finally:
-            self._leave_evaluation()
-            self._weights = before
+            self._evaluates, self._weights = False, before
+            self._life.leave_evaluation()
 
-    def _enter_evaluation(self, runner: Any) -> None:
-        if self._evaluates or not self.enabled:
+    def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
+        """Put the averages into ``state_dict``, the raw weights next to it."""
+        if not self.enabled:
             return
-        if runners.is_training(runner) and not self._trained:
-            self._life.after_iteration(runner.iter + 1)
-        model = runners.model_of(runner)
-        self._life.enter_evaluation(model, self._weights)
-        self._evaluates = True
+        # other hooks may save before our turn comes
+        self._life.after_iteration(self._iteration)
+        if runner.model is not self._model:
+            model = runners.model_of(runner)
+            checkpoints.strip_wrapper(checkpoint, model)
+        self._life.save(checkpoint)
+        checkpoints.make_plain(checkpoint, self._log)
 
-    def _leave_evaluation(self) -> None:
-        self._evaluates = False
-        self._life.leave_evaluation()
+    def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
+        """Sort out which weights of the checkpoint go where."""
+        checkpoints.unmake(checkpoint)
+        self._model = model = runners.model_of(runner)
+        if not runners.is_training(runner) or self._trained:
+            self._life.choose(checkpoint, model)
+        elif runner._resume:
+            checkpoints.refuse_foreign(checkpoint, self._log)
+            optimizers = runners.optimizers_of(runner)
+            self._life.resume(checkpoint, model, optimizers)
+        else:
+            self._life.fine_tune(checkpoint, model)
 
 
-def _averaging_class(ema_type: Any) -> Optional[Any]:
-    """Return a user's averaging class by itself or by its name."""
-    kind = ema_type
-    if isinstance(ema_type, str):
-        with MODELS.switch_scope_and_registry(None) as registry:
-            kind = registry.get(ema_type)
-    own = inspect.isclass(kind) and issubclass(kind, BaseAveragedModel)
-    return kind if own and not is_family(ema_type) else None
-
-
-def _rule_of(kind: Any, given: Dict[str, Any]) -> Tuple[Rule, Dict[str, Any]]:
+def _rule_of_ones_own(
+    given: Dict[str, Any],
+) -> Tuple[Optional[Choice], Dict[str, Any]]:
     """Return the rule of a user's averaging class, and our own options.
 
     Its ``avg_func`` is called for each tensor; the class never sees the
     model, so that nothing is deep-copied.
-
-    Raises:
-        OptionError: If the class has an ``update_parameters`` of its own.
     """
+    ema_type = given.get('ema_type')
+    kind: Any = ema_type
+    if isinstance(ema_type, str):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(ema_type)
+    own = inspect.isclass(kind) and issubclass(kind, BaseAveragedModel)
+    if not own or is_family(ema_type):
+        return None, given
     if kind.update_parameters is not BaseAveragedModel.update_parameters:
         raise OptionError(
-            f'ema_type={show(given["ema_type"])} overrides update_parameters; '
-            f'only an avg_func can be used. Move what it does there.'
+            f'ema_type={show(ema_type)} overrides update_parameters; only an '
+            f'avg_func can be used. Move what it does there.'
         )
     ours = {k: x for k, x in given.items() if k in NAMES}
     theirs = {k: x for k, x in given.items() if k not in NAMES}
@@ -320,4 +289,4 @@ def _rule_of(kind: Any, given: Dict[str, Any]) -> Tuple[Rule, Dict[str, Any]]:
             instance.steps.fill_(step - 1)
             instance.avg_func(average, raw, instance.steps)
 
-    return rule, ours
+    return choose_rule(kind.__name__, rule), ours

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 from mmengine.logging import MMLogger
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -76,10 +75,16 @@ class EMAOptimizerConstructor(DefaultOptimWrapperConstructor):  # type: ignore[m
         is_dcn_module: Optional[bool] = None,
     ) -> None:
         """Add the groups of a model; mmengine comes back for each child."""
-        with _silent():
+        # mmengine's line for each parameter has the factor of a rate for the
+        # rate; our table says what was built
+        logger = MMLogger.get_current_instance()
+        before, logger.disabled = logger.disabled, True
+        try:
             self._construction.add_params(
                 params, module, prefix, is_dcn_module, super().add_params
             )
+        finally:
+            logger.disabled = before
 
     def __call__(self, model: nn.Module) -> Any:
         """Build the optimizer; return its wrapper."""
@@ -87,17 +92,3 @@ class EMAOptimizerConstructor(DefaultOptimWrapperConstructor):  # type: ignore[m
         counts = self.optim_wrapper_cfg.get('accumulative_counts', 1)
         self._construction.finish(wrapper.optimizer, counts)
         return wrapper
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep mmengine's line for each parameter out of the log.
-
-    It has the factor of a rate for the rate; our table says what was built.
-    """
-    logger = MMLogger.get_current_instance()
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

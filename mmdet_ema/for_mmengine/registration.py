@@ -11,11 +11,11 @@ from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS
 
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine.bias_warmup_hook import BiasWarmupHook
+from mmdet_ema.for_mmengine.checkpoints import allow_framework_types
 from mmdet_ema.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.for_mmengine.optimizer_constructor import (
     EMAOptimizerConstructor,
 )
-from mmdet_ema.for_mmengine.safe_globals import allow_framework_types
 from mmdet_ema.frameworks import own_logger
 from mmdet_ema.training.compatible import instead_of
 from mmdet_ema.version import __version__
@@ -29,12 +29,13 @@ def register() -> None:
     The registries of mmdet, mmdet3d and mmseg fall back to the root's. The
     framework's own hook stays there as ``MMEngineEMAHook``.
     """
-    HOOKS.register_module(name='EMAHook', module=EMAHook, force=True)
-    HOOKS.register_module(
-        name='MMEngineEMAHook', module=MMEngineEMAHook, force=True
-    )
+    for name, kind in (
+        ('EMAHook', EMAHook),
+        ('MMEngineEMAHook', MMEngineEMAHook),
+        ('BiasWarmupHook', BiasWarmupHook),
+    ):
+        HOOKS.register_module(name=name, module=kind, force=True)
     HOOKS.build_func = functools.partial(_build, HOOKS.build_func)
-    HOOKS.register_module(module=BiasWarmupHook, force=True)
     OPTIM_WRAPPER_CONSTRUCTORS.register_module(
         module=EMAOptimizerConstructor, force=True
     )

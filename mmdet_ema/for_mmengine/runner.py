@@ -53,6 +53,20 @@ def optimizers_of(runner: Any) -> List[Optimizer]:
     return [optimizer for optimizer in found if optimizer is not None]
 
 
+def _wrappers(runner: Any) -> List[Any]:
+    wrapper = runner.optim_wrapper
+    if isinstance(wrapper, dict):  # a config: nothing is made yet
+        return []
+    return list(getattr(wrapper, 'optim_wrappers', {'': wrapper}).values())
+
+
+def schedulers_of(runner: Any) -> List[Any]:
+    """Return every scheduler of learning rates and momenta."""
+    found = getattr(runner, 'param_schedulers', None) or []
+    groups = found.values() if isinstance(found, dict) else [found]
+    return [scheduler for group in groups for scheduler in group]
+
+
 def facts_of(runner: Any) -> RunFacts:
     """Return the training run as planned."""
     counts = [getattr(w, '_accumulative_counts', 1) for w in _wrappers(runner)]
@@ -72,7 +86,7 @@ def facts_of(runner: Any) -> RunFacts:
         batch_size=batch_size_of(loader),
         world_size=runner.world_size,
         validates=runner._val_loop is not None,
-        agrees=_validates_together(runner, BaseLoop),
+        agrees=_validating_loop(runner) is not None,
     )
 
 
@@ -95,8 +109,8 @@ def local_checkpoint(runner: Any) -> Optional[str]:
 
 def will_validate(runner: Any, by_epoch: bool) -> bool:
     """Return whether all ranks validate after this epoch or iteration."""
-    kind = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
-    if not _validates_together(runner, kind):
+    own = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
+    if _validating_loop(runner) is not own:
         return False
     loop = runner.train_loop
     done = (loop.epoch if by_epoch else loop.iter) + 1
@@ -108,26 +122,15 @@ def will_validate(runner: Any, by_epoch: bool) -> bool:
     return bool(validates and done >= loop.val_begin)
 
 
-def _validates_together(runner: Any, kind: Any) -> bool:
-    """Return whether a loop is sure to validate on all ranks at once.
+def _validating_loop(runner: Any) -> Optional[type]:
+    """Return the loop of mmengine's that validates on all ranks at once.
 
-    That is known of mmengine's own training loops alone: one of the user's
-    own may validate on one rank, or end an epoch on one rank before the
-    others do (torch's ``Join``).
+    None where that is not sure: a loop of the user's own may validate on one
+    rank, or end an epoch on one rank before the others do (torch's ``Join``).
     """
-    loop = runner.train_loop
-    owns = any(
-        isinstance(loop, own)
-        and issubclass(own, kind)
-        and all(getattr(type(loop), x) is getattr(own, x) for x in methods)
-        for own, methods in _OWN_LOOPS.items()
-    )
-    return owns and runner._val_loop is not None
-
-
-def _wrappers(runner: Any) -> List[Any]:
-    wrapper = runner.optim_wrapper
-    if isinstance(wrapper, dict):  # a config: nothing is made yet
-        return []
-    many = hasattr(wrapper, 'optim_wrappers')
-    return list(wrapper.values()) if many else [wrapper]
+    kind = type(runner.train_loop)
+    for own, methods in _OWN_LOOPS.items():
+        if issubclass(kind, own) and runner._val_loop is not None:
+            same = all(getattr(kind, x) is getattr(own, x) for x in methods)
+            return own if same else None
+    return None

@@ -20,7 +20,6 @@ from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.errors import NonFiniteError
 from mmdet_ema.optimizers.nominal import scale_weight_decay
-from mmdet_ema.schedules import Schedule
 from mmdet_ema.training import resume
 from mmdet_ema.training.options import Options
 from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
@@ -40,10 +39,6 @@ _IDLE = 50
 
 class EMALifecycle:
     """The life of one average inside a trainer.
-
-    Args:
-        options: Checked options.
-        log: Where lines go; has ``info`` and ``warning``.
 
     Attributes:
         averager: The averager, from the first iteration that counts on, or
@@ -78,21 +73,20 @@ class EMALifecycle:
     ) -> None:
         """Get ready: training is about to start, everything is loaded."""
         check_begin(self.options, facts)
-        self._stop_listening()
+        self.finish()
         if self._only_evaluates:
-            self.averager = self._pending = None
-            self._only_evaluates = False
-        part, done = self._pending, 0
-        if part is not None:
-            done = part.steps
-        elif self.averager is not None:
+            self._expect(None)
+        part = self._pending
+        done = part.steps if part else 0
+        if self.averager is not None:
             done = self.averager.num_steps
         before = part.meta if part else {}
         # a training that goes on in this process keeps the batch size
         known = self._plan.reference if self._plan and not before else None
         self._plan = Plan(self.options, facts, done, before, known)
-        self._take_pending(model)
-        if self.averager is not None:
+        if part is not None:
+            self._make_averager(model)
+        elif self.averager is not None:
             self.averager.schedule = self._plan.schedule
         self._reported = False
         self._iterations = self._told_iterations = 0
@@ -115,25 +109,20 @@ class EMALifecycle:
         epoch: int,
         optimizers: Sequence[Any],
     ) -> None:
-        """Start the average if its time has come.
+        """Start the average if its time has come, after so many iterations.
 
-        Args:
-            model: The model, unwrapped.
-            iteration: Iterations done.
-            epoch: Epochs done.
-            optimizers: The optimizers of the run, as they are now.
+        The model is unwrapped, the optimizers are those of now.
         """
-        if self.averager is not None and self.averager.is_applied:
+        if self.is_applied:
             self._log.warning(
                 'EMA: an evaluation left the averages in the model; training '
                 'goes on from the raw weights.'
             )
             self.leave_evaluation()
-        if self._pending is not None:
-            self._take_pending(model)
-        if self.averager is None and has_begun(self.options, iteration, epoch):
-            assert self._plan is not None
-            self.averager = self._make(model, self._plan.schedule)
+        if self._pending is not None or (
+            self.averager is None and has_begun(self.options, iteration, epoch)
+        ):
+            self._make_averager(model)
         if not self._reported:
             self._report(model)
         averager, changes, plan = self.averager, self._changes, self._plan
@@ -155,12 +144,17 @@ class EMALifecycle:
         if times >= 1 and math.log10(times).is_integer():
             self._log.warning(describe_idle(changes.idle))
 
-    def after_iteration(self, iteration: int) -> None:
-        """Update the average if the weights changed, once an iteration.
+    def _before_step(self) -> None:
+        averager, changes = self.averager, self._changes
+        if averager is None or changes is None or averager.is_applied:
+            return
+        parallel = self.options.overlap or self.options.device is not None
+        if parallel and not changes.heard and changes.were_written():
+            self._end_overlap(averager)
+        averager.before_step()
 
-        Args:
-            iteration: The iteration that ends, from 1.
-        """
+    def after_iteration(self, iteration: int) -> None:
+        """Update the average if the weights changed in this one, from 1."""
         averager, changes = self.averager, self._changes
         if averager is None:
             return
@@ -180,41 +174,60 @@ class EMALifecycle:
                 ) from None
         self._tell_skipped(averager)
 
+    def _end_overlap(self, averager: WeightAverager) -> None:
+        """Let no update run on while nobody tells before weights change."""
+        if averager.announces_steps and averager.overlaps:
+            self._log.warning(
+                'EMA: overlap=True has no effect from here on: the weights '
+                "changed outside of an optimizer's step(). Leave it out."
+            )
+        averager.announces_steps = False
+
+    def _tell_skipped(self, averager: WeightAverager) -> None:
+        """Tell of a skip that has come to light; on a GPU that is later."""
+        if averager.known_skipped != self._told_skipped:
+            self._told_skipped = averager.known_skipped
+            line = describe_skip(averager, self._updated_at)
+            if line:
+                self._log.warning(line)
+
     def finish(self) -> None:
         """Stop listening to the optimizers; the average stays."""
-        self._stop_listening()
+        if self._changes is not None:
+            self._changes.detach()
+            self._changes = None
         if self.averager is not None:
+            self.averager.wait()
             self._tell_skipped(self.averager)
         self.tell_steps()
 
     def tell_steps(self) -> None:
         """Say how many steps were averaged: once, and again at the end."""
-        averager, total = self.averager, self._iterations
-        at_the_end = self._changes is None
-        if averager is None or self._told_iterations == total:
+        averager, plan, total = self.averager, self._plan, self._iterations
+        told, at_the_end = self._told_iterations, self._changes is None
+        if told == total or (told and not at_the_end):
             return
-        if self._told_iterations and not at_the_end:
+        if averager is None or plan is None:
             return
         self._told_iterations, now = total, averager.progress()
-        steps, skipped = (
-            now[name] - self._first[name]
-            for name in ('num_steps', 'num_skipped')
-        )
+        steps = now['num_steps'] - self._first['num_steps']
+        skipped = now['num_skipped'] - self._first['num_skipped']
         self._log.info(
             f'EMA: {steps} steps averaged, {skipped} skipped (NaN or Inf), '
             f'in {total} iterations.'
         )
-        assert self._plan is not None
-        if not steps + skipped and total > self._plan.facts.accumulation:
+        if not steps + skipped and total > plan.facts.accumulation:
             self._log.warning(describe_idle(total))
 
     def scalars(self) -> Dict[str, float]:
         """Return what loggers log of the last step."""
         averager = self.averager
+        if averager is None:
+            return {'ema_decay': 0.0, 'ema_distance': 0.0, 'ema_skipped': 0}
         found = {
-            'ema_decay': averager.decay if averager else 0.0,
-            'ema_distance': averager.distance() if averager else 0.0,
-            'ema_skipped': averager.num_skipped if averager else 0,
+            'ema_decay': averager.decay,
+            'ema_distance': averager.distance(),
+            'ema_skipped': averager.num_skipped,
         }
         return {name: x for name, x in found.items() if math.isfinite(x)}
 
@@ -230,13 +243,9 @@ class EMALifecycle:
     def enter_evaluation(
         self, model: nn.Module, weights: Optional[str] = None
     ) -> None:
-        """Put the averages into the model, if they are to be evaluated.
-
-        Args:
-            model: The model, unwrapped.
-            weights: One of ``passes``; the main one by default.
-        """
-        self._take_pending(model)
+        """Put one of ``passes`` into the model, the main one by default."""
+        if self._pending is not None:
+            self._make_averager(model)
         if self.averager is None:
             return
         if not self._only_evaluates:
@@ -257,17 +266,15 @@ class EMALifecycle:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint with the live weights its EMA part, in place."""
-        averager = None if self._only_evaluates else self.averager
+        averager, averages, raws = self.averager, {}, {}
         meta: Dict[str, Any] = dict(self._plan.meta) if self._plan else {}
         meta['writer'] = f'mmdet_ema {__version__}'
-        if averager is None:
-            pack(checkpoint, {}, {}, 0, meta)
-            return
-        averager.refresh()
-        averages = dict(averager.named_averages(stored=True))
-        raws = dict(averager.named_raws()) if averager.is_applied else {}
-        meta.update(averager.progress())
-        pack(checkpoint, averages, raws, averager.num_steps, meta)
+        if averager is not None and not self._only_evaluates:
+            averager.refresh()
+            averages = dict(averager.named_averages(stored=True))
+            raws = dict(averager.named_raws()) if averager.is_applied else {}
+            meta.update(averager.progress())
+        pack(checkpoint, averages, raws, meta.get('num_steps', 0), meta)
 
     def resume(
         self,
@@ -303,43 +310,35 @@ class EMALifecycle:
         self.averager, self._pending = None, part
         self._only_evaluates = only_evaluates
 
-    def _take_pending(self, model: nn.Module) -> None:
+    def _make_averager(self, model: nn.Module) -> None:
+        """Start the average: from the weights, or where the file left it."""
         part, self._pending = self._pending, None
-        if part is not None:
-            plan, state = self._plan, dict(part.meta)
-            self.averager = self._make(
-                model,
-                plan.schedule
-                if plan
-                else self.options.schedule_for(part.steps),
-            )
-            state['num_steps'] = part.steps
-            state['averages'] = part.tensors(part.averages)
-            self.averager.load_state_dict(state, strict=False)
-            self._told_skipped = self.averager.known_skipped
-
-    def _make(self, model: nn.Module, schedule: Schedule) -> WeightAverager:
+        steps = part.steps if part else 0
+        schedule = self.options.schedule_for(steps)
+        if self._plan is not None:
+            schedule = self._plan.schedule
         with warnings.catch_warnings():
             # the report says so, in the run's log
             warnings.filterwarnings('ignore', 'copied=')
-            averager = WeightAverager(
+            self.averager = averager = WeightAverager(
                 model, schedule, **self.options.of_the_averager
             )
         averager.announces_steps = TELLS_OF_STEPS
-        self._told_skipped = 0
-        return averager
+        if part is not None:
+            averages = part.tensors(part.averages)
+            state = {**part.meta, 'num_steps': steps, 'averages': averages}
+            averager.load_state_dict(state, strict=False)
+        self._told_skipped = averager.known_skipped
 
     def _report(self, model: nn.Module) -> None:
         """Report in the first iteration: the tensors are known by then."""
         assert self._plan is not None
         self._reported, options = True, self.options
-        report(
-            self._plan,
-            self.averager.entries
-            if self.averager
-            else select(model, options.update_buffers, options.copied),
-            self._log,
-        )
+        if self.averager is not None:
+            entries = self.averager.entries
+        else:
+            entries = select(model, options.update_buffers, options.copied)
+        report(self._plan, entries, self._log)
         if options.overlap and not TELLS_OF_STEPS:
             self._log.warning(
                 f'EMA: overlap=True has no effect: torch {torch.__version__} '
@@ -353,40 +352,7 @@ class EMALifecycle:
                 'takes its time from the training wherever it runs.'
             )
 
-    def _before_step(self) -> None:
-        averager, changes = self.averager, self._changes
-        if averager is None or changes is None or averager.is_applied:
-            return
-        parallel = self.options.overlap or self.options.device is not None
-        if parallel and not changes.heard and changes.were_written():
-            self._end_overlap(averager)
-        averager.before_step()
-
-    def _end_overlap(self, averager: WeightAverager) -> None:
-        """Let no update run on while nobody tells before weights change."""
-        if averager.announces_steps and averager.overlaps:
-            self._log.warning(
-                'EMA: overlap=True has no effect from here on: the weights '
-                "changed outside of an optimizer's step(). Leave it out."
-            )
-        averager.announces_steps = False
-
-    def _tell_skipped(self, averager: WeightAverager) -> None:
-        """Tell of a skip that has come to light; on a GPU that is later."""
-        if averager.known_skipped != self._told_skipped:
-            self._told_skipped = averager.known_skipped
-            line = describe_skip(averager, self._updated_at)
-            if line:
-                self._log.warning(line)
-
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:
             self._warned.add(line)
             self._log.warning(line)
-
-    def _stop_listening(self) -> None:
-        if self._changes is not None:
-            self._changes.detach()
-            self._changes = None
-        if self.averager is not None:
-            self.averager.wait()

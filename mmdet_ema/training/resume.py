@@ -9,14 +9,12 @@ raises a :class:`CheckpointError`.
 
 from __future__ import annotations
 
-from typing import Any, List, Mapping, MutableMapping, Optional
+from typing import Any, List, MutableMapping, Optional
 
 import torch
 from torch import nn
 
-from mmdet_ema.averaging.averages import check_fit
 from mmdet_ema.checkpoint.format import (
-    EMA,
     WEIGHTS,
     EMAPart,
     check_names,
@@ -57,7 +55,7 @@ def for_resume(
         )
         _name_nonfinite(weights, model, log)
         return None
-    _check_fits(part, model, strict, log)
+    part.check(model, strict, log)
     _restart_nonfinite(part, log)
     put_raw(checkpoint, part)
     begun = part.steps > 0 or 'num_steps' in part.meta
@@ -90,25 +88,24 @@ def for_evaluation(
     _weights_of(checkpoint, model)
     if evaluate == 'ema':
         part = _if_readable(checkpoint, log)
+        if part is None:
+            log.info(
+                'EMA: the checkpoint has no EMA part; evaluating its weights.'
+            )
+            return None
     else:
         part = unpack(checkpoint)
-    if part is None:
-        if evaluate != 'ema':
+        if part is None:
             raise CheckpointError(
                 f'evaluate={evaluate!r} needs raw weights, but the checkpoint '
                 f'holds one set of weights and no EMA part; use '
                 f"evaluate='ema' to evaluate what it holds."
             )
-        log.info(
-            'EMA: the checkpoint has no EMA part; evaluating its weights.'
-        )
-        return None
-    log.info(f'EMA: evaluating {_SETS[evaluate]} (n={part.steps}).')
-    if evaluate != 'ema':
         put_raw(checkpoint, part)
+    log.info(f'EMA: evaluating {_SETS[evaluate]} (n={part.steps}).')
     if evaluate != 'both':
         return None
-    _check_fits(part, model, False, log)
+    part.check(model, False, log)
     return part
 
 
@@ -121,50 +118,20 @@ def _if_readable(checkpoint: Checkpoint, log: Any) -> Optional[EMAPart]:
         return None
 
 
-def _check_fits(
-    part: EMAPart, model: nn.Module, strict: bool, log: Any
-) -> None:
-    state = model.state_dict().items()
-    shapes = {k: v for k, v in state if isinstance(v, torch.Tensor)}
-    try:
-        for what, half in ((WEIGHTS, part.averages), (EMA, part.raws)):
-            check_weights(shapes, half, what)
-            check_fit(shapes, part.tensors(half), strict)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f'the EMA part of the checkpoint does not fit: {error} To start '
-            f'a new training from this file, use load_from without resume.'
-        ) from None
-    missing = [name for name in shapes if name not in part.averages]
-    if shapes and len(missing) == len(shapes):
-        raise CheckpointError(
-            'no tensor of the model is in the EMA part of the checkpoint; it '
-            'belongs to another model.'
-        )
-    if missing:
-        log.warning(
-            f'EMA: {len(missing)} tensors of the model are not in the '
-            f'checkpoint ({", ".join(missing[:3])}); their average starts '
-            f'from the weights that they have.'
-        )
-
-
 def _weights_of(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """Return the weights that a framework loads; they are tensors."""
-    weights = checkpoint.get(WEIGHTS, checkpoint)
+    """Return the weights that a framework loads, which may be the file."""
+    weights: Checkpoint = checkpoint.get(WEIGHTS, checkpoint)
     check_names(weights, WEIGHTS)
     if not weights:
         raise CheckpointError(
             'the checkpoint holds no weights; take another checkpoint.'
         )
     check_weights(model.state_dict(), weights)
-    return weights  # type: ignore[no-any-return]
+    return weights
 
 
-def _name_nonfinite(
-    weights: Mapping[str, Any], model: nn.Module, log: Any
-) -> None:
-    """Warn of weights that are not finite; a buffer may be a mask."""
+def _name_nonfinite(weights: Checkpoint, model: nn.Module, log: Any) -> None:
+    # a buffer may be a mask
     masks = {k for k, v in model.named_buffers() if _nonfinite(v)}
     own = model.state_dict().keys() - masks
     bad = [k for k, v in weights.items() if k in own and _nonfinite(v)]

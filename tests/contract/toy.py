@@ -4,6 +4,9 @@ Both toys have the same model, data and optimizer; a file of either is read
 into the same parts.
 """
 
+from logging.handlers import BufferingHandler
+
+import pytest
 import torch
 
 from tests import oracle
@@ -43,17 +46,27 @@ class Saved:
     """A file of a run: both halves by name, and what is said of them."""
 
     def __init__(self, path):
+        self.path = path
         # the framework's own files hold more than weights
         self.content = torch.load(path, **({} if MMCV1 else UNSAFE))
         self.averages = self.content['state_dict']
-        part = self.content
+        self.part = self.content
         if MMCV1:
-            part = part['meta'].get('hook_msgs', {}).get('EMAHook', {})
-        self.has_part = 'ema_state_dict' in part
+            messages = self.content['meta'].get('hook_msgs', {})
+            self.part = messages.get('EMAHook', {})
+        self.has_part = 'ema_state_dict' in self.part
         if self.has_part:
-            ema = dict(part['ema_state_dict'])
-            self.steps, self.meta = int(ema.pop('steps')), part['ema_meta']
+            ema = dict(self.part['ema_state_dict'])
+            self.steps, self.meta = (
+                int(ema.pop('steps')),
+                self.part['ema_meta'],
+            )
             self.raws = {name[len('module.') :]: x for name, x in ema.items()}
+
+    def write(self):
+        """Write what the content has become; return the path."""
+        torch.save(self.content, self.path)
+        return self.path
 
 
 UNSAFE = dict(weights_only=False)
@@ -101,6 +114,7 @@ class Run:
         best=None,
         **options,
     ):
+        self._said = BufferingHandler(10**6)
         self.work_dir, self._files = work_dir, {}
         self.seen, self._on_evaluation = [], on_evaluation
         self._length = iters or epochs
@@ -108,13 +122,12 @@ class Run:
         by_iter = dict(by_epoch=False, interval=iters)
         if MMCV1:
             self._files = dict(resume=resume, load=load)
-            self._lines = toy.Lines()
             options.update(
                 runner=dict(type='IterBasedRunner', max_iters=iters)
                 if iters
                 else dict(max_epochs=epochs),
                 loader=toy.loader(batch=batch),
-                logger=toy.quiet(self._lines),
+                logger=toy.quiet(self._said),
             )
             evaluation = dict(test_fn=self._evaluate)
             if iters:
@@ -148,6 +161,8 @@ class Run:
                 options['load_from'] = str(resume or load)
             options['resume'] = bool(resume)
         self.toy = toy.Run(work_dir, *hooks, **options)
+        if not MMCV1:
+            self.toy.runner.logger.addHandler(self._said)
         self.model, self.trace = self.toy.model, self.toy.trace
 
     def train(self):
@@ -184,11 +199,46 @@ class Run:
     @property
     def log(self):
         """The log in one line, levels included."""
+        said = (f'{x.levelname} {x.getMessage()}' for x in self._said.buffer)
+        return ' '.join(' '.join(said).split())
+
+    def refuse(self, error, match):
+        """Training is refused in one line, before a weight is loaded."""
+        loaded = []
+        load = self.model._load_from_state_dict
+        self.model._load_from_state_dict = lambda *a: loaded.append(load(*a))
+        with pytest.raises(error, match=match) as caught:
+            self.train()
+        assert '\n' not in str(caught.value)
+        assert not loaded
+        assert not self.records
+        return str(caught.value)
+
+    def read(self, path, resume):
+        """Read a file and get ready to train; return the averages, if any.
+
+        May be called again with another file.
+        """
+        runner = self.toy.runner
+        self._said.flush()
         if MMCV1:
-            text = '\n'.join(self._lines.lines)
+            if resume:
+                runner.resume(str(path))
+                moments = 'before_run', 'before_train_epoch'
+                for moment in (*moments, 'before_train_iter'):
+                    runner.call_hook(moment)
+            else:
+                runner.load_checkpoint(str(path))
         else:
-            text = max(self.work_dir.glob('*/*.log')).read_text()
-        return ' '.join(text.split())
+            assert runner.train_loop  # it is made when it is asked for
+            runner._has_loaded, runner._load_from = False, str(path)
+            runner._resume = resume
+            runner.call_hook('before_run')
+            runner.load_or_resume()
+            runner.call_hook('before_train')
+        hooks = (x for x in runner.hooks if type(x).__name__ == 'EMAHook')
+        averager = next(hooks)._life.averager
+        return dict(averager.named_averages()) if averager else None
 
     def wrong(self, saved, decay_of, keys=None, chosen=None):
         """Names of the tensors of a file that are not the oracle's average.

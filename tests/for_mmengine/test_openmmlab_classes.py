@@ -87,20 +87,6 @@ def test_numbers_of_the_class(tmp_path, options, update_buffers):
             )
 
 
-def test_defaults_under_openmmlabs_words():
-    """One such word brings mmengine's defaults for what is left out."""
-    from mmdet_ema.training.options import parse_options
-
-    options = parse_options(momentum=0.001)
-    schedule = options.schedule_for(100)
-    assert options.update_buffers is False
-    assert schedule(1) == 0.0
-    assert schedule(2) == schedule(1000) == 0.999
-    assert parse_options(ema_type='ExpMomentumEMA').schedule_for(1)(
-        10**6
-    ) == pytest.approx(0.9998)
-
-
 @MODELS.register_module()
 class HalfWay(BaseAveragedModel):
     """A user's own class, with a weight of its own."""

@@ -1,0 +1,219 @@
+"""Checkpoints of mmengine: plain values, each file whole, read by any torch.
+
+mmengine puts its ``HistoryBuffer`` and NumPy scalars into every file; torch
+from 2.6 on reads them only in a process that has allow-listed these types. It
+writes in place, and its ``CheckpointHook`` removes the oldest and the last
+best file before it writes the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from typing import Any, Dict, List, MutableMapping
+from unittest import mock
+
+import numpy as np
+import torch
+from mmengine.config import ConfigDict
+from mmengine.fileio import LocalBackend
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import HistoryBuffer, MessageHub
+from torch import nn
+
+from mmdet_ema.checkpoint.files import (
+    LOADS_SAFELY,
+    STATISTICS,
+    RemovesLater,
+    write_whole,
+)
+from mmdet_ema.checkpoint.format import check_names, plain_name
+from mmdet_ema.checkpoint.weights_only import (
+    Codec,
+    foreign,
+    from_plain,
+    to_plain,
+)
+from mmdet_ema.errors import CheckpointError
+
+Checkpoint = MutableMapping[str, Any]
+
+_WEIGHTS = ('state_dict', 'ema_state_dict')
+_DAMAGED = 'the file is damaged. Take another checkpoint.'
+
+
+def allow_framework_types() -> None:
+    """Allow-list what mmengine's own checkpoints hold, and nothing more.
+
+    A ``HistoryBuffer`` is pickled with its statistics methods, as
+    ``getattr(HistoryBuffer, 'mean')``. An older torch needs no list.
+    """
+    if not LOADS_SAFELY:
+        return
+    known: List[Any] = [HistoryBuffer, np.ndarray, np.dtype]
+    known += {type(np.dtype(kind)) for kind in '?bBhHiIlLqQefdgFDGSU'}
+    known.append((_statistics_method, 'builtins.getattr'))
+    for value in (np.zeros(1), np.float64(0)):
+        maker: Any = value.__reduce__()[0]
+        # a file of NumPy 1 has other names for it than one of NumPy 2
+        for core in ('core', '_core'):
+            name = f'numpy.{core}.multiarray.{maker.__name__}'
+            known.append((maker, name))
+    torch.serialization.add_safe_globals(known)
+
+
+def _statistics_method(owner: Any, name: str) -> Any:
+    """Stand in for ``getattr`` while a file is read.
+
+    The real one would hand a malicious file any attribute of what is
+    allow-listed.
+    """
+    if owner is HistoryBuffer and name in STATISTICS:
+        return getattr(HistoryBuffer, name)
+    raise pickle.UnpicklingError(
+        f'the file asks for the attribute {name!r} of {owner!r}, which a '
+        f'checkpoint of mmengine does not hold.'
+    )
+
+
+def keep_files_whole(runner: Any) -> None:
+    """Let a runner move its files into place, and remove old ones then."""
+    for hook in runner.hooks:
+        backend = getattr(hook, 'file_backend', None)
+        ready = isinstance(hook, CheckpointHook) and backend is not None
+        if ready and not isinstance(backend, RemovesLater):
+            hook.file_backend = RemovesLater(backend)
+    if 'save_checkpoint' in vars(runner):
+        return
+    save = runner.save_checkpoint
+
+    def put(backend: Any, content: bytes, path: Any) -> None:
+        write_whole(str(path), content)
+
+    @functools.wraps(save)
+    def save_whole(*args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(LocalBackend, 'put', put):
+            save(*args, **kwargs)
+        for hook in runner.hooks:
+            backend = getattr(hook, 'file_backend', None)
+            if isinstance(backend, RemovesLater):
+                backend.finish()
+
+    runner.save_checkpoint = save_whole
+
+
+def make_plain(checkpoint: Checkpoint, log: Any) -> None:
+    """Make everything in a checkpoint plain; warn of what cannot be so."""
+    meta = checkpoint.get('meta', {})
+    data_set = to_plain(meta.get('dataset_meta'), [])
+    for key, value in checkpoint.items():
+        if key not in _WEIGHTS:
+            checkpoint[key] = to_plain(value, _CODECS)
+    if 'dataset_meta' in meta:
+        # tools read it without our hook, and need what the data set gave
+        checkpoint['meta']['dataset_meta'] = data_set
+    left = foreign(dict(checkpoint))
+    if left:
+        log.warning(
+            f'EMA: the checkpoint holds {", ".join(left)}; to read it with '
+            f'weights_only=True, import mmdet_ema or allow-list these types '
+            f'(torch.serialization.add_safe_globals).'
+        )
+
+
+def unmake(checkpoint: Checkpoint) -> None:
+    """Make a checkpoint again what mmengine expects, in place.
+
+    Raises:
+        CheckpointError: If something in it is damaged.
+    """
+    for key, value in checkpoint.items():
+        if key in _WEIGHTS:
+            continue
+        try:
+            checkpoint[key] = from_plain(value, _CODECS)
+        except Exception as error:  # damaged values can raise anything
+            raise CheckpointError(
+                f'{key!r} of the checkpoint is damaged '
+                f'({type(error).__name__}). Take another checkpoint.'
+            ) from None
+
+
+def refuse_foreign(checkpoint: Checkpoint, log: Any) -> None:
+    """Refuse to resume from what mmengine's runner did not write.
+
+    Raises:
+        CheckpointError: If mmcv's runner wrote it, or it is damaged;
+            mmengine would stop later, with the weights loaded.
+    """
+    meta = checkpoint.get('meta')
+    if isinstance(meta, dict) and 'hook_msgs' in meta:
+        raise CheckpointError(
+            'the checkpoint was written by mmcv 1.x, which mmengine cannot '
+            'resume; use load_from without resume to start from its weights.'
+        )
+    if isinstance(meta, dict) and meta.pop('config', None) is not None:
+        log.warning(
+            "EMA: meta['config'] of the checkpoint is left out; mmengine "
+            'writes none, and would run it as a program.'
+        )
+    hub: Any = checkpoint.get('message_hub')
+    if not isinstance(hub, MessageHub):
+        check_names(hub, "'message_hub'")
+        for key in ('log_scalars', 'runtime_info', 'resumed_keys'):
+            check_names(hub.get(key), f"{key!r} in 'message_hub'")
+        if not all(isinstance(x, bool) for x in hub['resumed_keys'].values()):
+            raise CheckpointError(
+                f"'resumed_keys' in 'message_hub' of the checkpoint are not "
+                f'true or false; {_DAMAGED}'
+            )
+    found = checkpoint.get('param_schedulers', [])
+    for states in found.values() if isinstance(found, dict) else [found]:
+        if not isinstance(states, list) or not all(
+            isinstance(x, dict) for x in states
+        ):
+            raise CheckpointError(
+                f"'param_schedulers' of the checkpoint is no list of states; "
+                f'{_DAMAGED}'
+            )
+
+
+def strip_wrapper(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Name the weights as the unwrapped model does, in place.
+
+    ``DDPStrategy`` writes the names of its wrapper, ``module.<name>``.
+    """
+    weights, names = checkpoint['state_dict'], model.state_dict()
+    if not names.keys() >= weights.keys():
+        for name in list(weights):
+            weights[plain_name(name, names)] = weights.pop(name)
+
+
+def _encode_history(history: HistoryBuffer) -> Dict[str, Any]:
+    values, counts = (torch.from_numpy(x.copy()) for x in history.data)
+    length = history.max_length
+    return {'values': values, 'counts': counts, 'max_length': length}
+
+
+def _decode_history(plain: Dict[str, Any]) -> HistoryBuffer:
+    values, counts = (plain[k].cpu().numpy() for k in ('values', 'counts'))
+    return HistoryBuffer(values, counts, plain['max_length'])
+
+
+def _encode_array(array: Any) -> Dict[str, Any]:
+    if array.dtype.kind in 'biufc':
+        return {'tensor': torch.from_numpy(np.ascontiguousarray(array))}
+    return {'list': array.tolist()}
+
+
+def _decode_array(plain: Dict[str, Any]) -> Any:
+    if 'list' in plain:
+        return np.array(plain['list'])
+    return plain['tensor'].cpu().numpy()
+
+
+_CODECS = [
+    Codec(HistoryBuffer, _encode_history, _decode_history),
+    Codec(np.ndarray, _encode_array, _decode_array),
+    Codec(ConfigDict, lambda c: {'dict': c.to_dict()}, lambda p: p['dict']),
+]
