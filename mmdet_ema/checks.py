@@ -27,14 +27,7 @@ def check_number(
 ) -> float:
     """Check for a finite number between ``low`` and ``high``.
 
-    Args:
-        name: Name of the option.
-        value: Value that was given.
-        low: Lower end of the range.
-        high: Upper end of the range; may be infinite.
-        low_open: Whether ``low`` itself is excluded. Defaults to False.
-        high_open: Whether ``high`` itself is excluded. Defaults to False.
-        hint: A sentence on what to do. Defaults to ''.
+    An end that is open is not in the range; ``hint`` says what to do instead.
     """
     left = '(' if low_open else '['
     right = ')' if high_open or math.isinf(high) else ']'
@@ -80,10 +73,10 @@ def check_flag(name: str, value: Any) -> bool:
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     """Check for one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
-        words = ', '.join(repr(word) for word in allowed)
         near = did_you_mean(value, allowed) if isinstance(value, str) else ''
         raise OptionError(
-            f'{name}={show(value)} is not known; choose one of {words}.{near}'
+            f'{name}={show(value)} is not known; choose one of '
+            f'{", ".join(map(repr, allowed))}.{near}'
         )
     return value
 
