@@ -85,6 +85,7 @@ class Plan:
 
     Attributes:
         planned: Steps that the average will have seen at the end.
+        last_update: The last of them that updates the average, 0 for none.
         unscaled: The schedule of the options.
         schedule: The schedule that the run uses.
         kappa: Samples a step, relative to the reference.
@@ -102,6 +103,8 @@ class Plan:
         self.options, self.facts, self.done = options, facts, done
         self.before = before or {}
         self.planned = planned_steps(options, facts, done)
+        since = (self.planned - options.choice.phase) % options.interval
+        self.last_update = max(self.planned - since, 0)
         if reference is None:
             reference = _reference_of(self.before) or facts.samples
         self.reference = reference
