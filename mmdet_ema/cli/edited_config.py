@@ -18,17 +18,18 @@ FOREIGN = 'MMEngineEMAHook'
 
 
 def add_ema(cfg: Any, options: Mapping[str, Any]) -> None:
-    """Add the hook to a config that has none; in place.
+    """Add the package and a hook to a config that has none; in place.
 
-    Args:
-        cfg: A loaded config.
-        options: Options of the hook from the command line.
-
-    Raises:
-        OptionError: If the config has a hook and options are given.
+    A config with a hook of its own takes no options of the command line.
     """
-    import_package(cfg)
-    present = ema_hooks(cfg)
+    imports = dict(cfg.get('custom_imports') or {})
+    names = imports.get('imports') or []
+    names = [names] if isinstance(names, str) else list(names)
+    if PACKAGE not in names:
+        imports['imports'] = [*names, PACKAGE]
+        imports.setdefault('allow_failed_imports', False)
+        cfg.custom_imports = imports
+    present = _ema_hooks(cfg)
     if present and options:
         words = ', '.join(f'--{name} {v}' for name, v in options.items())
         raise OptionError(
@@ -42,19 +43,11 @@ def add_ema(cfg: Any, options: Mapping[str, Any]) -> None:
 
 
 def choose_weights(cfg: Any, weights: Optional[str]) -> None:
-    """Make a config test these weights; in place.
-
-    Args:
-        cfg: A loaded config.
-        weights: 'ema', 'raw' or 'both'; None for what the config says.
-
-    Raises:
-        OptionError: If the config's hook is mmengine's, which has no choice.
-    """
+    """Make a config test these weights; None for those that it says."""
     add_ema(cfg, {})
     if weights is None:
         return
-    for hook in ema_hooks(cfg):
+    for hook in _ema_hooks(cfg):
         if _kind(hook) != FOREIGN:
             hook['evaluate'] = weights
         elif weights != 'ema':
@@ -64,22 +57,10 @@ def choose_weights(cfg: Any, weights: Optional[str]) -> None:
             )
 
 
-def ema_hooks(cfg: Any) -> List[Any]:
-    """Return the EMA hooks in a config, as dicts."""
+def _ema_hooks(cfg: Any) -> List[Any]:
     default = (cfg.get('default_hooks') or {}).values()
     hooks = [*default, *(cfg.get('custom_hooks') or [])]
     return [hook for hook in hooks if _kind(hook) in (*EMA_HOOKS, FOREIGN)]
-
-
-def import_package(cfg: Any) -> None:
-    """Add the package to a config's ``custom_imports``; in place."""
-    imports = dict(cfg.get('custom_imports') or {})
-    names = imports.get('imports') or []
-    names = [names] if isinstance(names, str) else list(names)
-    if PACKAGE not in names:
-        imports['imports'] = [*names, PACKAGE]
-        imports.setdefault('allow_failed_imports', False)
-        cfg.custom_imports = imports
 
 
 def _kind(hook: Any) -> str:

@@ -25,9 +25,8 @@ from torch.optim import Optimizer
 
 from mmdet_ema.checks import check_count, check_number
 from mmdet_ema.errors import OptionError, did_you_mean, show
-from mmdet_ema.optimizers.around_step import around_step
 from mmdet_ema.optimizers.kinds import BIAS
-from mmdet_ema.optimizers.nominal import scale_weight_decay
+from mmdet_ema.optimizers.nominal import around_step, scale_weight_decay
 
 _NAMES = ('warmup_epochs', 'warmup_iters', 'min_iters', 'bias_lr', 'momentum')
 
@@ -64,14 +63,12 @@ class Warmup:
             check_count('warmup_iters', warmup_iters, 0)
         if bias_lr is not None:
             check_number('bias_lr', bias_lr, 0, math.inf)
-        self._epochs = check_number(
-            'warmup_epochs', warmup_epochs, 0, math.inf
-        )
-        self._iters, self._bias_lr = warmup_iters, bias_lr
-        self._min_iters = check_count('min_iters', min_iters, 0)
-        self._momentum = check_number(
-            'momentum', momentum, 0, 1, high_open=True
-        )
+        check_number('warmup_epochs', warmup_epochs, 0, math.inf)
+        check_count('min_iters', min_iters, 0)
+        check_number('momentum', momentum, 0, 1, high_open=True)
+        self._epochs, self._iters = warmup_epochs, warmup_iters
+        self._min_iters, self._bias_lr = min_iters, bias_lr
+        self._momentum = momentum
         self._optimizers: List[Optimizer] = []
         self._ends: List[Callable[[], None]] = []
         self._kept: List[Tuple[Dict[str, Any], Dict[str, Any]]] = []
@@ -94,15 +91,17 @@ class Warmup:
             optimizers: Optimizers of the run.
             iters_per_epoch: Iterations of an epoch; None if not known.
             max_iters: Iterations of the run.
-            samples: Samples that one optimizer step takes, over all
-                processes.
+            samples: Samples of one optimizer step, over all processes.
             log: Has ``info(text)`` and ``warning(text)``.
             others: 'lr' or 'momentum' -> schedulers that warm it up as well,
                 in words.
         """
         scale_weight_decay(optimizers, samples, log)
         self._optimizers = list(optimizers)
-        self._length = self.length(iters_per_epoch)
+        epochs = round(self._epochs * (iters_per_epoch or 0))
+        self._length = max(epochs, self._min_iters) if self._epochs else 0
+        if self._iters is not None:
+            self._length = self._iters
         if self._length:
             self._report(max_iters, others, log)
         self._ends = [
@@ -110,13 +109,6 @@ class Warmup:
             for o in optimizers
         ]
         self.running = True
-
-    def length(self, iters_per_epoch: Optional[int]) -> int:
-        """Return the length of the warm-up in iterations."""
-        if self._iters is not None:
-            return self._iters
-        epochs = round(self._epochs * (iters_per_epoch or 0))
-        return max(epochs, self._min_iters) if self._epochs else 0
 
     def at(self, iteration: int) -> Dict[str, float]:
         """Go to an iteration, from 0; return what its step will use.

@@ -67,12 +67,12 @@ def _option(
     default: Any, check: Any, *allowed: Any, averager: bool = False
 ) -> Any:
     """Define an option; the averager has those of that mark as well."""
-    more = {'check': check, 'allowed': allowed, 'averager': averager}
-    return field(default=default, metadata=more)
 
+    def checked(name: str, value: Any) -> Any:
+        return check(name, value, *allowed)
 
-def _device(name: str, value: Any) -> Optional[torch.device]:
-    return check_device(value)
+    metadata = {'check': checked, 'averager': averager}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Options:
     begin_epoch: int = _option(0, check_count, 0)
     update_buffers: bool = _option(None, check_flag, averager=True)
     device: Optional[torch.device] = _option(  # noqa: RUF009
-        None, _device, averager=True
+        None, lambda name, value: check_device(value), averager=True
     )
     overlap: bool = _option(False, check_flag, averager=True)
     evaluate: str = _option('ema', check_choice, EVALUATE)
@@ -111,11 +111,9 @@ class Options:
             self._set('update_buffers', not compatible)
         for option in fields(self):
             if option.metadata:
-                check, allowed = (
-                    option.metadata[key] for key in ('check', 'allowed')
-                )
                 value = getattr(self, option.name)
-                self._set(option.name, check(option.name, value, *allowed))
+                check = option.metadata['check']
+                self._set(option.name, check(option.name, value))
         if self.begin_iter and self.begin_epoch:
             raise OptionError(
                 f'begin_iter={self.begin_iter} and begin_epoch='
@@ -176,9 +174,7 @@ def refuse_unknown(
 def show_options(init: Any, **more: Any) -> None:
     """Let ``inspect.signature`` show what ``**options`` of a hook may be.
 
-    Args:
-        init: The constructor, which takes ``**options``.
-        **more: The defaults of options that it has besides ours.
+    ``more`` are the defaults of what a hook has besides ours.
     """
     parameters = dict(inspect.signature(init).parameters)
     del parameters['options']
@@ -230,12 +226,10 @@ def _of_a_family(options: Options) -> Choice:
     schedule = family_schedule(
         options.ema_type, rate, options.gamma, options.interval
     )
-    unused = _given(options, 'decay', 'momentum')
-    if schedule.limit is not None:
-        unused = {}
+    unused = () if schedule.limit is not None else ('decay', 'momentum')
     by = f'ema_type {options.ema_type!r}'
-    no_effect = tuple(_unused(word, by) for word in unused)
-    return Choice(lambda planned: schedule, 1, no_effect)
+    no_effect = [_unused(word, by) for word in _given(options, *unused)]
+    return Choice(lambda planned: schedule, 1, tuple(no_effect))
 
 
 def _of_our_own(options: Options) -> Choice:
@@ -249,9 +243,9 @@ def _of_our_own(options: Options) -> Choice:
     name, own = split_spec(spec)
     no_effect: List[str] = []
     for word, value in given.items():
-        option = 'decay' if word == 'momentum' else word
+        option = word
         if word == 'momentum':
-            value = decay_of(None, value)
+            option, value = 'decay', decay_of(None, value)
         if option not in options_of(name):
             no_effect.append(_unused(word, f'schedule {name!r}'))
         elif not _agree(own.setdefault(option, value), value):

@@ -47,11 +47,9 @@ class RunFacts:
 
 def batch_size_of(loader: Any) -> int:
     """Return the samples in a batch of a data loader, 1 if it is unknown."""
-    size = getattr(loader, 'batch_size', None)
-    if size is None:
-        sampler = getattr(loader, 'batch_sampler', None)
-        size = getattr(sampler, 'batch_size', None)
-    return int(size or 1)
+    sampler = getattr(loader, 'batch_sampler', None)
+    sizes = (getattr(x, 'batch_size', None) for x in (loader, sampler))
+    return int(next(filter(None, sizes), 1))
 
 
 def refuse_second(hooks: Sequence[Any]) -> None:
