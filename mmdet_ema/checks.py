@@ -8,11 +8,27 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, Mapping, Optional, Tuple, Union
 
 import torch
 
 from mmdet_ema.errors import OptionError, did_you_mean, show
+
+
+def check_names(
+    owner: str,
+    given: Mapping[str, Any],
+    allowed: Iterable[str],
+    hint: Callable[[str, Any], str] = lambda name, value: '',
+) -> None:
+    """Refuse options that ``owner`` does not have."""
+    for name, value in given.items():
+        if name not in allowed:
+            near = hint(name, value) or did_you_mean(str(name), allowed)
+            raise OptionError(
+                f'{owner} has no option {name!r} (given: {name}='
+                f'{show(value)}); it takes {", ".join(allowed)}.{near}'
+            )
 
 
 def check_number(
@@ -70,7 +86,7 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     """Check for one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         near = did_you_mean(value, allowed) if isinstance(value, str) else ''

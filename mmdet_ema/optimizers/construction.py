@@ -9,6 +9,7 @@ trained alike are put into one group.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import (
     Any,
@@ -17,9 +18,9 @@ from typing import (
     Iterator,
     List,
     Mapping,
-    NamedTuple,
     Optional,
     Sequence,
+    Tuple,
 )
 
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from mmdet_ema.checks import (
     check_choice,
     check_count,
     check_flag,
+    check_names,
     check_number,
 )
 from mmdet_ema.errors import OptionError, did_you_mean, show
@@ -48,25 +50,11 @@ _MULTIPLIERS = (
 _GIVEN = ('batch_size', 'accumulation')
 
 
-class _Met(NamedTuple):
-    """A parameter, under the first of its names, as custom keys see it."""
-
-    name: str
-    tensor: nn.Parameter
-    kind: str
-    is_flat: bool
-
-
 class Construction:
     """Makes groups from the framework's; scales and reports once it is built.
 
-    Args:
-        optimizer_cfg: Config of the optimizer.
-        paramwise_cfg: Options of the constructor.
-        log: Has ``info(text)`` and ``warning(text)``.
-
-    Raises:
-        OptionError: If an option is wrong.
+    ``optimizer_cfg`` and ``paramwise_cfg`` are those of a config; ``log`` has
+    ``info(text)`` and ``warning(text)``.
     """
 
     def __init__(
@@ -85,7 +73,9 @@ class Construction:
             if base is not None and not isinstance(base, Tensor):
                 check_number(f'optimizer.{name}', base, 0, math.inf)
         self._log = log
-        self._met: Dict[int, _Met] = {}
+        # of each parameter its first name, as keys see it, kind and whether
+        # it is flat
+        self._met: Dict[Tensor, Tuple[str, str, bool]] = {}
         self._unused_keys: List[str] = []
 
     def rules(self) -> Dict[str, Any]:
@@ -115,24 +105,16 @@ class Construction:
     ) -> None:
         """Add the groups of a model to a list, or let go on at a child.
 
-        Args:
-            params: The list.
-            module: The model, or a child that the framework came to.
-            prefix: Its name.
-            is_dcn_module: Whether it is a child of a deformable convolution;
-                None for the model.
-            add_params: The framework's own; it calls the constructor's for
-                each child.
-
-        Raises:
-            OptionError: If a factor has nothing to multiply.
+        ``is_dcn_module`` says whether it is a child of a deformable
+        convolution; it is None for the model. ``add_params`` is the
+        framework's own: it calls the constructor's for each child.
         """
         in_dcn = bool(is_dcn_module)
         for leaf, tensor in module.named_parameters(recurse=False):
             name = f'{prefix}.{leaf}'
             kind = kind_of(name, tensor, module, in_dcn)
             is_flat = tensor.dim() == 1 and not in_dcn
-            self._met.setdefault(id(tensor), _Met(name, tensor, kind, is_flat))
+            self._met.setdefault(tensor, (name, kind, is_flat))
         if is_dcn_module is not None:
             add_params(params, module, prefix, is_dcn_module)
             return
@@ -150,42 +132,42 @@ class Construction:
         order of the model. ``factors`` has a group of each parameter, its
         ``lr`` and ``weight_decay`` for base values of 1.
         """
-        met, self._met = list(self._met.values()), {}
-        rules: Dict[int, Mapping[str, Any]] = {}
+        met, self._met = self._met, {}
+        rules: Dict[Tensor, Mapping[str, Any]] = {}
         for rule in factors:  # a tied parameter follows its first name
-            rules.setdefault(id(rule['params'][0]), rule)
+            rules.setdefault(rule['params'][0], rule)
         followed = set()
         groups: Dict[str, Dict[str, Any]] = {}
         order = {}
-        for p in met:
+        for tensor, (name, kind, is_flat) in met.items():
             # the longest key decides, then the alphabet
-            matches = sorted(key for key in self._keys if key in p.name)
+            matches = sorted(key for key in self._keys if key in name)
             key = max(matches, key=len) if matches else None
             followed.add(key)
             options = {} if key is None else self._keys[key]
             more = {k: v for k, v in options.items() if k not in _FACTORS}
-            rule = rules.get(id(p.tensor), {})
+            rule = rules.get(tensor, {})
             lr, decay = rule.get('lr', 1.0), rule.get('weight_decay', math.nan)
-            default = 1.0 if p.kind in self._options['decay_kinds'] else 0.0
-            if math.isnan(decay) and p.is_flat and key is None:
+            default = 1.0 if kind in self._options['decay_kinds'] else 0.0
+            if math.isnan(decay) and is_flat and key is None:
                 decay = self._options.get('flat_decay_mult', decay)
             if math.isnan(decay):
                 decay = default
-            words = [p.kind]
+            words = [kind]
             words += [f'lr*{lr!r}'] if lr != 1 else []
             words += [f'decay*{decay!r}'] if decay != default else []
-            words += [f'{name}={more[name]!r}' for name in sorted(more)]
-            name = ' '.join(words)
-            if name not in groups:
-                order[name] = KINDS.index(p.kind), lr != 1
-                groups[name] = {
+            words += [f'{option}={more[option]!r}' for option in sorted(more)]
+            group = ' '.join(words)
+            if group not in groups:
+                order[group] = KINDS.index(kind), lr != 1
+                groups[group] = {
                     'params': [],
-                    'name': name,
+                    'name': group,
                     **self._times('lr', lr),
                     **self._times('weight_decay', decay),
                     **more,
                 }
-            groups[name]['params'].append(p.tensor)
+            groups[group]['params'].append(tensor)
         self._unused_keys = [key for key in self._keys if key not in followed]
         return [groups[name] for name in sorted(groups, key=order.__getitem__)]
 
@@ -205,9 +187,8 @@ class Construction:
     def finish(self, optimizer: Optimizer, accumulation: int) -> None:
         """Scale the weight decay if that can be done; say what was built.
 
-        Args:
-            optimizer: The optimizer, just built.
-            accumulation: Iterations to one step, as the framework knows.
+        ``accumulation`` are the iterations to one step, if the framework
+        knows.
         """
         batch_size = self._options.get('batch_size')
         samples = None
@@ -263,18 +244,17 @@ def _all_thawed(model: nn.Module) -> Iterator[None]:
     of an optimizer can be resumed.
     """
     frozen = [
-        parameter
-        for parameter in model.parameters()
-        if not parameter.requires_grad
-        if parameter.is_floating_point() or parameter.is_complex()
+        p
+        for p in model.parameters()
+        if not p.requires_grad and (p.is_floating_point() or p.is_complex())
     ]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
+    for p in frozen:
+        p.requires_grad_(True)
     try:
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _table(optimizer: Optimizer) -> str:
@@ -309,30 +289,18 @@ def _checked(cfg: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
         raise OptionError(
             f'paramwise_cfg={show(cfg)} is not allowed; use a dict.'
         )
+    check_names('paramwise_cfg', cfg or {}, _CHECKS)
     checked: Dict[str, Any] = {
         'custom_keys': {},
         'decay_kinds': (WEIGHT,),
         'nominal_batch_size': 64,
     }
     for name, value in (cfg or {}).items():
-        if name not in _CHECKS:
-            raise OptionError(
-                f'paramwise_cfg has no option {name!r} (given: '
-                f'{name}={show(value)}); it takes {", ".join(_CHECKS)}.'
-                f'{did_you_mean(str(name), _CHECKS)}'
-            )
-        checked[name] = _CHECKS[name](name, value)
-        if checked[name] is None and name in _MULTIPLIERS:
-            del checked[name]
+        if value is not None:
+            checked[name] = _CHECKS[name](name, value)
+        elif name == 'nominal_batch_size':
+            checked[name] = None  # no scaling; elsewhere: as if not given
     return checked
-
-
-def _check_factor(name: str, value: Any) -> Optional[float]:
-    return None if value is None else check_number(name, value, 0, math.inf)
-
-
-def _check_samples(name: str, value: Any) -> Optional[int]:
-    return None if value is None else check_count(name, value, 1)
 
 
 def _check_keys(name: str, value: Any) -> Dict[str, Dict[str, Any]]:
@@ -370,12 +338,14 @@ def _check_kinds(name: str, value: Any) -> Sequence[str]:
     return [check_choice(name, kind, KINDS) for kind in value]
 
 
+_factor = functools.partial(check_number, low=0, high=math.inf)
+_samples = functools.partial(check_count, least=1)
 _CHECKS: Dict[str, Callable[[str, Any], Any]] = {
     'custom_keys': _check_keys,
-    **dict.fromkeys(_MULTIPLIERS, _check_factor),
-    'bypass_duplicate': check_flag,  # a tied parameter comes once, whatever
+    **dict.fromkeys(_MULTIPLIERS, _factor),
+    'bypass_duplicate': check_flag,  # a tied parameter comes once anyway
     'decay_kinds': _check_kinds,
-    'nominal_batch_size': _check_samples,
-    'batch_size': _check_samples,
-    'accumulation': _check_samples,
+    'nominal_batch_size': _samples,
+    'batch_size': _samples,
+    'accumulation': _samples,
 }

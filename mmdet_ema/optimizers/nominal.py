@@ -26,11 +26,9 @@ def mark(
 ) -> None:
     """Mark the groups of a new optimizer as waiting for their scaling.
 
-    Args:
-        optimizer: The optimizer; its weight decay is that of ``nominal``.
-        nominal: Nominal batch size; None for no scaling.
-        samples: Samples a step that the user gave; None for those that a
-            hook finds.
+    Their weight decay is that of ``nominal`` samples a step; None for no
+    scaling. ``samples`` are those that the user gave; None for what a hook
+    finds.
     """
     if nominal is not None:
         setattr(optimizer, _GIVEN, samples)
@@ -43,13 +41,9 @@ def scale_weight_decay(
 ) -> None:
     """Scale what is marked and not scaled to these samples yet.
 
-    May be called again and again. Optimizers of other constructors are left
-    alone, and samples that the user gave go before ``samples``.
-
-    Args:
-        optimizers: Optimizers of the run.
-        samples: Samples that one optimizer step takes, over all processes.
-        log: Has ``info(text)`` and ``warning(text)``.
+    ``samples`` are those that one optimizer step takes, over all processes;
+    what the user gave goes first. May be called again and again. Optimizers
+    of other constructors are left alone.
     """
     for optimizer in optimizers:
         wanted = getattr(optimizer, _GIVEN, None) or samples
@@ -113,10 +107,7 @@ def around_step(
     """Call ``before`` and ``after`` around every step, failed ones too.
 
     Steps that a gradient scaler skips and iterations that only accumulate
-    gradients are no steps.
-
-    Returns:
-        A function that ends it; it may be called in a step, too.
+    gradients are no steps. Returns a function that ends it, in a step too.
     """
     # torch's own step hooks know no failed step, torch 1.13 has none, and a
     # step that calls its parent's would be heard twice

@@ -23,8 +23,7 @@ from typing import (
 
 from torch.optim import Optimizer
 
-from mmdet_ema.checks import check_count, check_number
-from mmdet_ema.errors import OptionError, did_you_mean, show
+from mmdet_ema.checks import check_count, check_names, check_number
 from mmdet_ema.optimizers.kinds import BIAS
 from mmdet_ema.optimizers.nominal import around_step, scale_weight_decay
 
@@ -36,12 +35,7 @@ class Warmup:
 
     Whatever runs between steps (schedulers that compute the next value from
     the present one, checkpoints, other hooks) finds the values of the
-    schedule.
-
-    Args: the options of ``BiasWarmupHook``, where they are explained.
-
-    Raises:
-        OptionError: If an option is unknown or out of range.
+    schedule. The options are those of ``BiasWarmupHook``.
     """
 
     def __init__(
@@ -53,12 +47,7 @@ class Warmup:
         momentum: float = 0.8,
         **unknown: Any,
     ):
-        for name, value in unknown.items():
-            raise OptionError(
-                f'BiasWarmupHook has no option {name!r} (given: {name}='
-                f'{show(value)}); it takes {", ".join(_NAMES)}.'
-                f'{did_you_mean(name, _NAMES)}'
-            )
+        check_names('BiasWarmupHook', unknown, _NAMES)
         if warmup_iters is not None:
             check_count('warmup_iters', warmup_iters, 0)
         if bias_lr is not None:
@@ -87,14 +76,8 @@ class Warmup:
     ) -> None:
         """Scale the weight decay, say what the warm-up will do, and begin.
 
-        Args:
-            optimizers: Optimizers of the run.
-            iters_per_epoch: Iterations of an epoch; None if not known.
-            max_iters: Iterations of the run.
-            samples: Samples of one optimizer step, over all processes.
-            log: Has ``info(text)`` and ``warning(text)``.
-            others: 'lr' or 'momentum' -> schedulers that warm it up as well,
-                in words.
+        ``samples`` are those of one optimizer step over all processes;
+        ``others`` names what warms up 'lr' or 'momentum' as well.
         """
         scale_weight_decay(optimizers, samples, log)
         self._optimizers = list(optimizers)
@@ -113,9 +96,8 @@ class Warmup:
     def at(self, iteration: int) -> Dict[str, float]:
         """Go to an iteration, from 0; return what its step will use.
 
-        Returns:
-            ``step_lr`` of the first group that is not of biases, ``bias_lr``
-            and ``step_momentum``, as far as there are such.
+        That is ``step_lr`` of the first group that is not of biases,
+        ``bias_lr`` and ``step_momentum``, as far as there are such.
         """
         self._iteration = iteration
         found: Dict[str, float] = {}
@@ -150,20 +132,20 @@ class Warmup:
 
     def _warm(self, group: Mapping[str, Any]) -> Dict[str, Any]:
         """Return what a group is to have in a step, nothing at the end."""
-        if self._iteration >= self._length:
+        i, n = self._iteration, self._length
+        if i >= n:
             return {}
-        share = self._iteration / self._length
 
-        def between(start: float, end: float) -> float:
-            return start + (end - start) * share
+        def warm(start: float, value: float) -> float:
+            return start + (value - start) * (i / n)
 
         rate = self._bias_start(group) if _is_bias(group) else 0.0
-        values: Dict[str, Any] = {'lr': between(rate, group['lr'])}
+        values: Dict[str, Any] = {'lr': warm(rate, group['lr'])}
         if group.get('momentum'):
-            values['momentum'] = between(self._momentum, group['momentum'])
+            values['momentum'] = warm(self._momentum, group['momentum'])
         if 'betas' in group:
             first, *others = group['betas']
-            values['betas'] = (between(self._momentum, first), *others)
+            values['betas'] = (warm(self._momentum, first), *others)
         return values
 
     def _bias_start(self, group: Mapping[str, Any]) -> float:

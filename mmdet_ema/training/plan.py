@@ -73,15 +73,11 @@ class Plan:
     ``decay ** kappa`` averages over the same number of samples (Busbridge et
     al. 2023, arXiv:2307.13813; the learning rate has to be scaled as well).
 
-    Args:
-        options: Options of the hook.
-        facts: The run as planned.
+    Attributes:
         done: Steps that the average has seen already; above 0 on resume.
         before: ``ema_meta`` of the checkpoint; empty for a new run.
-        reference: Samples a step that the decay was chosen for; None for
-            what the checkpoint says, or those of this run.
-
-    Attributes:
+        reference: Samples a step that the decay was chosen for: what is
+            given, what the checkpoint says, or those of this run.
         planned: Steps that the average will have seen at the end.
         last_update: The last of them that updates the average, 0 for none.
         unscaled: The schedule of the options.
