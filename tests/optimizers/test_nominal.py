@@ -77,7 +77,7 @@ def test_resume(samples):
     [(None, None, 1), (32, None, 0.5), (64, 128, 2)],
 )
 def test_what_the_user_gave(nominal, samples, factor):
-    """His nominal batch size and samples are used; None scales nothing."""
+    """The nominal batch size and the samples are used; None scales nothing."""
     optimizer = optimizer_of(nominal, samples)
     assert (nominal is not None) == bool(scale(optimizer, 16).infos)
     assert [DECAY * factor, 0.0] == decays(optimizer)
