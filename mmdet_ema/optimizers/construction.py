@@ -47,7 +47,6 @@ _MULTIPLIERS = (
     'flat_decay_mult',
     'dcn_offset_lr_mult',
 )
-_GIVEN = ('batch_size', 'accumulation')
 
 
 class Construction:
@@ -156,7 +155,7 @@ class Construction:
             words = [kind]
             words += [f'lr*{lr!r}'] if lr != 1 else []
             words += [f'decay*{decay!r}'] if decay != default else []
-            words += [f'{option}={more[option]!r}' for option in sorted(more)]
+            words += [f'{k}={v!r}' for k, v in sorted(more.items())]
             group = ' '.join(words)
             if group not in groups:
                 order[group] = KINDS.index(kind), lr != 1
@@ -190,11 +189,10 @@ class Construction:
         ``accumulation`` are the iterations to one step, if the framework
         knows.
         """
-        batch_size = self._options.get('batch_size')
         samples = None
-        if batch_size is not None:
-            steps = self._options.get('accumulation') or accumulation
-            samples = batch_size * steps * world_size()
+        if 'batch_size' in self._options:
+            steps = self._options.get('accumulation', accumulation)
+            samples = self._options['batch_size'] * steps * world_size()
         mark(optimizer, self._options['nominal_batch_size'], samples)
         for line in self._without_effect():
             self._log.warning(f'EMAOptimizerConstructor: no effect of {line}')
@@ -219,16 +217,17 @@ class Construction:
                 f'a longer key goes first; correct or remove what is not '
                 f'meant.'
             )
-        values = {
-            x: self._options.get(x) for x in ('batch_size', 'accumulation')
-        }
-        given = [f'{name}={x}' for name, x in values.items() if x is not None]
+        given = [
+            f'{name}={self._options[name]}'
+            for name in ('batch_size', 'accumulation')
+            if name in self._options
+        ]
         if given and self._options['nominal_batch_size'] is None:
             yield (
                 f'{" and ".join(given)}: nominal_batch_size=None says that '
                 f'the weight decay is not scaled; remove one of them.'
             )
-        elif given and values['batch_size'] is None:
+        elif given and 'batch_size' not in self._options:
             yield (
                 f'{given[0]} without batch_size: the hooks then find both by '
                 f'themselves; give batch_size=... too, or remove it.'

@@ -52,12 +52,14 @@ class Warmup:
             check_count('warmup_iters', warmup_iters, 0)
         if bias_lr is not None:
             check_number('bias_lr', bias_lr, 0, math.inf)
-        check_number('warmup_epochs', warmup_epochs, 0, math.inf)
-        check_count('min_iters', min_iters, 0)
-        check_number('momentum', momentum, 0, 1, high_open=True)
-        self._epochs, self._iters = warmup_epochs, warmup_iters
-        self._min_iters, self._bias_lr = min_iters, bias_lr
-        self._momentum = momentum
+        self._epochs = check_number(
+            'warmup_epochs', warmup_epochs, 0, math.inf
+        )
+        self._iters, self._bias_lr = warmup_iters, bias_lr
+        self._min_iters = check_count('min_iters', min_iters, 0)
+        self._momentum = check_number(
+            'momentum', momentum, 0, 1, high_open=True
+        )
         self._optimizers: List[Optimizer] = []
         self._ends: List[Callable[[], None]] = []
         self._kept: List[Tuple[Dict[str, Any], Dict[str, Any]]] = []
@@ -158,13 +160,13 @@ class Warmup:
         self, max_iters: int, others: Mapping[str, Sequence[str]], log: Any
     ) -> None:
         groups, length = self._groups(), self._length
-        rate = min((self._bias_start(group) for group in groups), default=0.0)
+        rate = min(map(self._bias_start, groups), default=0.0)
         log.info(
             f'BiasWarmupHook: {length} iterations; lr of biases from '
             f'{rate:g}, other lrs from 0, momentum from {self._momentum:g} to '
             f'the values of the schedule'
         )
-        if not any(_is_bias(group) for group in groups):
+        if not any(map(_is_bias, groups)):
             log.warning(
                 "BiasWarmupHook: no parameter group is named 'bias', so every "
                 "lr rises from 0; set constructor='EMAOptimizerConstructor'."
