@@ -53,7 +53,6 @@ class Schedule:
         return self.function(n)
 
     def __str__(self) -> str:
-        """Return ``name(option=value, ...)``."""
         options = ', '.join(f'{k}={v!r}' for k, v in self.options.items())
         return f'{self.name}({options})'
 

@@ -9,17 +9,25 @@ import os
 import runpy
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, Mapping, Optional
 from unittest import mock
 
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.format import put_raw, unpack
-from mmdet_ema.cli.edited_config import add_ema, choose_weights
-from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean
+from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean, show
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
 
 SCOPES = ('mmdet', 'mmdet3d')
 """The frameworks whose tools can be run."""
+# mmengine's own hook beside ours: it knows none of our options
+_FOREIGN = 'MMEngineEMAHook'
+_EMA_HOOKS = (
+    'EMAHook',
+    'ExpMomentumEMAHook',
+    'LinearMomentumEMAHook',
+    'MEGVIIEMAHook',
+    _FOREIGN,
+)
 
 
 def train(options: argparse.Namespace, rest: List[str]) -> None:
@@ -139,6 +147,58 @@ def _scope_by_model(cfg: Any) -> str:
             f'the model by custom_imports.'
         )
     return 'mmdet'
+
+
+def add_ema(cfg: Any, options: Mapping[str, Any]) -> None:
+    """Add the package and a hook to a config that has none; in place.
+
+    A config with a hook of its own takes no options of the command line.
+    """
+    imports = dict(cfg.get('custom_imports') or {})
+    names = imports.get('imports') or []
+    names = [names] if isinstance(names, str) else list(names)
+    if 'mmdet_ema' not in names:
+        imports['imports'] = [*names, 'mmdet_ema']
+        imports.setdefault('allow_failed_imports', False)
+        cfg.custom_imports = imports
+    present = _ema_hooks(cfg)
+    if present and options:
+        words = ', '.join(f'--{name} {v}' for name, v in options.items())
+        raise OptionError(
+            f'{words}: the config has an EMA hook of its own '
+            f'({show(dict(present[0]))}); change it there, or by '
+            f'--cfg-options.'
+        )
+    if not present:
+        hooks = list(cfg.get('custom_hooks') or [])
+        cfg.custom_hooks = [*hooks, dict(type='EMAHook', **options)]
+
+
+def choose_weights(cfg: Any, weights: Optional[str]) -> None:
+    """Make a config test these weights; None for those that it says."""
+    add_ema(cfg, {})
+    if weights is None:
+        return
+    for hook in _ema_hooks(cfg):
+        if _kind(hook) != _FOREIGN:
+            hook['evaluate'] = weights
+        elif weights != 'ema':
+            raise OptionError(
+                f'--weights {weights}: {_FOREIGN} tests the averages alone; '
+                f"say type='EMAHook' in the config."
+            )
+
+
+def _ema_hooks(cfg: Any) -> List[Any]:
+    default = (cfg.get('default_hooks') or {}).values()
+    hooks = [*default, *(cfg.get('custom_hooks') or [])]
+    return [hook for hook in hooks if _kind(hook) in _EMA_HOOKS]
+
+
+def _kind(hook: Any) -> str:
+    kind = hook.get('type') if isinstance(hook, dict) else type(hook)
+    name = getattr(kind, '__name__', kind)
+    return str(name).rpartition('.')[2]
 
 
 @contextlib.contextmanager

@@ -8,9 +8,18 @@ step keeps the decay an epoch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    List,
+    Optional,
+    Sequence,
+)
 
 from torch.optim import Optimizer
 
@@ -78,7 +87,7 @@ def remind(optimizer: Optimizer, log: Any) -> None:
     def is_waiting() -> bool:
         return not all(group[_SAMPLES] for group in _decayed(optimizer))
 
-    def look() -> None:
+    def look() -> ContextManager[Any]:
         end()
         if is_waiting():
             log.warning(
@@ -88,9 +97,10 @@ def remind(optimizer: Optimizer, log: Any) -> None:
                 'paramwise_cfg=dict(batch_size=...), or say '
                 'nominal_batch_size=None.'
             )
+        return contextlib.nullcontext()
 
     if is_waiting():
-        end = around_step(optimizer, look, lambda: None)
+        end = around_step(optimizer, look)
 
 
 def _decayed(optimizer: Optimizer) -> List[Dict[str, Any]]:
@@ -102,9 +112,9 @@ def _decayed(optimizer: Optimizer) -> List[Dict[str, Any]]:
 
 
 def around_step(
-    optimizer: Any, before: Callable[[], None], after: Callable[[], None]
+    optimizer: Any, context: Callable[[], ContextManager[Any]]
 ) -> Callable[[], None]:
-    """Call ``before`` and ``after`` around every step, failed ones too.
+    """Enter a context around every step, and leave it if the step fails too.
 
     Steps that a gradient scaler skips and iterations that only accumulate
     gradients are no steps. Returns a function that ends it, in a step too.
@@ -116,13 +126,8 @@ def around_step(
 
     @functools.wraps(step)
     def heard(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if not active:
+        with context() if active else contextlib.nullcontext():
             return step(*args, **kwargs)
-        before()
-        try:
-            return step(*args, **kwargs)
-        finally:
-            after()
 
     def end() -> None:
         # the wrapper stays: others may have wrapped it by now

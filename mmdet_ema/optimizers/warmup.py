@@ -8,17 +8,18 @@ rises from 0.8.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import (
     Any,
     Callable,
     Dict,
+    Iterator,
     List,
     Mapping,
     Optional,
     Sequence,
-    Tuple,
 )
 
 from torch.optim import Optimizer
@@ -62,7 +63,6 @@ class Warmup:
         )
         self._optimizers: List[Optimizer] = []
         self._ends: List[Callable[[], None]] = []
-        self._kept: List[Tuple[Dict[str, Any], Dict[str, Any]]] = []
         self._length = self._iteration = 0
         self.running = False
 
@@ -90,8 +90,8 @@ class Warmup:
         if self._length:
             self._report(max_iters, others, log)
         self._ends = [
-            around_step(o, functools.partial(self._apply, o), self._restore)
-            for o in optimizers
+            around_step(optimizer, functools.partial(self._warmed, optimizer))
+            for optimizer in optimizers
         ]
         self.running = True
 
@@ -121,16 +121,18 @@ class Warmup:
     def _groups(self) -> List[Dict[str, Any]]:
         return [g for o in self._optimizers for g in o.param_groups]
 
-    def _apply(self, optimizer: Optimizer) -> None:
+    @contextlib.contextmanager
+    def _warmed(self, optimizer: Optimizer) -> Iterator[None]:
+        kept = []
         for group in optimizer.param_groups:
             values = self._warm(group)
-            self._kept.append((group, {name: group[name] for name in values}))
+            kept.append((group, {name: group[name] for name in values}))
             group.update(values)
-
-    def _restore(self) -> None:
-        while self._kept:
-            group, values = self._kept.pop()
-            group.update(values)
+        try:
+            yield
+        finally:
+            for group, values in kept:
+                group.update(values)
 
     def _warm(self, group: Mapping[str, Any]) -> Dict[str, Any]:
         """Return what a group is to have in a step, nothing at the end."""

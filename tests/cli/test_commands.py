@@ -4,8 +4,12 @@ import pytest
 from mmengine.config import Config
 
 from mmdet_ema.cli import commands
-from mmdet_ema.cli.commands import find_tool, scope_of
-from mmdet_ema.cli.edited_config import add_ema, choose_weights
+from mmdet_ema.cli.commands import (
+    add_ema,
+    choose_weights,
+    find_tool,
+    scope_of,
+)
 from mmdet_ema.errors import OptionError
 from tests import needs
 
