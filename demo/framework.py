@@ -9,9 +9,9 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from results import Results
+import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,6 +22,7 @@ class Framework(ABC):
     config: ClassVar[Path]
     work_dir: ClassVar[Path]
     minutes: ClassVar[str]
+    metric: ClassVar[str]
 
     @abstractmethod
     def last_checkpoint(self) -> Path | None:
@@ -47,11 +48,17 @@ class Framework(ABC):
         """
 
     @abstractmethod
-    def results(self, test: dict[str, float]) -> Results:
-        """Return what was measured.
+    def detections(
+        self, weights: str, score: float
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return what the last test found, above a score.
 
         Args:
-            test: mAP of each set of weights, from :meth:`test`.
+            weights: Which weights were tested.
+            score: The lowest score.
+
+        Returns:
+            Boxes (N, 5) of left, top, right, bottom and digit, by file name.
         """
 
     def run_tool(self, name: str, log_name: str, *arguments: object) -> None:

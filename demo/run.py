@@ -10,14 +10,17 @@ Usage: python demo/run.py
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 import sys
 import time
+from typing import Any
 
+import scenes
 from digits import write_digits
 from framework import ROOT, Framework
-from picture import draw
-from results import Results, write_json
+
+from mmdet_ema.cli import plot
 
 DATA = ROOT / 'data' / 'digits'
 
@@ -44,19 +47,30 @@ def _framework() -> Framework:
 
 def _demo(framework: Framework) -> None:
     start = time.monotonic()
-    picture = framework.work_dir / 'ema.png'
-    report = framework.work_dir / 'ema.json'
+    folder = framework.work_dir
+    report, *pictures = (
+        folder / name for name in ('ema.json', 'ema.png', 'scenes.png')
+    )
     _say('writing the digits detection set')
     write_digits(DATA)
     if report.exists():
-        shutil.rmtree(framework.work_dir)
+        shutil.rmtree(folder)
     _train(framework)
-    results = framework.results(_test(framework))
-    draw(results, picture)
-    write_json(results, report)
-    print(f'\n{_table(results)}\n')
+    test = _test(framework)
+    metrics, decay, _ = plot.read_curves(list(plot.read_lines(folder)))
+    curves = {
+        'ema': metrics[framework.metric],
+        'raw': metrics[plot.RAW + framework.metric],
+    }
+    plot.draw(folder, pictures[0], framework.metric)
+    found = {x: framework.detections(x, scenes.SCORE) for x in ('raw', 'ema')}
+    scenes.draw(DATA, found, pictures[1])
+    report.write_text(
+        json.dumps(dict(validations=curves, decay=decay, test=test), indent=2)
+    )
+    print(f'\n{_table(curves, test)}\n')
     _say(f'done in {time.monotonic() - start:.0f} s')
-    for path in (framework.last_checkpoint(), picture, report):
+    for path in (framework.last_checkpoint(), *pictures, report):
         print(f'  {path.relative_to(ROOT)}')
 
 
@@ -79,14 +93,13 @@ def _test(framework: Framework) -> dict[str, float]:
     return scores
 
 
-def _table(results: Results) -> str:
+def _table(curves: dict[str, Any], test: dict[str, float]) -> str:
     """Return mAP of raw and EMA at every validation and at the end."""
     rows = ['            raw mAP   EMA mAP']
     rows += [
-        f'epoch {point.epoch:>4}    {point.raw:7.3f}   {point.ema:7.3f}'
-        for point in results.validations
+        f'epoch {epoch:>4}    {curves["raw"][epoch]:7.3f}   {ema:7.3f}'
+        for epoch, ema in sorted(curves['ema'].items())
     ]
-    test = results.test
     rows.append(f'test.py       {test["raw"]:7.3f}   {test["ema"]:7.3f}')
     return '\n'.join(rows)
 

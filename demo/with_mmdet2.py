@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from framework import ROOT, Framework
-from results import Results, Validation, read_lines
-
-METRIC = 'bbox_mAP'
 
 
 class Mmdet2(Framework):
@@ -18,6 +18,7 @@ class Mmdet2(Framework):
     config = ROOT / 'configs' / 'atss_mmdet2' / 'atss_digits_1xb8-10e.py'
     work_dir = ROOT / 'work_dirs' / 'demo_mmcv1'
     minutes = '2 minutes'
+    metric = 'bbox_mAP'
 
     def last_checkpoint(self) -> Path | None:
         """Return the last checkpoint, or None if there is none."""
@@ -41,9 +42,10 @@ class Mmdet2(Framework):
         self.run_tool(
             *('test', f'test_{weights}', file),
             *('--work-dir', out, '--eval', 'bbox'),
+            *('--out', out / 'found.pkl'),
         )
         (path,) = out.glob('eval_*.json')
-        return float(json.loads(path.read_text())['metric'][METRIC])
+        return float(json.loads(path.read_text())['metric'][self.metric])
 
     def _raw_file(self) -> Path:
         file = self.work_dir / 'raw.pth'
@@ -51,22 +53,21 @@ class Mmdet2(Framework):
         self.run(script, 'raw_weights', self.last_checkpoint(), file)
         return file
 
-    def results(self, test: dict[str, float]) -> Results:
-        """Return what was measured."""
-        lines = read_lines(self.work_dir.glob('*.log.json'))
-        validations = [
-            Validation(line['epoch'], line[METRIC], line[f'raw/{METRIC}'])
-            for line in lines
-            if METRIC in line
-        ]
-        return Results.of(validations, _decay(lines), test)
-
-
-def _decay(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Return steps and decays; mmcv counts the iterations of each epoch."""
-    train = [line for line in lines if line.get('mode') == 'train']
-    length = max(line['iter'] for line in train)
-    return [
-        ((line['epoch'] - 1) * length + line['iter'], line['ema_decay'])
-        for line in train
-    ]
+    def detections(
+        self, weights: str, score: float
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return what the last test found."""
+        path = self.work_dir / f'test_{weights}' / 'found.pkl'
+        text = (ROOT / 'data/digits/annotations/val.json').read_text()
+        names = [image['file_name'] for image in json.loads(text)['images']]
+        found = {}
+        # a list of boxes and scores by scene and digit
+        for name, scene in zip(names, pickle.loads(path.read_bytes())):
+            rows = [
+                np.column_stack((boxes[:, :4], np.full(len(boxes), digit)))[
+                    boxes[:, 4] > score
+                ]
+                for digit, boxes in enumerate(scene)
+            ]
+            found[name] = np.concatenate(rows)
+        return found

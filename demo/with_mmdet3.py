@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from framework import ROOT, Framework
-from results import Results, Validation, read_lines
-
-METRIC = 'coco/bbox_mAP'
 
 
 class Mmdet3(Framework):
@@ -17,6 +18,7 @@ class Mmdet3(Framework):
     config = ROOT / 'configs' / 'rtmdet' / 'rtmdet_digits_1xb8-10e.py'
     work_dir = ROOT / 'work_dirs' / 'demo'
     minutes = '3 minutes'
+    metric = 'coco/bbox_mAP'
 
     def last_checkpoint(self) -> Path | None:
         """Return the last checkpoint, or None if there is none."""
@@ -33,23 +35,21 @@ class Mmdet3(Framework):
         out = self.test_folder(weights)
         self.run_tool(
             *('test', f'test_{weights}', self.last_checkpoint()),
-            *('--work-dir', out),
+            *('--work-dir', out, '--out', out / 'found.pkl'),
             *('--cfg-options', f'custom_hooks.0.evaluate={weights}'),
         )
         (path,) = out.glob('*/*.json')
-        return float(json.loads(path.read_text())[METRIC])
+        return float(json.loads(path.read_text())[self.metric])
 
-    def results(self, test: dict[str, float]) -> Results:
-        """Return what was measured."""
-        lines = read_lines(self.work_dir.glob('2*/vis_data/scalars.json'))
-        validations = [
-            Validation(line['step'], line[METRIC], line[f'raw/{METRIC}'])
-            for line in lines
-            if METRIC in line
-        ]
-        decay = [
-            (line['step'], line['ema_decay'])
-            for line in lines
-            if 'ema_decay' in line
-        ]
-        return Results.of(validations, decay, test)
+    def detections(
+        self, weights: str, score: float
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return what the last test found."""
+        path = self.work_dir / f'test_{weights}' / 'found.pkl'
+        found = {}
+        for scene in pickle.loads(path.read_bytes()):
+            instances = scene['pred_instances']
+            rows = np.column_stack((instances['bboxes'], instances['labels']))
+            above = np.asarray(instances['scores']) > score
+            found[Path(scene['img_path']).name] = rows[above]
+        return found

@@ -24,7 +24,10 @@ def has(package, part=''):
 # left, so that a broken installation does not pass for a small one.
 MMCV1 = has('mmcv', 'runner')
 collect_ignore_glob = (
-    ['*/mmengine', 'for_mmengine', 'e2e', 'mmdet3d', 'cli', 'benchmarks']
+    [
+        *('*/mmengine', 'for_mmengine', 'e2e', 'mmdet3d', 'benchmarks'),
+        *('cli/test_commands.py', 'cli/test_main.py'),
+    ]
     if MMCV1
     else ['*/mmcv1', 'for_mmcv1', 'mmcv1_tools', 'mmdet3d_mmcv1']
 )

@@ -218,7 +218,7 @@ class WeightAverager:
         self._follow()
         after, decay = self._next_step()
         with DeferredInterrupts():
-            self._plan.read()
+            self._plan.read(updates=after.averaged == after.steps)
             if self._stream is None:
                 self._verdict = self._run(after, decay)
             else:
@@ -539,6 +539,8 @@ class WeightAverager:
         elif any(entry.raw.is_cuda for entry in self.entries):
             # kernels of a GPU read memory as it lay when they were planned
             self._plan_updates()
+        else:
+            self._plan.look_again()
 
     @torch.no_grad()
     def _select_again(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import cmath
 import functools
+import itertools
 import math
 import signal
 import threading
@@ -87,12 +88,6 @@ class UpdatePlan:
         self._exact = self._gather(
             [i for i in copied if not entries[i].has_mean]
         )
-        self._gathered = [
-            *self._small,
-            *self._averaged,
-            *self._copied,
-            *self._exact,
-        ]
         self._groups = self._group()
         self._sources = [s for sources, _ in self._groups for s in sources]
         if deferred is None:
@@ -100,14 +95,25 @@ class UpdatePlan:
             deferred = len(devices) == 1 and devices.pop().type == 'cuda'
         self._can_defer = deferred and self._can_fuse()
 
-    def read(self) -> None:
+    def read(self, updates: bool = True) -> None:
         """Gather small weights and all buffers.
 
         A forward pass changes buffers: what runs in parallel with it reads
         what was gathered before.
+
+        Args:
+            updates: Whether averages are updated, or copies alone.
+                Defaults to True.
         """
-        for gathered in self._gathered:
-            copy_all(gathered.shaped, [e.raw for e in gathered.entries])
+        averaged = [*self._small, *self._averaged] if updates else []
+        for gathered in (*averaged, *self._copied, *self._exact):
+            gathered.read()
+
+    def look_again(self) -> None:
+        """Read tensors where they are now: some lie elsewhere."""
+        parts = self._small, self._averaged, self._copied, self._exact
+        for gathered in itertools.chain(*parts):
+            gathered.where = None
 
     def run(
         self, decays: Sequence[Optional[float]], check: bool
@@ -251,12 +257,25 @@ class _Gathered:
             device = entries[0].raw.device
             self.buffer = torch.empty_like(self.flats[0], device=device)
             self._parts = list(torch.split(self.buffer, self._sizes))
-            self.shaped = [
-                part.view(entry.raw.shape)
-                for part, entry in zip(self._parts, entries)
-            ]
+        # the tensors as they are joined; looked up by the next reading
+        self.where: Optional[List[Tensor]] = None
         # which tensor each element belongs to; made when first asked for
         self._owners: Optional[Tensor] = None
+
+    def read(self) -> None:
+        """Read the tensors into the buffer."""
+        if self.where is None:
+            raws = [entry.raw.detach() for entry in self.entries]
+            if not all(
+                raw.is_contiguous() and raw.dtype == self.buffer.dtype
+                for raw in raws
+            ):
+                parts = zip(self._parts, raws)
+                copy_all([part.view(raw.shape) for part, raw in parts], raws)
+                return
+            self.where = [raw.view(-1) for raw in raws]
+        # half the time of a copy of each
+        torch.cat(self.where, out=self.buffer)
 
     def update(
         self,

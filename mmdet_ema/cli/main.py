@@ -42,7 +42,15 @@ examples:
 
 def main(argv: Optional[List[str]] = None) -> None:
     """Run the command line; it exits with 2 for wrong usage or input."""
-    options, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command == 'env':
+        if rest:
+            parser.error(f'unrecognized arguments: {" ".join(rest)}')
+        from mmdet_ema.cli.environment import print_environment
+
+        print_environment()
+        return
     from mmdet_ema.cli import commands
 
     load_hook()
@@ -97,5 +105,10 @@ def _parser() -> argparse.ArgumentParser:
         '--weights',
         choices=('ema', 'raw', 'both'),
         help='which weights; by default what the config says, or ema',
+    )
+    commands.add_parser(
+        'env',
+        help='print what a bug report needs',
+        description='Print versions, the hooks that are built, and the GPUs.',
     )
     return parser

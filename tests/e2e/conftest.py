@@ -47,13 +47,16 @@ class Tools:
         path.write_text(SETTINGS.format(**settings) + extra)
         return path
 
-    def command(self, tool, config, work_dir, *arguments):
-        """Return the command line of a tool."""
+    def path(self, tool):
+        """Return the path of a tool."""
         (package,) = importlib.util.find_spec(
             'mmdet'
         ).submodule_search_locations
-        path = Path(package) / '.mim' / 'tools' / f'{tool}.py'
-        words = [sys.executable, path, config, *arguments]
+        return Path(package) / '.mim' / 'tools' / f'{tool}.py'
+
+    def command(self, tool, config, work_dir, *arguments):
+        """Return the command line of a tool."""
+        words = [sys.executable, self.path(tool), config, *arguments]
         return [str(word) for word in (*words, '--work-dir', work_dir)]
 
     def run(self, tool, config, work_dir, *arguments):

@@ -1,0 +1,168 @@
+"""``mmdet-ema plot``: a picture of a run, from the logs in its work folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from mmdet_ema.errors import OptionError, did_you_mean
+
+RAW = 'raw/'
+"""What the names of the raw weights' metrics begin with."""
+Curve = Dict[int, float]
+"""Values by epoch or iteration."""
+# what validation lines hold next to metrics
+_NO_METRICS = ('data_time', 'epoch', 'iter', 'lr', 'memory', 'step', 'time')
+
+
+def draw(
+    work_dir: Path,
+    picture: Optional[Path] = None,
+    metric: Optional[str] = None,
+) -> Path:
+    """Draw metrics by weights, decay and distance of a run.
+
+    Args:
+        work_dir: The run's folder; where it was resumed, what was done again
+            counts.
+        picture: The PNG file to write; ``ema.png`` in the folder by default.
+        metric: The metric; by default the one of which the logs have values
+            of several sets of weights, an mAP before others.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        OptionError: If there are no such logs or no such metric, or
+            matplotlib is missing.
+    """
+    lines = list(read_lines(work_dir))
+    metrics, decays, distances = read_curves(lines)
+    if not metrics and not decays:
+        raise OptionError(
+            f'{str(work_dir)!r} holds no log of a run with EMAHook: no '
+            f'*/vis_data/scalars.json (mmengine) and no *.log.json (mmcv 1.x) '
+            f'with metrics or ema_decay; give the work_dir of the training.'
+        )
+    bases = _ranked(metrics)
+    if metric is not None and metric not in bases:
+        raise OptionError(
+            f'--metric {metric}: the logs have {", ".join(bases) or "none"}.'
+            f'{did_you_mean(metric, bases)}'
+        )
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise OptionError(
+            'a picture needs matplotlib, which is not installed: '
+            'pip install matplotlib'
+        ) from None
+    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    shown = metric or (bases[0] if bases else '')
+    for name in (shown, RAW + shown):
+        if name in metrics:
+            points = sorted(metrics[name].items())
+            is_raw = name.startswith(RAW)
+            left.plot(
+                *zip(*points),
+                's--' if is_raw else 'o-',
+                label='raw weights' if is_raw else 'evaluated weights',
+                color='tab:orange' if is_raw else 'tab:blue',
+                markersize=4,
+            )
+    if RAW + shown in metrics:
+        left.get_lines()[0].set_label('EMA weights')
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set(xlabel=_unit(lines), ylabel=shown or 'no validation yet')
+    left.grid(alpha=0.3)
+    if left.get_lines():
+        left.legend()
+    other = right.twinx()
+    right.plot(*zip(*sorted(decays.items())) or ((), ()), color='tab:green')
+    right.set(xlabel='iteration', ylabel='decay', ylim=(0, 1.02))
+    right.yaxis.label.set_color('tab:green')
+    other.plot(*zip(*sorted(distances.items())) or ((), ()), color='tab:red')
+    other.set(ylabel='distance of average and raw weights')
+    other.set_ylim(bottom=0)
+    other.yaxis.label.set_color('tab:red')
+    right.grid(alpha=0.3)
+    figure.suptitle(
+        f'{work_dir.resolve().name}: {shown or "training"} by weights, and '
+        f'how the average follows them'
+    )
+    path = picture or work_dir / 'ema.png'
+    beside = path.with_name(f'.{path.stem}.tmp{path.suffix}')
+    figure.savefig(beside, dpi=120)
+    os.replace(beside, path)
+    return path
+
+
+def read_lines(work_dir: Path) -> Iterator[Dict[str, Any]]:
+    """Yield what was logged, in order, a dict a line."""
+    patterns = ('vis_data/scalars.json', '*/vis_data/scalars.json')
+    files = [path for x in patterns for path in work_dir.glob(x)]
+    for path in sorted(files or work_dir.glob('*.log.json')):
+        for line in path.read_text(encoding='utf-8').splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:  # a run that was killed leaves half a line
+                continue
+            if isinstance(found, dict):
+                yield found
+
+
+def read_curves(
+    lines: List[Dict[str, Any]],
+) -> Tuple[Dict[str, Curve], Curve, Curve]:
+    """Return metrics by name, decays and distances.
+
+    Metrics come by epoch, or by iteration where the run validates by
+    iteration; decay and distance by iteration.
+    """
+    metrics: Dict[str, Curve] = {}
+    decays: Curve = {}
+    distances: Curve = {}
+    train = [line for line in lines if 'ema_decay' in line]
+    # mmcv 1.x counts the iterations of each epoch
+    length = max((int(line.get('iter', 0)) for line in train), default=0)
+    for line in lines:
+        if line in train:
+            step = line.get('step')
+            if step is None:
+                step = (line.get('epoch', 1) - 1) * length + line['iter']
+            decays[int(step)] = line['ema_decay']
+            if 'ema_distance' in line:
+                distances[int(step)] = float(line['ema_distance'])
+        elif line.get('mode') == 'val' or (
+            'mode' not in line and 'lr' not in line
+        ):
+            step = line.get('step', line.get('epoch', line.get('iter')))
+            for name, value in line.items():
+                number = isinstance(value, (int, float))
+                if step is not None and number and name not in _NO_METRICS:
+                    metrics.setdefault(name, {})[int(step)] = value
+    return metrics, decays, distances
+
+
+def _ranked(metrics: Dict[str, Curve]) -> List[str]:
+    """Return the metrics without ``raw/``, the most telling first."""
+    bases = dict.fromkeys(
+        name[len(RAW) :] if name.startswith(RAW) else name for name in metrics
+    )
+
+    def rank(name: str) -> Tuple[bool, bool]:
+        return not {name, RAW + name} <= metrics.keys(), 'mAP' not in name
+
+    return sorted(bases, key=rank)
+
+
+def _unit(lines: List[Dict[str, Any]]) -> str:
+    """Return what validations are counted in."""
+    steps = [x['step'] for x in lines if 'lr' not in x and 'step' in x]
+    epochs = [x['epoch'] for x in lines if 'lr' in x and 'epoch' in x]
+    by_iteration = steps and (not epochs or max(steps) > max(epochs))
+    return 'iteration' if by_iteration else 'epoch'
