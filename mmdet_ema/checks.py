@@ -8,11 +8,27 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, Mapping, Optional, Tuple, Union
 
 import torch
 
 from mmdet_ema.errors import OptionError, did_you_mean, show
+
+
+def check_names(
+    owner: str,
+    given: Mapping[str, Any],
+    allowed: Iterable[str],
+    hint: Callable[[str, Any], str] = lambda name, value: '',
+) -> None:
+    """Refuse options that ``owner`` does not have."""
+    for name, value in given.items():
+        if name not in allowed:
+            near = hint(name, value) or did_you_mean(str(name), allowed)
+            raise OptionError(
+                f'{owner} has no option {name!r} (given: {name}='
+                f'{show(value)}); it takes {", ".join(allowed)}.{near}'
+            )
 
 
 def check_number(
@@ -27,14 +43,7 @@ def check_number(
 ) -> float:
     """Check for a finite number between ``low`` and ``high``.
 
-    Args:
-        name: Name of the option.
-        value: Value that was given.
-        low: Lower end of the range.
-        high: Upper end of the range; may be infinite.
-        low_open: Whether ``low`` itself is excluded. Defaults to False.
-        high_open: Whether ``high`` itself is excluded. Defaults to False.
-        hint: A sentence on what to do. Defaults to ''.
+    An end that is open is not in the range; ``hint`` says what to do instead.
     """
     left = '(' if low_open else '['
     right = ')' if high_open or math.isinf(high) else ']'
@@ -77,13 +86,13 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     """Check for one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
-        words = ', '.join(repr(word) for word in allowed)
         near = did_you_mean(value, allowed) if isinstance(value, str) else ''
         raise OptionError(
-            f'{name}={show(value)} is not known; choose one of {words}.{near}'
+            f'{name}={show(value)} is not known; choose one of '
+            f'{", ".join(map(repr, allowed))}.{near}'
         )
     return value
 

@@ -33,22 +33,15 @@ def test_decay_over_is_the_product(decays, data):
     assert expected == decay_over(schedule, first, last)
 
 
-def test_constant_over_an_interval():
-    """A constant decay over k steps is its k-th power."""
+def test_an_interval():
+    """A constant decay over k steps is its k-th power, a ramp the product."""
     schedule = build_schedule('constant', decay=0.999)
     # Four roundings in float64.
-    expected = pytest.approx(0.999**4, rel=1e-15)
-    assert expected == decay_over(schedule, 5, 8)
-
-
-def test_ramp_over_an_interval():
-    """The ramp over k steps is the product of its k decays."""
-    schedule = build_schedule('exponential')
-    expected = np.prod([ramp(n) for n in range(997, 1001)])
+    assert pytest.approx(0.999**4, rel=1e-15) == decay_over(schedule, 5, 8)
+    found = decay_over(build_schedule('exponential'), 997, 1000)
     # exp and expm1 differ in the last digits for small n / tau.
-    assert pytest.approx(expected, rel=1e-14) == decay_over(
-        schedule, 997, 1000
-    )
+    expected = np.prod([ramp(n) for n in range(997, 1001)])
+    assert pytest.approx(expected, rel=1e-14) == found
 
 
 def test_one_step_is_exact():
@@ -103,6 +96,7 @@ def test_window_is_the_mean_age():
         ('mean', {}, 5, 0.0),
         ('annealing', {}, 5, 0.0),
         ('constant', dict(decay=0.0), 1, 0.0),
+        ('constant', {}, 0, 1.0),
     ],
 )
 def test_initial_share(name, options, steps, expected):
@@ -129,8 +123,3 @@ def test_nothing_left():
     schedule = build_schedule(lambda n: seen.append(n) or 0.5)
     assert 0.0 == initial_share(schedule, 10**9)
     assert len(seen) < 50
-
-
-def test_no_steps():
-    """Before the first step all of the average is the initial weights."""
-    assert 1.0 == initial_share(build_schedule('constant'), 0)

@@ -35,25 +35,13 @@ def test_registry_is_sorted():
     assert sorted(SCHEDULES) == list(SCHEDULES)
 
 
-def test_dict_options():
-    """The options in a dict reach the schedule."""
-    spec = dict(type='exponential', decay=0.5, tau=10)
-    schedule = build_schedule(spec)
-    assert dict(decay=0.5, tau=10.0) == schedule.options
-    assert 'type' in spec
-
-
-def test_any_mapping():
-    """A config's own dict class is taken like a dict."""
-    spec = types.MappingProxyType(dict(type='constant', decay=0.5))
-    assert 0.5 == build_schedule(spec)(1)
-
-
-def test_options_beside_the_name():
-    """Options beside a name reach the schedule; those in a dict win."""
+def test_options_in_a_dict_and_beside_the_name():
+    """Any mapping is taken, and left alone; what it says wins."""
+    spec = types.MappingProxyType(dict(type='exponential', decay=0.5, tau=10))
+    expected = dict(decay=0.5, tau=10.0)
+    assert expected == build_schedule(spec).options
+    assert expected == build_schedule(dict(spec), decay=0.25).options
     assert 0.5 == build_schedule('constant', decay=0.5)(1)
-    spec = dict(type='constant', decay=0.25)
-    assert 0.25 == build_schedule(spec, decay=0.5)(1)
 
 
 def test_schedule_as_it_is():
@@ -159,10 +147,6 @@ def test_unknown_option():
     assert "Did you mean 'tau'?" in message
     message = message_of(build_schedule, dict(type='constant', momentum=3))
     assert 'decay = 1 - momentum.' in message
-
-
-def test_option_of_a_schedule_without_any():
-    """A schedule without options says so."""
     assert 'no options' in message_of(build_schedule, 'mean', decay=0.5)
 
 

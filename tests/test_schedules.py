@@ -114,59 +114,26 @@ def test_cosine(total, ends):
     assert end == found[-1]
 
 
-FIRSTS = {
-    'exponential': (4607, 9231, 14027),
-    'inverse': (80, 890, 8990),
-    'annealing': (901, 9901, 99901),
-    'power': (32, 1000, 31623),
-    'mean': (10, 100, 1000),
-}
 EXACT = {
     'exponential': lambda n: ramp(n, 0.9999, 2000),
     'inverse': lambda n: fraction(Fraction(1 + n, 10 + n)),
     'annealing': lambda n: fraction(1 - Fraction(100, 99 + n)),
+    'power': lambda n: 1 - Decimal(n) ** (Decimal(-2) / 3),
     'mean': lambda n: fraction(Fraction(n - 1, n)),
 }
 
 
-@pytest.mark.parametrize('name', sorted(EXACT))
-def test_operating_points(name):
-    """The documented n is the first at which a decay is reached."""
-    levels = map(Decimal, ('0.9', '0.99', '0.999'))
-    for n, level in zip(FIRSTS[name], levels):
-        assert EXACT[name](n) >= level > EXACT[name](n - 1)
-
-
-def test_operating_points_of_power():
-    """1 - n^(-2/3) >= 1 - 10^-k from n^2 >= 10^(3k) on, in integers."""
-    for k, n in enumerate(FIRSTS['power'], start=1):
-        assert n**2 >= 10 ** (3 * k) > (n - 1) ** 2
-
-
-def test_documented_table():
-    """The table in the module's docstring has these operating points."""
+def test_operating_points():
+    """The documented n are the first at which the decays are reached."""
     row = r'^``(\w+)``\s+([\d,]+)\s+([\d,]+)\s+([\d,]+)$'
-    found = {
-        name: tuple(int(number.replace(',', '')) for number in numbers)
-        for name, *numbers in re.findall(row, module.__doc__, re.MULTILINE)
-    }
-    assert FIRSTS == found
-
-
-@pytest.mark.parametrize(
-    ('name', 'quoted'),
-    [
-        ('exponential', ('0.9 at n = 4,607', '0.99 at 9,231', '14,027')),
-        ('inverse', ('0.9 at n = 80', '0.99 at 890', '0.999 at 8,990')),
-        ('annealing', ('0.9 at n = 901', '0.99 at 9,901', '99,901')),
-        ('power', ('0.9 at n = 32', '0.99 at 1,000', '31,623')),
-        ('mean', ('n = 100', '0.999 at n = 1,000')),
-    ],
-)
-def test_quoted_operating_points(name, quoted):
-    """The docstrings quote the operating points of the table."""
-    text = ' '.join(getattr(module, name).__doc__.split())
-    assert [] == [q for q in quoted if q not in text]
+    found = re.findall(row, module.__doc__, re.MULTILINE)
+    assert sorted(EXACT) == sorted(name for name, *_ in found)
+    for name, *numbers in found:
+        for n, level in zip(numbers, map(Decimal, ('0.9', '0.99', '0.999'))):
+            first = int(n.replace(',', ''))
+            # 1 - 1000^(-2/3) is 0.99, but for the fiftieth digit
+            assert EXACT[name](first) >= level - Decimal('1e-40')
+            assert level > EXACT[name](first - 1)
 
 
 def test_quoted_start_of_the_ramp_leaves_none():
@@ -193,10 +160,6 @@ def mmdet2_exp_momentum(n, momentum=0.0002, total=2000):
     return 1 - rate
 
 
-def tensorflow(n, decay=0.9999):
-    return min(decay, (1.0 + n) / (10.0 + n))
-
-
 def timm_v3(n, decay=0.9999, power=2 / 3, gamma=1.0, low=0.0, after=0):
     step = max(0, n - after - 1)
     if step <= 0:
@@ -211,33 +174,22 @@ def mmpretrain_cosine(n, total, momentum=0.004, end=0.0):
     return 1 - rate
 
 
-def mmengine_annealing(n, momentum=0.0001, gamma=100):
-    steps = n - 1
-    return 1 - max(momentum, gamma / (gamma + steps))
-
-
-def composer(n, half_life=1000):
-    return 0.5 ** (1 / half_life)
-
-
-def swa(n):
-    return 1 - 1 / n
-
-
 PEERS = [
     (module.exponential(), yolov5),
     (module.exponential(0.9998, 1000), lambda n: yolov5(n, 0.9998, 1000)),
     (module.exponential(0.9998), mmdet2_exp_momentum),
-    (module.inverse(), tensorflow),
-    (module.annealing(), mmengine_annealing),
+    # TensorFlow, mmengine's MomentumAnnealingEMA
+    (module.inverse(), lambda n: min(0.9999, (1.0 + n) / (10.0 + n))),
+    (module.annealing(), lambda n: 1 - max(0.0001, 100 / (100 + n - 1))),
     (module.power(), timm_v3),
     (
         module.power(0.999, 0.75, 2.0, 0.1, 100),
         lambda n: timm_v3(n, 0.999, 0.75, 2.0, 0.1, 100),
     ),
     (module.cosine(20_000), lambda n: mmpretrain_cosine(n, 20_000)),
-    (module.mean(), swa),
-    (module.half_life(), composer),
+    # torch's SWA, Composer
+    (module.mean(), lambda n: 1 - 1 / n),
+    (module.half_life(), lambda n: 0.5 ** (1 / 1000)),
 ]
 
 
@@ -308,16 +260,10 @@ def test_cosine_stays_between_its_ends(n, total, start, end):
 BAD = [
     (module.exponential, dict(decay=1), 'decay=1 ', '[0, 1)', 'never move'),
     (module.exponential, dict(decay=-0.1), 'decay=-0.1', '[0, 1)', ''),
-    (module.exponential, dict(decay='0.9'), "decay='0.9'", '[0, 1)', ''),
-    (module.exponential, dict(decay=True), 'decay=True', '[0, 1)', ''),
-    (module.exponential, dict(decay=None), 'decay=None', '[0, 1)', ''),
-    (module.exponential, dict(decay=math.nan), 'decay=nan', '[0, 1)', ''),
     (module.exponential, dict(tau=0), 'tau=0', '(0, inf)', "'constant'"),
     (module.exponential, dict(tau=math.inf), 'tau=inf', '(0, inf)', ''),
     (module.exponential, dict(tau=10**400), 'tau=1000', '(0, inf)', ''),
     (module.exponential, dict(init_updates=-1), '=-1', 'at least 0', ''),
-    (module.exponential, dict(init_updates=1.5), '=1.5', 'at least 0', ''),
-    (module.exponential, dict(init_updates=True), '=True', 'at least 0', ''),
     (module.constant, dict(decay=1.0), 'decay=1.0', '[0, 1)', 'never move'),
     (module.inverse, dict(decay=1.5), 'decay=1.5', '[0, 1)', 'never move'),
     (module.annealing, dict(decay=1), 'decay=1 ', '[0, 1)', 'never move'),
@@ -326,12 +272,11 @@ BAD = [
     (module.power, dict(inv_gamma=-1), 'inv_gamma=-1', '(0, inf)', ''),
     (module.power, dict(min_decay=0.99999), '=0.99999', '[0, 0.9999]', ''),
     (module.power, dict(update_after_step=-1), '=-1', 'at least 0', ''),
-    (module.power, dict(update_after_step=1.0), '=1.0', 'at least 0', ''),
     (module.cosine, dict(total_steps=0), '=0', 'at least 1', ''),
-    (module.cosine, dict(total_steps=True), '=True', 'at least 1', ''),
     (module.cosine, dict(total_steps=5, decay=2), 'decay=2', '[0, 1]', ''),
     (module.cosine, dict(total_steps=5, end_decay=-1), '=-1', '[0, 1]', ''),
     (module.half_life, dict(half_life=0), 'half_life=0', '(0, inf)', ''),
+    (module.half_life, dict(half_life=1e20), '=1e+20', '1e15', 'never move'),
 ]
 
 
@@ -349,12 +294,6 @@ def test_option_out_of_range(make, options, value, allowed, hint):
 def test_annealing_begins_with_a_copy(gamma):
     """The first annealed update copies, whatever gamma is."""
     assert 0.0 == module.annealing(gamma=gamma)(1)
-
-
-def test_half_life_without_an_end():
-    """A half-life so long that the average never moves is refused."""
-    with pytest.raises(OptionError, match='half_life=1e\\+20'):
-        module.half_life(1e20)
 
 
 @pytest.mark.parametrize(

@@ -9,42 +9,36 @@ import os
 import runpy
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, Mapping, Optional
 from unittest import mock
 
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.format import put_raw, unpack
-from mmdet_ema.cli.edited_config import add_ema, choose_weights
-from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean
+from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean, show
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
 
 SCOPES = ('mmdet', 'mmdet3d')
 """The frameworks whose tools can be run."""
+# mmengine's own hook beside ours: it knows none of our options
+_FOREIGN = 'MMEngineEMAHook'
+_EMA_HOOKS = (
+    'EMAHook',
+    'ExpMomentumEMAHook',
+    'LinearMomentumEMAHook',
+    'MEGVIIEMAHook',
+    _FOREIGN,
+)
 
 
 def train(options: argparse.Namespace, rest: List[str]) -> None:
-    """Run ``tools/train.py`` with EMA.
-
-    Args:
-        options: ``config``, ``decay``, ``tau`` and ``schedule``.
-        rest: What the tool gets after the config.
-    """
-    words = ('decay', 'tau', 'schedule')
-    given = {k: getattr(options, k) for k in words}
+    """Run ``tools/train.py`` with EMA; ``rest`` goes to it as it is."""
+    given = {k: getattr(options, k) for k in ('decay', 'tau', 'schedule')}
     given = {k: v for k, v in given.items() if v is not None}
     _run_tool('train', options.config, rest, lambda cfg: add_ema(cfg, given))
 
 
 def test(options: argparse.Namespace, rest: List[str]) -> None:
-    """Run ``tools/test.py`` with EMA weights, raw weights or both.
-
-    Args:
-        options: ``config``, ``checkpoint`` and ``weights``.
-        rest: What the tool gets after the config and the checkpoint.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged or lacks weights.
-    """
+    """Run ``tools/test.py`` with EMA weights, raw weights or both."""
     path = options.checkpoint
     if '://' not in path:
         if not os.path.isfile(path):
@@ -73,15 +67,7 @@ def test(options: argparse.Namespace, rest: List[str]) -> None:
 
 
 def find_tool(scope: str, name: str) -> Path:
-    """Return the path of a tool inside an installed framework.
-
-    Args:
-        scope: 'mmdet' or 'mmdet3d'.
-        name: 'train' or 'test'.
-
-    Raises:
-        OptionError: If the framework or its tools are not installed.
-    """
+    """Return the path of a tool inside an installed framework."""
     spec = importlib.util.find_spec(scope)
     places = spec.submodule_search_locations if spec else None
     if not places:
@@ -99,37 +85,14 @@ def find_tool(scope: str, name: str) -> Path:
 
 
 def _run_tool(
-    name: str,
-    path: str,
-    arguments: List[str],
-    edit: Callable[[Any], None],
+    name: str, path: str, arguments: List[str], edit: Callable[[Any], None]
 ) -> None:
     """Run ``tools/<name>.py`` of the framework that a config belongs to.
 
     The tool runs in this process and reads the config as it always does; what
     it gets is edited before it goes on.
     """
-    config = _config_class()
-    if not os.path.isfile(path):
-        raise OptionError(f'there is no config file {path!r}.')
-    tool = find_tool(scope_of(config.fromfile(path), path), name)
-    read = config.fromfile
-
-    def read_and_edit(filename: Any, *args: Any, **kwargs: Any) -> Any:
-        cfg = read(filename, *args, **kwargs)
-        if str(filename) == path:
-            edit(cfg)
-        return cfg
-
-    argv = [str(tool), path, *arguments]
-    edited = mock.patch.object(config, 'fromfile', read_and_edit)
-    with edited, mock.patch.object(sys, 'argv', argv):
-        runpy.run_path(str(tool), run_name='__main__')
-
-
-def _config_class() -> Any:
-    """Return the class of configs; that of mmcv 1.x before mmengine's."""
-    if has_mmcv1():
+    if has_mmcv1():  # it goes first, also beside mmengine
         from mmcv import Config
     elif has_mmengine():
         from mmengine.config import Config
@@ -138,21 +101,27 @@ def _config_class() -> Any:
             'neither mmengine nor mmcv 1.7 is installed; install mmdet with '
             'what it needs (pip install mmdet mmengine).'
         )
-    return Config
+    if not os.path.isfile(path):
+        raise OptionError(f'there is no config file {path!r}.')
+    tool = find_tool(scope_of(Config.fromfile(path), path), name)
+    read = Config.fromfile
+
+    def read_and_edit(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        cfg = read(filename, *args, **kwargs)
+        if str(filename) == path:
+            edit(cfg)
+        return cfg
+
+    argv = [str(tool), path, *arguments]
+    edited = mock.patch.object(Config, 'fromfile', read_and_edit)
+    with edited, mock.patch.object(sys, 'argv', argv):
+        runpy.run_path(str(tool), run_name='__main__')
 
 
 def scope_of(cfg: Any, path: str) -> str:
-    """Return the framework that a config belongs to.
-
-    Args:
-        cfg: The config.
-        path: Its file.
-
-    Raises:
-        OptionError: If it is none whose tools can be run.
-    """
+    """Return the framework that a config belongs to."""
     scope = cfg.get('default_scope')
-    if not scope and has_mmcv1():
+    if not scope and has_mmcv1():  # such a config does not say, its model does
         return _scope_by_model(cfg)
     if scope not in SCOPES:
         near = did_you_mean(str(scope), SCOPES)
@@ -165,7 +134,6 @@ def scope_of(cfg: Any, path: str) -> str:
 
 
 def _scope_by_model(cfg: Any) -> str:
-    """Return the framework that knows the model of a config of mmcv 1.x."""
     kind = (cfg.get('model') or {}).get('type')
     installed = [name for name in SCOPES if has_package(name)]
     for scope in installed:
@@ -181,11 +149,63 @@ def _scope_by_model(cfg: Any) -> str:
     return 'mmdet'
 
 
+def add_ema(cfg: Any, options: Mapping[str, Any]) -> None:
+    """Add the package and a hook to a config that has none; in place.
+
+    A config with a hook of its own takes no options of the command line.
+    """
+    imports = dict(cfg.get('custom_imports') or {})
+    names = imports.get('imports') or []
+    names = [names] if isinstance(names, str) else list(names)
+    if 'mmdet_ema' not in names:
+        imports['imports'] = [*names, 'mmdet_ema']
+        imports.setdefault('allow_failed_imports', False)
+        cfg.custom_imports = imports
+    present = _ema_hooks(cfg)
+    if present and options:
+        words = ', '.join(f'--{name} {v}' for name, v in options.items())
+        raise OptionError(
+            f'{words}: the config has an EMA hook of its own '
+            f'({show(dict(present[0]))}); change it there, or by '
+            f'--cfg-options.'
+        )
+    if not present:
+        hooks = list(cfg.get('custom_hooks') or [])
+        cfg.custom_hooks = [*hooks, dict(type='EMAHook', **options)]
+
+
+def choose_weights(cfg: Any, weights: Optional[str]) -> None:
+    """Make a config test these weights; None for those that it says."""
+    add_ema(cfg, {})
+    if weights is None:
+        return
+    for hook in _ema_hooks(cfg):
+        if _kind(hook) != _FOREIGN:
+            hook['evaluate'] = weights
+        elif weights != 'ema':
+            raise OptionError(
+                f'--weights {weights}: {_FOREIGN} tests the averages alone; '
+                f"say type='EMAHook' in the config."
+            )
+
+
+def _ema_hooks(cfg: Any) -> List[Any]:
+    default = (cfg.get('default_hooks') or {}).values()
+    hooks = [*default, *(cfg.get('custom_hooks') or [])]
+    return [hook for hook in hooks if _kind(hook) in _EMA_HOOKS]
+
+
+def _kind(hook: Any) -> str:
+    kind = hook.get('type') if isinstance(hook, dict) else type(hook)
+    name = getattr(kind, '__name__', kind)
+    return str(name).rpartition('.')[2]
+
+
 @contextlib.contextmanager
 def _reading_raw() -> Iterator[None]:
     """Let the tools of mmcv 1.x read the raw weights of a checkpoint."""
     from mmdet_ema.checkpoint.mmcv1 import convert_buffers, take_message
-    from mmdet_ema.for_mmcv1.loading import reading_through
+    from mmdet_ema.for_mmcv1.checkpoints import reading_through
 
     def take_raw(checkpoint: Any) -> None:
         take_message(checkpoint)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import load_hook
@@ -41,15 +41,7 @@ examples:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    """Run the command line.
-
-    Args:
-        argv: The arguments; those of the process by default.
-
-    Raises:
-        SystemExit: With status 2 for wrong usage or input, else with that of
-            the tool.
-    """
+    """Run the command line; it exits with 2 for wrong usage or input."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if options.command == 'env':
@@ -70,38 +62,28 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='mmdet-ema',
-        description=_DESCRIPTION,
+    style: Dict[str, Any] = dict(
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # --resume-from of a tool is not an abbreviation of ours
         allow_abbrev=False,
     )
-    parser.add_argument(
-        '--version', action='version', version=f'mmdet-ema {__version__}'
+    parser = argparse.ArgumentParser(
+        prog='mmdet-ema', description=_DESCRIPTION, **style
     )
+    version = f'mmdet-ema {__version__}'
+    parser.add_argument('--version', action='version', version=version)
     commands = parser.add_subparsers(
         title='commands', metavar='COMMAND', dest='command', required=True
     )
 
-    def add(name: str, help: str, description: str, epilog: str) -> Any:
-        command = commands.add_parser(
-            name,
-            help=help,
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            # --resume-from of a tool is not an abbreviation of ours
-            allow_abbrev=False,
-        )
-        command.add_argument('config', metavar='CONFIG', help='a config file')
-        return command
-
-    train = add(
+    train = commands.add_parser(
         'train',
-        'train with EMA',
-        'Train with EMA, without touching the config.',
-        _TRAIN,
+        help='train with EMA',
+        description='Train with EMA, without touching the config.',
+        epilog=_TRAIN,
+        **style,
     )
+    train.add_argument('config', metavar='CONFIG', help='a config file')
     train.add_argument(
         '--decay', type=float, help='weight of the old average, in [0, 1)'
     )
@@ -110,12 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument('--schedule', help='name of a schedule')
 
-    test = add(
+    test = commands.add_parser(
         'test',
-        'test EMA weights, raw weights or both',
-        'Test a checkpoint with its EMA weights, or its raw ones.',
-        _TEST,
+        help='test EMA weights, raw weights or both',
+        description='Test a checkpoint with its EMA weights, or its raw ones.',
+        epilog=_TEST,
+        **style,
     )
+    test.add_argument('config', metavar='CONFIG', help='a config file')
     test.add_argument('checkpoint', metavar='CHECKPOINT', help='a .pth file')
     test.add_argument(
         '--weights',

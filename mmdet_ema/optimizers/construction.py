@@ -9,6 +9,7 @@ trained alike are put into one group.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import (
     Any,
@@ -17,7 +18,6 @@ from typing import (
     Iterator,
     List,
     Mapping,
-    NamedTuple,
     Optional,
     Sequence,
     Tuple,
@@ -27,37 +27,33 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmdet_ema.averaging.distributed import world_size
-from mmdet_ema.checks import check_number
-from mmdet_ema.errors import OptionError
-from mmdet_ema.optimizers.kinds import KINDS, kind_of
-from mmdet_ema.optimizers.nominal import (
-    is_waiting,
-    mark,
-    remind,
-    scale_weight_decay,
+from mmdet_ema.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_names,
+    check_number,
 )
-from mmdet_ema.optimizers.paramwise import FACTORS, parse_paramwise
+from mmdet_ema.errors import OptionError, did_you_mean, show
+from mmdet_ema.optimizers.kinds import KINDS, WEIGHT, kind_of
+from mmdet_ema.optimizers.nominal import mark, remind, scale_weight_decay
 
-
-class _Met(NamedTuple):
-    """A parameter, under the first of its names, as custom keys see it."""
-
-    name: str
-    tensor: nn.Parameter
-    kind: str
-    is_flat: bool
+_FACTORS = ('lr_mult', 'decay_mult')  # of a custom key
+_MULTIPLIERS = (
+    'norm_decay_mult',
+    'bias_lr_mult',
+    'bias_decay_mult',
+    'dwconv_decay_mult',
+    'flat_decay_mult',
+    'dcn_offset_lr_mult',
+)
 
 
 class Construction:
     """Makes groups from the framework's; scales and reports once it is built.
 
-    Args:
-        optimizer_cfg: Config of the optimizer.
-        paramwise_cfg: Options of the constructor.
-        log: Has ``info(text)`` and ``warning(text)``.
-
-    Raises:
-        OptionError: If an option is wrong.
+    ``optimizer_cfg`` and ``paramwise_cfg`` are those of a config; ``log`` has
+    ``info(text)`` and ``warning(text)``.
     """
 
     def __init__(
@@ -66,13 +62,19 @@ class Construction:
         paramwise_cfg: Optional[Mapping[str, Any]],
         log: Any,
     ):
-        self._options = parse_paramwise(paramwise_cfg)
+        self._options = _checked(paramwise_cfg)
+        self._keys: Dict[str, Dict[str, Any]] = self._options['custom_keys']
+        # what factors multiply: a number, a tensor, or None
         self._bases = {
-            name: _base(name, optimizer_cfg.get(name))
-            for name in ('lr', 'weight_decay')
+            name: optimizer_cfg.get(name) for name in ('lr', 'weight_decay')
         }
+        for name, base in self._bases.items():
+            if base is not None and not isinstance(base, Tensor):
+                check_number(f'optimizer.{name}', base, 0, math.inf)
         self._log = log
-        self._met: Dict[int, _Met] = {}
+        # of each parameter its first name, as keys see it, kind and whether
+        # it is flat
+        self._met: Dict[Tensor, Tuple[str, str, bool]] = {}
         self._unused_keys: List[str] = []
 
     def rules(self) -> Dict[str, Any]:
@@ -81,15 +83,15 @@ class Construction:
         Flat parameters are left to us, as mmcv 1.x has no rule for them, and
         so are options of a key that are no factors.
         """
-        rules: Dict[str, Any] = dict(self._options.multipliers)
-        rules.pop('flat_decay_mult', None)
-        rules['custom_keys'] = {
-            key: {
-                'decay_mult': math.nan,
-                **{name: options[name] for name in FACTORS if name in options},
-            }
-            for key, options in self._options.custom_keys.items()
+        rules: Dict[str, Any] = {
+            name: self._options[name]
+            for name in _MULTIPLIERS
+            if name in self._options and name != 'flat_decay_mult'
         }
+        rules['custom_keys'] = {}
+        for key, options in self._keys.items():
+            given = {x: options[x] for x in _FACTORS if x in options}
+            rules['custom_keys'][key] = {'decay_mult': math.nan, **given}
         return rules
 
     def add_params(
@@ -102,24 +104,16 @@ class Construction:
     ) -> None:
         """Add the groups of a model to a list, or let go on at a child.
 
-        Args:
-            params: The list.
-            module: The model, or a child that the framework came to.
-            prefix: Its name.
-            is_dcn_module: Whether it is a child of a deformable convolution;
-                None for the model.
-            add_params: The framework's own; it calls the constructor's for
-                each child.
-
-        Raises:
-            OptionError: If a factor has nothing to multiply.
+        ``is_dcn_module`` says whether it is a child of a deformable
+        convolution; it is None for the model. ``add_params`` is the
+        framework's own: it calls the constructor's for each child.
         """
         in_dcn = bool(is_dcn_module)
         for leaf, tensor in module.named_parameters(recurse=False):
             name = f'{prefix}.{leaf}'
             kind = kind_of(name, tensor, module, in_dcn)
             is_flat = tensor.dim() == 1 and not in_dcn
-            self._met.setdefault(id(tensor), _Met(name, tensor, kind, is_flat))
+            self._met.setdefault(tensor, (name, kind, is_flat))
         if is_dcn_module is not None:
             add_params(params, module, prefix, is_dcn_module)
             return
@@ -128,86 +122,52 @@ class Construction:
             add_params(factors, module, prefix)
         params.extend(self._groups(factors))
 
-    def finish(self, optimizer: Optimizer, accumulation: int) -> None:
-        """Scale the weight decay if that can be done; say what was built.
-
-        Args:
-            optimizer: The optimizer, just built.
-            accumulation: Iterations to one step, as the framework knows.
-        """
-        options = self._options
-        samples = None
-        if options.batch_size is not None:
-            steps = options.accumulation or accumulation
-            samples = options.batch_size * steps * world_size()
-        mark(optimizer, options.nominal_batch_size, samples)
-        self._warn_of_no_effect()
-        self._log.info(_table(optimizer))
-        base = self._bases['weight_decay']
-        if base and not any(
-            float(group.get('weight_decay', 0.0))
-            for group in optimizer.param_groups
-        ):
-            self._log.warning(
-                f'EMAOptimizerConstructor: weight_decay={base} '
-                f'reaches no parameter; look at the table. Of FSDP, use '
-                f'use_orig_params=True.'
-            )
-        if samples is not None:
-            scale_weight_decay([optimizer], samples, self._log)
-        elif is_waiting(optimizer):
-            remind(optimizer, self._log)
-
     def _groups(
         self, factors: Sequence[Mapping[str, Any]]
     ) -> List[Dict[str, Any]]:
         """Return the groups: weight, norm, bias, other.
 
         Of each kind those of the base learning rate come first, then in the
-        order of the model.
-
-        Args:
-            factors: A group of each parameter, its ``lr`` and
-                ``weight_decay`` for base values of 1.
+        order of the model. ``factors`` has a group of each parameter, its
+        ``lr`` and ``weight_decay`` for base values of 1.
         """
-        met, self._met = list(self._met.values()), {}
-        said: Dict[int, Mapping[str, Any]] = {}
-        for group in factors:  # a tied parameter follows its first name
-            said.setdefault(id(group['params'][0]), group)
-        keys = self._options.custom_keys
+        met, self._met = self._met, {}
+        rules: Dict[Tensor, Mapping[str, Any]] = {}
+        for rule in factors:  # a tied parameter follows its first name
+            rules.setdefault(rule['params'][0], rule)
         followed = set()
         groups: Dict[str, Dict[str, Any]] = {}
-        order: Dict[str, Tuple[int, bool]] = {}
-        for p in met:
+        order = {}
+        for tensor, (name, kind, is_flat) in met.items():
             # the longest key decides, then the alphabet
-            matches = sorted(key for key in keys if key in p.name)
+            matches = sorted(key for key in self._keys if key in name)
             key = max(matches, key=len) if matches else None
             followed.add(key)
-            options = {} if key is None else keys[key]
-            more = {k: v for k, v in options.items() if k not in FACTORS}
-            rule = said.get(id(p.tensor), {})
+            options = {} if key is None else self._keys[key]
+            more = {k: v for k, v in options.items() if k not in _FACTORS}
+            rule = rules.get(tensor, {})
             lr, decay = rule.get('lr', 1.0), rule.get('weight_decay', math.nan)
-            default = 1.0 if p.kind in self._options.decay_kinds else 0.0
-            if math.isnan(decay) and p.is_flat and key is None:
-                decay = self._options.multipliers.get('flat_decay_mult', decay)
+            default = 1.0 if kind in self._options['decay_kinds'] else 0.0
+            if math.isnan(decay) and is_flat and key is None:
+                decay = self._options.get('flat_decay_mult', decay)
             if math.isnan(decay):
                 decay = default
-            words = [p.kind]
+            words = [kind]
             words += [f'lr*{lr!r}'] if lr != 1 else []
             words += [f'decay*{decay!r}'] if decay != default else []
-            words += [f'{name}={more[name]!r}' for name in sorted(more)]
-            name = ' '.join(words)
-            if name not in groups:
-                order[name] = KINDS.index(p.kind), lr != 1
-                groups[name] = {
+            words += [f'{k}={v!r}' for k, v in sorted(more.items())]
+            group = ' '.join(words)
+            if group not in groups:
+                order[group] = KINDS.index(kind), lr != 1
+                groups[group] = {
                     'params': [],
-                    'name': name,
+                    'name': group,
                     **self._times('lr', lr),
                     **self._times('weight_decay', decay),
                     **more,
                 }
-            groups[name]['params'].append(p.tensor)
-        self._unused_keys = [key for key in keys if key not in followed]
+            groups[group]['params'].append(tensor)
+        self._unused_keys = [key for key in self._keys if key not in followed]
         return [groups[name] for name in sorted(groups, key=order.__getitem__)]
 
     def _times(self, name: str, factor: float) -> Dict[str, Any]:
@@ -223,33 +183,55 @@ class Construction:
             f'optimizer is given none; add {name}=... to it.'
         )
 
-    def _warn_of_no_effect(self) -> None:
-        options = self._options
-        lines = []
+    def finish(self, optimizer: Optimizer, accumulation: int) -> None:
+        """Scale the weight decay if that can be done; say what was built.
+
+        ``accumulation`` are the iterations to one step, if the framework
+        knows.
+        """
+        samples = None
+        if 'batch_size' in self._options:
+            steps = self._options.get('accumulation', accumulation)
+            samples = self._options['batch_size'] * steps * world_size()
+        mark(optimizer, self._options['nominal_batch_size'], samples)
+        for line in self._without_effect():
+            self._log.warning(f'EMAOptimizerConstructor: no effect of {line}')
+        self._log.info(_table(optimizer))
+        base, groups = self._bases['weight_decay'], optimizer.param_groups
+        if base and not any(float(g.get('weight_decay', 0)) for g in groups):
+            self._log.warning(
+                f'EMAOptimizerConstructor: weight_decay={base} '
+                f'reaches no parameter; look at the table. Of FSDP, use '
+                f'use_orig_params=True.'
+            )
+        if samples is not None:
+            scale_weight_decay([optimizer], samples, self._log)
+        else:
+            remind(optimizer, self._log)
+
+    def _without_effect(self) -> Iterator[str]:
         if self._unused_keys:
             names = ', '.join(map(repr, self._unused_keys))
-            lines.append(
+            yield (
                 f'custom_keys {names}: no parameter has that in its name, or '
                 f'a longer key goes first; correct or remove what is not '
                 f'meant.'
             )
         given = [
-            f'{name}={getattr(options, name)}'
+            f'{name}={self._options[name]}'
             for name in ('batch_size', 'accumulation')
-            if getattr(options, name) is not None
+            if name in self._options
         ]
-        if given and options.nominal_batch_size is None:
-            lines.append(
+        if given and self._options['nominal_batch_size'] is None:
+            yield (
                 f'{" and ".join(given)}: nominal_batch_size=None says that '
                 f'the weight decay is not scaled; remove one of them.'
             )
-        elif given and options.batch_size is None:
-            lines.append(
+        elif given and 'batch_size' not in self._options:
+            yield (
                 f'{given[0]} without batch_size: the hooks then find both by '
                 f'themselves; give batch_size=... too, or remove it.'
             )
-        for line in lines:
-            self._log.warning(f'EMAOptimizerConstructor: no effect of {line}')
 
 
 @contextlib.contextmanager
@@ -261,30 +243,21 @@ def _all_thawed(model: nn.Module) -> Iterator[None]:
     of an optimizer can be resumed.
     """
     frozen = [
-        parameter
-        for parameter in model.parameters()
-        if not parameter.requires_grad
-        if parameter.is_floating_point() or parameter.is_complex()
+        p
+        for p in model.parameters()
+        if not p.requires_grad and (p.is_floating_point() or p.is_complex())
     ]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
+    for p in frozen:
+        p.requires_grad_(True)
     try:
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def _base(name: str, value: Any) -> Any:
-    """Return what factors multiply: a number, a tensor, or None."""
-    if value is not None and not isinstance(value, Tensor):
-        check_number(f'optimizer.{name}', value, 0, math.inf)
-    return value
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _table(optimizer: Optimizer) -> str:
-    head = ('group', 'tensors', 'frozen', 'elements', 'lr', 'weight decay')
-    rows = [head]
+    rows = [('group', 'tensors', 'frozen', 'elements', 'lr', 'weight decay')]
     for group in optimizer.param_groups:
         tensors, decay = group['params'], group.get('weight_decay')
         rows.append(
@@ -307,3 +280,71 @@ def _table(optimizer: Optimizer) -> str:
         numbers = [f'{cell:>{w}}' for cell, w in zip(cells, widths)]
         lines.append('  '.join(['', name.ljust(first), *numbers]))
     return '\n'.join(lines)
+
+
+def _checked(cfg: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
+    """Check ``paramwise_cfg``; return what is given, and our defaults."""
+    if not isinstance(cfg, (Mapping, type(None))):
+        raise OptionError(
+            f'paramwise_cfg={show(cfg)} is not allowed; use a dict.'
+        )
+    check_names('paramwise_cfg', cfg or {}, _CHECKS)
+    checked: Dict[str, Any] = {
+        'custom_keys': {},
+        'decay_kinds': (WEIGHT,),
+        'nominal_batch_size': 64,
+    }
+    for name, value in (cfg or {}).items():
+        if value is not None:
+            checked[name] = _CHECKS[name](name, value)
+        elif name == 'nominal_batch_size':
+            checked[name] = None  # no scaling; elsewhere: as if not given
+    return checked
+
+
+def _check_keys(name: str, value: Any) -> Dict[str, Dict[str, Any]]:
+    if not isinstance(value, Mapping):
+        raise OptionError(
+            f'custom_keys={show(value)} is not allowed; use a dict from a '
+            f'part of a name to a dict, as in '
+            f'dict(backbone=dict(lr_mult=0.1)).'
+        )
+    checked: Dict[str, Dict[str, Any]] = {}
+    for key, options in value.items():
+        name = f'custom_keys[{key!r}]'
+        if not isinstance(options, Mapping):
+            raise OptionError(
+                f'{name}={show(options)} is not allowed; use a dict, as in '
+                f'dict(lr_mult=0.1, decay_mult=0.0).'
+            )
+        checked[key] = dict(options)
+        for word, factor in options.items():
+            near = did_you_mean(word, _FACTORS)
+            if word in _FACTORS:
+                number = check_number(f'{name} {word}', factor, 0, math.inf)
+                checked[key][word] = number
+            elif near:  # other words are options of the optimizer
+                raise OptionError(f'{name} has no option {word!r}.{near}')
+    return checked
+
+
+def _check_kinds(name: str, value: Any) -> Sequence[str]:
+    if not isinstance(value, (list, tuple)):
+        raise OptionError(
+            f'decay_kinds={show(value)} is not allowed; use a list of some of '
+            f'{", ".join(map(repr, KINDS))}.'
+        )
+    return [check_choice(name, kind, KINDS) for kind in value]
+
+
+_factor = functools.partial(check_number, low=0, high=math.inf)
+_samples = functools.partial(check_count, least=1)
+_CHECKS: Dict[str, Callable[[str, Any], Any]] = {
+    'custom_keys': _check_keys,
+    **dict.fromkeys(_MULTIPLIERS, _factor),
+    'bypass_duplicate': check_flag,  # a tied parameter comes once anyway
+    'decay_kinds': _check_kinds,
+    'nominal_batch_size': _samples,
+    'batch_size': _samples,
+    'accumulation': _samples,
+}

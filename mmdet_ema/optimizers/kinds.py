@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Tuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 WEIGHT, NORM, BIAS, OTHER = KINDS = ('weight', 'norm', 'bias', 'other')
 
-_NORM_TYPES: Tuple[type, ...] = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-)
+_NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 # known by their type, for FSDP shards them into vectors
-_WEIGHT_TYPES: Tuple[type, ...] = (
+_WEIGHT_TYPES = (
     nn.modules.conv._ConvNd,
     nn.Embedding,
     nn.Linear,
@@ -42,33 +37,28 @@ def kind_of(name: str, tensor: Tensor, module: nn.Module, in_dcn: bool) -> str:
       convolutions, linear layers, embeddings, attention, recurrent layers.
     * ``'other'``: position tables, class tokens, scales, slopes, ...
     """
-    words = _telling_part(name).split('_')
+    parts = name.split('.')
+    if 'parametrizations' in parts[-3:-2]:
+        said = parts[-2]
+    else:  # without indices, as of a ParameterList
+        said = next((x for x in reversed(parts) if not x.isdigit()), parts[0])
+    words = said.split('_')
     if words[0] == BIAS or words[-1] == BIAS:
         return OTHER if in_dcn else BIAS
     if isinstance(module, _NORM_TYPES):
         return NORM
     if _WEIGHT_WORDS.isdisjoint(words):
         return OTHER
-    if _is_magnitude(name.rpartition('.')[2], module):
+    if _is_magnitude(parts[-1], module):
         return NORM
     if isinstance(module, _WEIGHT_TYPES):
         return WEIGHT
-    class_name, vector = type(module).__name__, tensor.dim() < 2
+    class_name = type(module).__name__
     if _NORM_CLASS.search(class_name):
         return NORM
-    if vector:
+    if tensor.dim() < 2:
         return NORM if 'norm' in class_name.lower() else OTHER
     return WEIGHT
-
-
-def _telling_part(name: str) -> str:
-    """Return the part without indices and what parametrizations add."""
-    parts = name.split('.')
-    if 'parametrizations' in parts[-3:-2]:
-        return parts[-2]
-    while len(parts) > 1 and parts[-1].isdigit():
-        parts.pop()
-    return parts[-1]
 
 
 def _is_magnitude(leaf: str, module: nn.Module) -> bool:

@@ -8,11 +8,20 @@ step keeps the decay an epoch.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence
+import contextlib
+import functools
+import types
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    List,
+    Optional,
+    Sequence,
+)
 
 from torch.optim import Optimizer
-
-from mmdet_ema.optimizers.around_step import around_step
 
 _NOMINAL = 'nominal_batch_size'
 # in a group: the samples that its weight decay is scaled to, 0 for not yet;
@@ -26,17 +35,14 @@ def mark(
 ) -> None:
     """Mark the groups of a new optimizer as waiting for their scaling.
 
-    Args:
-        optimizer: The optimizer; its weight decay is that of ``nominal``.
-        nominal: Nominal batch size; None for no scaling.
-        samples: Samples a step that the user gave; None for those that a
-            hook finds.
+    Their weight decay is that of ``nominal`` samples a step; None for no
+    scaling. ``samples`` are those that the user gave; None for what a hook
+    finds.
     """
-    if nominal is None:
-        return
-    setattr(optimizer, _GIVEN, samples)
-    for group in optimizer.param_groups:
-        group[_NOMINAL], group[_SAMPLES] = nominal, 0
+    if nominal is not None:
+        setattr(optimizer, _GIVEN, samples)
+        for group in optimizer.param_groups:
+            group[_NOMINAL], group[_SAMPLES] = nominal, 0
 
 
 def scale_weight_decay(
@@ -44,29 +50,46 @@ def scale_weight_decay(
 ) -> None:
     """Scale what is marked and not scaled to these samples yet.
 
-    May be called again and again. Optimizers of other constructors are left
-    alone, and samples that the user gave go before ``samples``.
-
-    Args:
-        optimizers: Optimizers of the run.
-        samples: Samples that one optimizer step takes, over all processes.
-        log: Has ``info(text)`` and ``warning(text)``.
+    ``samples`` are those that one optimizer step takes, over all processes;
+    what the user gave goes first. May be called again and again. Optimizers
+    of other constructors are left alone.
     """
     for optimizer in optimizers:
-        _scale(optimizer, getattr(optimizer, _GIVEN, None) or samples, log)
-
-
-def is_waiting(optimizer: Optimizer) -> bool:
-    """Return whether a weight decay still has to be scaled."""
-    return any(not group[_SAMPLES] for group in _decayed(optimizer))
+        wanted = getattr(optimizer, _GIVEN, None) or samples
+        groups = [g for g in _decayed(optimizer) if g[_SAMPLES] != wanted]
+        if any('initial_weight_decay' in group for group in groups):
+            log.warning(
+                'EMAOptimizerConstructor: a scheduler of weight_decay knows '
+                'the value before the scaling only; give '
+                'paramwise_cfg=dict(batch_size=...), which scales before the '
+                'schedulers are built.'
+            )
+        for index, group in enumerate(groups):
+            scaled_to, nominal = group[_SAMPLES], group[_NOMINAL]
+            factor = wanted / (scaled_to or nominal)
+            decay = group['weight_decay']
+            group['weight_decay'] = decay * factor
+            group[_SAMPLES] = wanted
+            if index == 0:  # all groups of an optimizer are scaled alike
+                before = f'nominal {nominal}'
+                if scaled_to:
+                    before = f'{scaled_to} before'
+                log.info(
+                    f'EMAOptimizerConstructor: weight decay x {factor:.6g} '
+                    f'for {wanted} samples a step ({before}): group '
+                    f'{group["name"]!r} {decay:.6g} -> {decay * factor:.6g}'
+                )
 
 
 def remind(optimizer: Optimizer, log: Any) -> None:
     """Warn at the first step if nobody has scaled the weight decay by then."""
 
-    def look() -> None:
+    def is_waiting() -> bool:
+        return not all(group[_SAMPLES] for group in _decayed(optimizer))
+
+    def look() -> ContextManager[Any]:
         end()
-        if is_waiting(optimizer):
+        if is_waiting():
             log.warning(
                 'EMAOptimizerConstructor: the weight decay is NOT scaled to '
                 'the nominal batch size, because nothing told the batch '
@@ -74,33 +97,10 @@ def remind(optimizer: Optimizer, log: Any) -> None:
                 'paramwise_cfg=dict(batch_size=...), or say '
                 'nominal_batch_size=None.'
             )
+        return contextlib.nullcontext()
 
-    end = around_step(optimizer, look, lambda: None)
-
-
-def _scale(optimizer: Optimizer, samples: int, log: Any) -> None:
-    groups = [g for g in _decayed(optimizer) if g[_SAMPLES] != samples]
-    if any('initial_weight_decay' in group for group in groups):
-        log.warning(
-            'EMAOptimizerConstructor: a scheduler of weight_decay knows the '
-            'value before the scaling only; give '
-            'paramwise_cfg=dict(batch_size=...), which scales before the '
-            'schedulers are built.'
-        )
-    for index, group in enumerate(groups):
-        scaled_to, nominal = group[_SAMPLES], group[_NOMINAL]
-        factor, decay = samples / (scaled_to or nominal), group['weight_decay']
-        if index == 0:  # all groups of an optimizer are scaled alike
-            before = (
-                f'{scaled_to} before' if scaled_to else f'nominal {nominal}'
-            )
-            log.info(
-                f'EMAOptimizerConstructor: weight decay x {factor:.6g} for '
-                f'{samples} samples a step ({before}): group '
-                f'{group["name"]!r} {decay:.6g} -> {decay * factor:.6g}'
-            )
-        group['weight_decay'] = decay * factor
-        group[_SAMPLES] = samples
+    if is_waiting():
+        end = around_step(optimizer, look)
 
 
 def _decayed(optimizer: Optimizer) -> List[Dict[str, Any]]:
@@ -109,3 +109,31 @@ def _decayed(optimizer: Optimizer) -> List[Dict[str, Any]]:
         for group in optimizer.param_groups
         if group.get('weight_decay') and _NOMINAL in group
     ]
+
+
+def around_step(
+    optimizer: Any, context: Callable[[], ContextManager[Any]]
+) -> Callable[[], None]:
+    """Enter a context around every step, and leave it if the step fails too.
+
+    Steps that a gradient scaler skips and iterations that only accumulate
+    gradients are no steps. Returns a function that ends it, in a step too.
+    """
+    # torch's own step hooks know no failed step, torch 1.13 has none, and a
+    # step that calls its parent's would be heard twice
+    step = optimizer.step
+    active = True
+
+    @functools.wraps(step)
+    def heard(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        with context() if active else contextlib.nullcontext():
+            return step(*args, **kwargs)
+
+    def end() -> None:
+        # the wrapper stays: others may have wrapped it by now
+        nonlocal active
+        active = False
+
+    # schedulers ask whose method it is
+    optimizer.step = types.MethodType(heard, optimizer)
+    return end

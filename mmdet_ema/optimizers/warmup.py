@@ -8,26 +8,25 @@ rises from 0.8.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import (
     Any,
     Callable,
     Dict,
+    Iterator,
     List,
     Mapping,
     Optional,
     Sequence,
-    Tuple,
 )
 
 from torch.optim import Optimizer
 
-from mmdet_ema.checks import check_count, check_number
-from mmdet_ema.errors import OptionError, did_you_mean, show
-from mmdet_ema.optimizers.around_step import around_step
+from mmdet_ema.checks import check_count, check_names, check_number
 from mmdet_ema.optimizers.kinds import BIAS
-from mmdet_ema.optimizers.nominal import scale_weight_decay
+from mmdet_ema.optimizers.nominal import around_step, scale_weight_decay
 
 _NAMES = ('warmup_epochs', 'warmup_iters', 'min_iters', 'bias_lr', 'momentum')
 
@@ -37,12 +36,7 @@ class Warmup:
 
     Whatever runs between steps (schedulers that compute the next value from
     the present one, checkpoints, other hooks) finds the values of the
-    schedule.
-
-    Args: the options of ``BiasWarmupHook``, where they are explained.
-
-    Raises:
-        OptionError: If an option is unknown or out of range.
+    schedule. The options are those of ``BiasWarmupHook``.
     """
 
     def __init__(
@@ -54,12 +48,7 @@ class Warmup:
         momentum: float = 0.8,
         **unknown: Any,
     ):
-        for name, value in unknown.items():
-            raise OptionError(
-                f'BiasWarmupHook has no option {name!r} (given: {name}='
-                f'{show(value)}); it takes {", ".join(_NAMES)}.'
-                f'{did_you_mean(name, _NAMES)}'
-            )
+        check_names('BiasWarmupHook', unknown, _NAMES)
         if warmup_iters is not None:
             check_count('warmup_iters', warmup_iters, 0)
         if bias_lr is not None:
@@ -74,7 +63,6 @@ class Warmup:
         )
         self._optimizers: List[Optimizer] = []
         self._ends: List[Callable[[], None]] = []
-        self._kept: List[Tuple[Dict[str, Any], Dict[str, Any]]] = []
         self._length = self._iteration = 0
         self.running = False
 
@@ -90,40 +78,28 @@ class Warmup:
     ) -> None:
         """Scale the weight decay, say what the warm-up will do, and begin.
 
-        Args:
-            optimizers: Optimizers of the run.
-            iters_per_epoch: Iterations of an epoch; None if not known.
-            max_iters: Iterations of the run.
-            samples: Samples that one optimizer step takes, over all
-                processes.
-            log: Has ``info(text)`` and ``warning(text)``.
-            others: 'lr' or 'momentum' -> schedulers that warm it up as well,
-                in words.
+        ``samples`` are those of one optimizer step over all processes;
+        ``others`` names what warms up 'lr' or 'momentum' as well.
         """
         scale_weight_decay(optimizers, samples, log)
         self._optimizers = list(optimizers)
-        self._length = self.length(iters_per_epoch)
+        epochs = round(self._epochs * (iters_per_epoch or 0))
+        self._length = max(epochs, self._min_iters) if self._epochs else 0
+        if self._iters is not None:
+            self._length = self._iters
         if self._length:
             self._report(max_iters, others, log)
         self._ends = [
-            around_step(o, functools.partial(self._apply, o), self._restore)
-            for o in optimizers
+            around_step(optimizer, functools.partial(self._warmed, optimizer))
+            for optimizer in optimizers
         ]
         self.running = True
-
-    def length(self, iters_per_epoch: Optional[int]) -> int:
-        """Return the length of the warm-up in iterations."""
-        if self._iters is not None:
-            return self._iters
-        epochs = round(self._epochs * (iters_per_epoch or 0))
-        return max(epochs, self._min_iters) if self._epochs else 0
 
     def at(self, iteration: int) -> Dict[str, float]:
         """Go to an iteration, from 0; return what its step will use.
 
-        Returns:
-            ``step_lr`` of the first group that is not of biases, ``bias_lr``
-            and ``step_momentum``, as far as there are such.
+        That is ``step_lr`` of the first group that is not of biases,
+        ``bias_lr`` and ``step_momentum``, as far as there are such.
         """
         self._iteration = iteration
         found: Dict[str, float] = {}
@@ -145,33 +121,35 @@ class Warmup:
     def _groups(self) -> List[Dict[str, Any]]:
         return [g for o in self._optimizers for g in o.param_groups]
 
-    def _apply(self, optimizer: Optimizer) -> None:
+    @contextlib.contextmanager
+    def _warmed(self, optimizer: Optimizer) -> Iterator[None]:
+        kept = []
         for group in optimizer.param_groups:
             values = self._warm(group)
-            self._kept.append((group, {name: group[name] for name in values}))
+            kept.append((group, {name: group[name] for name in values}))
             group.update(values)
-
-    def _restore(self) -> None:
-        while self._kept:
-            group, values = self._kept.pop()
-            group.update(values)
+        try:
+            yield
+        finally:
+            for group, values in kept:
+                group.update(values)
 
     def _warm(self, group: Mapping[str, Any]) -> Dict[str, Any]:
         """Return what a group is to have in a step, nothing at the end."""
-        if self._iteration >= self._length:
+        i, n = self._iteration, self._length
+        if i >= n:
             return {}
-        share = self._iteration / self._length
 
-        def between(start: float, end: float) -> float:
-            return start + (end - start) * share
+        def warm(start: float, value: float) -> float:
+            return start + (value - start) * (i / n)
 
         rate = self._bias_start(group) if _is_bias(group) else 0.0
-        values: Dict[str, Any] = {'lr': between(rate, group['lr'])}
+        values: Dict[str, Any] = {'lr': warm(rate, group['lr'])}
         if group.get('momentum'):
-            values['momentum'] = between(self._momentum, group['momentum'])
+            values['momentum'] = warm(self._momentum, group['momentum'])
         if 'betas' in group:
             first, *others = group['betas']
-            values['betas'] = (between(self._momentum, first), *others)
+            values['betas'] = (warm(self._momentum, first), *others)
         return values
 
     def _bias_start(self, group: Mapping[str, Any]) -> float:
@@ -184,13 +162,13 @@ class Warmup:
         self, max_iters: int, others: Mapping[str, Sequence[str]], log: Any
     ) -> None:
         groups, length = self._groups(), self._length
-        rate = min((self._bias_start(group) for group in groups), default=0.0)
+        rate = min(map(self._bias_start, groups), default=0.0)
         log.info(
             f'BiasWarmupHook: {length} iterations; lr of biases from '
             f'{rate:g}, other lrs from 0, momentum from {self._momentum:g} to '
             f'the values of the schedule'
         )
-        if not any(_is_bias(group) for group in groups):
+        if not any(map(_is_bias, groups)):
             log.warning(
                 "BiasWarmupHook: no parameter group is named 'bias', so every "
                 "lr rises from 0; set constructor='EMAOptimizerConstructor'."

@@ -36,16 +36,11 @@ def decay_of(decay: Optional[float], momentum: Optional[float]) -> float:
     """Return the decay that ``decay`` or ``momentum`` says, or mmengine's."""
     if decay is not None:
         return check_number('decay', decay, 0, 1, high_open=True)
+    if momentum is None:
+        momentum = MOMENTUM
+    ends = dict(low_open=True, high_open=True)
     hint = 'momentum weighs the NEW value: momentum = 1 - decay.'
-    return 1 - check_number(
-        'momentum',
-        MOMENTUM if momentum is None else momentum,
-        0,
-        1,
-        low_open=True,
-        high_open=True,
-        hint=hint,
-    )
+    return 1 - check_number('momentum', momentum, 0, 1, **ends, hint=hint)
 
 
 def family_schedule(
@@ -53,15 +48,12 @@ def family_schedule(
 ) -> Schedule:
     """Return the schedule of one of OpenMMLab's averaging classes.
 
-    Args:
-        ema_type: The class or its name, with or without its scope
-            (``mmdet.ExpMomentumEMA``); None for ``ExponentialMovingAverage``.
-        decay: ``1 - momentum``.
-        gamma: The class's ``gamma``; None for its default.
-        interval: Steps between updates.
+    ``ema_type`` is a class or its name, with or without a scope
+    (``mmdet.ExpMomentumEMA``); None for ``ExponentialMovingAverage``.
     """
-    known = 'ExponentialMovingAverage' if ema_type is None else ema_type
-    name = _name_of(known)
+    name = 'ExponentialMovingAverage'
+    if ema_type is not None:
+        name = _name_of(ema_type)
     if name not in _FAMILIES:
         raise OptionError(
             f'ema_type={show(ema_type)} is not known; choose one of '
@@ -77,23 +69,19 @@ def family_schedule(
     gamma = check_number('gamma', gamma, 0, math.inf, low_open=True)
     schedule = _FAMILIES[name](decay, gamma)
     if name == 'StochasticWeightAverage':
-        return Schedule(name, _of_updates(schedule, interval))
+
+        def of_updates(n: int) -> float:
+            # steps 1, 1 + interval, ... have the decays of updates 1, 2, ...
+            updates, others = divmod(n - 1, interval)
+            return 1.0 if others else schedule(updates + 1)
+
+        return Schedule(name, of_updates)
     options = dict(momentum=round(1 - decay, 12))
     if name in GAMMA:
         options['gamma'] = gamma
     return Schedule(
         name, lambda n: schedule(n) if n > 1 else 0.0, options, decay
     )
-
-
-def _of_updates(schedule: Schedule, interval: int) -> Callable[[int], float]:
-    """Give the steps 1, 1 + interval, ... the decays of updates 1, 2, ..."""
-
-    def function(n: int) -> float:
-        updates, others = divmod(n - 1, interval)
-        return 1.0 if others else schedule(updates + 1)
-
-    return function
 
 
 def is_family(ema_type: Any) -> bool:

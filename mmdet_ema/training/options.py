@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from dataclasses import dataclass, field, fields
@@ -9,7 +10,6 @@ from typing import (
     Any,
     Callable,
     Dict,
-    List,
     Mapping,
     Optional,
     Sequence,
@@ -25,9 +25,10 @@ from mmdet_ema.checks import (
     check_count,
     check_device,
     check_flag,
+    check_names,
     check_patterns,
 )
-from mmdet_ema.errors import OptionError, did_you_mean, show
+from mmdet_ema.errors import OptionError, show
 from mmdet_ema.schedules import (
     SCHEDULES,
     Schedule,
@@ -64,15 +65,12 @@ class Choice:
 
 
 def _option(
-    default: Any, check: Any, *allowed: Any, averager: bool = False
+    default: Any, check: Any, averager: bool = False, **allowed: Any
 ) -> Any:
     """Define an option; the averager has those of that mark as well."""
-    more = {'check': check, 'allowed': allowed, 'averager': averager}
-    return field(default=default, metadata=more)
-
-
-def _device(name: str, value: Any) -> Optional[torch.device]:
-    return check_device(value)
+    check = functools.partial(check, **allowed)
+    metadata = {'check': check, 'averager': averager}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -86,16 +84,18 @@ class Options:
     decay: Optional[float] = None
     tau: Optional[float] = None
     schedule: Optional[ScheduleSpec] = None
-    interval: int = _option(1, check_count, 1, averager=True)
-    begin_iter: int = _option(0, check_count, 0)
-    begin_epoch: int = _option(0, check_count, 0)
+    interval: int = _option(1, check_count, averager=True, least=1)
+    begin_iter: int = _option(0, check_count, least=0)
+    begin_epoch: int = _option(0, check_count, least=0)
     update_buffers: bool = _option(None, check_flag, averager=True)
     device: Optional[torch.device] = _option(  # noqa: RUF009
-        None, _device, averager=True
+        None, lambda name, value: check_device(value), averager=True
     )
     overlap: bool = _option(False, check_flag, averager=True)
-    evaluate: str = _option('ema', check_choice, EVALUATE)
-    nonfinite: str = _option('skip', check_choice, NONFINITE, averager=True)
+    evaluate: str = _option('ema', check_choice, allowed=EVALUATE)
+    nonfinite: str = _option(
+        'skip', check_choice, averager=True, allowed=NONFINITE
+    )
     strict_load: bool = _option(False, check_flag)
     scale_decay: bool = _option(False, check_flag)
     copied: Tuple[str, ...] = _option((), check_patterns, averager=True)
@@ -111,11 +111,9 @@ class Options:
             self._set('update_buffers', not compatible)
         for option in fields(self):
             if option.metadata:
-                check, allowed = (
-                    option.metadata[key] for key in ('check', 'allowed')
-                )
                 value = getattr(self, option.name)
-                self._set(option.name, check(option.name, value, *allowed))
+                check = option.metadata['check']
+                self._set(option.name, check(option.name, value))
         if self.begin_iter and self.begin_epoch:
             raise OptionError(
                 f'begin_iter={self.begin_iter} and begin_epoch='
@@ -161,24 +159,21 @@ def refuse_unknown(
     names: Sequence[str] = NAMES,
 ) -> None:
     """Refuse options that a hook does not have."""
-    for name, value in unknown.items():
+
+    def hint(name: str, value: Any) -> str:
         homes = [kind for kind in SCHEDULES if name in options_of(kind)]
-        hint = did_you_mean(name, names)
-        if homes:
-            own = f'schedule=dict(type={homes[0]!r}, {name}={show(value)})'
-            hint = f' It is an option of a schedule: {own}.'
-        raise OptionError(
-            f'{hook} has no option {name!r} (given: {name}={show(value)}); it '
-            f'takes {", ".join(names)}.{instead_of(name) or hint}'
-        )
+        if instead_of(name) or not homes:
+            return instead_of(name)
+        own = f'schedule=dict(type={homes[0]!r}, {name}={show(value)})'
+        return f' It is an option of a schedule: {own}.'
+
+    check_names(hook, unknown, names, hint)
 
 
 def show_options(init: Any, **more: Any) -> None:
     """Let ``inspect.signature`` show what ``**options`` of a hook may be.
 
-    Args:
-        init: The constructor, which takes ``**options``.
-        **more: The defaults of options that it has besides ours.
+    ``more`` are the defaults of what a hook has besides ours.
     """
     parameters = dict(inspect.signature(init).parameters)
     del parameters['options']
@@ -226,37 +221,38 @@ def _uses_compatible(options: Options) -> bool:
 
 def _of_a_family(options: Options) -> Choice:
     """Choose the schedule of one of OpenMMLab's classes."""
+    kind = options.ema_type
     rate = decay_of(options.decay, options.momentum)
-    schedule = family_schedule(
-        options.ema_type, rate, options.gamma, options.interval
-    )
-    unused = _given(options, 'decay', 'momentum')
-    if schedule.limit is not None:
-        unused = {}
-    by = f'ema_type {options.ema_type!r}'
-    no_effect = tuple(_unused(word, by) for word in unused)
-    return Choice(lambda planned: schedule, 1, no_effect)
+    schedule = family_schedule(kind, rate, options.gamma, options.interval)
+    no_effect = [
+        f'{word} has no effect with ema_type {kind!r}.'
+        for word in ('decay', 'momentum')
+        if schedule.limit is None and getattr(options, word) is not None
+    ]
+    return Choice(lambda planned: schedule, 1, tuple(no_effect))
 
 
 def _of_our_own(options: Options) -> Choice:
     """Choose one of our schedules; its options may stand next to it."""
     spec = 'exponential' if options.schedule is None else options.schedule
-    given = _given(options, 'decay', 'tau', 'momentum')
+    words = ('decay', 'tau', 'momentum')
+    beside = {x: getattr(options, x) for x in words}
+    beside = {word: x for word, x in beside.items() if x is not None}
     if callable(spec) or (isinstance(spec, str) and '.' in spec):
-        schedule = build_schedule(spec)
-        unused = tuple(_unused(word, 'a callable schedule') for word in given)
-        return Choice(lambda planned: schedule, 0, unused)
+        schedule, by = build_schedule(spec), 'a callable schedule'
+        no_effect = [f'{word} has no effect with {by}.' for word in beside]
+        return Choice(lambda planned: schedule, 0, tuple(no_effect))
     name, own = split_spec(spec)
-    no_effect: List[str] = []
-    for word, value in given.items():
-        option = 'decay' if word == 'momentum' else word
+    no_effect = []
+    for word, given in beside.items():
+        option, value = word, given
         if word == 'momentum':
-            value = decay_of(None, value)
+            option, value = 'decay', decay_of(None, given)
         if option not in options_of(name):
-            no_effect.append(_unused(word, f'schedule {name!r}'))
+            no_effect.append(f'{word} has no effect with schedule {name!r}.')
         elif not _agree(own.setdefault(option, value), value):
             raise OptionError(
-                f'{word}={show(given[word])} contradicts '
+                f'{word}={show(given)} contradicts '
                 f'schedule={show(spec)}; give {option} once.'
             )
     # what can be wrong with the options is found now
@@ -271,18 +267,9 @@ def _of_our_own(options: Options) -> Choice:
     return Choice(make, 0, tuple(no_effect))
 
 
-def _given(options: Options, *names: str) -> Dict[str, Any]:
-    values = {name: getattr(options, name) for name in names}
-    return {name: x for name, x in values.items() if x is not None}
-
-
 def _agree(left: Any, right: Any) -> bool:
     """Compare two values; 1 - momentum is next to the decay, not on it."""
     try:
         return left is right or math.isclose(left, right, rel_tol=1e-9)
     except TypeError:
         return False
-
-
-def _unused(option: str, by: str) -> str:
-    return f'{option} has no effect with {by}.'

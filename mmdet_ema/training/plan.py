@@ -47,11 +47,9 @@ class RunFacts:
 
 def batch_size_of(loader: Any) -> int:
     """Return the samples in a batch of a data loader, 1 if it is unknown."""
-    size = getattr(loader, 'batch_size', None)
-    if size is None:
-        sampler = getattr(loader, 'batch_sampler', None)
-        size = getattr(sampler, 'batch_size', None)
-    return int(size or 1)
+    sampler = getattr(loader, 'batch_sampler', None)
+    sizes = (getattr(x, 'batch_size', None) for x in (loader, sampler))
+    return int(next(filter(None, sizes), 1))
 
 
 def refuse_second(hooks: Sequence[Any]) -> None:
@@ -75,16 +73,13 @@ class Plan:
     ``decay ** kappa`` averages over the same number of samples (Busbridge et
     al. 2023, arXiv:2307.13813; the learning rate has to be scaled as well).
 
-    Args:
-        options: Options of the hook.
-        facts: The run as planned.
+    Attributes:
         done: Steps that the average has seen already; above 0 on resume.
         before: ``ema_meta`` of the checkpoint; empty for a new run.
-        reference: Samples a step that the decay was chosen for; None for
-            what the checkpoint says, or those of this run.
-
-    Attributes:
+        reference: Samples a step that the decay was chosen for: what is
+            given, what the checkpoint says, or those of this run.
         planned: Steps that the average will have seen at the end.
+        last_update: The last of them that updates the average, 0 for none.
         unscaled: The schedule of the options.
         schedule: The schedule that the run uses.
         kappa: Samples a step, relative to the reference.
@@ -102,6 +97,8 @@ class Plan:
         self.options, self.facts, self.done = options, facts, done
         self.before = before or {}
         self.planned = planned_steps(options, facts, done)
+        since = (self.planned - options.choice.phase) % options.interval
+        self.last_update = max(self.planned - since, 0)
         if reference is None:
             reference = _reference_of(self.before) or facts.samples
         self.reference = reference

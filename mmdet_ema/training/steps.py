@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from operator import attrgetter
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, DefaultDict, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -91,18 +91,15 @@ class WeightChanges:
                 _HANDLES.pop().remove()
 
     def begin(self, optimizers: Sequence[Any]) -> None:
-        """Begin an iteration: changes up to now do not count in it.
-
-        Args:
-            optimizers: The optimizers of the run, as they are now.
-        """
+        """Begin an iteration: changes up to now do not count in it."""
         self.idle = 0 if self._taken else self.idle + 1
         if self._taken:
             self._fingerprint = None
         self.heard = self.told = self._skipped = self._taken = False
         if [*map(id, optimizers)] != [*map(id, self._optimizers)]:
             self._optimizers = list(optimizers)
-            _complete(optimizers)
+            for optimizer in optimizers:
+                _complete(optimizer)
             self._trial = max(self._trial, _TRIAL)
         parameters = self._list_parameters()
         versions = sum(map(_VERSION, parameters))
@@ -137,8 +134,7 @@ class WeightChanges:
         before = self._fingerprint
         self._fingerprint = _fingerprint(self._parameters)
         if before is None:
-            # a first silent iteration: the next can be compared with it
-            return False
+            return False  # the next iteration can be compared with this one
         changed = not _equal(before, self._fingerprint)
         if written and not changed:
             # a step with a learning rate of 0, as in a warm-up, moves no
@@ -159,11 +155,10 @@ class WeightChanges:
             groups = optimizer.param_groups
             if ours.isdisjoint(id(p) for g in groups for p in g['params']):
                 return
-        found_inf = getattr(optimizer, 'found_inf', None)
-        if found_inf is None or not bool(found_inf):
-            self.told = True
-        else:
+        if getattr(optimizer, 'found_inf', None):
             self._skipped = True
+        else:
+            self.told = True
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -177,17 +172,16 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         changes._on_step(optimizer)
 
 
-def _complete(optimizers: Sequence[Any]) -> None:
-    """Give optimizers that skip torch's constructor what their step reads.
+def _complete(optimizer: Any) -> None:
+    """Give one that skips torch's constructor what its step reads.
 
-    ``zero_grad()`` lets torch tell of their steps, which then fail without.
+    ``zero_grad()`` lets torch tell of its steps, which then fail without.
     """
-    for optimizer in optimizers:
-        if TELLS_OF_STEPS and isinstance(optimizer, torch.optim.Optimizer):
-            for kind in ('pre', 'post'):
-                name = f'_optimizer_step_{kind}_hooks'
-                if not hasattr(optimizer, name):
-                    setattr(optimizer, name, OrderedDict())
+    if TELLS_OF_STEPS and isinstance(optimizer, torch.optim.Optimizer):
+        for kind in ('pre', 'post'):
+            name = f'_optimizer_step_{kind}_hooks'
+            if not hasattr(optimizer, name):
+                setattr(optimizer, name, OrderedDict())
 
 
 def _progress(optimizers: Sequence[Any]) -> int:
@@ -206,35 +200,27 @@ def _progress(optimizers: Sequence[Any]) -> int:
 
 def _fingerprint(parameters: Sequence[nn.Parameter]) -> List[Tensor]:
     """Return numbers that keep their bits as long as the parameters do."""
-    small: Dict[object, List[Tensor]] = {}
-    sums: Dict[object, List[Tensor]] = {}
+    small: DefaultDict[Any, List[Tensor]] = defaultdict(list)
+    sums: DefaultDict[Any, List[Tensor]] = defaultdict(list)
     for parameter in parameters:
         tensor: Tensor = parameter.detach()
         if hasattr(tensor, 'to_local'):
             tensor = tensor.to_local()
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
-        key: Tuple[Any, ...] = (tensor.device, tensor.dtype)
+        key = tensor.device, tensor.dtype
         if tensor.numel() <= _SMALL:
-            small.setdefault(key, []).append(tensor.reshape(-1))
+            small[key].append(tensor.reshape(-1))
         else:
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            sums.setdefault(key, []).append(tensor.sum(dtype=wide))
-    return [
-        *map(torch.cat, small.values()),
-        *map(torch.stack, sums.values()),
-    ]
+            sums[key].append(tensor.sum(dtype=wide))
+    return [*map(torch.cat, small.values()), *map(torch.stack, sums.values())]
 
 
 def _equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     """Return whether two fingerprints have the same bits, also of NaN."""
     return len(left) == len(right) and all(
         (a.dtype, a.device) == (b.dtype, b.device)
-        and torch.equal(_bits(a), _bits(b))
+        and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
         for a, b in zip(left, right)
     )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(kinds[tensor.element_size()])

@@ -4,20 +4,20 @@ import pytest
 from mmengine.config import Config
 
 from mmdet_ema.cli import commands
-from mmdet_ema.cli.commands import find_tool, scope_of
-from mmdet_ema.cli.edited_config import add_ema, choose_weights
+from mmdet_ema.cli.commands import (
+    add_ema,
+    choose_weights,
+    find_tool,
+    scope_of,
+)
 from mmdet_ema.errors import OptionError
 from tests import needs
 
 
-def test_missing_framework_is_refused():
-    """A scope that is not installed is named, with what to do."""
-    with pytest.raises(ValueError, match='mmnothing, which is not installed'):
-        find_tool('mmnothing', 'train')
-
-
 def test_framework_without_tools_is_refused(tmp_path, monkeypatch):
-    """A package without its tools is named, with the path looked at."""
+    """What is missing is named, with what to do and the path looked at."""
+    with pytest.raises(ValueError, match='mmtoolless, which is not installed'):
+        find_tool('mmtoolless', 'train')
     (tmp_path / 'mmtoolless').mkdir()
     (tmp_path / 'mmtoolless' / '__init__.py').touch()
     monkeypatch.syspath_prepend(tmp_path)
@@ -33,8 +33,13 @@ def test_tool_of_an_installed_framework_is_found():
 
 
 def test_hook_is_added_once():
-    """A config without a hook gets one; one that has it keeps its own."""
-    cfg = Config(dict(custom_hooks=[dict(type='Other')]))
+    """A config without a hook gets one; one that has it keeps its own.
+
+    ``default_hooks.ema=None`` is no hook.
+    """
+    off = dict(ema=None)
+    cfg = dict(default_hooks=off, custom_hooks=[dict(type='Other')])
+    cfg = Config(cfg)
     add_ema(cfg, dict(decay=0.9))
     add_ema(cfg, {})
     assert cfg.custom_hooks == [
@@ -76,13 +81,6 @@ def test_hook_in_default_hooks_is_a_hook(own):
         add_ema(cfg, dict(decay=0.9))
 
 
-def test_hook_that_is_switched_off_in_default_hooks():
-    """``default_hooks.ema=None`` is no hook: one is added."""
-    cfg = Config(dict(default_hooks=dict(ema=None)))
-    add_ema(cfg, {})
-    assert cfg.custom_hooks == [dict(type='EMAHook')]
-
-
 @pytest.fixture
 def frameworks(tmp_path, monkeypatch):
     """Two frameworks of mmcv 1.x, of which the second knows more models."""
@@ -98,17 +96,11 @@ def frameworks(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, 'has_mmcv1', lambda: True)
 
 
-@pytest.mark.parametrize(
-    ('kind', 'scope'), [('Flat', 'mmflat'), ('Deep', 'mmdeep')]
-)
-def test_framework_is_the_one_that_knows_the_model(frameworks, kind, scope):
-    """Where a config does not say, its model does."""
-    cfg = Config(dict(model=dict(type=kind)))
-    assert scope_of(cfg, 'config.py') == scope
-
-
-def test_model_that_no_framework_knows(frameworks):
-    """It is named, with what to do."""
+def test_framework_is_the_one_that_knows_the_model(frameworks):
+    """Where a config does not say, its model does; else it is named."""
+    for kind, scope in (('Flat', 'mmflat'), ('Deep', 'mmdeep')):
+        cfg = Config(dict(model=dict(type=kind)))
+        assert scope_of(cfg, 'config.py') == scope
     cfg = Config(dict(model=dict(type='Deeper')))
     with pytest.raises(OptionError, match="'Deeper' is not known to mmflat"):
         scope_of(cfg, 'config.py')

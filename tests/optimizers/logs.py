@@ -23,9 +23,9 @@ class Lines(logging.Handler):
 
 
 @contextlib.contextmanager
-def logged(logger):
+def logged(logger, lines=None):
     """Yield the lines that a logger is given."""
-    lines = Lines()
+    lines = lines or Lines()
     logger.addHandler(lines)
     try:
         yield lines

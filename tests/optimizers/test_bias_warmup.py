@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.optimizers.generation import toy
+from tests.optimizers import toy
 from tests.optimizers.steps import seen, settings
 
 WARMUP = dict(type='BiasWarmupHook', warmup_iters=10)

@@ -72,17 +72,13 @@ def test_resume(samples):
     assert (samples != 16) == any('16 before' in line for line in lines)
 
 
-def test_samples_of_the_user_go_first():
-    """Samples that the user gave are not replaced by those of a hook."""
-    optimizer = optimizer_of(samples=128)
-    scale(optimizer, 16)
-    assert [DECAY * 2, 0.0] == decays(optimizer)
-
-
-@pytest.mark.parametrize(('nominal', 'factor'), [(None, 1), (32, 0.5)])
-def test_nominal_batch_size(nominal, factor):
-    """Another nominal batch size is used; None scales and says nothing."""
-    optimizer = optimizer_of(nominal)
+@pytest.mark.parametrize(
+    ('nominal', 'samples', 'factor'),
+    [(None, None, 1), (32, None, 0.5), (64, 128, 2)],
+)
+def test_what_the_user_gave(nominal, samples, factor):
+    """The nominal batch size and the samples are used; None scales nothing."""
+    optimizer = optimizer_of(nominal, samples)
     assert (nominal is not None) == bool(scale(optimizer, 16).infos)
     assert [DECAY * factor, 0.0] == decays(optimizer)
 
@@ -105,12 +101,10 @@ def test_reminder(scaled):
     assert [] == lines.warnings
     optimizer.step()
     optimizer.step()
-    if scaled:
-        assert [] == lines.warnings
-        return
-    (line,) = lines.warnings
-    assert 'NOT scaled' in line
-    assert 'batch_size=' in line
+    assert (0 if scaled else 1) == len(lines.warnings)
+    for line in lines.warnings:
+        assert 'NOT scaled' in line
+        assert 'batch_size=' in line
 
 
 def test_scheduler_of_weight_decay():

@@ -123,16 +123,16 @@ def test_stopped():
     assert settings(optimizer) == optimizer.seen[-1]
 
 
-LENGTHS = [
-    (dict(), 500, 1500),
-    (dict(), 100, 1000),
-    (dict(), None, 1000),
-    (dict(warmup_epochs=0.5, min_iters=0), 101, 50),
-    (dict(warmup_iters=20), 500, 20),
-]
-
-
-@pytest.mark.parametrize(('options', 'per_epoch', 'expected'), LENGTHS)
+@pytest.mark.parametrize(
+    ('options', 'per_epoch', 'expected'),
+    [
+        (dict(), 500, 1500),
+        (dict(), 100, 1000),
+        (dict(), None, 1000),
+        (dict(warmup_epochs=0.5, min_iters=0), 101, 50),
+        (dict(warmup_iters=20), 500, 20),
+    ],
+)
 def test_length(options, per_epoch, expected):
     """Three epochs, 1000 iterations at least, or what was given."""
     log = Lines()
@@ -151,17 +151,17 @@ def test_no_warm_up_is_silent(name):
     assert dict(step_lr=0.01, bias_lr=0.02) == warmup.at(0)
 
 
-WRONG = [
-    (dict(bias_lrs=0.1), "no option 'bias_lrs'", "'bias_lr'?"),
-    (dict(bias_lr=-0.1), 'bias_lr=-0.1', '[0, inf)'),
-    (dict(momentum=1), 'momentum=1', '[0, 1)'),
-    (dict(warmup_epochs=-1), 'warmup_epochs=-1', '[0, inf)'),
-    (dict(warmup_iters=1.5), 'warmup_iters=1.5', 'whole number'),
-    (dict(min_iters=-1), 'min_iters=-1', 'at least 0'),
-]
-
-
-@pytest.mark.parametrize(('options', 'value', 'remedy'), WRONG)
+@pytest.mark.parametrize(
+    ('options', 'value', 'remedy'),
+    [
+        (dict(bias_lrs=0.1), "no option 'bias_lrs'", "'bias_lr'?"),
+        (dict(bias_lr=-0.1), 'bias_lr=-0.1', '[0, inf)'),
+        (dict(momentum=1), 'momentum=1', '[0, 1)'),
+        (dict(warmup_epochs=-1), 'warmup_epochs=-1', '[0, inf)'),
+        (dict(warmup_iters=1.5), 'warmup_iters=1.5', 'whole number'),
+        (dict(min_iters=-1), 'min_iters=-1', 'at least 0'),
+    ],
+)
 def test_wrong_options(options, value, remedy):
     """A wrong option is named in one line, with what is allowed."""
     with pytest.raises(OptionError) as error:

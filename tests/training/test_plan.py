@@ -80,8 +80,10 @@ def test_planned_steps(epochs, length, accumulation, begin, data):
     ids=str,
 )
 def test_examples(begin, facts, done, expected):
-    """Runs with accumulation, a late begin and a resume, by hand."""
-    assert expected == planned_steps(parse_options(**begin), facts, done)
+    """Accumulation, a begin as late as can be and a resume, by hand."""
+    options = parse_options(**begin)
+    check_begin(options, facts)
+    assert expected == planned_steps(options, facts, done)
 
 
 @pytest.mark.parametrize(
@@ -136,11 +138,3 @@ def test_past_the_end(begin, facts, words):
     message = str(error.value)
     assert [] == [word for word in words if word not in message]
     assert '\n' not in message
-
-
-@pytest.mark.parametrize(
-    'begin', [dict(begin_epoch=10), dict(begin_iter=100), {}], ids=str
-)
-def test_at_the_end(begin):
-    """The last epoch and the last iteration are still in the run."""
-    check_begin(parse_options(**begin), RunFacts(0, 100, 10))

@@ -1,101 +1,120 @@
 """What the hook says: every line, every warning, and that advice helps."""
 
-import math
 import re
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from mmdet_ema.averaging import OptionError, build_schedule
+from mmdet_ema.averaging import OptionError
+from mmdet_ema.averaging.tensors import select
 from mmdet_ema.training.options import parse_options
 from mmdet_ema.training.plan import Plan, RunFacts
-from mmdet_ema.training.report import changes, describe, warnings
+from mmdet_ema.training.report import report
 from tests import oracle
+from tests.optimizers.logs import Lines
 
-COUNTS = dict(averaged=12, copied=3, shared=4, bytes=5 * 2**20 + 2**19)
+
+def said(planned, done=0, before=None, model=None, **options):
+    """Return what is logged at the start of a run of so many steps."""
+    log, checked = Lines(), parse_options(**options)
+    plan = Plan(checked, RunFacts(done, planned, 1), done, before)
+    model = model or nn.Linear(2, 1)
+    entries = select(model, checked.update_buffers, checked.copied)
+    report(plan, entries, log)
+    return log
+
+
+def described(planned, **options):
+    """Return the lines that say what the average will be."""
+    (text,) = said(planned, **options).infos
+    return text.splitlines()
+
+
+def warned(planned, **options):
+    """Return the warnings."""
+    return said(planned, **options).warnings
 
 
 def test_lines():
     """The text says schedule, steps, window, share, tensors, memory."""
-    schedule = build_schedule('exponential')
+    model = nn.Sequential(
+        nn.Linear(1024, 1024),  # 4 MiB and 4 KiB
+        nn.BatchNorm1d(4),
+        nn.Linear(2, 2).requires_grad_(False),
+    )
     decay = oracle.ramp(5000)
     share = np.prod(oracle.ramp(np.arange(1, 5001)))
     assert share < 1e-12
-    assert describe(schedule, 1, 0, 5000, COUNTS).splitlines() == [
+    assert described(5000, model=model) == [
         'EMA: exponential(decay=0.9999, tau=2000.0), every step',
         '  steps: 5000 planned',
         f'  at the last step: decay {decay:.6g}, effective window '
         f'{1 / (1 - decay):.3g} steps',
         '  share of the initial weights left then: 0',
-        '  tensors: 12 averaged, 3 copied, 4 frozen',
-        '  memory of the averages: 5.5 MiB',
+        '  tensors: 6 averaged, 1 copied, 2 frozen',
+        '  memory of the averages: 4.0 MiB',
     ]
 
 
-def test_share():
-    """The share of the initial weights is that of the formula."""
-    text = describe(build_schedule('constant'), 1, 0, 10_000, COUNTS)
-    assert 'initial weights left then: 0.368' in text
-    assert 'effective window 10,000 steps' in text
+@pytest.mark.parametrize(
+    ('planned', 'options', 'expected'),
+    [
+        (10_000, dict(schedule='constant'), 'left then: 0.368'),
+        (10_000, dict(schedule='constant'), 'effective window 10,000 steps'),
+        (100, dict(schedule='mean', done=60), '100 planned, 60 of them done'),
+        (100, dict(schedule='mean'), 'decay 0.99, effective window 100 steps'),
+        (10, dict(schedule=dict(type='cosine', total_steps=9)), 'all steps'),
+        (10, dict(schedule='constant', decay=0.5), 'window 2 steps'),
+        (10, dict(schedule='constant', decay=1 - 1 / 123456), ' 123,456 '),
+        (0, {}, '  steps: 0 planned'),
+    ],
+    ids=str,
+)
+def test_numbers(planned, options, expected):
+    """Shares, windows and steps are those of the formula, and readable."""
+    assert expected in '\n'.join(described(planned, **options))
 
 
 def test_interval():
     """An interval is said, and does not change window or share."""
-    schedule = build_schedule('constant', decay=0.999)
-    once = describe(schedule, 1, 0, 100, COUNTS).splitlines()
-    text = describe(schedule, 4, 0, 100, COUNTS).splitlines()
+    once = described(100, schedule='constant', decay=0.999)
+    text = described(100, schedule='constant', decay=0.999, interval=4)
     assert text[0].endswith('every 4 steps')
     assert once[1:] == text[1:]
 
 
-def test_resumed():
-    """On resume the steps that are done are said."""
-    text = describe(build_schedule('mean'), 1, 60, 100, COUNTS)
-    assert '  steps: 100 planned, 60 of them done' in text
-    assert 'decay 0.99, effective window 100 steps' in text
-
-
-def test_endless_window():
-    """A decay of 1 averages all steps."""
-    text = describe(build_schedule('cosine', total_steps=9), 1, 0, 10, COUNTS)
-    assert 'decay 1, effective window all steps' in text
-
-
-def test_no_steps():
-    """A run without steps is described all the same."""
-    text = describe(build_schedule('exponential'), 1, 0, 0, COUNTS)
-    assert '  steps: 0 planned' in text
-
-
 def test_bad_callable():
     """A schedule that is bad at the last step is found at the start."""
-    schedule = build_schedule(lambda n: 0.5 if n < 100 else 3.0)
     with pytest.raises(OptionError, match='n = 100'):
-        describe(schedule, 1, 0, 100, COUNTS)
+        said(100, schedule=lambda n: 0.5 if n < 100 else 3.0)
 
 
 @pytest.mark.parametrize(
-    ('schedule', 'planned'),
+    ('planned', 'options'),
     [
-        (build_schedule('exponential'), 30_000),
-        (build_schedule('constant', decay=0.999), 10_000),
-        (build_schedule('mean'), 5),
-        (build_schedule('cosine', total_steps=50_000), 50_000),
-        (build_schedule(lambda n: 0.5), 10),
-        (build_schedule('inverse'), 200_000),
+        (30_000, {}),
+        (10_000, dict(schedule='constant', decay=0.999)),
+        (5, dict(schedule='mean')),
+        (50_000, dict(schedule='cosine')),
+        (10, dict(schedule=lambda n: 0.5)),
+        (200_000, dict(schedule='inverse')),
+        (0, {}),
+        (0, dict(schedule='constant', interval=5)),
     ],
     ids=str,
 )
-def test_no_warnings(schedule, planned):
-    """Where all is well nothing is said."""
-    assert [] == warnings(schedule, 1, planned)
+def test_no_warnings(planned, options):
+    """Where all is well, or no step is planned, nothing is said."""
+    assert [] == warned(planned, **options)
 
 
 def test_unsaturated():
     """A ramp that cannot saturate is named, with numbers and advice."""
-    (text,) = warnings(build_schedule('exponential'), 1, 2000)
+    (text,) = warned(2000)
     window = 1 / (1 - oracle.ramp(2000))
     assert (
         'EMA: the ramp of exponential(decay=0.9999, tau=2000.0) cannot '
@@ -103,12 +122,15 @@ def test_unsaturated():
         f'{window:.3g} steps, not 10,000 steps.'
     ) in text
     assert 'For 2000 steps take decay=0.995, tau=100' in text
+    # what the guide says
+    (text,) = warned(1000)
+    assert 'For 1000 steps take decay=0.99, tau=50 (a window of 100' in text
 
 
 @pytest.mark.parametrize('name', ['inverse', 'annealing', 'power'])
 def test_unsaturated_ramps(name):
     """Every ramp with a limit is looked at."""
-    found = warnings(build_schedule(name), 1, 2000)
+    found = warned(2000, schedule=name)
     assert any('cannot saturate in 2000 steps' in text for text in found)
     assert any('faster ramp' in text for text in found)
 
@@ -121,15 +143,11 @@ def test_unsaturated_ramps(name):
 )
 def test_advice_helps(planned, decay, tau):
     """Whoever takes the pair that is advised is not warned again."""
-    schedule = build_schedule('exponential', decay=decay, tau=tau)
-    for text in warnings(schedule, 1, planned):
+    for text in warned(planned, decay=decay, tau=tau):
         found = re.search(r'take decay=([\d.]+), tau=(\d+) \(', text)
-        if found is None:
-            continue
-        advised = build_schedule(
-            'exponential', decay=float(found[1]), tau=float(found[2])
-        )
-        assert [] == warnings(advised, 1, planned)
+        if found is not None:
+            decay, tau = map(float, found.groups())
+            assert [] == warned(planned, decay=decay, tau=tau)
 
 
 @settings(deadline=None)
@@ -141,29 +159,19 @@ def test_advice_helps(planned, decay, tau):
 )
 def test_advice_under_openmmlab_words_helps(planned, momentum, gamma, name):
     """It is given in the words of the config, and helps there."""
-
-    def found_with(momentum, gamma):
-        words = dict(ema_type=name, momentum=momentum, gamma=gamma)
-        schedule = parse_options(**words).schedule_for(planned)
-        return warnings(schedule, 1, planned, phase=1)
-
-    for text in found_with(momentum, gamma):
+    for text in warned(planned, ema_type=name, momentum=momentum, gamma=gamma):
         found = re.search(r'take momentum=([\d.e-]+), gamma=(\d+) \(', text)
-        if found is not None:
-            assert [] == found_with(float(found[1]), float(found[2]))
-        assert found is not None or 'cannot saturate' not in text
-
-
-def test_advice_with_the_defaults():
-    """For 1,000 steps the advice is what the guide says."""
-    (text,) = warnings(build_schedule('exponential'), 1, 1000)
-    assert 'For 1000 steps take decay=0.99, tau=50 (a window of 100' in text
+        if found is None:
+            assert 'cannot saturate' not in text
+        else:
+            momentum, gamma = map(float, found.groups())
+            words = dict(ema_type=name, momentum=momentum, gamma=gamma)
+            assert [] == warned(planned, **words)
 
 
 def test_window_longer_than_the_run():
     """A fast ramp to a decay for longer runs is named, with advice."""
-    schedule = build_schedule('exponential', tau=50)
-    (text,) = warnings(schedule, 1, 1000)
+    (text,) = warned(1000, tau=50)
     assert '10,000 steps, is longer than the run' in text
     assert 'take decay=0.99, tau=50' in text
 
@@ -174,46 +182,43 @@ def test_window_longer_than_the_run():
 )
 def test_decay_and_momentum_mixed_up(options):
     """A decay that keeps nothing is asked about, both words named."""
-    schedule = parse_options(**options).schedule_for(1000)
-    text = ' '.join(warnings(schedule, 1, 1000))
+    text = ' '.join(warned(1000, **options))
     assert 'did you mean decay=0.999' in text
     assert 'Decay weighs the OLD average' in text
 
 
 def test_decay_of_zero():
     """It is not asked whether a decay of 1 was meant, which is refused."""
-    text = ' '.join(warnings(build_schedule('constant', decay=0), 1, 1000))
+    (text,) = warned(1000, schedule='constant', decay=0)
     assert 'keeps nothing of the old average' in text
     assert 'did you mean' not in text
 
 
 def test_first_step_that_stays():
     """A constant decay whose first update is a copy starts cold as well."""
-    schedule = parse_options(momentum=0.0002).schedule_for(24)
-    (text,) = warnings(schedule, 1, 24, phase=1)
+    (text,) = warned(24, momentum=0.0002)
     share = 0.9998**23
     assert f'{share:.0%} of the average will still be the weights' in text
     assert 'of the first step' in text
     assert "ema_type='ExpMomentumEMA'" in text
-    assert [] == warnings(schedule, 1, 20_000, phase=1)
+    assert [] == warned(20_000, momentum=0.0002)
 
 
 def test_saturated_from_half_the_window():
     """The line is half of the final window."""
-    schedule = build_schedule('exponential', decay=0.99, tau=100)
     half = next(
         n
         for n in range(1, 10_000)
         if 1 / (1 - oracle.ramp(n, 0.99, 100)) >= 50
     )
-    assert [] == warnings(schedule, 1, half)
-    (text,) = warnings(schedule, 1, half - 1)
+    assert [] == warned(half, decay=0.99, tau=100)
+    (text,) = warned(half - 1, decay=0.99, tau=100)
     assert 'cannot saturate' in text
 
 
 def test_cold():
     """Initial weights that would stay are named with their share."""
-    (text,) = warnings(build_schedule('constant'), 1, 10_000)
+    (text,) = warned(10_000, schedule='constant')
     assert (
         'EMA: 37% of the average will still be the initial weights after '
         '10000 steps of constant(decay=0.9999).'
@@ -223,8 +228,8 @@ def test_cold():
 
 def test_cold_behind_the_ramp():
     """A ramp that starts at its end is no remedy for initial weights."""
-    schedule = build_schedule('exponential', decay=0.99, init_updates=20_000)
-    (text,) = warnings(schedule, 1, 200)
+    ramp = dict(type='exponential', decay=0.99, init_updates=20_000)
+    (text,) = warned(200, schedule=ramp)
     assert '13% of the average will still be the initial weights' in text
     assert text.endswith('Lower decay or init_updates.')
 
@@ -232,67 +237,85 @@ def test_cold_behind_the_ramp():
 @pytest.mark.parametrize(('steps', 'expected'), [(298, 1), (299, 0)])
 def test_cold_from_five_percent(steps, expected):
     """More than 5 % of initial weights is worth a word."""
-    schedule = build_schedule('constant', decay=0.99)
     assert (0.99**steps > 0.05) is bool(expected)
-    assert expected == len(warnings(schedule, 1, steps))
+    assert expected == len(warned(steps, schedule='constant', decay=0.99))
 
 
-def test_rare():
+@pytest.mark.parametrize(
+    ('options', 'taken'),
+    [
+        (dict(schedule='mean'), 'none'),
+        # under OpenMMLab's words the first step does update
+        (dict(ema_type='StochasticWeightAverage'), 'one'),
+    ],
+)
+def test_rare(options, taken):
     """An interval longer than the run is named."""
-    found = warnings(build_schedule('mean'), 101, 100)
-    (text,) = found
+    (text,) = warned(100, interval=101, **options)
     assert 'interval=101 is more than the 100 steps planned' in text
-    assert 'takes in none of them' in text
-    assert 'Lower it.' in text
-    assert [] == warnings(build_schedule('mean'), 100, 100)
-
-
-def test_rare_under_openmmlab_words():
-    """Under OpenMMLab's words the first step does update."""
-    options = parse_options(ema_type='StochasticWeightAverage', interval=101)
-    schedule, interval = options.schedule_for(100), options.interval
-    (text,) = warnings(schedule, interval, 100, options.choice.phase)
-    assert 'takes in one of them' in text
-
-
-def test_nothing_planned():
-    """A run without steps gives no warning about its steps."""
-    assert [] == warnings(build_schedule('exponential'), 1, 0)
-    assert [] == warnings(build_schedule('constant'), 5, 0)
+    assert f'takes in {taken} of them. Lower it.' in text
+    assert [] == warned(100, interval=100, **options)
 
 
 def test_changes():
     """What changed since the checkpoint is one line, old -> new."""
     before = dict(schedule='a', interval=1, batch_size=16, steps=99)
-    now = dict(schedule='b', interval=1, batch_size=32, world_size=2)
-    expected = (
-        'EMA: changed since the checkpoint: schedule a -> b; '
-        'batch_size 16 -> 32.'
-    )
-    assert expected == changes(before, now)
+    assert [
+        'EMA: changed since the checkpoint: schedule a -> mean(); '
+        'batch_size 16 -> 1.'
+    ] == warned(100, schedule='mean', before=before)
 
 
 def test_nothing_changed():
     """Nothing is said where nothing changed, or nothing is known."""
     facts = RunFacts(0, 100, 1, accumulation=2, batch_size=8, world_size=4)
     spec = dict(type='constant', decay=0.5)
-    now = Plan(parse_options(schedule=spec, interval=2), facts).meta
-    assert now == dict(
+    plan = Plan(parse_options(schedule=spec, interval=2), facts)
+    assert plan.meta == dict(
         schedule='constant(decay=0.5)',
         interval=2,
         batch_size=16,
         world_size=4,
         reference_samples=64,
     )
-    assert '' == changes(now, dict(now))
-    assert '' == changes({}, now)
-    assert '' == changes(dict(writer='x'), now)
+    for before in (plan.meta, {}, dict(writer='x')):
+        log = Lines()
+        report(Plan(plan.options, facts, 0, before), [], log)
+        assert [] == log.warnings
 
 
-def test_numbers_are_readable():
-    """Large windows have separators, small ones four digits."""
-    for decay, expected in ((0.5, '2 steps'), (1 - 1 / 123456, '123,456')):
-        schedule = build_schedule('constant', decay=decay)
-        text = describe(schedule, 1, 0, 10, COUNTS)
-        assert f'effective window {expected}' in text
-        assert math.isfinite(1 / (1 - decay))
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (dict(done=9, begin_iter=5), 'begin_iter has no effect: the average'),
+        (dict(done=9, begin_epoch=1), 'begin_epoch has no effect: the av'),
+        (dict(copied=['x.*']), "copied=['x.*']: no parameter or buffer"),
+    ],
+)
+def test_other_warnings(options, expected):
+    """Options that do nothing are named."""
+    (text,) = warned(100, schedule='mean', **options)
+    assert text.startswith(f'EMA: {expected}')
+
+
+def test_parameters_that_were_not_finite():
+    """They are named: their average would hold nothing else."""
+    model = nn.Linear(2, 1)
+    nn.init.constant_(model.bias, float('inf'))
+    (text,) = warned(100, schedule='mean', model=model)
+    assert 'EMA: bias (1 parameters) held NaN or Inf before' in text
+    assert torch.isinf(model.bias).all()
+
+
+@pytest.mark.parametrize(
+    ('agrees', 'expected'),
+    [(True, 'become the mean where the'), (False, 'are never made equal')],
+)
+def test_buffers_of_several_ranks(agrees, expected):
+    """It is said whose buffers are evaluated and saved."""
+    facts = RunFacts(0, 100, 1, world_size=2, agrees=agrees)
+    log = Lines()
+    plan = Plan(parse_options(schedule='mean'), facts)
+    report(plan, select(nn.BatchNorm1d(2)), log)
+    assert 'EMA: the averages of 3 buffers differ between' in log.infos[1]
+    assert expected in log.infos[1]

@@ -93,10 +93,7 @@ def test_step(kind, options):
 
 @pytest.mark.parametrize(
     ('kind', 'options'),
-    [
-        (torch.optim.SGD, dict(momentum=0.9)),
-        (torch.optim.AdamW, {}),
-    ],
+    [(torch.optim.SGD, dict(momentum=0.9)), (torch.optim.AdamW, {})],
 )
 def test_steps_with_a_learning_rate_of_zero(kind, options):
     """The first steps of a warm-up count, though they move nothing."""
@@ -224,21 +221,17 @@ WRITES = [by_version, by_data, by_new_data, one_small, one_large, loaded]
 
 
 @pytest.mark.parametrize('write', WRITES)
-def test_weights_that_no_optimizer_writes(write):
-    """Whoever writes to the weights, and how, it counts each time."""
-    model, _ = model_and()
-    actions = [lambda: write(model), lambda: write(model), nothing] * 8
-    expected = [RIGHT, RIGHT, IDLE] * 8
-    assert expected == Training(model).run(*actions)
+@pytest.mark.parametrize('steps', [True, False])
+def test_weights_that_no_optimizer_writes(write, steps):
+    """Whoever writes to the weights, and how, it counts each time.
 
-
-@pytest.mark.parametrize('write', WRITES)
-def test_own_writes_beside_an_optimizer(write):
-    """They count where an optimizer steps in other iterations, too."""
+    So it does where an optimizer steps in other iterations.
+    """
     model, optimizer = model_and()
-    actions = [optimizer.step, lambda: write(model), nothing] * 8
-    expected = [RIGHT, RIGHT, IDLE] * 8
-    assert expected == Training(model, optimizer).run(*actions)
+    training = Training(model, *[optimizer] * steps)
+    first = optimizer.step if steps else lambda: write(model)
+    actions = [first, lambda: write(model), nothing] * 8
+    assert [RIGHT, RIGHT, IDLE] * 8 == training.run(*actions)
 
 
 @pytest.mark.parametrize('write', WRITES)
@@ -298,18 +291,19 @@ def test_nan_that_stays_is_no_change():
     ]
 
 
-def test_known_accumulation_is_not_looked_into(monkeypatch):
-    """Micro-batches cost no reading of the weights, if they are known."""
+@pytest.mark.parametrize('accumulation', [1, 4])
+def test_known_steps_cost_no_reading(monkeypatch, accumulation):
+    """An optimizer that has proved right is believed, as is a number."""
     model, optimizer = model_and()
-    training = Training(model, optimizer, accumulation=4)
-    training.run(*[nothing, nothing, nothing, optimizer.step] * 5)
+    training = Training(model, optimizer, accumulation=accumulation)
+    idle = accumulation - 1
+    actions = [*[nothing] * idle, optimizer.step] * 12
+    training.run(*actions)
     calls = []
     monkeypatch.setattr(
         steps, '_fingerprint', lambda parameters: calls.append(1) or []
     )
-    actions = [nothing, nothing, nothing, optimizer.step] * 5
-    found = training.run(*actions)
-    assert [IDLE, IDLE, IDLE, RIGHT] * 5 == found
+    assert [*[IDLE] * idle, RIGHT] * 12 == training.run(*actions)
     assert [] == calls
 
 
@@ -320,19 +314,6 @@ def test_wrong_accumulation(write):
     training = Training(model, accumulation=2)
     actions = [nothing, nothing, nothing, lambda: write(model)] * 4
     assert [IDLE, IDLE, IDLE, RIGHT] * 4 == training.run(*actions)
-
-
-def test_steps_that_are_told_cost_no_reading(monkeypatch):
-    """Once an optimizer has proved right its word is enough."""
-    model, optimizer = model_and()
-    training = Training(model, optimizer)
-    training.run(*[optimizer.step] * 12)
-    calls = []
-    monkeypatch.setattr(
-        steps, '_fingerprint', lambda parameters: calls.append(1) or []
-    )
-    assert [RIGHT] * 5 == training.run(*[optimizer.step] * 5)
-    assert [] == calls
 
 
 def test_no_weights():
@@ -389,12 +370,12 @@ def test_before_step():
 def test_writes_of_this_iteration():
     """``were_written`` tells whether anything wrote since the beginning."""
     model, optimizer = model_and()
-    changes = WeightChanges(lambda: list(model.parameters()), lambda: None)
+    training = Training(model, optimizer)
     optimizer.step()
-    changes.begin([optimizer])
-    assert not changes.were_written()
+    training.changes.begin([optimizer])
+    assert not training.changes.were_written()
     by_version(model)
-    assert changes.were_written()
+    assert training.changes.were_written()
 
 
 def hooks_of_all_optimizers():
@@ -445,12 +426,6 @@ def test_run_that_is_collected_in_the_middle_of_a_step():
     training.changes.detach()
 
 
-AMP = [
-    (torch.optim.SGD, {}),
-    (torch.optim.SGD, dict(fused=True)),
-    (torch.optim.AdamW, {}),
-    (torch.optim.AdamW, dict(fused=True)),
-]
 GOOD, BAD = 1.0, float('inf')
 
 
@@ -473,7 +448,8 @@ def cpu_scaler():
     return torch.amp.GradScaler('cpu', init_scale=4.0)
 
 
-@pytest.mark.parametrize(('kind', 'options'), AMP)
+@pytest.mark.parametrize('kind', [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize('options', [{}, dict(fused=True)])
 def test_skipped_by_the_scaler(kind, options):
     """Steps that the gradient scaler skips do not count, early or late."""
     scaler = cpu_scaler()

@@ -1,7 +1,7 @@
 """The warm-up where mmcv 1.x has more than mmengine."""
 
-from tests.optimizers.mmcv1.toy import Training
 from tests.optimizers.steps import seen
+from tests.optimizers.toy import Training
 
 
 def test_two_runs_of_one_runner(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 from mmcv.utils import get_logger
 
 from mmdet_ema.errors import OptionError
-from tests.optimizers.mmcv1.toy import build
 from tests.optimizers.models import Tied, Zoo
+from tests.optimizers.toy import build
 
 SGD = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=5e-4)
 

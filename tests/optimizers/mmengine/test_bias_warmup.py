@@ -1,13 +1,35 @@
 """The warm-up where mmengine has more than mmcv 1.x."""
 
+import torch
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import FlexibleRunner
 
 from tests import needs
 from tests.for_mmengine.toy import ToyModel, loader
-from tests.optimizers.mmengine.toy import Training
 from tests.optimizers.steps import SGD, seen
+from tests.optimizers.toy import Training
 
 WARMUP = dict(type='BiasWarmupHook', warmup_iters=10)
+
+
+@OPTIM_WRAPPERS.register_module(force=True)
+class ScaledWrapper(OptimWrapper):
+    """mmengine's ``AmpOptimWrapper`` with a scaler that runs on CPU."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
+
+    def backward(self, loss, **kwargs):
+        self.loss_scaler.scale(loss).backward(**kwargs)
+        self._inner_count += 1
+
+    def step(self, **kwargs):
+        self.loss_scaler.unscale_(self.optimizer)
+        self._clip_grad()
+        self.loss_scaler.step(self.optimizer, **kwargs)
+        self.loss_scaler.update()
 
 
 @needs.cpu_scaler

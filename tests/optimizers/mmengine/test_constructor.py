@@ -5,7 +5,7 @@ from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from tests.optimizers.mmengine import toy
+from tests.optimizers import toy
 from tests.optimizers.models import Tied, Zoo, rows
 
 SGD = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=5e-4)
