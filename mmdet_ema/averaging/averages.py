@@ -189,18 +189,16 @@ def check_fit(
 
 
 class Progress(NamedTuple):
-    """Counters of an average.
+    """Counters of one set of averages.
 
     Attributes:
         steps: Steps that were counted, without the skipped ones.
         updates: Updates of the averages.
-        skipped: Steps that were left out because of NaN or Inf.
         averaged: The step of the last update.
     """
 
     steps: int = 0
     updates: int = 0
-    skipped: int = 0
     averaged: int = 0
 
 
@@ -222,7 +220,6 @@ def read_progress(state: Any) -> Progress:
     return Progress(
         steps,
         updates=read_count(state, 'num_updates', steps),
-        skipped=read_count(state, 'num_skipped', 0),
         averaged=averaged,
     )
 
