@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ema.averaging.averages import (
+    MAIN,
     Averages,
     Progress,
     check_fit,
@@ -70,8 +71,6 @@ from mmdet_ema.schedules import (
 )
 
 NONFINITE = ('skip', 'raise', 'ignore')
-MAIN = 'ema'
-"""Name of the main average; :attr:`WeightAverager.names` has all."""
 
 
 class WeightAverager:
@@ -119,6 +118,7 @@ class WeightAverager:
         ValueError: If a parameter has no shape yet (a lazy module).
 
     Attributes:
+        schedules: The schedule of each average by name, the main one first.
         entries: The unique tensors of the model, and what is done with each.
         trained: The parameters that have an average; another list where they
             are others.
@@ -155,16 +155,16 @@ class WeightAverager:
         if not isinstance(model, nn.Module):
             raise OptionError(f'model={show(model)} is no torch.nn.Module.')
         device = check_device(device)
-        self._schedules = {MAIN: build_schedule(schedule, **options)}
+        self.schedules = {MAIN: build_schedule(schedule, **options)}
         self._devices = {MAIN: device}
         for name, given in check_averages('averages', averages).items():
             spec = dict(given)
             self._devices[name] = check_device(spec.pop('device', device))
             spec.setdefault('schedule', 'exponential')
-            self._schedules[name] = build_schedule(
+            self.schedules[name] = build_schedule(
                 spec.pop('schedule'), **spec
             )
-        if rule is not None and len(self._schedules) > 1:
+        if rule is not None and len(self.schedules) > 1:
             raise OptionError(
                 'averages= needs schedules, and the average has a rule of '
                 'its own instead; leave one of the two out.'
@@ -178,7 +178,7 @@ class WeightAverager:
         self.model = model
         self.rule = rule
         self.announces_steps = self.overlap
-        self._progress = {name: Progress() for name in self._schedules}
+        self._progress = {name: Progress() for name in self.schedules}
         self._before, self._skipped = self._progress, 0
         # of the update that is under way; None if there is none
         self._verdict: Union[bool, DeviceVerdict, None] = None
@@ -193,16 +193,16 @@ class WeightAverager:
     @property
     def names(self) -> Tuple[str, ...]:
         """Names of the averages, the main one first."""
-        return tuple(self._schedules)
+        return tuple(self.schedules)
 
     @property
     def schedule(self) -> Schedule:
         """Schedule of the main average; another one may be set."""
-        return self._schedules[MAIN]
+        return self.schedules[MAIN]
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        self._schedules[MAIN] = schedule
+        self.schedules[MAIN] = schedule
 
     @property
     def num_steps(self) -> int:
@@ -494,7 +494,7 @@ class WeightAverager:
                 'schedule': str(schedule),
                 'averages': own_memory(dict(self.named_averages(name=name))),
             }
-            for name, schedule in self._schedules.items()
+            for name, schedule in self.schedules.items()
         }
         main = states.pop(MAIN)
         return {**main, 'more': states} if states else main
@@ -633,7 +633,7 @@ class WeightAverager:
             if due:
                 after[name] = Progress(number, now.updates + 1, number)
                 if self.rule is None:
-                    schedule = self._schedules[name]
+                    schedule = self.schedules[name]
                     decay = decay_over(schedule, now.averaged + 1, number)
             decays.append(decay)
         return after, decays

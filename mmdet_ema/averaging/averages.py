@@ -24,6 +24,8 @@ from mmdet_ema.averaging.tensors import Entry, Role, average_dtype, is_finite
 from mmdet_ema.averaging.update import all_finite
 from mmdet_ema.errors import CheckpointError, show
 
+MAIN = 'ema'
+"""Name of the main averages."""
 _LONGEST_INTERVAL = 100_000
 # elements: a difference is still in the core's cache when it is squared
 _CHUNK = 2**16

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.averaging.averager import WeightAverager
+from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.errors import NonFiniteError
@@ -82,7 +83,7 @@ class EMALifecycle:
         done = part.steps if part else 0
         if self.averager is not None:
             done = self.averager.num_steps
-        before = part.meta if part else {}
+        before = part.before if part else {}
         # a training that goes on in this process keeps the batch size
         known = self._plan.reference if self._plan and not before else None
         self._plan = Plan(self.options, facts, done, before, known)
@@ -291,15 +292,28 @@ class EMALifecycle:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint with the live weights its EMA part, in place."""
-        averager, averages, raws = self.averager, {}, {}
+        averager, averages, raws, more = self.averager, {}, {}, {}
         meta: Dict[str, Any] = dict(self._plan.meta) if self._plan else {}
         meta['writer'] = f'mmdet_ema {__version__}'
         if averager is not None and not self._only_evaluates:
             averager.refresh()
-            averages = dict(averager.named_averages(stored=True))
             raws = dict(averager.named_raws()) if averager.is_applied else {}
-            meta.update(averager.progress())
-        pack(checkpoint, averages, raws, meta.get('num_steps', 0), meta)
+            for name in averager.names:
+                more[name] = {
+                    'schedule': str(averager.schedules[name]),
+                    **averager.progress(name),
+                    'state_dict': dict(
+                        averager.named_averages(stored=True, name=name)
+                    ),
+                }
+            deploy = self.options.deploy
+            averages = more.pop(deploy)['state_dict']
+            meta.update(averager.progress(deploy))
+            if more:
+                meta['deploy'] = deploy
+            if deploy != MAIN:
+                meta['schedule'] = str(averager.schedules[deploy])
+        pack(checkpoint, averages, raws, meta.get('num_steps', 0), meta, more)
 
     def resume(
         self,
@@ -350,9 +364,19 @@ class EMALifecycle:
             )
         averager.announces_steps = TELLS_OF_STEPS
         if part is not None:
-            averages = part.tensors(part.averages)
-            state = {**part.meta, 'num_steps': steps, 'averages': averages}
-            averager.load_state_dict(state, strict=False)
+            states = part.states()
+            names = averager.names
+            new = [name for name in names if name not in states]
+            gone = [name for name in states if name not in names]
+            said = [f'the checkpoint has the averages {", ".join(states)}']
+            if new:
+                start = 'starts from the raw weights, n = 0'
+                said += [f'{name} {start}' for name in new]
+            said += [f'{name} is dropped' for name in gone]
+            if len(said) > 1:
+                self._log.warning(f'EMA: {"; ".join(said)}.')
+            main = states.pop(MAIN, states.get(part.deployed))
+            averager.load_state_dict({**main, 'more': states}, strict=False)
         self._told_skipped = averager.known_skipped
 
     def _report(self, model: nn.Module) -> None:
