@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any, Callable, Dict, Iterator
-from unittest import mock
 
 from mmcv.fileio.file_client import HardDiskBackend
 from mmcv.runner.checkpoint import get_state_dict
@@ -39,15 +38,17 @@ def with_ema_part(
         runner.meta = {}
     messages = runner.meta.setdefault('hook_msgs', {})
     handle = model._register_state_dict_hook(_replace_by(weights))
+    put = HardDiskBackend.put
+    HardDiskBackend.put = _put_whole
     try:
         put_message(messages, checkpoint)
-        with mock.patch.object(HardDiskBackend, 'put', _put_whole):
-            yield
+        yield
         for hook in runner.hooks:
             client = getattr(hook, 'file_client', None)
             if isinstance(client, RemovesLater):
                 client.finish()
     finally:
+        HardDiskBackend.put = put
         handle.remove()
         messages.pop(MESSAGE, None)
         runner.meta = before

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import pickle
 from typing import Any, Dict, List, MutableMapping
-from unittest import mock
 
 import numpy as np
 import torch
@@ -92,8 +91,12 @@ def keep_files_whole(runner: Any) -> None:
 
     @functools.wraps(save)
     def save_whole(*args: Any, **kwargs: Any) -> None:
-        with mock.patch.object(LocalBackend, 'put', put):
+        own = LocalBackend.put
+        LocalBackend.put = put
+        try:
             save(*args, **kwargs)
+        finally:
+            LocalBackend.put = own
         for hook in runner.hooks:
             backend = getattr(hook, 'file_backend', None)
             if isinstance(backend, RemovesLater):
