@@ -86,7 +86,6 @@ def for_evaluation(
         The EMA part if both sets will be evaluated: then the raw weights
         load, and the averages are put in for the evaluation.
     """
-    _weights_of(checkpoint, model)
     lacking = check_architecture(checkpoint, model)
     if lacking:
         log.warning(f'EMA: {lacking}')
@@ -126,20 +125,23 @@ def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
     own = {name: x for name, x in state.items() if x.is_floating_point()}
     shapes = {
         plain_name(name, own): getattr(value, 'shape', None)
-        for name, value in checkpoint.get(WEIGHTS, checkpoint).items()
+        for name, value in _weights_of(checkpoint, model).items()
     }
     lacking = [name for name, x in own.items() if shapes.get(name) != x.shape]
     found = len(own) - len(lacking)
     text = f'the file has {found} of the {len(own)} weights of the model'
     if 2 * found < len(own):
         raise CheckpointError(
-            f'{text}: it belongs to another architecture; take a file that '
-            f'this config, or one with the same model, was trained to.'
+            f'{text}: it belongs to another architecture; take a file of the '
+            f"config's model, or the config of the file."
         )
     if not lacking:
         return ''
     more = f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''
-    return f'{text}; not with its shape: {lacking[0]}{more}.'
+    return (
+        f'{text} with their shape; the others stay as they were initialised: '
+        f'{lacking[0]}{more}.'
+    )
 
 
 def _if_readable(checkpoint: Checkpoint, log: Any) -> Optional[EMAPart]:
