@@ -192,8 +192,8 @@ def add_ema(cfg: Any, given: Mapping[str, Any]) -> str:
         cfg.custom_imports = imports
     present = _ema_hooks(cfg)
     if present:
-        replaced = [_override(hook, given) for hook in present]
-        return replaced[0] if given else ''
+        # several are refused by the hook itself
+        return [_override(hook, given) for hook in present][0] if given else ''
     hook = dict(type='EMAHook', **given)
     _options_of(hook)
     own = list(cfg.get('custom_hooks') or [])
@@ -209,12 +209,12 @@ def add_ema(cfg: Any, given: Mapping[str, Any]) -> str:
 def _override(hook: Any, given: Mapping[str, Any]) -> str:
     """Give a hook of a config the options of the command line, in place."""
     flags = ' '.join(_flag(name, value) for name, value in given.items())
-    if given and _kind(hook) in _FOREIGN:
+    if _kind(hook) in _FOREIGN:
         raise OptionError(
             f"{flags}: the config's hook is {_kind(hook)}, which knows none "
             f"of our options; say type='EMAHook' in the config."
         )
-    before = copy.deepcopy(dict(hook))
+    before = copy.deepcopy(dict(hook.items()))
     chosen = {'decay', 'schedule', 'tau'} & given.keys()
     words = [word for word in _COMPATIBLE if hook.get(word) is not None]
     if chosen and (words or _kind(hook) in _NAMED_RAMPS):
@@ -235,17 +235,14 @@ def _override(hook: Any, given: Mapping[str, Any]) -> str:
             hook['decay'] = schedule.limit
         if chosen == {'decay'}:
             hook.update(_ramp_of(schedule))
-    if 'schedule' in given:
-        hook.pop('tau', None)  # of the schedule before
+    spec = given.get('schedule', hook.get('schedule'))
     for name, value in given.items():
-        spec = hook.get('schedule')
         if isinstance(spec, dict) and name in spec:
             before[name] = spec[name]
             spec[name] = value
         else:
             hook[name] = value
-    if given:
-        _options_of(hook)
+    _options_of(hook)
     old = {
         word: before[word]
         for name in given

@@ -191,6 +191,13 @@ NESTED = dict(
             '--decay 0.9 instead of decay=0.99 of the config',
         ),
         (
+            NESTED,
+            dict(decay=0.9, schedule='constant'),
+            dict(decay=0.9, schedule='constant'),
+            "--decay 0.9 --schedule constant instead of schedule={'type': "
+            "'exponential', 'decay': 0.99, 'tau': 9} of the config",
+        ),
+        (
             MMENGINE,
             dict(evaluate='raw'),
             dict(momentum=0.0002, evaluate='raw'),
