@@ -325,7 +325,7 @@ def _loading(path: str, raw: bool) -> Iterator[None]:
     import mmcv.runner
 
     from mmdet_ema.checkpoint.mmcv1 import convert_buffers, take_message
-    from mmdet_ema.for_mmcv1.loading import reading_through
+    from mmdet_ema.for_mmcv1.checkpoints import reading_through
     from mmdet_ema.training.resume import check_architecture
 
     load = mmcv.runner.load_checkpoint

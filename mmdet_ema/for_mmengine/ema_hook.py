@@ -96,6 +96,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._model: Any = None  # unwrapped
         self._logger: Optional[LoggerHook] = None
         self._iteration = 0
+        self._configs: Dict[str, str] = {}
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
         self._evaluates = self._trained = False
@@ -127,6 +128,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._life.start(self._model, runners.facts_of(runner), optimizers)
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
         self._logger = loggers[0] if loggers else None
+        runners.show_distance(runner)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
@@ -196,6 +198,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the averages into the model."""
         if self.enabled and not self._evaluates:
             self._life.after_iteration(self._iteration)
+            self._life.tell_evaluation(self._weights)
             self._life.enter_evaluation(self._model, self._weights)
             self._evaluates = True
 
@@ -215,6 +218,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the raw weights back."""
         self._evaluates = False
         self._life.leave_evaluation()
+        # of all passes, in the last one
+        self._life.tell_metrics(metrics or {})
 
     after_test_epoch = after_val_epoch
 
@@ -230,6 +235,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights next to it."""
+        checkpoints.deploy_config(checkpoint, runner.cfg, self._configs)
         if not self.enabled:
             return
         # other hooks may save before our turn comes
