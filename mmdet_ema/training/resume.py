@@ -19,6 +19,7 @@ from mmdet_ema.checkpoint.format import (
     EMAPart,
     check_names,
     check_weights,
+    plain_name,
     put_raw,
     unpack,
 )
@@ -80,7 +81,9 @@ def for_evaluation(
         The EMA part if both sets will be evaluated: then the raw weights
         load, and the averages are put in for the evaluation.
     """
-    _weights_of(checkpoint, model)
+    lacking = check_architecture(checkpoint, model)
+    if lacking:
+        log.warning(f'EMA: {lacking}')
     if evaluate == 'ema':
         part = _if_readable(checkpoint, log)
         if part is None:
@@ -102,6 +105,38 @@ def for_evaluation(
         return None
     part.check(model, False, log)
     return part
+
+
+def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
+    """Refuse a file of another architecture, and count what it lacks.
+
+    A framework leaves out what does not fit, and would evaluate weights that
+    are random.
+
+    Returns:
+        A sentence if some of the model's weights are not in the file.
+    """
+    state = model.state_dict()
+    own = {name: x for name, x in state.items() if x.is_floating_point()}
+    shapes = {
+        plain_name(name, own): getattr(value, 'shape', None)
+        for name, value in _weights_of(checkpoint, model).items()
+    }
+    lacking = [name for name, x in own.items() if shapes.get(name) != x.shape]
+    found = len(own) - len(lacking)
+    text = f'the file has {found} of the {len(own)} weights of the model'
+    if 2 * found < len(own):
+        raise CheckpointError(
+            f'{text}: it belongs to another architecture; take a file of the '
+            f"config's model, or the config of the file."
+        )
+    if not lacking:
+        return ''
+    more = f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''
+    return (
+        f'{text} with their shape; the others stay as they were initialised: '
+        f'{lacking[0]}{more}.'
+    )
 
 
 def _if_readable(checkpoint: Checkpoint, log: Any) -> Optional[EMAPart]:
