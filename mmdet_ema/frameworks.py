@@ -10,6 +10,8 @@ import sys
 from types import FrameType
 from typing import Any, List, Optional
 
+from mmdet_ema.version import __version__
+
 
 def is_own_command() -> bool:
     """Return whether ``python -m mmdet_ema`` is importing the package.
@@ -52,6 +54,12 @@ def load_hook() -> Optional[Any]:
         register()
         hooks.append(MMEngineHook)
     return hooks[0] if hooks else None
+
+
+def announce(line: str) -> None:
+    """Log a line that belongs to no run, on the first rank alone."""
+    if os.environ.get('RANK', '0') == '0':
+        own_logger().info(f'EMA: mmdet_ema {__version__}: {line}')
 
 
 def own_logger() -> logging.Logger:

@@ -72,6 +72,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         momentum (float, optional): Compatible option: ``1 - decay``.
         gamma (float, optional): Compatible option: constant of the ramp of
             ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
+        evaluate_on_ema (bool, optional): Compatible option: mmpretrain's word
+            for ``evaluate``; False is 'raw'.
+        evaluate_on_origin (bool, optional): Compatible option: True is
+            'both', where the averages are evaluated too.
         **more: Options of a ``BaseAveragedModel`` of your own, if
             ``ema_type`` names one.
 
