@@ -8,20 +8,21 @@ are in ``state_dict`` already, so nothing there needs the import or the hook.
 from __future__ import annotations
 
 import copy
-from typing import Any, Callable
+from typing import Any
 
-PACKAGE = 'mmdet_ema'
-# the names under which the hooks of this package are registered
-_HOOKS = {
+TRAINING_CONFIG = 'training_cfg'
+"""Where ``meta`` keeps the text of the config that the run was given."""
+_PACKAGE = 'mmdet_ema'
+# the names under which hooks of this package are built
+_HOOKS = (
     'BiasWarmupHook',
     'EMAHook',
     'ExpMomentumEMAHook',
     'LinearMomentumEMAHook',
     'MEGVIIEMAHook',
-}
+)
+_ORIGINS = ('', _PACKAGE, 'mmengine', 'mmpretrain')
 _CONSTRUCTOR = 'EMAOptimizerConstructor'
-TRAINING_CONFIG = 'training_cfg'
-"""Where ``meta`` keeps the text of the config that the run was given."""
 
 
 def without_package(cfg: Any) -> Any:
@@ -49,36 +50,25 @@ def without_package(cfg: Any) -> Any:
     for name in ('optim_wrapper', 'optimizer'):
         optimizer = cfg.get(name)
         if isinstance(optimizer, dict):
-            kind = _name(optimizer.get('constructor'))
+            kind = _full_name(optimizer.get('constructor'))
             if kind.rpartition('.')[2] == _CONSTRUCTOR:
                 optimizer.pop('constructor')
     return cfg
 
 
-def deploy_config(meta: Any, key: str, edit: Callable[[str], str]) -> None:
-    """Let a file's ``meta`` hold the config of the deployed model; in place.
-
-    Args:
-        meta: The ``meta`` of a file.
-        key: Where the framework puts the text of the config.
-        edit: Returns the text of the config without this package.
-    """
-    text = meta.get(key) if isinstance(meta, dict) else None
-    if isinstance(text, str) and PACKAGE in text or 'EMAHook' in str(text):
-        meta[TRAINING_CONFIG], meta[key] = text, edit(text)
-
-
 def _is_ours(hook: Any) -> bool:
-    name = _name(hook.get('type') if isinstance(hook, dict) else type(hook))
-    return _is_of_package(name) or name in _HOOKS
+    kind = hook.get('type') if isinstance(hook, dict) else type(hook)
+    path, _, name = _full_name(kind).rpartition('.')
+    return path.partition('.')[0] in _ORIGINS and (
+        _is_of_package(path) or name in _HOOKS
+    )
 
 
 def _is_of_package(name: str) -> bool:
-    return name.partition('.')[0] == PACKAGE
+    return name.partition('.')[0] == _PACKAGE
 
 
-def _name(kind: Any) -> str:
-    """Return the name of a class, full where the class is given by itself."""
+def _full_name(kind: Any) -> str:
     if isinstance(kind, type):
         return f'{kind.__module__}.{kind.__qualname__}'
     return str(kind)

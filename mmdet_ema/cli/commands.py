@@ -205,7 +205,7 @@ def _kind(hook: Any) -> str:
 def _reading_raw() -> Iterator[None]:
     """Let the tools of mmcv 1.x read the raw weights of a checkpoint."""
     from mmdet_ema.checkpoint.mmcv1 import convert_buffers, take_message
-    from mmdet_ema.for_mmcv1.loading import reading_through
+    from mmdet_ema.for_mmcv1.checkpoints import reading_through
 
     def take_raw(checkpoint: Any) -> None:
         take_message(checkpoint)

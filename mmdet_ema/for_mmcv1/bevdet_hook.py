@@ -9,8 +9,8 @@ from mmdet_ema.checkpoint.bevdet import add_averages, is_second_file
 from mmdet_ema.checkpoint.format import EMA
 from mmdet_ema.checks import check_count, check_path
 from mmdet_ema.errors import CheckpointError, OptionError
+from mmdet_ema.for_mmcv1.compatible import COMPATIBLE
 from mmdet_ema.for_mmcv1.ema_hook import EMAHook
-from mmdet_ema.for_mmcv1.words import WORDS
 from mmdet_ema.training.options import show_options
 
 
@@ -30,7 +30,7 @@ class MEGVIIEMAHook(EMAHook):
             for other ramps.
     """
 
-    _words = 'MEGVIIEMAHook'
+    _hook = 'MEGVIIEMAHook'
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class MEGVIIEMAHook(EMAHook):
         self._second = check_path('resume', resume)
         super().__init__(init_updates=init_updates, **options)
 
-    show_options(__init__, **dict.fromkeys(WORDS))
+    show_options(__init__, **dict.fromkeys(COMPATIBLE))
 
     def before_run(self, runner: Any) -> None:
         """Check that the raw weights of the second file were loaded."""
@@ -76,21 +76,18 @@ class MEGVIIEMAHook(EMAHook):
                 f'checkpoint beside it and give the hook '
                 f'resume={filename!r}.'
             )
-        self._log.logger = runner.logger
         if resumes and self._second is not None:
             self._join(checkpoint, self._second)
             self._second = None
         elif resumes and EMA not in checkpoint:
-            self._look_beside(filename)
+            stem, _ = os.path.splitext(os.path.realpath(filename))
+            beside = f'{stem}_ema.pth'
+            if os.path.isfile(beside):
+                self._log.warning(
+                    f'EMA: the averages of the checkpoint are in {beside!r}; '
+                    f'to go on from them, give the hook resume={beside!r}.'
+                )
         super().after_read_checkpoint(runner, checkpoint, filename, resumes)
-
-    def _look_beside(self, filename: str) -> None:
-        second = f'{os.path.splitext(os.path.realpath(filename))[0]}_ema.pth'
-        if os.path.isfile(second):
-            self._log.warning(
-                f'EMA: the averages of the checkpoint are in {second!r}; to '
-                f'go on from them, give the hook resume={second!r}.'
-            )
 
     def _join(self, checkpoint: Any, second: str) -> None:
         if EMA in checkpoint:

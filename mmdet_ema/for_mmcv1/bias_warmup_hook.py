@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+import math
+from typing import Any
 
 from mmcv.runner.hooks import Hook, LrUpdaterHook
 from mmcv.runner.hooks.momentum_updater import MomentumUpdaterHook
 
-from mmdet_ema.for_mmcv1.runner import RunLog, facts_of, optimizers_of
+from mmdet_ema.for_mmcv1.runner import facts_of, optimizers_of
 from mmdet_ema.optimizers.warmup import Warmup
 
 _UPDATERS = {'lr': LrUpdaterHook, 'momentum': MomentumUpdaterHook}
@@ -58,24 +59,20 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
                 iters_per_epoch=len(runner.data_loader),
                 max_iters=facts.max_iters,
                 samples=facts.samples,
-                log=RunLog(runner.logger),
-                others=_other_warmups(runner),
+                log=runner.logger,
+                others={
+                    value: [
+                        f'{value}_config(warmup={hook.warmup!r})'
+                        for hook in runner.hooks
+                        if isinstance(hook, updater)
+                        and hook.warmup is not None
+                        and (hook.warmup_iters or math.inf) > runner.iter
+                    ]
+                    for value, updater in _UPDATERS.items()
+                },
             )
         runner.log_buffer.update(self._warmup.at(runner.iter))
 
     def after_run(self, runner: Any) -> None:
         """Leave the optimizers alone."""
         self._warmup.stop()
-
-
-def _other_warmups(runner: Any) -> Dict[str, List[str]]:
-    """Name hooks that warm up the same values and are not done."""
-    return {
-        value: [
-            f'{value}_config(warmup={hook.warmup!r})'
-            for hook in runner.hooks
-            if isinstance(hook, updater) and hook.warmup is not None
-            if hook.warmup_iters is None or hook.warmup_iters > runner.iter
-        ]
-        for value, updater in _UPDATERS.items()
-    }

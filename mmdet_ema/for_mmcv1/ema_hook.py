@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+import logging
 import os
-from typing import Any, Dict, Iterator, Optional
+import sys
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from mmcv.runner import BaseRunner, Hook, OptimizerHook
+from mmcv.runner import BaseRunner, DistEvalHook, Hook, OptimizerHook
+from mmcv.runner.checkpoint import get_state_dict
 
 from mmdet_ema.checkpoint.format import EMA
 from mmdet_ema.checkpoint.mmcv1 import (
@@ -23,9 +25,10 @@ from mmdet_ema.checkpoint.mmcv1 import (
 )
 from mmdet_ema.checks import check_choice, check_path
 from mmdet_ema.for_mmcv1 import runner as runners
-from mmdet_ema.for_mmcv1.saving import remove_later, with_ema_part
+from mmdet_ema.for_mmcv1.checkpoints import remove_later, with_ema_part
+from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
-from mmdet_ema.for_mmcv1.words import WORDS, parse_words
+from mmdet_ema.frameworks import own_logger
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import show_options
 from mmdet_ema.training.plan import check_begin, refuse_second
@@ -42,61 +45,45 @@ class EMAHook(Hook):  # type: ignore[misc]
     evaluated, saved or logged.
 
     Args:
-        decay (float): Weight of the old average at the end of the ramp, in
-            [0, 1). Defaults to 0.9999.
+        decay (float): The old average's weight, in [0, 1). Defaults to 0.9999.
         tau (float): Constant of the ramp in updates. Defaults to 2000.
         schedule (str | dict | Callable): Name, ``dict(type=name, **options)``
             or callable n -> decay. Defaults to 'exponential'.
-        interval (int): Optimizer steps between updates; the averaging window
-            does not change with it. Defaults to 1.
-        begin_iter (int): First iteration that is averaged, counted from 1.
-            Defaults to 0, from the start.
-        begin_epoch (int): First epoch that is averaged, counted from 1.
-            Defaults to 0, from the start.
-        update_buffers (bool): Whether float buffers (BatchNorm statistics)
-            are averaged; else copied. Defaults to True, or to what the hook
-            does whose options are given.
-        device (str, optional): Where the averages live: None for where the
-            parameters are, 'cpu' for host memory. Defaults to None.
-        evaluate (str): Weights that evaluations run on: 'ema', 'raw' or
-            'both' (twice; the metrics of the raw weights come under
-            ``raw/<name>``). Defaults to 'ema'.
-        nonfinite (str): What to do with a step that leaves NaN or Inf:
-            in a parameter: 'skip' it, 'raise', or 'ignore' (average it). A
-            buffer that holds some keeps its average. Defaults to 'skip'.
-        strict_load (bool): Whether an average that is missing in a checkpoint
-            is an error on resume. Defaults to False.
-        scale_decay (bool): Whether a resume with another batch size or world
-            size uses ``decay ** kappa``, which keeps the averaging window in
-            samples. Defaults to False.
-        copied (Sequence[str]): Patterns of names (``'head.queue'``,
-            ``'*.mask'``) of tensors that are copied, not averaged. Integers,
-            masks of -inf, pruning masks, the vectors of spectral norm and the
-            observers of quantization are copied anyway. Defaults to ().
-        overlap (bool): Whether an update of a model on a GPU runs in parallel
-            with the next forward and backward pass, on a side stream; the
-            numbers are the same. Nothing but the optimizer may change
-            parameters then. Defaults to False.
-        enabled (bool): False: put the raw weights back on resume, then do
-            nothing. Defaults to True.
-        ema_type (str, optional): Compatible option: name of an averaging
-            class, for its numbers and mmengine's defaults.
-        momentum (float, optional): Compatible option: ``1 - decay``. Alone it
-            means mmcv's hook, with its warm-up.
-        gamma (float, optional): Compatible option: constant of the ramp of
-            ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
+        interval (int): Steps between updates. Defaults to 1.
+        begin_iter (int): First iteration to average, from 1. Defaults to 0.
+        begin_epoch (int): First epoch to average, from 1. Defaults to 0.
+        update_buffers (bool): Whether float buffers are averaged, not copied.
+            Defaults to True, or to what the hook does whose options are given.
+        device (str, optional): Where the averages live. Defaults to None, for
+            where the parameters are.
+        evaluate (str): 'ema', 'raw' or 'both': one after the other, with raw
+            metrics under ``raw/<name>``. Defaults to 'ema'.
+        nonfinite (str): 'skip', 'raise' or 'ignore' (average) a step that
+            leaves NaN or Inf. Defaults to 'skip'.
+        strict_load (bool): Whether to resume needs every average. Defaults to
+            False.
+        scale_decay (bool): Whether to resume with another batch size keeps
+            the averaging window in samples. Defaults to False.
+        copied (Sequence[str]): Patterns of names of tensors that are not
+            averaged. Defaults to ().
+        overlap (bool): Whether updates run on a side stream. Defaults to
+            False.
+        enabled (bool): Whether to average, or to do nothing but resume from
+            the raw weights. Defaults to True.
+        ema_type (str, optional): An averaging class of mmengine.
+        momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
+            with its warm-up.
+        gamma (float, optional): Constant of the ramp of ``ema_type``.
         warm_up (int, optional): Of mmcv's hook, for
             ``d = min(1 - momentum, n / (warm_up + n - 1))``.
-        resume_from (str, optional): Of mmcv's hook: a checkpoint that the run
-            resumes from.
-        total_iter (float, optional): Of mmdet 2's hook: constant of the
-            exponential ramp.
-        skip_buffers (bool, optional): Of mmdet 2's hook: not
-            ``update_buffers``.
-        state_dict_holds (str, optional): What the plain keys of a file of
-            mmcv's own hook hold where the file does not tell: 'ema', or 'raw'
-            if that hook had a priority of 50 or more. Defaults to None: 'raw'
-            in files named by iteration, else 'ema', with a warning.
+        resume_from (str, optional): Of mmcv's hook: what the run resumes from.
+        total_iter (float, optional): Of mmdet 2's hook: its ``tau``.
+        skip_buffers (bool, optional): The opposite of ``update_buffers``.
+        state_dict_holds (str, optional): 'ema' or 'raw', what the plain keys
+            of a file of mmcv's own hook hold that does not tell. Defaults to
+            None: 'raw' in files named by iteration, else 'ema'.
+
+    The hook for mmengine says more of the options that it has as well.
 
     Raises:
         OptionError: If an option is unknown, out of range or contradicts
@@ -107,7 +94,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         >>> custom_hooks = [dict(type='EMAHook', decay=0.9998, tau=2000)]
     """
 
-    _words = 'EMAHook'
+    _hook = 'EMAHook'
 
     def __init__(
         self,
@@ -116,60 +103,54 @@ class EMAHook(Hook):  # type: ignore[misc]
         state_dict_holds: Optional[str] = None,
         **options: Any,
     ):
-        checked = parse_words(self._words, options)
+        checked = parse_compatible(self._hook, options)
         self._resume_from = check_path('resume_from', resume_from)
         if state_dict_holds is not None:
             check_choice('state_dict_holds', state_dict_holds, HOLDS)
         self._holds = state_dict_holds
         self.enabled = checked.enabled
         self.evaluates_both = checked.evaluate == 'both'
-        self._log = runners.RunLog()
+        self.train_loader: Any = None
+        self._log = logging.LoggerAdapter(own_logger(), {})
         self._life = EMALifecycle(checked, self._log)
-        self._config: Optional[str] = None
+        self._started = self._steps_alone = False
+        # iterations: of the last step that may be averaged, whose optimizer's
+        # turn is over, that are in the file
+        self._iteration = self._trained = self._saved_iteration = 0
         self._resumed_from = ''
-        self.resumes = self.runs = False
-        self.raw_metrics: Dict[str, Any] = {}
-        # a runner as evaluation hooks see it
-        self.view: Any = None
+        self._config: Optional[str] = None
+        self._in_hook = self._stays_raw = False
         # how often parameters were written to before the averages came in
         self._versions: Dict[torch.nn.Parameter, int] = {}
-        self._started = self._steps_alone = False
-        self._in_hook = self._stays_raw = False
-        self._iteration = self._trained = self._saved_iteration = 0
         self._equal_since: Any = None
-        self._scalars: Dict[str, float] = {}
-        self._scalars_of: Any = None
+        self._scalars: Tuple[Any, Dict[str, float]] = None, {}
 
-    show_options(__init__, **dict.fromkeys(WORDS))
+    show_options(__init__, **dict.fromkeys(COMPATIBLE))
 
-    @property
-    def priority(self) -> int:
-        """Priority in the run, which mmcv sets when it registers the hook."""
-        try:
-            return self.__dict__['priority']  # type: ignore[no-any-return]
-        except KeyError:
-            raise AttributeError('priority') from None
-
-    @priority.setter
-    def priority(self, value: int) -> None:
-        self.__dict__['priority'] = value
-        # this is all that a runner does with a hook before it loads a file,
-        # and it does not say who it is
-        frame = inspect.currentframe()
-        caller = frame.f_back if frame else None
-        runner = caller.f_locals.get('self') if caller else None
-        if isinstance(runner, BaseRunner):
-            watch(runner, self)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == 'priority':
+            # this is all that a runner does with a hook before it loads a
+            # file, and it does not say who it is
+            runner = sys._getframe(1).f_locals.get('self')
+            if isinstance(runner, BaseRunner):
+                self._watch(runner)
 
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is changed."""
-        self._log.logger = runner.logger
         refuse_second([hook for hook in runner.hooks if _is_ema(hook)])
-        watch(runner, self)
+        self._watch(runner)
         if self.enabled:
             check_begin(self._life.options, runners.facts_of(runner))
             watch_hooks(runner, self)
-        self._resume(runner)
+        path = self._resume_from
+        if path is not None and not runner.iter:
+            runner.resume(path)
+        elif path is not None and _real(path) != _real(self._resumed_from):
+            self._log.warning(
+                f'EMA: resume_from={path!r} has no effect: the run has '
+                f'resumed from another checkpoint already.'
+            )
         self._take_late(runner)
         self._started = False
 
@@ -215,10 +196,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         self, runner: Any, checkpoint: Any, filename: str, resumes: bool
     ) -> None:
         """Sort out which weights of a checkpoint go where, before it loads."""
-        self._log.logger = runner.logger
         model = runners.model_of(runner)
         self._convert(checkpoint, model, filename)
-        drop(checkpoint, runners.unsaved_names(model))
+        # buffers that mmcv saves and the model does not load
+        drop(checkpoint, {*get_state_dict(model)} - {*model.state_dict()})
         self._saved_iteration = iteration_of(checkpoint)
         if not resumes:
             self._life.fine_tune(checkpoint, model)
@@ -240,30 +221,26 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._iteration = self._trained = runner.iter
 
     @contextlib.contextmanager
-    def evaluating(self, runner: Any, holds: bool = False) -> Iterator[None]:
+    def evaluating(
+        self, runner: Any, holds: bool = False, lazily: bool = False
+    ) -> Iterator[None]:
         """Evaluate the averages in the body, if they are to be evaluated.
 
-        Where ``holds`` says so they stay, unless the body raises.
+        Args:
+            runner: The runner.
+            holds: Whether they stay, unless the body raises.
+            lazily: Whether they come when the model is taken, not at once.
         """
-        inner = self._life.is_applied
+        stays, outer = self._life.is_applied, self._in_hook
+        self._in_hook = outer or lazily
         try:
-            self._show(runner)
+            if not lazily:
+                self._show(runner)
             yield
-            inner = inner or holds or self._in_hook
-        finally:
-            if not inner:
-                self.show_raw()
-
-    @contextlib.contextmanager
-    def evaluating_lazily(self) -> Iterator[None]:
-        """Evaluate the averages in the body, once the model is taken."""
-        inner, outer = self._life.is_applied, self._in_hook
-        self._in_hook = True
-        try:
-            yield
+            stays = stays or holds or outer
         finally:
             self._in_hook = outer
-            if not inner:
+            if not stays:
                 self.show_raw()
 
     def on_model_taken(self, runner: Any) -> None:
@@ -303,10 +280,14 @@ class EMAHook(Hook):  # type: ignore[misc]
     @contextlib.contextmanager
     def saving(self, runner: Any) -> Iterator[None]:
         """Save the averages in the body, with the raw weights next to them."""
+
+        def save(checkpoint: Any) -> None:
+            self._life.save(checkpoint)
+            put_iteration(checkpoint, self._trained)
+
         self._start(runner)
         self.catch_up()
-        model = runners.model_of(runner)
-        with with_ema_part(runner, model, self._save):
+        with with_ema_part(runner, runners.model_of(runner), save):
             yield
 
     def catch_up(self) -> None:
@@ -323,7 +304,13 @@ class EMAHook(Hook):  # type: ignore[misc]
         moment = runner.iter, by_epoch
         # with a high priority our turn comes before the optimizer's
         stepped = by_epoch or self._trained > runner.iter
-        evaluates = runners.will_evaluate(runner, by_epoch)
+        # on all ranks: only that hook, which has collectives of its own there
+        evaluates = any(
+            isinstance(hook, DistEvalHook)
+            and hook.by_epoch == by_epoch
+            and hook._should_evaluate(runner)
+            for hook in runner.hooks
+        )
         if stepped and evaluates and moment != self._equal_since:
             self._equal_since = moment
             self._life.synchronize()
@@ -334,60 +321,16 @@ class EMAHook(Hook):  # type: ignore[misc]
         They are put next to what is logged, not into its history: the logger
         would show their mean over its interval. mmcv clears what was logged.
         """
-        if runner.rank != 0:
-            return
         averager = self._life.averager
         steps = averager.num_steps if averager else 0
         moment = (id(averager), runner.iter, steps)
-        if moment != self._scalars_of:  # once for all loggers
-            self._scalars_of, self._scalars = moment, self._life.scalars()
-        runner.log_buffer.output.update(self._scalars)
+        if moment != self._scalars[0]:  # once for all loggers
+            self._scalars = moment, self._life.scalars()
+        runner.log_buffer.output.update(self._scalars[1])
 
-    def _show(self, runner: Any) -> None:
-        if not self._life.is_applied:
-            self._start(runner)
-            self.catch_up()
-            model = runners.model_of(runner)
-            self._life.enter_evaluation(model)
-            self._versions = {
-                parameter: parameter._version
-                for parameter in model.parameters()
-                if parameter.requires_grad and not parameter.is_inference()
-            }
-
-    def _take_late(self, runner: Any) -> None:
-        """Take our part of a file that was loaded before we were there."""
-        messages = (runner.meta or {}).get('hook_msgs', {})
-        if MESSAGE not in messages:
-            return
-        model = runners.model_of(runner)
-        meta = dict(runner.meta, epoch=runner.epoch, iter=runner.iter)
-        optimizers = enumerate(runners.optimizers_of(runner))
-        checkpoint = dict(
-            state_dict=model.state_dict(),
-            meta=meta,
-            optimizer={str(i): x.state_dict() for i, x in optimizers},
-        )
-        take_message(checkpoint)
-        self.after_read_checkpoint(runner, checkpoint, '', True)
-        model.load_state_dict(checkpoint['state_dict'])
-        self.after_resume(runner)
-
-    def _convert(self, checkpoint: Any, model: Any, filename: str) -> None:
-        """Turn a file of another hook into one of ours."""
-        owned = [x for x in model.state_dict() if x.startswith('ema_')]
-        if EMA in checkpoint or owned:
-            return
-        tied = runners.tied_names(model)
-        found = convert_buffers(checkpoint, tied, filename, self._holds)
-        if found is not None:
-            self._log.info(found.line)
-            for warning in found.warnings:
-                self._log.warning(warning)
-
-    def _save(self, checkpoint: Any) -> None:
-        self._life.save(checkpoint)
-        put_iteration(checkpoint, self._trained)
+    def _watch(self, runner: Any) -> None:
+        self._log.logger = runner.logger
+        watch(runner, self)
 
     def _start(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
@@ -400,32 +343,62 @@ class EMAHook(Hook):  # type: ignore[misc]
         )
         self._life.start(
             runners.model_of(runner),
-            runners.facts_of(runner),
+            runners.facts_of(runner, self.train_loader),
             runners.optimizers_of(runner),
         )
 
-    def _resume(self, runner: Any) -> None:
-        """Resume as mmcv's hook does, unless the run has resumed already."""
-        path = self._resume_from
-        if path is None:
+    def _show(self, runner: Any) -> None:
+        if self._life.is_applied:
             return
-        if not runner.iter:
-            runner.resume(path)
+        self._start(runner)
+        self.catch_up()
+        model = runners.model_of(runner)
+        self._life.enter_evaluation(model)
+        self._versions = {
+            parameter: parameter._version
+            for parameter in model.parameters()
+            if parameter.requires_grad and not parameter.is_inference()
+        }
+
+    def _convert(self, checkpoint: Any, model: Any, filename: str) -> None:
+        """Turn a file of another hook into one of ours."""
+        owned = [x for x in model.state_dict() if x.startswith('ema_')]
+        if EMA in checkpoint or owned:
             return
-        real, other = (
-            os.path.realpath(os.path.expanduser(x))
-            for x in (path, self._resumed_from)
+        groups: Dict[int, List[str]] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            groups.setdefault(id(tensor), []).append(name)
+        tied = [names for names in groups.values() if len(names) > 1]
+        found = convert_buffers(checkpoint, tied, filename, self._holds)
+        if found is not None:
+            self._log.info(found.line)
+            for warning in found.warnings:
+                self._log.warning(warning)
+
+    def _take_late(self, runner: Any) -> None:
+        """Take our part of a file that was loaded before we were there."""
+        if MESSAGE not in (runner.meta or {}).get('hook_msgs', {}):
+            return
+        model = runners.model_of(runner)
+        optimizers = enumerate(runners.optimizers_of(runner))
+        checkpoint = dict(
+            state_dict=model.state_dict(),
+            meta=dict(runner.meta, epoch=runner.epoch, iter=runner.iter),
+            optimizer={str(i): x.state_dict() for i, x in optimizers},
         )
-        if real != other:
-            self._log.warning(
-                f'EMA: resume_from={path!r} has no effect: the run has '
-                f'resumed from another checkpoint already.'
-            )
+        take_message(checkpoint)
+        self.after_read_checkpoint(runner, checkpoint, '', True)
+        model.load_state_dict(checkpoint['state_dict'])
+        self.after_resume(runner)
 
 
 def _is_ema(hook: Any) -> bool:
     names = {kind.__name__ for kind in type(hook).__mro__}
     return not names.isdisjoint(('EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook'))
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 class ExpMomentumEMAHook(EMAHook):
@@ -438,7 +411,7 @@ class ExpMomentumEMAHook(EMAHook):
         **options: As for :class:`EMAHook`, but for other ramps.
     """
 
-    _words = 'ExpMomentumEMAHook'
+    _hook = 'ExpMomentumEMAHook'
 
 
 class LinearMomentumEMAHook(EMAHook):
@@ -451,4 +424,4 @@ class LinearMomentumEMAHook(EMAHook):
         **options: As for :class:`EMAHook`, but for other ramps.
     """
 
-    _words = 'LinearMomentumEMAHook'
+    _hook = 'LinearMomentumEMAHook'

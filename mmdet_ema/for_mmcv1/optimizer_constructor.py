@@ -10,14 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.errors import OptionError
-from mmdet_ema.for_mmcv1.runner import RunLog
+from mmdet_ema.for_mmcv1.runner import logger_of_the_tool
 from mmdet_ema.optimizers.construction import Construction
-
-_ONE_IF_NOT_GIVEN = (
-    'norm_decay_mult',
-    'bias_decay_mult',
-    'dwconv_decay_mult',
-)
 
 
 class EMAOptimizerConstructor(DefaultOptimizerConstructor):  # type: ignore[misc]
@@ -67,11 +61,12 @@ class EMAOptimizerConstructor(DefaultOptimizerConstructor):  # type: ignore[misc
                 "type in optimizer=dict(...); add one, such as type='SGD'."
             )
         self._construction = Construction(
-            optimizer_cfg, paramwise_cfg, RunLog()
+            optimizer_cfg, paramwise_cfg, logger_of_the_tool()
         )
         super().__init__(optimizer_cfg)
         # NaN: to mmcv these are given, to us they are not
-        unsaid = dict.fromkeys(_ONE_IF_NOT_GIVEN, math.nan)
+        kinds = ('norm', 'bias', 'dwconv')
+        unsaid = {f'{kind}_decay_mult': math.nan for kind in kinds}
         self.paramwise_cfg = {**unsaid, **self._construction.rules()}
         self.base_lr = self.base_wd = 1.0
 

@@ -20,14 +20,15 @@ from mmdet_ema.for_mmcv1.runner import wrap_once
 from mmdet_ema.frameworks import own_logger
 from mmdet_ema.version import __version__
 
+# ours of that name, and what the other project's is called from then on
 _OURS: Dict[str, Tuple[Type[EMAHook], str]] = {
-    'EMAHook': (EMAHook, 'MMCVEMAHook'),
-    'ExpMomentumEMAHook': (ExpMomentumEMAHook, 'MMDetExpMomentumEMAHook'),
-    'LinearMomentumEMAHook': (
-        LinearMomentumEMAHook,
-        'MMDetLinearMomentumEMAHook',
-    ),
-    'MEGVIIEMAHook': (MEGVIIEMAHook, 'BEVDetMEGVIIEMAHook'),
+    ours.__name__: (ours, project + ours.__name__)
+    for ours, project in (
+        (EMAHook, 'MMCV'),
+        (ExpMomentumEMAHook, 'MMDet'),
+        (LinearMomentumEMAHook, 'MMDet'),
+        (MEGVIIEMAHook, 'BEVDet'),
+    )
 }
 
 
@@ -49,13 +50,12 @@ def register() -> None:
         module=EMAOptimizerConstructor, force=True
     )
     if os.environ.get('RANK', '0') == '0':
+        names = ', '.join(
+            f'{x!r} ({spare!r})' for x, (_, spare) in _OURS.items()
+        )
         own_logger().info(
-            f"mmdet_ema {__version__}: dict(type='EMAHook'), "
-            f"'ExpMomentumEMAHook', 'LinearMomentumEMAHook' and "
-            f"'MEGVIIEMAHook' build its own hooks; mmcv's is 'MMCVEMAHook' "
-            f"now, mmdet's are 'MMDetExpMomentumEMAHook' and "
-            f"'MMDetLinearMomentumEMAHook', BEVDet's is "
-            f"'BEVDetMEGVIIEMAHook'."
+            f'mmdet_ema {__version__} builds its own hooks for these types, '
+            f"the frameworks' are called as in brackets now: {names}."
         )
 
 
@@ -65,12 +65,10 @@ def _register(
     module_name: Any = None,
     force: bool = False,
 ) -> Any:
-    """Register a class; mmdet's and BEVDet's EMA hooks do not meet ours.
-
-    BEVDet's is in the packages of many projects, in a copy each.
-    """
+    """Register a class; mmdet's and BEVDet's EMA hooks do not meet ours."""
     name = module.__name__
     mmdets = module.__module__.startswith('mmdet.') and name in _OURS
+    # in the packages of many projects, in a copy each
     bevdets = name == 'MEGVIIEMAHook' and module is not MEGVIIEMAHook
     if (mmdets or bevdets) and module_name in (None, name):
         module_name, force = _OURS[name][1], True

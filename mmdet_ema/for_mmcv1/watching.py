@@ -1,4 +1,4 @@
-"""Everything that is changed in a run that has our hook: on its objects alone.
+"""What a run does that our hook has to know: on the run's objects alone.
 
 mmcv 1.x has no moment at which something is loaded, saved, evaluated or
 logged, so the methods that do are wrapped on the runner and on its hooks.
@@ -9,22 +9,22 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from typing import Any, Callable, ContextManager
+from typing import Any, Callable, ContextManager, Dict
 
+import torch.distributed as dist
 from mmcv.runner import (
     CheckpointHook,
+    DistEvalHook,
     EvalHook,
     LoggerHook,
     OptimizerHook,
 )
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet_ema.for_mmcv1.evaluation import (
-    check_best,
-    evaluate_by_raw,
-    evaluate_with,
-)
-from mmdet_ema.for_mmcv1.loading import watch_loading
-from mmdet_ema.for_mmcv1.runner import note_loader, wrap_once
+from mmdet_ema.errors import OptionError, show
+from mmdet_ema.for_mmcv1.checkpoints import watch_loading
+from mmdet_ema.for_mmcv1.runner import wrap_once
+from mmdet_ema.training.no_trace import same_randomness
 
 _TRAINS = ('before_train_epoch', 'before_train_iter')
 _EPOCH_IS_OVER = ('after_train_epoch', 'after_epoch', 'after_run')
@@ -36,6 +36,7 @@ _SYNCHRONIZES = {
     'SyncBuffersHook': 'after_epoch',
     'SyncNormHook': 'after_train_epoch',
 }
+_RAW = 'raw/'
 Method = Callable[..., Any]
 
 
@@ -44,18 +45,19 @@ def watch(runner: Any, ema: Any) -> None:
     watch_loading(runner, ema)
     if not ema.enabled:
         return
-    ema.view = _view_of(runner, ema)
+    runs = False
 
     def run(method: Method, *args: Any, **kwargs: Any) -> Any:
+        nonlocal runs
         given = inspect.signature(method).bind(*args, **kwargs).arguments
-        loaders, flows = given.get('data_loaders'), given.get('workflow')
-        if loaders is not None and flows is not None:
-            note_loader(runner, loaders, flows)
-        outer, ema.runs = ema.runs, True
+        flow = zip(given.get('data_loaders', ()), given.get('workflow', ()))
+        trains = (loader for loader, (mode, _) in flow if mode == 'train')
+        ema.train_loader = next(trains, None)
+        outer, runs = runs, True
         try:
             return method(*args, **kwargs)
         finally:
-            ema.runs = outer
+            runs = outer
             if not outer:
                 ema.show_raw()
 
@@ -67,13 +69,13 @@ def watch(runner: Any, ema: Any) -> None:
             return method(moment)
         if moment == 'after_train_epoch':
             ema.make_equal(runner, by_epoch=True)
-        with ema.evaluating(runner, holds=ema.runs):
+        with ema.evaluating(runner, holds=runs):
             return method(moment)
 
     def register_hook(method: Method, *args: Any, **kwargs: Any) -> None:
         """Watch hooks that are registered in mid-run, too."""
         method(*args, **kwargs)
-        if ema.runs:
+        if runs:
             watch_hooks(runner, ema)
 
     wrap_once(runner, 'run', run)
@@ -94,47 +96,47 @@ def _watch_hook(runner: Any, ema: Any, hook: Any) -> None:
         method(runner)
         ema.after_optimizer(runner)
 
-    def save(method: Method, runner: Any) -> None:
-        """Make buffers equal first: all ranks come here, one writes."""
-        ema.make_equal(runner, hook.by_epoch)
-        method(runner)
-
-    def after_iter(method: Method, runner: Any) -> None:
-        """Catch up first, on every rank: some loggers log on one of them."""
-        ema.catch_up()
-        method(runner)
-
     def log(method: Method, runner: Any) -> Any:
-        if runner.mode == 'train' and hook.get_mode(runner) == 'train':
+        trains = runner.mode == 'train' == hook.get_mode(runner)
+        if trains and runner.rank == 0:
             ema.add_scalars(runner)
         return method(runner)
 
-    def evaluate_lazily(method: Method, runner: Any) -> Any:
-        with ema.evaluating_lazily():
-            return method(ema.view)
-
     if isinstance(hook, EvalHook):
-        check_best(hook, ema.evaluates_both)
-        evaluate = functools.partial(evaluate_with, ema, hook)
-        wrap_once(hook, '_do_evaluate', evaluate)
-        by_raw = functools.partial(evaluate_by_raw, ema, hook)
-        wrap_once(hook, 'evaluate', by_raw)
+        _watch_evaluation(ema, hook)
     elif isinstance(hook, OptimizerHook):
         wrap_once(hook, 'after_train_iter', step)
     elif isinstance(hook, CheckpointHook):
-        wrap_once(hook, '_save_checkpoint', save)
+        # all ranks come here, one writes
+        equal = _after(lambda: ema.make_equal(runner, hook.by_epoch))
+        wrap_once(hook, '_save_checkpoint', equal)
     elif isinstance(hook, LoggerHook):
-        wrap_once(hook, 'after_train_iter', after_iter)
+        # on every rank: some loggers log on one of them
+        wrap_once(hook, 'after_train_iter', _after(ema.catch_up))
         wrap_once(hook, 'log', log)
     kinds = [kind.__name__ for kind in type(hook).__mro__]
     # some evaluation hooks are derived from mmcv's plain Hook
     if any('Eval' in kind for kind in kinds):
+        view = _view_of(runner, ema)
+
+        def evaluate(method: Method, runner: Any) -> Any:
+            with ema.evaluating(runner, lazily=True):
+                return method(view)
+
         for moment in _EVALUATES:
-            wrap_once(hook, moment, evaluate_lazily)
+            wrap_once(hook, moment, evaluate)
     synchronizing = next((x for x in kinds if x in _SYNCHRONIZES), None)
     if synchronizing and getattr(hook, 'sync_buffer', True):
         name = _SYNCHRONIZES[synchronizing]
         wrap_once(hook, name, _inside(lambda: ema.raw(runner)))
+
+
+def _after(action: Callable[[], None]) -> Method:
+    def around(method: Method, *args: Any, **kwargs: Any) -> Any:
+        action()
+        return method(*args, **kwargs)
+
+    return around
 
 
 def _inside(context: Callable[[], ContextManager[None]]) -> Method:
@@ -166,3 +168,97 @@ def _view_of(runner: Any, ema: Any) -> Any:
     )
     view.__dict__ = runner.__dict__
     return view
+
+
+def _watch_evaluation(ema: Any, hook: Any) -> None:
+    """Let an evaluation hook of mmcv evaluate what our hook is told to.
+
+    ``evaluate='both'`` evaluates twice, first the raw weights: mmcv's hooks
+    read the data and call the model themselves, and cannot share a pass.
+    """
+    best: Any = getattr(hook, 'save_best', None)
+    by_raw = isinstance(best, str) and best.startswith(_RAW)
+    if by_raw and not ema.evaluates_both:
+        raise OptionError(
+            f'save_best={show(best)} needs the metrics of the raw weights; '
+            f"give the EMA hook evaluate='both', or use "
+            f'save_best={show(best[len(_RAW) :])}.'
+        )
+    if by_raw:  # a part of the name of a file
+        hook.key_indicator = best.replace('/', '_')
+    raw: Dict[str, Any] = {}
+
+    def do_evaluate(
+        method: Method, runner: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        again = functools.partial(method, runner, *args, **kwargs)
+        if isinstance(hook, DistEvalHook):
+            ema.make_equal(runner, hook.by_epoch)
+        if getattr(hook, 'broadcast_bn_buffer', False):
+            # the hook does so as well, when the averages are in the model:
+            # it would miss the raw statistics
+            with ema.raw(runner):
+                _broadcast_statistics(runner)
+        if ema.evaluates_both:
+            with ema.raw(runner):
+                raw.update(_raw_metrics(hook, again, runner))
+        try:
+            with ema.evaluating(runner):
+                result = again()
+            runner.log_buffer.output.update(raw)
+        finally:
+            raw.clear()
+        return result
+
+    def evaluate(method: Method, *args: Any, **kwargs: Any) -> Any:
+        """Return the metric of the raw weights where ``save_best`` says so.
+
+        None where they were not evaluated: there is no best file then.
+        """
+        if not by_raw or hook.save_best is None:
+            return method(*args, **kwargs)
+        hook.save_best = None
+        try:
+            method(*args, **kwargs)
+        finally:
+            hook.save_best = best
+        if raw and best not in raw:
+            raise OptionError(
+                f'save_best={show(best)} is not among the metrics of the raw '
+                f'weights: {", ".join(raw)}.'
+            )
+        return raw.get(best)
+
+    wrap_once(hook, '_do_evaluate', do_evaluate)
+    wrap_once(hook, 'evaluate', evaluate)
+
+
+def _broadcast_statistics(runner: Any) -> None:
+    """Give all ranks the BatchNorm statistics of rank 0, as mmcv's hook."""
+    for module in runner.model.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            for statistics in (module.running_var, module.running_mean):
+                assert statistics is not None
+                dist.broadcast(statistics, 0)
+
+
+def _raw_metrics(
+    hook: Any, evaluate: Callable[[], Any], runner: Any
+) -> Dict[str, Any]:
+    """Evaluate what the model holds; nothing is logged or saved."""
+    buffer, best = runner.log_buffer, hook.save_best
+    before, ready = dict(buffer.output), buffer.ready
+    buffer.output.clear()
+    hook.save_best = None
+    try:
+        with same_randomness():
+            evaluate()
+        found = dict(buffer.output)
+    finally:
+        hook.save_best, buffer.ready = best, ready
+        buffer.output.clear()
+        buffer.output.update(before)
+    if runner.world_size > 1:
+        dist.barrier()  # the second pass writes into the same folder
+    found.pop('eval_iter_num', None)
+    return {f'{_RAW}{name}': value for name, value in found.items()}

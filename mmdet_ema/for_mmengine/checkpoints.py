@@ -11,16 +11,19 @@ from __future__ import annotations
 import functools
 import pickle
 from typing import Any, Dict, List, MutableMapping
-from unittest import mock
 
 import numpy as np
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
+from mmdet_ema.checkpoint.deployed_config import (
+    TRAINING_CONFIG,
+    without_package,
+)
 from mmdet_ema.checkpoint.files import (
     LOADS_SAFELY,
     STATISTICS,
@@ -92,14 +95,40 @@ def keep_files_whole(runner: Any) -> None:
 
     @functools.wraps(save)
     def save_whole(*args: Any, **kwargs: Any) -> None:
-        with mock.patch.object(LocalBackend, 'put', put):
+        before = LocalBackend.put
+        LocalBackend.put = put
+        try:
             save(*args, **kwargs)
+        finally:
+            LocalBackend.put = before
         for hook in runner.hooks:
             backend = getattr(hook, 'file_backend', None)
             if isinstance(backend, RemovesLater):
                 backend.finish()
 
     runner.save_checkpoint = save_whole
+
+
+def deploy_config(
+    checkpoint: Checkpoint, config: Any, known: Dict[str, str]
+) -> None:
+    """Let a file hold the config of the deployed model, in place.
+
+    Args:
+        checkpoint: What is to be saved.
+        config: The config of the run.
+        known: The texts that were made before: formatting one takes seconds.
+    """
+    text = checkpoint['meta'].get('cfg')
+    if not isinstance(text, str) or not isinstance(config, Config):
+        return
+    if text not in known:
+        known[text] = without_package(config).pretty_text
+    deployed = {TRAINING_CONFIG: text, 'cfg': known[text]}
+    checkpoint['meta'] = {**checkpoint['meta'], **deployed}
+    info = checkpoint['message_hub']['runtime_info']
+    if 'cfg' in info:  # tools look here first
+        info['cfg'] = known[text]
 
 
 def make_plain(checkpoint: Checkpoint, log: Any) -> None:
@@ -137,6 +166,11 @@ def unmake(checkpoint: Checkpoint) -> None:
                 f'{key!r} of the checkpoint is damaged '
                 f'({type(error).__name__}). Take another checkpoint.'
             ) from None
+    meta, hub = checkpoint.get('meta'), checkpoint.get('message_hub')
+    info = hub.get('runtime_info') if isinstance(hub, dict) else None
+    text = meta.get(TRAINING_CONFIG) if isinstance(meta, dict) else None
+    if isinstance(info, dict) and isinstance(text, str):
+        info['cfg'] = text  # a run that goes on is not of the deployed model
 
 
 def refuse_foreign(checkpoint: Checkpoint, log: Any) -> None:

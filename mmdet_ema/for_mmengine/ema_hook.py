@@ -100,6 +100,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._model: Any = None  # unwrapped
         self._logger: Optional[LoggerHook] = None
         self._iteration = 0
+        self._configs: Dict[str, str] = {}
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
         self._evaluates = self._trained = False
@@ -234,6 +235,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights next to it."""
+        checkpoints.deploy_config(checkpoint, runner.cfg, self._configs)
         if not self.enabled:
             return
         # other hooks may save before our turn comes

@@ -11,6 +11,7 @@ import torch
 
 from tests import oracle
 from tests.conftest import MMCV1
+from tests.toy import RecordingSGD, same, state_of
 
 if MMCV1:
     from mmcv.runner import Hook
@@ -33,8 +34,7 @@ __all__ = [
     'state_of',
 ]
 
-RecordingSGD, ToyModel = toy.RecordingSGD, toy.ToyModel
-same, state_of = toy.same, toy.state_of
+ToyModel = toy.ToyModel
 EMA = dict(type='EMAHook', decay=0.9, tau=3)
 
 
@@ -72,6 +72,17 @@ class Saved:
 UNSAFE = dict(weights_only=False)
 
 
+class _Watch(Hook):
+    """Lets a run of mmengine see what is evaluated."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if batch_idx == 0:
+            self.run.see(getattr(runner.model, 'module', runner.model))
+
+
 class Run:
     """A run of the toy with some hooks, of two epochs of four iterations.
 
@@ -79,11 +90,14 @@ class Run:
         work_dir: Where its files are; those of an earlier run are resumed.
         *hooks: Its hooks.
         epochs: When it ends.
+        iters: When it ends, where it counts no epochs.
         accumulation: Iterations to one step.
         batch: Samples in a batch, of 16.
         resume: A file that training resumes from.
         load: A file that it starts from.
         model: The model.
+        on_evaluation: Called in each pass of an evaluation.
+        best: The metric that chooses the best file.
     """
 
     def __init__(
@@ -91,27 +105,53 @@ class Run:
         work_dir,
         *hooks,
         epochs=2,
+        iters=None,
         accumulation=1,
         batch=4,
         resume=None,
         load=None,
+        on_evaluation=None,
+        best=None,
         **options,
     ):
         self._said = BufferingHandler(10**6)
         self.work_dir, self._files = work_dir, {}
+        self.seen, self._on_evaluation = [], on_evaluation
+        self._length = iters or epochs
+        self._unit = 'iter' if iters else 'epoch'
+        by_iter = dict(by_epoch=False, interval=iters)
         if MMCV1:
             self._files = dict(resume=resume, load=load)
             options.update(
-                runner=dict(max_epochs=epochs),
+                runner=dict(type='IterBasedRunner', max_iters=iters)
+                if iters
+                else dict(max_epochs=epochs),
                 loader=toy.loader(batch=batch),
                 logger=toy.quiet(self._said),
             )
+            evaluation = dict(test_fn=self._evaluate)
+            if iters:
+                options['checkpoint'] = by_iter
+                evaluation.update(by_iter)
+            if best:
+                evaluation.update(save_best=best, rule='greater')
+            options.setdefault('evaluation', evaluation)
             if accumulation > 1:
                 kind = 'GradientCumulativeOptimizerHook'
                 options['optimizer_config'] = dict(
                     type=kind, cumulative_iters=accumulation
                 )
         else:
+            hooks = (*hooks, _Watch(self))
+            checkpoint = dict(type='CheckpointHook', interval=1)
+            if iters:
+                checkpoint.update(by_iter)
+                options['train_cfg'] = dict(
+                    by_epoch=False, max_iters=iters, val_interval=iters
+                )
+            if best:
+                checkpoint.update(save_best=best, rule='greater')
+            options.setdefault('hooks', dict(checkpoint=checkpoint))
             options.update(
                 max_epochs=epochs,
                 train_dataloader=toy.loader(batch=batch),
@@ -130,6 +170,17 @@ class Run:
         self.toy.train(**self._files)
         return self
 
+    def _evaluate(self, model, loader):
+        """Be mmcv's ``test_fn``."""
+        self.see(getattr(model, 'module', model))
+        return self.toy.recorder.test(model, loader)
+
+    def see(self, model):
+        """Keep what an evaluation sees, with the steps done."""
+        self.seen.append((len(self.records), state_of(model)))
+        if self._on_evaluation is not None:
+            self._on_evaluation()
+
     @property
     def start(self):
         """State of the model when training starts."""
@@ -140,9 +191,10 @@ class Run:
         """States of the model after every optimizer step."""
         return self.toy.records
 
-    def load(self, epoch=2):
-        """Read the file of an epoch."""
-        return Saved(self.work_dir / f'epoch_{epoch}.pth')
+    def load(self, number=None, prefix=''):
+        """Read the file of an epoch or iteration, by default the last."""
+        number = self._length if number is None else number
+        return Saved(self.work_dir / f'{prefix}{self._unit}_{number}.pth')
 
     @property
     def log(self):

@@ -104,5 +104,5 @@ def test_config_of_the_training_is_kept(trained):
     assert 'mmdet_ema' not in file['meta']['cfg']
     assert 'EMAHook' not in file['meta']['cfg']
     assert 'PipelineSwitchHook' in file['meta']['cfg']
-    assert "imports=['mmdet_ema']" in file['meta']['training_cfg']
+    assert "'mmdet_ema'" in file['meta']['training_cfg']
     assert file['meta']['cfg'] == file['message_hub']['runtime_info']['cfg']

@@ -141,50 +141,54 @@ def test_evaluations_see_the_averages(tmp_path):
     assert {'epoch_1.pth', 'epoch_2.pth', 'latest.pth'} == names
 
 
-def train_with_the_peer(folder, epochs, moment, init_updates=10560):
+def train_with_the_peer(folder, init_updates=10560, **moment):
     """Train without our hook; write the peer's second file at the end."""
     peer = Peer(Untied(), init_updates, 0.99)
-    done = run(folder, epochs=epochs).train()
-    for weights in done.records:
+    for weights in run(folder).train().records:
         peer.update(weights)
-    path = folder / f'epoch_{epochs}_ema.pth'
-    peer.write(path, **moment)
+    path = folder / 'epoch_2_ema.pth'
+    peer.write(path, **(moment or dict(epoch=2)))
     return peer, path
 
 
-def about(name, lines, level):
-    found = [x for x in lines.lines if x.startswith(level)]
-    return [x for x in found if name in x]
+def resume(folder, name='epoch_2.pth', epochs=3, **hook):
+    """Resume with our hook; return the run and what it logged."""
+    lines = Lines()
+    hook = dict(dict(init_updates=10560, decay=0.99), **hook)
+    rest = run(folder, hook, epochs=epochs, handler=lines)
+    return rest.train(resume=folder / name), lines.lines
+
+
+def change(path, **parts):
+    """Write a file once more, with other parts."""
+    torch.save({**torch.load(path), **parts}, path)
+
+
+def warnings(lines, word=''):
+    return [x for x in lines if x.startswith('WARNING') and word in x]
 
 
 @pytest.mark.parametrize('moment', [dict(epoch=1), dict(epoch=2)])
 def test_second_file_is_resumed(moment, tmp_path):
     """Averages and n come from the second file, the rest from the first."""
-    peer, path = train_with_the_peer(tmp_path, 2, moment)
-    lines = Lines()
-    hook = dict(init_updates=10560, decay=0.99, resume=str(path))
-    rest = run(tmp_path, hook, epochs=4, handler=lines)
-    rest.train(resume=tmp_path / 'epoch_2.pth')
+    peer, path = train_with_the_peer(tmp_path, **moment)
+    rest, lines = resume(tmp_path, epochs=4, resume=str(path))
     for weights in rest.records:
         peer.update(weights)
     saved = rest.load('epoch_4.pth')
     compare(saved, peer, rest.records)
     meta = saved['meta']['hook_msgs']['EMAHook']['ema_meta']
     assert 4 * STEPS == meta['steps']
-    assert [] == about('epoch_2', lines, 'WARNING')
-    assert any(f'are those of {str(path)!r}' in x for x in lines.lines)
+    assert [] == warnings(lines, 'epoch_2')
+    assert any(f'are those of {str(path)!r}' in x for x in lines)
 
 
 def test_names_of_a_wrapped_model(tmp_path):
     """A second file of a model in DDP has the wrapper's name before all."""
-    peer, path = train_with_the_peer(tmp_path, 2, dict(epoch=2))
+    peer, path = train_with_the_peer(tmp_path)
     weights = peer.model.state_dict().items()
-    wrapped = {f'module.{name}': value for name, value in weights}
-    file = dict(epoch=2, state_dict=wrapped, updates=peer.updates)
-    torch.save(file, path)
-    hook = dict(init_updates=10560, decay=0.99, resume=str(path))
-    rest = run(tmp_path, hook, epochs=3)
-    rest.train(resume=tmp_path / 'epoch_2.pth')
+    change(path, state_dict={f'module.{name}': x for name, x in weights})
+    rest, _ = resume(tmp_path, resume=str(path))
     for weights in rest.records:
         peer.update(weights)
     compare(rest.load('epoch_3.pth'), peer, rest.records)
@@ -192,59 +196,41 @@ def test_names_of_a_wrapped_model(tmp_path):
 
 def test_resumed_again_from_our_own_file(tmp_path):
     """``resume`` that stays in the config does not undo what was averaged."""
-    _, path = train_with_the_peer(tmp_path, 2, dict(epoch=2))
-    hook = dict(init_updates=10560, decay=0.99, resume=str(path))
-    whole = run(tmp_path, hook, epochs=4)
-    expected = whole.train(resume=tmp_path / 'epoch_2.pth')
-    expected = expected.load('epoch_4.pth')
-    lines = Lines()
-    rest = run(tmp_path, hook, epochs=4, handler=lines)
-    rest.train(resume=tmp_path / 'epoch_3.pth')
-    saved = rest.load('epoch_4.pth')
-    assert [] == same(saved['state_dict'], expected['state_dict'])
-    (line,) = about('epoch_2', lines, 'WARNING')
+    _, path = train_with_the_peer(tmp_path)
+    whole, _ = resume(tmp_path, epochs=4, resume=str(path))
+    expected = whole.load('epoch_4.pth')['state_dict']
+    rest, lines = resume(tmp_path, 'epoch_3.pth', 4, resume=str(path))
+    assert [] == same(rest.load('epoch_4.pth')['state_dict'], expected)
+    (line,) = warnings(lines, 'epoch_2')
     assert f'resume={str(path)!r} has no effect' in line
 
 
 @pytest.mark.parametrize('name', ['epoch_2.pth', 'latest.pth'])
 def test_second_file_that_was_forgotten_is_named(name, tmp_path):
     """A second file that lies beside the first is not passed over silently."""
-    _, path = train_with_the_peer(tmp_path, 2, dict(epoch=2))
-    lines = Lines()
-    rest = run(tmp_path, dict(init_updates=10560), epochs=3, handler=lines)
-    rest.train(resume=tmp_path / name)
-    (line,) = about('epoch_2_ema', lines, 'WARNING')
+    _, path = train_with_the_peer(tmp_path)
+    (line,) = warnings(resume(tmp_path, name)[1], 'epoch_2_ema')
     assert f'give the hook resume={str(path)!r}' in line
     # and the file without one beside it is not mentioned
-    lines = Lines()
-    rest = run(tmp_path, dict(init_updates=10560), epochs=3, handler=lines)
-    rest.train(resume=tmp_path / 'epoch_1.pth')
-    assert [] == about('_ema.pth', lines, 'WARNING')
+    assert [] == warnings(resume(tmp_path, 'epoch_1.pth')[1], '_ema.pth')
 
 
 def test_file_of_another_epoch_is_named(tmp_path):
     """Averages and raw weights of different epochs are worth a warning."""
-    _, path = train_with_the_peer(tmp_path, 2, dict(epoch=2))
-    lines = Lines()
-    hook = dict(init_updates=10560, resume=str(path))
-    rest = run(tmp_path, hook, epochs=2, handler=lines)
-    rest.train(resume=tmp_path / 'epoch_1.pth')
-    (line,) = [x for x in lines.lines if 'different moments' in x]
+    _, path = train_with_the_peer(tmp_path)
+    _, lines = resume(tmp_path, 'epoch_1.pth', 2, resume=str(path))
+    (line,) = warnings(lines, 'different moments')
     assert 'was written at epoch 2, the checkpoint at epoch 1' in line
 
 
 def test_tensors_that_are_missing_are_named(tmp_path):
     """What the second file lacks starts from the raw weights, and is said."""
-    peer, path = train_with_the_peer(tmp_path, 2, dict(epoch=2))
+    peer, path = train_with_the_peer(tmp_path)
     weights = dict(peer.model.state_dict())
     del weights['head.bias']
-    file = dict(epoch=2, state_dict=weights, updates=peer.updates)
-    torch.save(file, path)
-    lines = Lines()
-    hook = dict(init_updates=10560, decay=0.99, resume=str(path))
-    rest = run(tmp_path, hook, epochs=3, handler=lines)
-    rest.train(resume=tmp_path / 'epoch_2.pth')
-    (line,) = [x for x in lines.lines if 'are not in' in x]
+    change(path, state_dict=weights)
+    rest, lines = resume(tmp_path, resume=str(path))
+    (line,) = warnings(lines, 'are not in')
     assert '1 tensors' in line
     assert 'head.bias' in line
     before = rest.recorder.start['head.bias'].double().numpy()
@@ -257,25 +243,21 @@ def test_tensors_that_are_missing_are_named(tmp_path):
     assert oracle.relative_error(found, expected) < TOLERANCE
 
 
-def other_model(folder):
-    file = torch.load(folder / 'epoch_2_ema.pth')
-    file['state_dict'] = {f'x.{k}': v for k, v in file['state_dict'].items()}
-    torch.save(file, folder / 'epoch_2_ema.pth')
+def other_model(path):
+    weights = torch.load(path)['state_dict'].items()
+    change(path, state_dict={f'x.{name}': value for name, value in weights})
 
 
-def other_shape(folder):
-    file = torch.load(folder / 'epoch_2_ema.pth')
-    file['state_dict']['head.bias'] = torch.zeros(5)
-    torch.save(file, folder / 'epoch_2_ema.pth')
+def other_shape(path):
+    weights = torch.load(path)['state_dict']
+    change(path, state_dict={**weights, 'head.bias': torch.zeros(5)})
 
 
-def no_count(folder):
-    file = torch.load(folder / 'epoch_2_ema.pth')
-    torch.save(dict(file, updates=None), folder / 'epoch_2_ema.pth')
+def no_count(path):
+    change(path, updates=None)
 
 
-def cut_off(folder):
-    path = folder / 'epoch_2_ema.pth'
+def cut_off(path):
     path.write_bytes(path.read_bytes()[:500])
 
 
@@ -284,12 +266,12 @@ class Evil:
         return print, ('this must not run',)
 
 
-def evil(folder):
-    torch.save(dict(updates=Evil()), folder / 'epoch_2_ema.pth')
+def evil(path):
+    torch.save(dict(updates=Evil()), path)
 
 
 @pytest.mark.parametrize(
-    ('change', 'options', 'words'),
+    ('spoil', 'options', 'words'),
     [
         (other_model, {}, 'averages of .* x.first.weight.*the file beside it'),
         (other_shape, {}, 'does not fit: .*head.bias'),
@@ -302,25 +284,23 @@ def evil(folder):
     ],
 )
 def test_second_file_that_does_not_do(
-    change, options, words, tmp_path, monkeypatch, capsys
+    spoil, options, words, tmp_path, monkeypatch, capsys
 ):
     """It is refused in one line before anything is trained."""
-    _, path = train_with_the_peer(tmp_path, 2, dict(epoch=2))
-    if change is not None:
-        change(tmp_path)
+    _, path = train_with_the_peer(tmp_path)
+    if spoil is not None:
+        spoil(path)
     monkeypatch.chdir(tmp_path)
-    hook = dict(dict(init_updates=10560, resume=str(path)), **options)
-    rest = run(tmp_path, hook, epochs=4)
     with pytest.raises(ValueError, match=words) as error:
-        rest.train(resume=tmp_path / 'epoch_2.pth')
+        resume(tmp_path, epochs=4, **{'resume': str(path), **options})
     assert '\n' not in str(error.value)
-    assert [] == rest.records
+    assert not (tmp_path / 'epoch_3.pth').exists()
     assert 'this must not run' not in capsys.readouterr().out
 
 
 def test_second_file_needs_the_first(tmp_path):
     """Averages without the raw weights of their run are refused."""
-    _, path = train_with_the_peer(tmp_path, 2, dict(epoch=2))
+    _, path = train_with_the_peer(tmp_path)
     fresh = run(tmp_path, dict(resume=str(path)))
     with pytest.raises(OptionError, match='--resume-from epoch_N'):
         fresh.train()
@@ -329,10 +309,9 @@ def test_second_file_needs_the_first(tmp_path):
 
 def test_second_file_in_place_of_the_first(tmp_path):
     """A run cannot resume from averages; the line says what to do."""
-    _, path = train_with_the_peer(tmp_path, 2, dict(epoch=2))
-    rest = run(tmp_path, dict(init_updates=10560), epochs=4)
+    _, path = train_with_the_peer(tmp_path)
     with pytest.raises(CheckpointError, match='give the hook resume='):
-        rest.train(resume=path)
+        resume(tmp_path, path.name, 4)
     # to start a new training from them is fine
     fresh = run(tmp_path, dict(init_updates=10560), epochs=1).train(load=path)
     start = fresh.recorder.start

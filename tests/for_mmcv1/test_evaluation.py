@@ -1,11 +1,6 @@
 """What evaluations see, and that the raw weights come back."""
 
-import random
-
-import numpy as np
 import pytest
-import torch
-from mmcv.runner import EvalHook
 
 from mmdet_ema import OptionError
 from tests import oracle
@@ -13,35 +8,11 @@ from tests.for_mmcv1.test_orders import RUNNERS, plain_records, wrong
 from tests.for_mmcv1.toy import (
     EMA,
     Run,
-    ToyData,
-    loader,
-    raw_of,
     same,
     state_of,
 )
 
 BEST = dict(rule='greater')
-
-
-@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize('evaluate', ['ema', 'raw', 'both'])
-def test_exception_leaves_the_raw_weights(error, evaluate, tmp_path):
-    """Whatever ends an evaluation, the model holds the raw weights."""
-    states = []
-
-    def fail(model, data_loader):
-        states.append(torch.get_rng_state())
-        torch.rand(1)
-        raise error('in the evaluation')
-
-    hook = dict(EMA, evaluate=evaluate)
-    run = Run(tmp_path, hook, evaluation=dict(test_fn=fail))
-    with pytest.raises(error, match='in the evaluation'):
-        run.train()
-    assert 4 == len(run.records)
-    assert [] == same(state_of(run.model), run.records[-1])
-    if evaluate == 'both':  # the evaluation of the raw weights has failed
-        assert torch.equal(states[0], torch.get_rng_state())
 
 
 def test_training_goes_on_after_an_exception(tmp_path):
@@ -92,66 +63,6 @@ def test_failing_val_leaves_the_raw_weights(tmp_path):
     assert [] == same(state_of(run.model), run.records[-1])
 
 
-def test_raw_evaluates_the_raw_weights(tmp_path):
-    """``evaluate='raw'`` evaluates what is trained; files do not change."""
-    run = Run(tmp_path, dict(EMA, evaluate='raw')).train()
-    for step, seen in run.recorder.seen:
-        assert [] == same(seen, run.records[step - 1])
-    saved = run.load('epoch_2.pth')
-    assert [] == wrong(run, saved['state_dict'], 8)
-
-
-class Noted(EvalHook):
-    """Keeps what every evaluation leaves for the loggers."""
-
-    def _do_evaluate(self, runner):
-        super()._do_evaluate(runner)
-
-    def after_train_epoch(self, runner):
-        super().after_train_epoch(runner)
-        noted = self.__dict__.setdefault('noted', [])
-        noted.append(dict(runner.log_buffer.output))
-
-
-def test_both_evaluates_raw_then_averages(tmp_path):
-    """The metrics of the raw weights come under ``raw/<name>``."""
-    evaluation = dict(kind=Noted, save_best='score', **BEST)
-    run = Run(tmp_path, dict(EMA, evaluate='both'), evaluation=evaluation)
-    run.train()
-    seen = run.recorder.seen
-    assert [4, 4, 8, 8] == [step for step, _ in seen]
-    for (step, raw), (_, averages) in zip(seen[::2], seen[1::2]):
-        assert [] == same(raw, run.records[step - 1])
-        assert [] == wrong(run, averages, step)
-    names = {'eval_iter_num', 'score', 'mAP', 'raw/score', 'raw/mAP'}
-    assert [names, names] == [set(output) for output in run.evaluator.noted]
-    output = run.evaluator.noted[-1]
-    assert output['score'] != output['raw/score']
-    run.model.load_state_dict(run.records[-1])
-    with torch.no_grad():
-        results = run.recorder.test(run.model, loader(4, seed=1))
-    assert output['raw/score'] == ToyData(1, 0).evaluate(results)['score']
-    assert run.runner.meta['hook_msgs']['best_score'] == max(
-        output['score'] for output in run.evaluator.noted
-    )
-
-
-@pytest.mark.parametrize('best', ['raw/score', 'score'])
-def test_best_file_by_either_metric(best, tmp_path):
-    """``save_best='raw/...'`` chooses by the raw weights' metric."""
-    evaluation = dict(kind=Noted, save_best=best, **BEST)
-    hook = dict(EMA, evaluate='both')
-    run = Run(tmp_path, hook, evaluation=evaluation, runner=dict(max_epochs=4))
-    run.train()
-    scores = [output[best] for output in run.evaluator.noted]
-    chosen = 1 + int(np.argmax(scores))
-    assert run.runner.meta['hook_msgs']['best_score'] == max(scores)
-    name = best.replace('/', '_')
-    saved = run.load(f'best_{name}_epoch_{chosen}.pth')
-    assert [] == wrong(run, saved['state_dict'], 4 * chosen)
-    assert [] == same(raw_of(saved), run.records[4 * chosen - 1])
-
-
 def test_best_by_raw_needs_both(tmp_path):
     """Without ``evaluate='both'`` there is no such metric, and a line."""
     evaluation = dict(save_best='raw/score', **BEST)
@@ -167,30 +78,6 @@ def test_best_by_an_unknown_raw_metric_is_named(tmp_path):
     with pytest.raises(OptionError, match=r'raw/AP.*raw/score'):
         run.train()
     assert [] == same(state_of(run.model), run.records[-1])
-
-
-@pytest.mark.parametrize('evaluate', ['ema', 'both'])
-def test_randomness_is_that_of_a_run_without_ema(evaluate, tmp_path):
-    """A second evaluation draws no numbers that training would have drawn."""
-
-    class Random(ToyData):
-        def __getitem__(self, index):
-            noise = torch.rand(4) + random.random() + np.random.rand()
-            return dict(inputs=super().__getitem__(index)['inputs'] * noise)
-
-    runs = []
-    for hooks in ([], [dict(EMA, evaluate=evaluate)]):
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
-        data = torch.utils.data.DataLoader(
-            Random(16, 0), batch_size=4, shuffle=True
-        )
-        folder = tmp_path / str(len(hooks))
-        run = Run(folder, *hooks, loader=data)
-        run.evaluator.dataloader = torch.utils.data.DataLoader(Random(4, 1))
-        runs.append(run.train())
-    assert [] == same(runs[0].records[-1], runs[1].records[-1])
 
 
 @pytest.mark.parametrize('start', [None, 0, 2, 3])
@@ -246,22 +133,6 @@ def test_dynamic_intervals_of_mmdet(tmp_path):
     run.train()
     assert [8, 12, 16] == [step for step, _ in seen]
     assert [] == [step for step, state in seen if wrong(run, state, step)]
-
-
-def test_hook_that_is_registered_late_is_watched(tmp_path):
-    """An evaluation hook that comes during the run sees the averages."""
-    run = Run(tmp_path, EMA, evaluation=None, runner=dict(max_epochs=2))
-    late = EvalHook(loader(4, seed=1), test_fn=run.recorder.test)
-    before_run = run.recorder.before_run
-
-    def register(runner):
-        before_run(runner)
-        runner.register_hook(late, priority='LOW')
-
-    run.recorder.before_run = register
-    run.train()
-    assert [4, 8] == [step for step, _ in run.recorder.seen]
-    assert [] == [s for s, seen in run.recorder.seen if wrong(run, seen, s)]
 
 
 def test_plain_records_are_those_of_the_oracle(tmp_path):

@@ -1,9 +1,11 @@
 """Runs that are put together in unusual ways."""
 
+import inspect
+
 import pytest
 import torch
 from mmcv.parallel import MMDataParallel
-from mmcv.runner import EpochBasedRunner, EvalHook, Hook
+from mmcv.runner import EpochBasedRunner, EvalHook, Hook, IterBasedRunner
 from mmcv.runner.builder import RUNNERS
 from torch import nn
 
@@ -15,6 +17,7 @@ from tests.for_mmcv1.toy import (
     Run,
     ToyModel,
     loader,
+    quiet,
     raw_of,
     same,
     state_of,
@@ -148,3 +151,63 @@ def test_resume_from_that_is_no_path(path):
     """What is no path is refused with its value."""
     with pytest.raises(OptionError, match=f'resume_from={path!r} is no path'):
         EMAHook(resume_from=path)
+
+
+class OneLoader(EpochBasedRunner):
+    """Has a ``run`` with a signature of its own."""
+
+    def run(self, data_loader, *, epochs):
+        flow = [('train', 1)] * epochs
+        return super().run([data_loader] * epochs, flow)
+
+
+@pytest.mark.parametrize('hooks', [[], [EMA]])
+def test_runner_with_a_run_of_its_own(hooks, tmp_path):
+    """It is called as its class says, EMA or not."""
+    run = Run(tmp_path / 'a', *hooks, evaluation=None)
+    own = OneLoader(
+        ToyModel(), work_dir=str(tmp_path), logger=quiet(), max_epochs=2
+    )
+    own.optimizer = run.optimizer.__class__(own.model.parameters(), lr=0.1)
+    own.optimizer.watch(own.model)
+    own.register_training_hooks(
+        None, dict(grad_clip=None), custom_hooks_config=list(hooks)
+    )
+    own.run(loader(), epochs=1)
+    assert 8 == len(own.optimizer.records)
+    with pytest.raises(TypeError, match='epochs'):
+        own.run(loader())
+
+
+@pytest.mark.parametrize(
+    ('kind', 'length'),
+    [(EpochBasedRunner, dict(max_epochs=2)), (IterBasedRunner, ITERS)],
+)
+def test_methods_keep_names_and_signatures(kind, length, tmp_path):
+    """What is wrapped in a run with the hook is a bound method as before."""
+    runner = Run(tmp_path, EMA, runner=length).runner
+    for name in ('run', 'val', 'resume', 'load_checkpoint', 'call_hook'):
+        method = getattr(runner, name)
+        assert method.__self__ is runner
+        assert method.__func__.__name__ == name
+        expected = inspect.signature(getattr(kind, name).__get__(runner))
+        assert expected == inspect.signature(method)
+
+
+def test_run_is_called_by_keywords(tmp_path):
+    """The names that mmcv gives the arguments work in a run with the hook."""
+    run = Run(tmp_path, EMA)
+    run.runner.run(data_loaders=[loader()], workflow=[('train', 1)])
+    assert 8 == len(run.records)
+    message = run.load('epoch_2.pth')['meta']['hook_msgs']['EMAHook']
+    assert 4 == message['ema_meta']['batch_size']
+
+
+def test_priority_is_that_of_the_registration(tmp_path):
+    """The hook has none before, as mmcv wants it, and mmcv's words after."""
+    run = Run(tmp_path, dict(EMA, priority='LOW'), evaluation=None)
+    (hook,) = [x for x in run.runner.hooks if type(x).__name__ == 'EMAHook']
+    assert 70 == hook.priority
+    assert not hasattr(type(hook)(), 'priority')
+    with pytest.raises(OptionError, match='decay'):
+        type(hook)(decay=2)

@@ -380,24 +380,6 @@ def test_best_by_raw_at_moments_of_its_own(tmp_path):
     assert [] == list(tmp_path.glob('best_*'))
 
 
-def test_randomness_after_a_raw_evaluation_that_fails(tmp_path):
-    """The random numbers are as before, though the evaluation raised."""
-
-    def fail(model, data_loader):
-        torch.rand(3)
-        raise RuntimeError('in the evaluation')
-
-    hook = dict(EMA, evaluate='both')
-    run = Run(tmp_path, hook, evaluation=dict(test_fn=fail))
-    states = []
-    end = Plain()
-    end.after_train_iter = lambda runner: states.append(torch.get_rng_state())
-    run.runner.register_hook(end, priority='VERY_LOW')
-    with pytest.raises(RuntimeError, match='in the evaluation'):
-        run.train()
-    assert torch.equal(states[-1], torch.get_rng_state())
-
-
 def test_best_by_raw_is_refused_when_registered_late(tmp_path):
     """A wrong ``save_best`` is named where the hook is registered."""
     run = Run(tmp_path, EMA, evaluation=None)

@@ -5,24 +5,21 @@ import torch
 from mmcv.runner import (
     Fp16OptimizerHook,
     GradientCumulativeOptimizerHook,
-    Hook,
     OptimizerHook,
 )
 from mmcv.runner.hooks.optimizer import GradientCumulativeFp16OptimizerHook
-from torch import nn
 
+from tests.contract import test_steps as contract
+from tests.contract.test_steps import by_data, in_place, two_steps
 from tests.for_mmcv1.test_orders import wrong
 from tests.for_mmcv1.toy import (
     EMA,
-    Lines,
     RecordingSGD,
     Run,
     ToyModel,
     loader,
-    quiet,
     raw_of,
     same,
-    state_of,
 )
 
 STEPS = 'num_steps'
@@ -142,170 +139,36 @@ def test_several_optimizers_step_once_an_iteration(tmp_path):
 
 
 def test_batch_size_is_known(tmp_path):
-    """What a resume compares is that of the training data loader."""
-    for runner in (dict(), dict(type='IterBasedRunner', max_iters=8)):
-        batch = loader(batch=8)
-        folder = tmp_path / runner.get('type', 'epochs')
-        options = dict(runner=runner) if runner else {}
-        run = Run(folder, EMA, loader=batch, **options).train()
-        name = 'iter_8.pth' if runner else 'epoch_2.pth'
-        assert 8 == meta_of(run, name)['batch_size']
+    """What a resume compares is that of the loader that is read in turns."""
+    runner = dict(type='IterBasedRunner', max_iters=8)
+    run = Run(tmp_path, EMA, loader=loader(batch=8), runner=runner).train()
+    assert 8 == meta_of(run, 'iter_8.pth')['batch_size']
 
 
-class Trace(Hook):
-    """Keeps the raw weights of every iteration, whoever changes them."""
+class OwnSteps(OptimizerHook):
+    """Changes the weights itself when it is the optimizer's turn."""
 
-    def __init__(self, run):
-        self.run, run.optimizer.records = run, []
-
-    def after_train_iter(self, runner):
-        self.run.optimizer.records.append(state_of(self.run.model))
-
-
-def traced(folder, hook, *others, **options):
-    """Train with raw weights from after the optimizer's turn as records."""
-    run = Run(folder, hook, *others, optimizer=torch.optim.SGD, **options)
-    run.runner.register_hook(Trace(run), priority='ABOVE_NORMAL')
-    return run.train()
-
-
-class TwoSteps(OptimizerHook):
-    """Climbs, and steps from the old place with the gradient there."""
-
-    def __init__(self, in_place):
+    def __init__(self, change):
         super().__init__()
-        self.in_place = in_place
+        self.change = change
 
     def after_train_iter(self, runner):
-        model = runner.model
-        model.zero_grad()
-        runner.outputs['loss'].backward()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        old = [p.detach().clone() for p in trained]
-        self._write([p + 0.0001 * p.grad for p in trained], trained)
-        model.zero_grad()
-        model.train_step(runner.data_batch)['loss'].backward()
-        pairs = zip(old, trained)
-        self._write([o - 0.002 * p.grad for o, p in pairs], trained)
+        def backward():
+            runner.model.zero_grad()
+            runner.model(**runner.data_batch).backward()
 
-    def _write(self, values, parameters):
-        for value, parameter in zip(values, parameters):
-            if self.in_place:
-                with torch.no_grad():
-                    parameter.copy_(value)
-            else:
-                parameter.data = value.detach()
+        backward()
+        self.change(runner.model, backward)
 
 
-@pytest.mark.parametrize('in_place', [True, False])
+@pytest.mark.parametrize('change', [by_data, in_place, two_steps])
 @pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
-def test_weights_that_no_optimizer_changes(priority, in_place, tmp_path):
-    """Both steps of a two-step optimizer are one update."""
-    lines = Lines()
-    run = traced(
-        tmp_path,
-        dict(EMA, priority=priority),
-        optimizer_config=TwoSteps(in_place),
-        logger=quiet(lines),
-    )
-    check(run, 8)
-    told = [x for x in lines.lines if 'steps averaged' in x]
-    assert 2 == len(told)
-    assert told[0].endswith(
-        '4 steps averaged, 0 skipped (NaN or Inf), in 4 iterations.'
-    )
-    assert [] == [x for x in lines.lines if 'did not change' in x]
-
-
-class Thaw(Hook):
-    """Thaws a layer with a new optimizer."""
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == 1:
-            runner.model.frozen.requires_grad_(True)
-            runner.optimizer = torch.optim.SGD(
-                runner.model.parameters(), lr=0.001
-            )
-
-
-@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
-def test_optimizer_that_is_replaced(priority, tmp_path):
-    """Steps of the new one count, and what it thaws is averaged."""
-    run = traced(
-        tmp_path,
-        dict(EMA, priority=priority),
-        Thaw(),
-        runner=dict(max_epochs=3),
-    )
-    check(run, 12, 'epoch_3.pth')
-    moved = run.records[-1]['frozen.weight'] - run.records[3]['frozen.weight']
-    assert moved.abs().max() > 0
-
-
-class NewHead(Hook):
-    """Puts a new head in, in the middle of the training."""
-
-    def before_train_iter(self, runner):
-        if runner.iter == 5:
-            torch.manual_seed(3)
-            runner.model.head = nn.Linear(4, 2)
-            group = dict(params=list(runner.model.head.parameters()))
-            runner.optimizer.add_param_group(group)
-
-
-@pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
-def test_module_that_is_replaced(priority, tmp_path):
-    """``IterBasedRunner`` has no epochs: it is followed at the next step."""
-    lines = Lines()
-    run = traced(
-        tmp_path,
-        dict(EMA, priority=priority),
-        NewHead(),
-        runner=dict(type='IterBasedRunner', max_iters=8),
-        checkpoint=dict(interval=8, by_epoch=False),
-        logger=quiet(lines),
-    )
-    check(run, 8, 'iter_8.pth')
-    said = [x for x in lines.lines if 'replaced in the model' in x]
-    assert 1 == len(said)
-    assert 'head.weight and 1 more' in said[0]
-
-
-class Scheduler(Hook):
-    """Makes one of torch's own schedulers in the middle of the training."""
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == 1:
-            make = torch.optim.lr_scheduler.CosineAnnealingLR
-            self.scheduler = make(runner.optimizer, 5)
-
-    def after_train_iter(self, runner):
-        if runner.epoch == 1:
-            self.scheduler.step()
-
-
-def test_schedulers_of_torch(tmp_path):
-    """They can be made at any time: ``optimizer.step`` is left as it is."""
-    run = Run(tmp_path, EMA, Scheduler()).train()
-    check(run, 8)
-
-
-def test_weights_that_stand_still_are_reported(tmp_path):
-    """At the end of a short run, and with what to look at."""
-    lines = Lines()
-    traced(
-        tmp_path,
-        EMA,
-        optimizer_config=Idle(),
-        logger=quiet(lines),
-    )
-    found = [x for x in lines.lines if 'did not change the weights' in x]
-    assert 2 == len(found)
-    assert 'look at the learning rate' in found[0]
-
-
-class Idle(OptimizerHook):
-    """Never steps."""
-
-    def after_train_iter(self, runner):
-        pass
+def test_weights_that_no_optimizer_changes(priority, change, tmp_path):
+    """Both steps of a two-step optimizer are one update, in any order."""
+    hook = dict(EMA, priority=priority)
+    run = contract.train(tmp_path, ema=hook, optimizer_config=OwnSteps(change))
+    contract.check(run, 8)
+    told = '4 steps averaged, 0 skipped (NaN or Inf), in 4 iterations.'
+    assert told in run.log
+    assert 2 == run.log.count('steps averaged')
+    assert 'did not change' not in run.log

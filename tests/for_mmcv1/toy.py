@@ -1,57 +1,50 @@
 """A small model that mmcv's own runners train in a blink."""
 
 import logging
+import os
 
 import numpy as np
 import torch
 from mmcv.runner import EvalHook, Hook, build_runner
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-import mmdet_ema  # noqa: F401  registers the hook
+from tests.toy import (  # noqa: F401  same, for all that import the toy
+    RecordingSGD,
+    Samples,
+    add_layers,
+    loss_of,
+    outputs,
+    same,
+    set_weights,
+    state_of,
+)
+
+if 'WITHOUT_EMA' not in os.environ:  # a run that shows what this changes
+    import mmdet_ema  # noqa: F401  registers the hook
 
 EMA = dict(type='EMAHook', decay=0.9, tau=3)
 
 
-class ToyData(Dataset):
-    """Deterministic data; its score tells which weights were evaluated."""
-
-    def __init__(self, size, seed):
-        draw = np.random.RandomState(seed)
-        self.inputs = draw.randn(size, 4).astype('float32')
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, index):
-        return dict(inputs=torch.from_numpy(self.inputs[index]))
+class ToyData(Samples):
+    """The score tells which weights were evaluated."""
 
     def evaluate(self, results, logger=None, **kwargs):
         return dict(score=float(np.sum(results)), mAP=float(np.max(results)))
 
 
 class ToyModel(nn.Module):
-    """BatchNorm, tied weights, a bfloat16 and a frozen parameter."""
+    """All kinds of tensors."""
 
     def __init__(self, classes=2):
         super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.tied = nn.Linear(4, 4)
-        self.tied.weight = self.first.weight
-        self.head = nn.Linear(4, classes)
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-        self.low = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-        with torch.no_grad():
-            for parameter in self.parameters():
-                values = torch.linspace(-1, 1, parameter.numel())
-                parameter.copy_(values.view_as(parameter) + 0.3)
+        add_layers(self, classes)
+        set_weights(self)
 
     def forward(self, inputs, return_loss=True, **kwargs):
-        out = self.tied(self.norm(self.first(inputs))) + self.frozen(inputs)
-        out = self.head(out * self.low.float())
+        out = outputs(self, inputs)
         if return_loss:
-            return (out**2).mean() + out.sin().mean()
+            return loss_of(out)
         return [float(row.double().sum()) for row in out]
 
     def train_step(self, data, optimizer=None, **kwargs):
@@ -60,19 +53,6 @@ class ToyModel(nn.Module):
         return dict(loss=loss, log_vars=seen, num_samples=len(data['inputs']))
 
     val_step = train_step
-
-
-class RecordingSGD(torch.optim.SGD):
-    """Records the whole state of the model after every real step."""
-
-    def watch(self, model):
-        self.model, self.records = model, []
-        return self
-
-    def step(self, closure=None):
-        loss = super().step(closure)
-        self.records.append(state_of(self.model))
-        return loss
 
 
 class Recorder(Hook):
@@ -182,17 +162,6 @@ def raw_of(checkpoint):
 def model_of(runner):
     """Model of a runner, unwrapped."""
     return getattr(runner.model, 'module', runner.model)
-
-
-def state_of(model):
-    """Copy the ``state_dict`` of a model."""
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def same(left, right):
-    """Names of the tensors that differ in a bit between two states."""
-    assert left.keys() == right.keys()
-    return [k for k in left if not torch.equal(left[k], right[k])]
 
 
 def loader(size=16, batch=4, seed=0):

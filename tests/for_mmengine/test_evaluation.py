@@ -9,38 +9,18 @@ from mmengine.evaluator import Evaluator
 from mmengine.model import BaseTTAModel
 
 from tests import needs
+from tests.contract.test_evaluation import score_of as score
+from tests.contract.toy import Saved
 from tests.for_mmengine.toy import Run, Score, ToyModel, loader, same, state_of
 
 EMA = dict(type='EMAHook', schedule='constant', decay=0.9)
 
 
 def trained(tmp_path):
-    """Train once; return the checkpoint's path and the expected scores."""
-    run = Run(tmp_path, EMA, max_epochs=2).train()
-    saved = run.load('epoch_2.pth')
-    raw = {
-        k[len('module.') :]: v
-        for k, v in saved['ema_state_dict'].items()
-        if k.startswith('module.')
-    }
-    return tmp_path / 'epoch_2.pth', saved['state_dict'], raw
-
-
-def score(weights):
-    """Score of some weights, computed without a runner."""
-    model = ToyModel()
-    model.load_state_dict(weights)
-    model.eval()
-    batch = next(
-        iter(
-            torch.utils.data.DataLoader(
-                loader(4, seed=1)['dataset'], batch_size=4
-            )
-        )
-    )
-    with torch.no_grad():
-        outputs = model(batch['inputs'])
-    return float(sum(o['out'].double().sum() for o in outputs))
+    """Train once; return the checkpoint's path and its two halves."""
+    Run(tmp_path, EMA, max_epochs=2).train()
+    saved = Saved(tmp_path / 'epoch_2.pth')
+    return tmp_path / 'epoch_2.pth', saved.averages, saved.raws
 
 
 def a_tester(tmp_path, path, evaluate):
@@ -95,23 +75,6 @@ def test_validation_of_both_while_training(tmp_path):
         expected = alone[name].scalar('val/score').tolist()
         assert run.scalar(f'val/{prefix}score').tolist() == expected
     assert same(state_of(run.model), state_of(alone['raw'].model)) == []
-
-
-def test_raw_metrics_are_in_the_log_and_choose_the_best(tmp_path):
-    """``save_best='raw/score'`` works, and the log shows the metric."""
-    best = dict(type='CheckpointHook', save_best='raw/score', rule='greater')
-    run = Run(
-        tmp_path,
-        dict(EMA, evaluate='both'),
-        hooks=dict(checkpoint=best),
-        max_epochs=2,
-    ).train()
-    assert list(tmp_path.glob('best_raw_score_epoch_*.pth'))
-    log = next(tmp_path.glob('*/*.log')).read_text()
-    assert 'raw/score: ' in log
-    assert run.runner.message_hub.get_info('best_score') == max(
-        run.scalar('val/raw/score')
-    )
 
 
 def test_both_before_the_average_begins(tmp_path):

@@ -1,8 +1,6 @@
 """The raw weights come back, and files keep their roles, whatever happens."""
 
 import contextlib
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -30,30 +28,6 @@ class Failing(Score):
 
 def fail():
     raise RuntimeError('metric failed')
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.mark.parametrize(
-    ('action', 'error'),
-    [(fail, RuntimeError), (interrupt, KeyboardInterrupt)],
-)
-def test_raw_weights_come_back_after_a_broken_validation(
-    tmp_path, action, error
-):
-    """An exception and Ctrl-C in validation leave the raw weights."""
-    model = ToyModel()
-    metric = Failing(model, action)
-    run = Run(tmp_path, EMA, model=model, metric=metric, max_epochs=1)
-    with pytest.raises(error):
-        run.train()
-    start, values = run.trace('head.weight')
-    average = oracle.average(start, values, lambda n: 0.9)
-    seen = metric.during['head.weight'].numpy()
-    assert oracle.relative_error(seen, average) < 1e-6  # float32 rounding
-    assert same(state_of(model), run.records[-1]) == []
 
 
 def test_training_can_go_on_after_a_broken_validation(tmp_path):
@@ -84,25 +58,6 @@ def test_checkpoint_written_in_validation_has_the_right_roles(tmp_path):
     assert same(state_of(run.model), run.records[-1]) == []
 
 
-def test_best_checkpoint_has_the_right_roles(tmp_path):
-    """``save_best`` writes averages as weights and raw weights beside."""
-    best = dict(type='CheckpointHook', save_best='score', rule='greater')
-    run = Run(tmp_path, EMA, hooks=dict(checkpoint=best), max_epochs=1).train()
-    saved = run.load('best_score_epoch_1.pth')
-    raw = {k[7:]: v for k, v in saved['ema_state_dict'].items() if '.' in k}
-    assert (
-        same(
-            {**raw, 'low': saved['ema_state_dict']['module.low']},
-            run.records[-1],
-        )
-        == []
-    )
-    start, values = run.trace('norm.running_mean')
-    average = oracle.average(start, values, lambda n: 0.9)
-    found = saved['state_dict']['norm.running_mean']
-    assert oracle.relative_error(found, average) < 1e-6  # float32 rounding
-
-
 class Poisoned(ToyModel):
     """Has NaN in a weight after the third step, and for that step only."""
 
@@ -115,22 +70,6 @@ class Poisoned(ToyModel):
             self.healthy = self.head.bias.data.clone()
             self.head.bias.data[1] = float('nan')
         return log
-
-
-class Masked(ToyModel):
-    """Holds minus infinity in a buffer, as attention masks do."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer('mask', torch.tensor([0.0, -np.inf]))
-
-
-def test_constant_infinity_in_a_buffer_is_no_bad_step(tmp_path):
-    """A mask of minus infinity is copied; no step is skipped for it."""
-    run = Run(tmp_path, EMA, model=Masked(), max_epochs=1).train()
-    saved = run.load('epoch_1.pth')
-    assert saved['state_dict']['mask'].tolist() == [0.0, -np.inf]
-    assert saved['ema_state_dict']['steps'] == 4
 
 
 class BrokenTest(Hook):

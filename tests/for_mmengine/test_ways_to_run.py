@@ -1,6 +1,6 @@
 """Every way in which mmengine runs a model, through its real Runner.
 
-Also run elsewhere: two ranks in ``test_ranks.py``, ``FlexibleRunner`` in
+Also run elsewhere: two ranks in ``tests/contract``, ``FlexibleRunner`` in
 ``test_flexible_runner.py``, accumulation and several optimizers in
 ``test_numbers.py``.
 """
@@ -18,7 +18,6 @@ from mmengine.runner import autocast
 from torch import nn
 
 from tests import needs, oracle
-from tests.for_mmengine.test_ranks import mean_trace
 from tests.for_mmengine.toy import Run, Score, ToyModel, loader, same, state_of
 
 try:
@@ -378,6 +377,16 @@ def _train_with_synced_buffers(rank, folder):
     dist.destroy_process_group()
     # gloo's threads may ask for the GIL while Python shuts down: SIGABRT
     os._exit(0)
+
+
+def mean_trace(key, *dumps):
+    """Start and records of a tensor, averaged over the ranks, float64."""
+    start = np.mean([d['start'][key].double().numpy() for d in dumps], axis=0)
+    records = zip(*(d['records'] for d in dumps))
+    return start, [
+        np.mean([r[key].double().numpy() for r in pair], axis=0)
+        for pair in records
+    ]
 
 
 @needs.gloo_bfloat16

@@ -1,6 +1,7 @@
 """A small model that mmengine's own Runner trains in a second."""
 
 import itertools
+import os
 
 import numpy as np
 import torch
@@ -9,56 +10,49 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
-from torch import nn
-from torch.utils.data import Dataset
 
-import mmdet_ema  # noqa: F401  registers the hook
 from tests.needs import SAFELY
+from tests.toy import (  # noqa: F401  same, for all that import the toy
+    RecordingSGD,
+    Samples,
+    add_layers,
+    loss_of,
+    outputs,
+    same,
+    set_weights,
+    state_of,
+)
+
+if 'WITHOUT_EMA' not in os.environ:  # a run that shows what this changes
+    import mmdet_ema  # noqa: F401  registers the hook
 
 _names = itertools.count()
 
 
-class ToyData(Dataset):
-    """Deterministic regression data: two runs see the same batches."""
+class ToyData(Samples):
+    """Has the ``metainfo`` of a data set of detection."""
 
     def __init__(self, size, seed):
+        super().__init__(size, seed)
         palette = [(1, 2, 3), (4, 5, 6)]
         self.metainfo = dict(classes=('a', 'b'), palette=palette)
-        draw = np.random.RandomState(seed)
-        self.inputs = draw.randn(size, 4).astype('float32')
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, index):
-        return dict(inputs=torch.from_numpy(self.inputs[index]))
 
 
 class ToyModel(BaseModel):
-    """BatchNorm, tied weights, a bfloat16 and a frozen parameter."""
+    """All kinds of tensors."""
 
     def __init__(self, classes=2):
         super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.tied = nn.Linear(4, 4)
-        self.tied.weight = self.first.weight
-        self.head = nn.Linear(4, classes)
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-        self.low = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        add_layers(self, classes)
 
     def init_weights(self):
         """Set weights that the constructor did not: a hook must wait."""
-        with torch.no_grad():
-            for parameter in self.parameters():
-                values = torch.linspace(-1, 1, parameter.numel())
-                parameter.copy_(values.view_as(parameter) + 0.3)
+        set_weights(self)
 
     def forward(self, inputs, mode='tensor'):
-        out = self.tied(self.norm(self.first(inputs))) + self.frozen(inputs)
-        out = self.head(out * self.low.float())
+        out = outputs(self, inputs)
         if mode == 'loss':
-            return dict(loss=(out**2).mean() + out.sin().mean())
+            return dict(loss=loss_of(out))
         return [dict(out=row) for row in out]
 
 
@@ -70,19 +64,6 @@ class Score(BaseMetric):
 
     def compute_metrics(self, results):
         return dict(score=float(np.sum(results)))
-
-
-class RecordingSGD(torch.optim.SGD):
-    """Records the whole state of the model after every real step."""
-
-    def watch(self, model):
-        self.model, self.records = model, []
-        return self
-
-    def step(self, closure=None):
-        loss = super().step(closure)
-        self.records.append(state_of(self.model))
-        return loss
 
 
 class Recorder(Hook):
@@ -135,17 +116,6 @@ class Run:
     def scalar(self, name):
         """History of a scalar in the message hub."""
         return self.runner.message_hub.get_scalar(name).data[0]
-
-
-def state_of(model):
-    """Copy the ``state_dict`` of a model."""
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def same(left, right):
-    """Names of the tensors that differ in a bit between two states."""
-    assert left.keys() == right.keys()
-    return [k for k in left if not torch.equal(left[k], right[k])]
 
 
 def loader(size=16, batch=4, seed=0):

@@ -1,6 +1,6 @@
-"""The words of mmcv's ``EMAHook``, of mmdet 2's two hooks and of BEVDet's.
+"""Compatible options: mmcv's ``EMAHook``, mmdet 2's two hooks and BEVDet's.
 
-A config that says them gets what those hooks were meant to do, with their
+A config that has them gets what those hooks were meant to do, with their
 defaults. Their defects are not kept: the warm-up fires (theirs compares a
 ramp of the decay with the momentum), and the averaging window does not change
 with ``interval``.
@@ -23,14 +23,12 @@ from mmdet_ema.training.options import (
     refuse_unknown,
 )
 
-WORDS = (
+COMPATIBLE = (
     *('warm_up', 'total_iter', 'skip_buffers', 'resume_from'),
     'state_dict_holds',
 )
-TOTAL_ITER = 2000.0
-WARM_UP = 100
-MEGVII_DECAY = 0.999
 
+_TOTAL_ITER, _WARM_UP, _MEGVII_DECAY = 2000.0, 100, 0.999
 _EXP, _LINEAR = 'ExpMomentumEMAHook', 'LinearMomentumEMAHook'
 _MEGVII = 'MEGVIIEMAHook'
 # hooks with a ramp of their own, and what sets it
@@ -42,27 +40,35 @@ _FIXED = {
 _RAMPS = ('warm_up', 'total_iter', 'tau', 'schedule', 'ema_type', 'gamma')
 
 
-def parse_words(hook: str, given: Mapping[str, Any]) -> Options:
+def parse_compatible(hook: str, given: Mapping[str, Any]) -> Options:
     """Check the options of the hook of that name; None is left out."""
     given = {name: x for name, x in given.items() if x is not None}
     megvii = ('init_updates', 'resume') if hook == _MEGVII else ()
-    known = (*NAMES, *WORDS, *megvii)
+    others = (*COMPATIBLE, *megvii)
+    known = (*NAMES, *others)
     unknown = {name: x for name, x in given.items() if name not in known}
     refuse_unknown(unknown, hook, known)
     _check_ramps(hook, given)
     kind = hook if hook in _FIXED else _meant(given)
-    update_buffers = _update_buffers(kind, hook, given)
-    options = {n: x for n, x in given.items() if n not in (*WORDS, *megvii)}
-    options['update_buffers'] = update_buffers
+    options = {name: x for name, x in given.items() if name not in others}
+    options['update_buffers'] = _update_buffers(kind, hook, given)
     if kind is None:
         return parse_options(**options)
     decay, momentum = given.get('decay'), given.get('momentum')
     if kind == _MEGVII and decay is momentum is None:
-        decay = MEGVII_DECAY
-    rate, tau = decay_of(decay, momentum), options.pop('tau', TOTAL_ITER)
+        decay = _MEGVII_DECAY
+    rate, tau = decay_of(decay, momentum), options.pop('tau', _TOTAL_ITER)
     phase = 0
     if kind == _LINEAR:
-        schedule = _warm_up(rate, given.get('warm_up', WARM_UP))
+        warm_up = check_count(
+            'warm_up', given.get('warm_up', _WARM_UP), 1, '1 is no warm-up.'
+        )
+        schedule = Schedule(
+            'warm_up',
+            lambda n: min(rate, n / (warm_up + n - 1)),
+            dict(momentum=round(1 - rate, 12), warm_up=warm_up),
+            rate,
+        )
         # mmcv's hook updates at the first of ``interval`` iterations, mmdet's
         # at the last one
         phase = 1 if hook == 'EMAHook' else 0
@@ -74,41 +80,29 @@ def parse_words(hook: str, given: Mapping[str, Any]) -> Options:
     return parse_options(Choice(lambda planned: schedule, phase), **options)
 
 
-def _warm_up(decay: float, warm_up: Any) -> Schedule:
-    """``d(n) = min(decay, n / (warm_up + n - 1))``."""
-    warm_up = check_count('warm_up', warm_up, 1, hint='1 is no warm-up.')
-    return Schedule(
-        'warm_up',
-        lambda n: min(decay, n / (warm_up + n - 1)),
-        dict(momentum=round(1 - decay, 12), warm_up=warm_up),
-        decay,
-    )
-
-
 def _meant(given: Mapping[str, Any]) -> Optional[str]:
     """Return which of the hooks an ``EMAHook`` means; None for our own."""
     if 'total_iter' in given:
         return _EXP
-    others = {'schedule', 'tau', 'ema_type', 'gamma'} & set(given)
-    if 'warm_up' in given or ('momentum' in given and not others):
-        return _LINEAR
-    bare = 'skip_buffers' in given and 'decay' not in given and not others
-    return _LINEAR if bare else None
+    alone = not {'schedule', 'tau', 'ema_type', 'gamma'} & set(given)
+    bare = 'skip_buffers' in given and 'decay' not in given
+    linear = 'warm_up' in given or (alone and ('momentum' in given or bare))
+    return _LINEAR if linear else None
 
 
 def _check_ramps(hook: str, given: Mapping[str, Any]) -> None:
-    """Refuse words of two ramps, and those of another hook."""
-    found = [word for word in _RAMPS if word in given]
+    """Refuse options of two ramps, and those of another hook."""
+    found = [name for name in _RAMPS if name in given]
     allowed = _FIXED.get(hook, _RAMPS)
-    for word in found:
-        if word not in allowed:
+    for name in found:
+        if name not in allowed:
             raise OptionError(
-                f'{word}={show(given[word])} has no meaning for {hook}, whose '
+                f'{name}={show(given[name])} has no meaning for {hook}, whose '
                 f'ramp is set by {allowed[0]}; leave it out, or use '
-                f"dict(type='EMAHook', {word}=...)."
+                f"dict(type='EMAHook', {name}=...)."
             )
     if {'warm_up', 'total_iter'} & set(found) and len(found) > 1:
-        both = ' and '.join(f'{word}={show(given[word])}' for word in found)
+        both = ' and '.join(f'{name}={show(given[name])}' for name in found)
         raise OptionError(
             f'{both} each choose a ramp of the decay; give one of them.'
         )

@@ -1,0 +1,136 @@
+"""Run on two ranks: train, dump what was seen.
+
+Usage: python -m tests.contract.ranks_program FOLDER SPEC...
+with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.collectives import CALLS, count_collectives
+from tests.conftest import MMCV1
+from tests.contract.toy import EMA, Hook, RecordingSGD, state_of, toy
+
+if MMCV1:
+    from mmcv.parallel import MMDistributedDataParallel
+    from mmcv.runner import DistEvalHook
+else:
+    from mmengine.evaluator import Evaluator
+    from mmengine.runner import FlexibleRunner
+
+
+class Model(toy.ToyModel):
+    """gloo reduces no bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Parameter(torch.ones(4))
+
+
+def train_with_mmcv(words, hooks, folder):
+    by_epoch = 'iters' not in words
+    runner = dict(max_epochs=2)
+    if 'runner' in words:
+        runner = dict(type='IterBasedRunner', max_iters=8)
+    model = Model()
+    run = toy.Run(
+        folder,
+        *hooks,
+        model=model,
+        wrapped=MMDistributedDataParallel(model, broadcast_buffers=False),
+        loader=toy.loader(seed=dist.get_rank()),
+        runner=runner,
+        evaluation=dict(
+            kind=DistEvalHook,
+            interval=1 if by_epoch else 3,
+            by_epoch=by_epoch,
+            save_best='score',
+            rule='greater',
+        ),
+        checkpoint=dict(interval=1, by_epoch=by_epoch),
+    ).train()
+    return run.recorder.start, run.records, run.recorder.seen
+
+
+class Seen(Hook):
+    """Keeps what the model holds during each validation."""
+
+    def __init__(self, optimizer=None):
+        self.optimizer, self.states = optimizer, []
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if batch_idx == 0:
+            steps = len(self.optimizer.records)
+            self.states.append((steps, state_of(runner.model.module)))
+
+
+def train_with_mmengine(words, hooks, folder):
+    wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
+    seen, data = Seen(), toy.loader(32)
+    if 'flexible' not in words:
+        run = toy.Run(
+            folder,
+            *hooks,
+            seen,
+            model=Model(),
+            train_dataloader=data,
+            launcher='pytorch',
+            cfg=dict(model_wrapper_cfg=wrapper),
+        )
+        seen.optimizer = run.optimizer
+        run.train()
+        recorder, records = run.recorder, run.records
+    else:
+        model, recorder = Model(), toy.Recorder()
+        model.init_weights()
+        optimizer = RecordingSGD(model.parameters(), lr=0.002).watch(model)
+        seen.optimizer, records = optimizer, optimizer.records
+        FlexibleRunner(
+            model=model,
+            work_dir=str(folder),
+            strategy=dict(type='DDPStrategy', model_wrapper=wrapper),
+            train_dataloader=data,
+            train_cfg=dict(by_epoch=True, max_epochs=2),
+            optim_wrapper=dict(optimizer=optimizer),
+            val_dataloader=toy.loader(4, seed=1),
+            val_cfg=dict(),
+            val_evaluator=Evaluator([toy.Score()]),
+            custom_hooks=[*hooks, seen, recorder],
+        ).train()
+    start = {k.replace('module.', '', 1): v for k, v in recorder.start.items()}
+    return start, records, seen.states
+
+
+def main(folder, *specs):
+    """Train with each spec, one after the other."""
+    time.sleep = lambda seconds: None
+    count_collectives()
+    dist.init_process_group('gloo')
+    train = train_with_mmcv if MMCV1 else train_with_mmengine
+    for spec in specs:
+        words, before = spec.split(','), len(CALLS)
+        hook = dict(EMA, evaluate='both' if 'both' in words else 'ema')
+        priority = [word for word in words if word.isupper()]
+        if priority:
+            hook['priority'] = priority[0]
+        hooks = [] if 'plain' in words else [hook]
+        work_dir = Path(folder, spec)
+        start, records, seen = train(words, hooks, work_dir)
+        calls = len(CALLS) - before
+        dump = dict(start=start, records=records, seen=seen, calls=calls)
+        torch.save(dump, work_dir / f'rank{dist.get_rank()}.pt')
+    dist.barrier()
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # threads of torch and gloo may abort Python's shutdown
+    os._exit(0)

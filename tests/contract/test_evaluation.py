@@ -1,0 +1,131 @@
+"""What evaluations see, and that the raw weights come back."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import MMCV1
+from tests.contract.toy import (
+    AVERAGED,
+    EMA,
+    Hook,
+    Run,
+    ToyModel,
+    ramp,
+    same,
+    state_of,
+    toy,
+)
+from tests.toy import outputs
+
+ALL = ['ema', 'raw', 'both']
+# the model itself holds the average of a bfloat16 rounded to 8 bits
+KEYS = [key for key in AVERAGED if key != 'low']
+
+
+class Generator(Hook):
+    """Keeps torch's random state after every iteration."""
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        self.state = torch.get_rng_state()
+
+
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('evaluate', ALL)
+def test_raw_weights_come_back(error, evaluate, tmp_path):
+    """Whatever ends an evaluation, the model holds the raw weights.
+
+    A pass that would have been the first of two leaves random numbers, too.
+    """
+
+    def fail():
+        torch.rand(1)
+        raise error('in the evaluation')
+
+    ema, generator = dict(EMA, evaluate=evaluate), Generator()
+    run = Run(tmp_path, ema, generator, on_evaluation=fail)
+    with pytest.raises(error, match='in the evaluation'):
+        run.train()
+    assert 4 == len(run.records)
+    assert [] == same(state_of(run.model), run.records[-1])
+    if evaluate == 'both':
+        assert torch.equal(generator.state, torch.get_rng_state())
+
+
+def wrong(run, seen, steps):
+    """Names of the tensors that are not the average after some steps."""
+    saved = SimpleNamespace(averages=seen)
+    return run.wrong(saved, ramp, KEYS, range(steps))
+
+
+@pytest.mark.parametrize('evaluate', ALL)
+def test_evaluations_see_what_they_are_told_to(evaluate, tmp_path):
+    """Under 'both' the raw weights, then the averages; files are the same."""
+    run = Run(tmp_path, dict(EMA, evaluate=evaluate)).train()
+    times = 2 if evaluate == 'both' else 1
+    assert [4] * times + [8] * times == [steps for steps, _ in run.seen]
+    raw = dict(ema=[False], raw=[True], both=[True, False])[evaluate]
+    for (steps, seen), is_raw in zip(run.seen, raw * 2):
+        if is_raw:
+            assert [] == same(seen, run.records[steps - 1])
+        else:
+            assert {} == wrong(run, seen, steps)
+    saved = run.load()
+    assert {} == run.wrong(saved, ramp)
+    assert [] == same(saved.raws, run.records[-1])
+
+
+@torch.no_grad()
+def score_of(weights):
+    """Score of some weights, computed without a runner."""
+    model = ToyModel()
+    model.load_state_dict(weights)
+    inputs = torch.from_numpy(toy.ToyData(4, seed=1).inputs)
+    return float(outputs(model.eval(), inputs).double().sum())
+
+
+@pytest.mark.parametrize('best', ['raw/score', 'score'])
+def test_best_file_by_either_metric(best, tmp_path):
+    """``save_best='raw/...'`` chooses by the raw weights' metric."""
+    ema = dict(EMA, evaluate='both')
+    run = Run(tmp_path, ema, epochs=4, best=best).train()
+    scores = [score_of(seen) for _, seen in run.seen[best == 'score' :: 2]]
+    chosen, runner = 1 + int(np.argmax(scores)), run.toy.runner
+    found = (
+        runner.meta['hook_msgs']['best_score']
+        if MMCV1
+        else runner.message_hub.get_info('best_score')
+    )
+    # float32 sums in another order
+    assert found == pytest.approx(max(scores), rel=1e-5)
+    name = best.replace('/', '_')
+    saved = run.load(chosen, f'best_{name}_')
+    steps = 4 * chosen
+    assert {} == run.wrong(saved, ramp, chosen=range(steps))
+    assert [] == same(saved.raws, run.records[steps - 1])
+
+
+class Draws(ToyModel):
+    """Draws random numbers in an evaluation, and in training."""
+
+    def forward(self, inputs, *args, **kwargs):
+        inputs = inputs + 0.1 * torch.randn_like(inputs)
+        shift = random.random() + np.random.rand()
+        return super().forward(inputs * shift, *args, **kwargs)
+
+
+@pytest.mark.parametrize('evaluate', ALL)
+def test_randomness_is_that_of_a_run_without_ema(evaluate, tmp_path):
+    """A second pass draws no numbers that training would have drawn."""
+    runs = []
+    for hooks in ([], [dict(EMA, evaluate=evaluate)]):
+        run = Run(tmp_path / str(len(hooks)), *hooks, model=Draws())
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        runs.append(run.train())
+    left, right = (run.records for run in runs)
+    assert [[]] * 8 == [same(*pair) for pair in zip(left, right)]
