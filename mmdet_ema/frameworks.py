@@ -56,10 +56,18 @@ def load_hook() -> Optional[Any]:
     return hooks[0] if hooks else None
 
 
-def announce(line: str) -> None:
-    """Log a line that belongs to no run, on the first rank alone."""
+def announce(hook: str, theirs: str) -> None:
+    """Say whose hook was built, on the first rank, in no run's log.
+
+    Args:
+        hook: The type that the config names.
+        theirs: The type that builds the framework's own.
+    """
     if os.environ.get('RANK', '0') == '0':
-        own_logger().info(f'EMA: mmdet_ema {__version__}: {line}')
+        own_logger().info(
+            f'EMA: mmdet_ema {__version__}: dict(type={hook!r}) builds its '
+            f"own hook; the framework's is {theirs!r}."
+        )
 
 
 def own_logger() -> logging.Logger:

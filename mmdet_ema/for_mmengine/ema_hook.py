@@ -110,7 +110,10 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is loaded or changed."""
         kinds = (EMAHook, MMEngineEMAHook)
-        refuse_second([x for x in runner.hooks if isinstance(x, kinds)])
+        refuse_second(
+            [x for x in runner.hooks if isinstance(x, kinds)],
+            runner.cfg.get('custom_hooks'),
+        )
         # whoever uses torch's safe_globals() takes ours away when leaving it
         checkpoints.allow_framework_types()
         path = runners.local_checkpoint(runner)

@@ -83,8 +83,5 @@ def _build(
             f'type={show(name)} is not a hook of this generation.{advice}'
         ) from None
     if theirs or (name and kind is EMAHook):
-        announce(
-            "dict(type='EMAHook') builds its own hook; mmengine's is "
-            "'MMEngineEMAHook'."
-        )
+        announce('EMAHook', 'MMEngineEMAHook')
     return hook

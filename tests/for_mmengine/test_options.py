@@ -73,7 +73,7 @@ def test_signature():
     shown = inspect.signature(EMAHook).parameters
     assert [*NAMES[:-1]] == [*shown]
     assert 1 == shown['interval'].default
-    assert 'ema' == shown['evaluate'].default
+    assert shown['evaluate'].default is None
 
 
 def test_every_option_is_documented():

@@ -149,8 +149,6 @@ def test_scopes_of_openmmlab(tmp_path, scope):
 class Images(Dataset):
     """Gray images whose brightness is their class."""
 
-    metainfo = dict(classes=('dark', 'light'))
-
     def __len__(self):
         return 16
 
