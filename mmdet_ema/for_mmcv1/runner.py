@@ -88,7 +88,7 @@ def facts_of(runner: Any, loader: Any = None) -> RunFacts:
         validates=any(isinstance(hook, EvalHook) for hook in runner.hooks),
         agrees=any(isinstance(hook, DistEvalHook) for hook in runner.hooks),
         doubts=doubt_switch(
-            re.findall(r'^(\w+) *= *(?!0$|None$)', config, re.MULTILINE),
+            re.findall(r'^(\w+) *=(?! *(?:0|None)$)', config, re.MULTILINE),
             runner.hooks,
             'Write its hooks and EMAHook into one list.',
         ),
