@@ -7,15 +7,20 @@ a hook wants to find again goes into ``meta['hook_msgs']``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
-from typing import Any, Callable, Dict, Iterator
-from unittest import mock
+from typing import Any, Callable, Dict, Iterator, Optional
 
 import torch
+from mmcv import Config
 from mmcv.fileio.file_client import HardDiskBackend
 from mmcv.runner import checkpoint as mmcv_checkpoint
 
+from mmdet_ema.checkpoint.deployed_config import (
+    TRAINING_CONFIG,
+    without_package,
+)
 from mmdet_ema.checkpoint.files import (
     RemovesLater,
     read_structure,
@@ -73,15 +78,19 @@ def reading_through(prepare: Callable[[Any], None]) -> Iterator[None]:
         prepare(checkpoint)
         return checkpoint
 
-    with mock.patch.object(
-        mmcv_checkpoint, '_load_checkpoint', read_and_prepare
-    ):
+    mmcv_checkpoint._load_checkpoint = read_and_prepare
+    try:
         yield
+    finally:
+        mmcv_checkpoint._load_checkpoint = read
 
 
 @contextlib.contextmanager
 def with_ema_part(
-    runner: Any, model: Any, save: Callable[[Dict[str, Any]], None]
+    runner: Any,
+    model: Any,
+    save: Callable[[Dict[str, Any]], None],
+    resumed: Optional[str],
 ) -> Iterator[None]:
     """Make what the runner saves in the body hold the averages.
 
@@ -93,6 +102,7 @@ def with_ema_part(
         runner: The runner.
         model: Its model, unwrapped.
         save: Gives a checkpoint its EMA part, in place.
+        resumed: The config in the file that the run was resumed from.
     """
     checkpoint = {'state_dict': mmcv_checkpoint.get_state_dict(model)}
     save(checkpoint)
@@ -108,22 +118,37 @@ def with_ema_part(
     def put_whole(backend: Any, content: bytes, path: Any) -> None:
         write_whole(str(path), content)
 
-    if before is None:
-        runner.meta = {}
-    messages = runner.meta.setdefault('hook_msgs', {})
+    meta = runner.meta = dict(before or {})
+    messages = meta.setdefault('hook_msgs', {})
+    text = meta.get('config')
+    # one that came from a file is not run, and was edited when it was written
+    if isinstance(text, str) and text != resumed:
+        meta.update({TRAINING_CONFIG: text, 'config': _deployed(text)})
     handle = model._register_state_dict_hook(replace)
+    put = HardDiskBackend.put
     try:
         put_message(messages, checkpoint)
-        with mock.patch.object(HardDiskBackend, 'put', put_whole):
-            yield
+        HardDiskBackend.put = put_whole
+        yield
         for hook in runner.hooks:
             client = getattr(hook, 'file_client', None)
             if isinstance(client, RemovesLater):
                 client.finish()
     finally:
+        HardDiskBackend.put = put
         handle.remove()
         messages.pop(MESSAGE, None)
         runner.meta = before
+
+
+@functools.lru_cache(maxsize=1)
+def _deployed(text: str) -> str:
+    """Return a config's text without this package."""
+    try:
+        config = Config.fromstring(text, '.py')
+        return str(without_package(config).pretty_text)
+    except Exception:  # what a user wrote there, which nobody has to read
+        return text
 
 
 def remove_later(runner: Any) -> None:

@@ -118,6 +118,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self.train_loader: Any = None
         self._log = logging.LoggerAdapter(own_logger(), {})
         self._life = EMALifecycle(checked, self._log)
+        self.tell_evaluation = self._life.tell_evaluation
+        self.tell_metrics = self._life.tell_metrics
         self._started = self._steps_alone = False
         # iterations: of the last step that may be averaged, whose optimizer's
         # turn is over, that are in the file
@@ -293,7 +295,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
         self._start(runner)
         self.catch_up()
-        with with_ema_part(runner, runners.model_of(runner), save):
+        model = runners.model_of(runner)
+        with with_ema_part(runner, model, save, self._config):
             yield
 
     def catch_up(self) -> None:
@@ -332,7 +335,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         moment = (id(averager), runner.iter, steps)
         if moment != self._scalars[0]:  # once for all loggers
             self._scalars = moment, self._life.scalars()
-        runner.log_buffer.output.update(self._scalars[1])
+        scalars = dict(self._scalars[1])
+        scalars['ema_distance'] = _Distance(scalars['ema_distance'])
+        runner.log_buffer.output.update(scalars)
 
     def _watch(self, runner: Any) -> None:
         self._log.logger = runner.logger
@@ -396,6 +401,16 @@ class EMAHook(Hook):  # type: ignore[misc]
         self.after_read_checkpoint(runner, checkpoint, '', True)
         model.load_state_dict(checkpoint['state_dict'])
         self.after_resume(runner)
+
+
+class _Distance(float):
+    """Shows three digits, however small: mmcv rounds to four places."""
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), '.3g')
+
+    def __round__(self, digits: Any = None) -> Any:
+        return self
 
 
 def _is_ema(hook: Any) -> bool:

@@ -200,12 +200,15 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
             with ema.raw(runner):
                 _broadcast_statistics(runner)
         if ema.evaluates_both:
+            ema.tell_evaluation('raw')
             with ema.raw(runner):
                 raw.update(_raw_metrics(hook, again, runner))
+        ema.tell_evaluation()
         try:
             with ema.evaluating(runner):
                 result = again()
             runner.log_buffer.output.update(raw)
+            ema.tell_metrics(runner.log_buffer.output)
         finally:
             raw.clear()
         return result

@@ -135,6 +135,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._life.start(self._model, runners.facts_of(runner), optimizers)
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
         self._logger = loggers[0] if loggers else None
+        runners.show_distance(runner)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
@@ -204,6 +205,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the averages into the model."""
         if self.enabled and not self._evaluates:
             self._life.after_iteration(self._iteration)
+            self._life.tell_evaluation(self._weights)
             self._life.enter_evaluation(self._model, self._weights)
             self._evaluates = True
 
@@ -223,6 +225,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the raw weights back."""
         self._evaluates = False
         self._life.leave_evaluation()
+        # of all passes, in the last one
+        self._life.tell_metrics(metrics or {})
 
     after_test_epoch = after_val_epoch
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 import os
+import re
 from typing import Any, List, Optional
 
 from mmengine.logging import print_log
@@ -37,6 +39,28 @@ class RunLog:
     def warning(self, text: str) -> None:
         """Log a warning."""
         print_log(text, logger='current', level=logging.WARNING)
+
+
+def show_distance(runner: Any) -> None:
+    """Let a line of the log show the distance with three digits.
+
+    mmengine rounds to four places, and an average may be nearer than that.
+    """
+    processor = runner.log_processor
+    if 'get_log_after_iter' in vars(processor):
+        return
+    get = processor.get_log_after_iter
+
+    @functools.wraps(get)
+    def get_with_digits(*args: Any, **kwargs: Any) -> Any:
+        values, line = get(*args, **kwargs)
+        distance = values.get('ema_distance')
+        if distance is not None:
+            shown = f'ema_distance: {distance:.3g}'
+            line = re.sub(r'ema_distance: [^ ]+', shown, line)
+        return values, line
+
+    processor.get_log_after_iter = get_with_digits
 
 
 def model_of(runner: Any) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Dict, MutableMapping, Optional, Sequence, Set
+from typing import Any, Dict, Mapping, MutableMapping, Optional, Sequence, Set
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from mmdet_ema.training import resume
 from mmdet_ema.training.options import Options
 from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
 from mmdet_ema.training.report import (
+    SETS,
+    compare,
     describe_idle,
     describe_replaced,
     describe_skip,
@@ -258,6 +260,29 @@ class EMALifecycle:
         self.tell_steps()
         if (weights or self.passes[-1]) != 'raw':
             self.averager.apply()
+
+    def tell_evaluation(self, weights: Optional[str] = None) -> None:
+        """Say whose the metrics are that are computed next.
+
+        Args:
+            weights: One of ``passes``; the main one by default.
+        """
+        if self._only_evaluates or not self.options.enabled:
+            return  # said when the file was read
+        weights = weights or self.passes[-1]
+        if self.averager is None:
+            said = 'the raw weights: the average has not begun'
+        elif weights == 'raw':
+            said = SETS[weights]
+        else:
+            said = f'{SETS[weights]} (n={self.averager.num_updates})'
+        self._log.info(f'EMA: evaluating {said}')
+
+    def tell_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Show the metrics of several sets of weights side by side."""
+        table = compare(metrics)
+        if table:
+            self._log.info(table)
 
     def leave_evaluation(self) -> None:
         """Put the raw weights back; safe to call at any time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterator, List, Sequence
+from typing import Any, Iterator, List, Mapping, Sequence
 
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.tensors import (
@@ -18,21 +18,24 @@ from mmdet_ema.training.plan import Plan
 
 def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
     """Say at the start what the average will be, and what looks wrong."""
-    facts, rule = plan.facts, plan.options.choice.rule
-    lines, doubts = [], []
-    if rule is None:
+    options, facts = plan.options, plan.facts
+    counts = count_roles(entries)
+    size = f'{counts["bytes"] / 2**20:.1f} MiB'
+    tensors = f'{counts["averaged"]} tensors averaged in {size}'
+    evaluated = f'evaluated: {SETS[options.evaluate]}'
+    doubts: List[str] = []
+    if options.choice.rule is None:
         lines, doubts = [*_numbers(plan)], [*_doubts_on_schedule(plan)]
     else:
         name = plan.schedule.name
-        lines = [f'EMA: {name} by its own avg_func: slow, one call a tensor']
-    counts = count_roles(entries)
+        lines = [f'{name} by its own avg_func: slow, one call a tensor']
+    lines[0] = f'{lines[0]}; {tensors}; {evaluated}'
     lines.append(
-        f'  tensors: {counts["averaged"]} averaged, {counts["copied"]} '
-        f'copied, {counts["shared"]} frozen'
+        f'tensors: {counts["averaged"]} averaged, {counts["copied"]} copied, '
+        f'{counts["shared"]} frozen'
     )
-    size = counts['bytes'] / 2**20
-    lines.append(f'  memory of the averages: {size:.1f} MiB')
-    log.info('\n'.join(lines))
+    lines.append(f'memory of the averages: {size}')
+    log.info('\n'.join(f'EMA: {line}' for line in lines))
     if facts.world_size > 1:
         buffers = sum(not entry.parameters for entry in entries)
         then = (
@@ -51,18 +54,45 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
         log.warning(f'EMA: {doubt}')
 
 
+SETS = {
+    'ema': 'the averages',
+    'raw': 'the raw weights',
+    'both': 'the averages and the raw weights',
+}
+
+
+def compare(metrics: Mapping[str, Any]) -> str:
+    """Return a table of the metrics that two sets of weights have."""
+    rows = [
+        (name, value, metrics[f'raw/{name}'])
+        for name, value in metrics.items()
+        if isinstance(value, (int, float))
+        and isinstance(metrics.get(f'raw/{name}'), (int, float))
+    ]
+    if not rows:
+        return ''
+    width = max(map(len, ['metric', *(name for name, _, _ in rows)]))
+    lines = [f'{"metric":{width}}       EMA       raw  EMA - raw']
+    lines += [
+        f'{name:{width}}  {ema:8.4f}  {raw:8.4f}  {ema - raw:+9.4f}'
+        for name, ema, raw in rows
+    ]
+    return '\n'.join(f'EMA: {line}' for line in lines)
+
+
 def _numbers(plan: Plan) -> List[str]:
     schedule, planned = plan.schedule, plan.planned
     interval = plan.options.interval
     every = 'step' if interval == 1 else f'{interval} steps'
     start = f', {plan.done} of them done' if plan.done else ''
     last = decay_over(schedule, max(planned, 1), max(planned, 1))
+    end = _steps(window(last))
     return [
-        f'EMA: {schedule}, every {every}',
-        f'  steps: {planned} planned{start}',
-        f'  at the last step: decay {last:.6g}, effective window '
-        f'{_steps(window(last))}',
-        f'  share of the initial weights left then: '
+        f'{schedule}, every {every}: a window of {end} at the end of '
+        f'{planned}',
+        f'steps: {planned} planned{start}',
+        f'at the last step: decay {last:.6g}, effective window {end}',
+        f'share of the initial weights left then: '
         f'{initial_share(schedule, plan.last_update):.3g}',
     ]
 

@@ -23,14 +23,9 @@ from mmdet_ema.checkpoint.format import (
     unpack,
 )
 from mmdet_ema.errors import CheckpointError
+from mmdet_ema.training.report import SETS
 
 Checkpoint = MutableMapping[str, Any]
-
-_SETS = {
-    'ema': 'the averages',
-    'raw': 'the raw weights',
-    'both': 'the averages and the raw weights',
-}
 
 
 def for_resume(
@@ -106,7 +101,7 @@ def for_evaluation(
                 f"evaluate='ema' to evaluate what it holds."
             )
         put_raw(checkpoint, part)
-    log.info(f'EMA: evaluating {_SETS[evaluate]} (n={part.steps}).')
+    log.info(f'EMA: evaluating {SETS[evaluate]} (n={part.steps}).')
     if evaluate != 'both':
         return None
     part.check(model, False, log)

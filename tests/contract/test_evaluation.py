@@ -1,6 +1,7 @@
 """What evaluations see, and that the raw weights come back."""
 
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +60,38 @@ def wrong(run, seen, steps):
     """Names of the tensors that are not the average after some steps."""
     saved = SimpleNamespace(averages=seen)
     return run.wrong(saved, ramp, KEYS, range(steps))
+
+
+@pytest.mark.parametrize(
+    ('evaluate', 'said'),
+    [
+        ('ema', ['the averages (n=4)', 'the averages (n=8)']),
+        ('raw', ['the raw weights', 'the raw weights']),
+        (
+            'both',
+            [
+                *('the raw weights', 'the averages (n=4)'),
+                *('the raw weights', 'the averages (n=8)'),
+            ],
+        ),
+    ],
+)
+def test_numbers_say_whose_they_are(evaluate, said, tmp_path):
+    """A line before each pass; a table after those of several sets."""
+    log = Run(tmp_path, dict(EMA, evaluate=evaluate)).train().log
+    assert said == re.findall(r'EMA: evaluating (.*?) INFO', log)
+    times = 2 if evaluate == 'both' else 0
+    assert times == log.count('EMA: metric')
+    assert times <= len(re.findall(r'EMA: \S+ +\S+ +\S+ +[+-]\d', log))
+
+
+@pytest.mark.skipif(MMCV1, reason='its loggers have a test of their own')
+def test_distance_has_digits(tmp_path):
+    """A line of the log does not round a small distance to 0.0000."""
+    run = Run(tmp_path, dict(type='EMAHook', schedule='constant', decay=1e-4))
+    found = re.findall(r'ema_distance: (\S+)', run.train().log)
+    assert len(found) > 1
+    assert all(0 < float(x) < 5e-5 for x in found)
 
 
 @pytest.mark.parametrize('evaluate', ALL)

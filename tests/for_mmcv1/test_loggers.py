@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from logging.handlers import BufferingHandler
 
 import pytest
 import torch
 
 from tests import oracle
 from tests.for_mmcv1.test_orders import ramp
-from tests.for_mmcv1.toy import EMA, Run
+from tests.for_mmcv1.toy import EMA, Run, quiet
 
 NAMES = ['ema_decay', 'ema_distance', 'ema_skipped']
 
@@ -55,6 +57,19 @@ def test_text_logger(priority, tmp_path):
     assert 2 == len(val)
     assert [] == [name for line in val for name in NAMES if name in line]
     assert all('score' in line for line in val)
+
+
+def test_small_distance(tmp_path):
+    """Neither the text nor the JSON log rounds it to 0."""
+    hook = dict(type='EMAHook', schedule='constant', decay=1e-4)
+    said = BufferingHandler(10**6)
+    log, logger = log_config('TextLoggerHook'), quiet(said)
+    run = Run(tmp_path, hook, log=log, logger=logger).train()
+    found = [x['ema_distance'] for x in lines_of(run) if 'ema_decay' in x]
+    text = ' '.join(line.getMessage() for line in said.buffer)
+    shown = re.findall(r'ema_distance: ([^,]+),', text)
+    assert [f'{x:.3g}' for x in found] == shown
+    assert all(0 < x < 5e-5 for x in found)
 
 
 def test_both_is_logged(tmp_path):
@@ -121,7 +136,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 time.sleep = lambda seconds: None
-from tests.for_mmcv1.toy import EMA, Run
+from tests.for_mmcv1.toy import EMA, Run, quiet
 hook = dict(eval(sys.argv[1]))
 Run(Path(sys.argv[2]), EMA, log=dict(interval=2, hooks=[hook])).train()
 """

@@ -77,6 +77,37 @@ def test_file_has_no_key_beside_the_model(trained):
     assert set(weights) == names | counters
 
 
+INIT = """
+import sys
+sys.modules['mmdet_ema'] = None  # an import raises ImportError
+import torch
+from mmcv import Config
+from mmdet.apis import inference_detector, init_detector
+file, picture = sys.argv[1:]
+text = torch.load(file, map_location='cpu')['meta']['config']
+model = init_detector(Config.fromstring(text, '.py'), file, device='cpu')
+print(len(inference_detector(model, picture)))
+"""
+
+
+def test_config_in_the_file_needs_nothing_of_the_package(tools, trained):
+    """It builds the model where the package is not; the run's is kept."""
+    _, work_dir, _ = trained
+    file = work_dir / f'epoch_{EPOCHS}.pth'
+    meta = load(file)['meta']
+    assert 'mmdet_ema' not in meta['config']
+    assert "type='EMAHook'" not in meta['config']
+    assert "'mmdet_ema'" in meta['training_cfg']
+    picture = next((tools.data / 'val').iterdir())
+    done = subprocess.run(
+        [sys.executable, '-c', INIT, file, picture],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1:] == ['10'], done.stderr[-2000:]
+
+
 def test_file_deploys_as_it_is(tools, trained):
     """Without the package ``tools/test.py`` tests the averages, silently."""
     _, work_dir, _ = trained

@@ -13,7 +13,7 @@ from mmdet_ema.averaging import OptionError
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.training.options import parse_options
 from mmdet_ema.training.plan import Plan, RunFacts
-from mmdet_ema.training.report import report
+from mmdet_ema.training.report import compare, report
 from tests import oracle
 from tests.optimizers.logs import Lines
 
@@ -50,13 +50,15 @@ def test_lines():
     share = np.prod(oracle.ramp(np.arange(1, 5001)))
     assert share < 1e-12
     assert described(5000, model=model) == [
-        'EMA: exponential(decay=0.9999, tau=2000.0), every step',
-        '  steps: 5000 planned',
-        f'  at the last step: decay {decay:.6g}, effective window '
+        f'EMA: exponential(decay=0.9999, tau=2000.0), every step: a window '
+        f'of {1 / (1 - decay):.3g} steps at the end of 5000; 6 tensors '
+        f'averaged in 4.0 MiB; evaluated: the averages',
+        'EMA: steps: 5000 planned',
+        f'EMA: at the last step: decay {decay:.6g}, effective window '
         f'{1 / (1 - decay):.3g} steps',
-        '  share of the initial weights left then: 0',
-        '  tensors: 6 averaged, 1 copied, 2 frozen',
-        '  memory of the averages: 4.0 MiB',
+        'EMA: share of the initial weights left then: 0',
+        'EMA: tensors: 6 averaged, 1 copied, 2 frozen',
+        'EMA: memory of the averages: 4.0 MiB',
     ]
 
 
@@ -70,7 +72,7 @@ def test_lines():
         (10, dict(schedule=dict(type='cosine', total_steps=9)), 'all steps'),
         (10, dict(schedule='constant', decay=0.5), 'window 2 steps'),
         (10, dict(schedule='constant', decay=1 - 1 / 123456), ' 123,456 '),
-        (0, {}, '  steps: 0 planned'),
+        (0, {}, 'EMA: steps: 0 planned'),
     ],
     ids=str,
 )
@@ -83,8 +85,33 @@ def test_interval():
     """An interval is said, and does not change window or share."""
     once = described(100, schedule='constant', decay=0.999)
     text = described(100, schedule='constant', decay=0.999, interval=4)
-    assert text[0].endswith('every 4 steps')
+    assert ', every 4 steps: a window' in text[0]
     assert once[1:] == text[1:]
+
+
+@pytest.mark.parametrize(
+    ('evaluate', 'sets'),
+    [
+        ('ema', 'the averages'),
+        ('raw', 'the raw weights'),
+        ('both', 'the averages and the raw weights'),
+    ],
+)
+def test_what_is_evaluated(evaluate, sets):
+    """The first line says whose the metrics will be."""
+    facts = said(5000, evaluate=evaluate).infos[0].splitlines()
+    assert facts[0].endswith(f'; evaluated: {sets}')
+
+
+def test_metrics_side_by_side():
+    """A row for each number that both sets have, with the difference."""
+    metrics = {'coco/mAP': 0.5, 'raw/coco/mAP': 0.25, 'n': 3, 'raw/n': 4}
+    assert compare({**metrics, 'text': 'a', 'raw/text': 'b'}).splitlines() == [
+        'EMA: metric         EMA       raw  EMA - raw',
+        'EMA: coco/mAP    0.5000    0.2500    +0.2500',
+        'EMA: n           3.0000    4.0000    -1.0000',
+    ]
+    assert compare({'mAP': 0.5}) == ''
 
 
 def test_bad_callable():
