@@ -28,7 +28,7 @@ from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.checkpoints import remove_later, with_ema_part
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
-from mmdet_ema.frameworks import own_logger
+from mmdet_ema.frameworks import announce, own_logger
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import show_options
 from mmdet_ema.training.plan import check_begin, refuse_second
@@ -74,6 +74,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
             with its warm-up.
         gamma (float, optional): Constant of the ramp of ``ema_type``.
+        evaluate_on_ema (bool, optional): Of mmpretrain's hook: False is
+            ``evaluate='raw'``.
+        evaluate_on_origin (bool, optional): Of mmpretrain's hook: True is
+            ``evaluate='both'``, where the averages are evaluated too.
         warm_up (int, optional): Of mmcv's hook, for
             ``d = min(1 - momentum, n / (warm_up + n - 1))``.
         resume_from (str, optional): Of mmcv's hook: what the run resumes from.
@@ -95,6 +99,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     """
 
     _hook = 'EMAHook'
+    theirs = 'MMCVEMAHook'  # what builds the framework's own
 
     def __init__(
         self,
@@ -126,6 +131,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._versions: Dict[torch.nn.Parameter, int] = {}
         self._equal_since: Any = None
         self._scalars: Tuple[Any, Dict[str, float]] = None, {}
+        announce(self._hook, self.theirs)
 
     show_options(__init__, **dict.fromkeys(COMPATIBLE))
 
@@ -427,6 +433,7 @@ class ExpMomentumEMAHook(EMAHook):
     """
 
     _hook = 'ExpMomentumEMAHook'
+    theirs = 'MMDetExpMomentumEMAHook'
 
 
 class LinearMomentumEMAHook(EMAHook):
@@ -440,3 +447,4 @@ class LinearMomentumEMAHook(EMAHook):
     """
 
     _hook = 'LinearMomentumEMAHook'
+    theirs = 'MMDetLinearMomentumEMAHook'

@@ -72,6 +72,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         momentum (float, optional): Compatible option: ``1 - decay``.
         gamma (float, optional): Compatible option: constant of the ramp of
             ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
+        evaluate_on_ema (bool, optional): Compatible option: mmpretrain's word
+            for ``evaluate``; False is 'raw'.
+        evaluate_on_origin (bool, optional): Compatible option: True is
+            'both', where the averages are evaluated too.
         **more: Options of a ``BaseAveragedModel`` of your own, if
             ``ema_type`` names one.
 
@@ -106,7 +110,10 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is loaded or changed."""
         kinds = (EMAHook, MMEngineEMAHook)
-        refuse_second([x for x in runner.hooks if isinstance(x, kinds)])
+        refuse_second(
+            [x for x in runner.hooks if isinstance(x, kinds)],
+            runner.cfg.get('custom_hooks'),
+        )
         # whoever uses torch's safe_globals() takes ours away when leaving it
         checkpoints.allow_framework_types()
         path = runners.local_checkpoint(runner)

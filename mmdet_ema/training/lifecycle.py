@@ -322,11 +322,14 @@ class EMALifecycle:
         optimizers: Sequence[Optimizer],
     ) -> None:
         """Go on from a checkpoint; see ``resume.for_resume``."""
-        strict = self.options.strict_load
-        part = resume.for_resume(checkpoint, model, strict, self._log)
+        options = self.options
+        strict = options.strict_load and options.enabled
+        part = resume.for_resume(
+            checkpoint, model, strict, self._log, options.enabled
+        )
         check_training_state(checkpoint, optimizers, self._log)
-        self._expect(part)
-        if not self.options.enabled:
+        self._expect(part if options.enabled else None)
+        if not options.enabled:
             self._log.warning(
                 'EMA: enabled=False: training goes on from the raw weights, '
                 'without an average.'
@@ -334,12 +337,15 @@ class EMALifecycle:
 
     def fine_tune(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Start again from a checkpoint's weights."""
-        resume.for_fine_tuning(checkpoint, model, self._log)
+        enabled = self.options.enabled
+        resume.for_fine_tuning(checkpoint, model, self._log, enabled)
         self._expect(None)
 
     def choose(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Evaluate a checkpoint; see ``resume.for_evaluation``."""
         evaluate = self.options.evaluate
+        if evaluate == 'both' and not self.options.enabled:
+            evaluate = 'ema'  # there is no second pass
         part = resume.for_evaluation(checkpoint, model, evaluate, self._log)
         self._expect(part, only_evaluates=True)
 

@@ -39,7 +39,9 @@ from mmdet_ema.schedules import (
     split_spec,
 )
 from mmdet_ema.training.compatible import (
+    COMPATIBLE,
     decay_of,
+    evaluate_of,
     family_schedule,
     instead_of,
 )
@@ -92,7 +94,7 @@ class Options:
         None, lambda name, value: check_device(value), averager=True
     )
     overlap: bool = _option(False, check_flag, averager=True)
-    evaluate: str = _option('ema', check_choice, allowed=EVALUATE)
+    evaluate: str = _option(None, check_choice, allowed=EVALUATE)
     nonfinite: str = _option(
         'skip', check_choice, averager=True, allowed=NONFINITE
     )
@@ -103,12 +105,16 @@ class Options:
     ema_type: Any = None
     momentum: Optional[float] = None
     gamma: Optional[float] = None
+    evaluate_on_ema: Optional[bool] = None
+    evaluate_on_origin: Optional[bool] = None
     choice: Choice = None  # type: ignore[assignment]  # made of the others
 
     def __post_init__(self) -> None:
         compatible = _uses_compatible(self)
         if self.update_buffers is None:
             self._set('update_buffers', not compatible)
+        on = (self.evaluate_on_ema, self.evaluate_on_origin)
+        self._set('evaluate', evaluate_of(self.evaluate, *on))
         for option in fields(self):
             if option.metadata:
                 value = getattr(self, option.name)
@@ -209,11 +215,11 @@ def _uses_compatible(options: Options) -> bool:
             f'schedule={show(schedule)} and {word} are both given; write '
             f'schedule=dict(type=..., **options) without {word}.'
         )
-    given = any(x is not None for x in (ema_type, momentum, options.gamma))
+    given = any(getattr(options, x) is not None for x in COMPATIBLE)
     if given and tau is not None and schedule is None:
         raise OptionError(
             f"tau={show(tau)} goes with schedule='exponential'; with "
-            f'ema_type, momentum or gamma the ramp constant is called gamma '
+            f'{", ".join(COMPATIBLE)} the ramp constant is called gamma '
             f"(ema_type='ExpMomentumEMA')."
         )
     return given

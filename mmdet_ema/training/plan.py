@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
 
 from mmdet_ema.errors import OptionError
 from mmdet_ema.schedules import to_the_power
@@ -27,6 +27,7 @@ class RunFacts:
         validates: Whether it has a validation.
         agrees: Whether it has one that is sure to be run on all ranks at
             once.
+        doubts: Sentences on what looks wrong in its config.
     """
 
     iteration: int
@@ -38,6 +39,7 @@ class RunFacts:
     world_size: int = 1
     validates: bool = True
     agrees: bool = True
+    doubts: Tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -52,18 +54,63 @@ def batch_size_of(loader: Any) -> int:
     return int(next(filter(None, sizes), 1))
 
 
-def refuse_second(hooks: Sequence[Any]) -> None:
-    """Refuse a run with several EMA hooks, ours or not."""
+def refuse_second(
+    hooks: Sequence[Any], custom_hooks: Optional[Sequence[Any]] = None
+) -> None:
+    """Refuse a run with several EMA hooks, ours or not.
+
+    Args:
+        hooks: The EMA hooks of the run.
+        custom_hooks: The list of the config; of mmengine, where another part
+            of the config may bring a hook as well.
+    """
+    if len(hooks) < 2:
+        return
     names = [
         f'{type(hook).__module__}.{type(hook).__name__} '
         f'(priority={hook.priority!r})'
         for hook in hooks
     ]
-    if len(names) > 1:
-        raise OptionError(
-            f'there are {len(names)} EMA hooks: {" and ".join(names)}. They '
-            f"would average each other's weights; keep one in custom_hooks."
+    remedy = 'keep one in custom_hooks.'
+    kinds = [x.get('type') for x in custom_hooks or () if isinstance(x, dict)]
+    types = [str(getattr(kind, '__name__', kind)) for kind in kinds]
+    places = [i for i, x in enumerate(types) if x.endswith('EMAHook')]
+    if len(places) == 1 and len(kinds) == len(custom_hooks or ()):
+        remedy = (
+            f'custom_hooks[{places[0]}] of the config is one already, and '
+            f"custom_imports = dict(imports=['mmdet_ema'], "
+            f'allow_failed_imports=False) alone makes it ours: leave the '
+            f'other out. To change its options, write '
+            f"_base_.custom_hooks[{places[0]}].update(evaluate='both')."
         )
+    raise OptionError(
+        f'there are {len(names)} EMA hooks: {" and ".join(names)}. They '
+        f"would average each other's weights; {remedy}"
+    )
+
+
+# what a config calls the last epochs, for which a hook changes the data
+_LAST_EPOCHS = (
+    *('train_pipeline_stage2', 'stage2_num_epochs'),
+    *('switch_epoch', 'num_last_epochs'),
+)
+
+
+def doubt_switch(
+    names: Iterable[str], hooks: Sequence[Any], remedy: str
+) -> Tuple[str, ...]:
+    """Doubt a config with last epochs that no hook switches to.
+
+    A list of hooks in a config replaces the one of its base.
+    """
+    last = [x for x in _LAST_EPOCHS if x in {*names}]
+    if not last or any('Switch' in type(x).__name__ for x in hooks):
+        return ()
+    return (
+        f'the config has {last[0]} but no hook that switches to it '
+        f'(PipelineSwitchHook, YOLOXModeSwitchHook): was custom_hooks of the '
+        f'base replaced? {remedy}',
+    )
 
 
 class Plan:

@@ -100,6 +100,7 @@ def _numbers(plan: Plan) -> List[str]:
 def _doubts(plan: Plan, entries: Sequence[Entry]) -> Iterator[str]:
     """List what makes the average other than the options promise."""
     options, facts = plan.options, plan.facts
+    yield from facts.doubts
     yield from options.choice.no_effect
     if plan.done and (options.begin_iter or options.begin_epoch):
         name = 'begin_iter' if options.begin_iter else 'begin_epoch'

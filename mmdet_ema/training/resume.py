@@ -30,7 +30,11 @@ Checkpoint = MutableMapping[str, Any]
 
 
 def for_resume(
-    checkpoint: Checkpoint, model: nn.Module, strict: bool, log: Any
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    strict: bool,
+    log: Any,
+    enabled: bool = True,
 ) -> Optional[EMAPart]:
     """Prepare a checkpoint that training resumes from: raw weights load.
 
@@ -45,9 +49,9 @@ def for_resume(
                 'strict_load=False the average starts from its weights.'
             )
         weights = _weights_of(checkpoint, model)
+        goes_on = 'the average starts' if enabled else 'training goes on'
         log.warning(
-            'EMA: the checkpoint has no EMA part; the average starts from '
-            'its weights.'
+            f'EMA: the checkpoint has no EMA part; {goes_on} from its weights.'
         )
         _name_nonfinite(weights, model, log)
         return None
@@ -59,17 +63,17 @@ def for_resume(
 
 
 def for_fine_tuning(
-    checkpoint: Checkpoint, model: nn.Module, log: Any
+    checkpoint: Checkpoint, model: nn.Module, log: Any, enabled: bool = True
 ) -> None:
     """Say what a new training starts from; ``state_dict`` loads as it is."""
     weights = _weights_of(checkpoint, model)
     part = _if_readable(checkpoint, log)
     _name_nonfinite(weights, model, log)
     origin = 'weights' if part is None else f'averages ({part.steps} steps)'
-    log.info(
-        f'EMA: the average starts anew (n = 0), from the {origin} of the '
-        f'checkpoint.'
-    )
+    starts = 'the average starts anew (n = 0),'
+    if not enabled:
+        starts = 'enabled=False: without an average, training starts'
+    log.info(f'EMA: {starts} from the {origin} of the checkpoint.')
 
 
 def for_evaluation(
