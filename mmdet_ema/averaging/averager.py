@@ -161,9 +161,7 @@ class WeightAverager:
             spec = dict(given)
             self._devices[name] = check_device(spec.pop('device', device))
             spec.setdefault('schedule', 'exponential')
-            self.schedules[name] = build_schedule(
-                spec.pop('schedule'), **spec
-            )
+            self.schedules[name] = build_schedule(spec.pop('schedule'), **spec)
         if rule is not None and len(self.schedules) > 1:
             raise OptionError(
                 'averages= needs schedules, and the average has a rule of '
@@ -650,11 +648,10 @@ class WeightAverager:
         for averages in self._sets.values():
             averages.complete()  # loading one set may have changed roles
         sets = [averages.tensors for averages in self._sets.values()]
-        averages = sets[0]
         self._plan = UpdatePlan(self.entries, sets)
         self._changes = ModelChanges(self.model, self.entries)
         self._stream = side_stream(
-            [self.entries[i].raw for i in averages],
+            [self.entries[i].raw for i in sets[0]],
             [average for tensors in sets for average in tensors.values()],
             self.overlap,
         )
@@ -667,7 +664,7 @@ class WeightAverager:
             and self.entries[i].raw.is_cuda
             and not average.is_cuda
         }
-        trained = [p for i in averages for p in self.entries[i].parameters]
+        trained = [p for i in sets[0] for p in self.entries[i].parameters]
         # whoever listens to them compares lists by identity
         if list(map(id, trained)) != list(map(id, self.trained)):
             self.trained = trained

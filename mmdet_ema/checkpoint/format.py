@@ -92,7 +92,9 @@ class EMAPart:
         present = self.tensors(model.state_dict())
         try:
             halves = [(WEIGHTS, self.averages), (EMA, self.raws)]
-            halves += [(f'{MORE}.{k}', x[WEIGHTS]) for k, x in self.more.items()]
+            halves += [
+                (f'{MORE}.{k}', x[WEIGHTS]) for k, x in self.more.items()
+            ]
             for what, half in halves:
                 check_weights(present, half, what)
                 check_fit(present, self.tensors(half), strict)

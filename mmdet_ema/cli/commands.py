@@ -193,7 +193,8 @@ def add_ema(cfg: Any, given: Mapping[str, Any]) -> str:
     present = _ema_hooks(cfg)
     if present:
         # several are refused by the hook itself
-        return [_override(hook, given) for hook in present][0] if given else ''
+        said = [_override(hook, given) for hook in present if given]
+        return said[0] if said else ''
     hook = dict(type='EMAHook', **given)
     _options_of(hook)
     own = list(cfg.get('custom_hooks') or [])

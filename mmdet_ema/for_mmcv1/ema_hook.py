@@ -114,7 +114,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             check_choice('state_dict_holds', state_dict_holds, HOLDS)
         self._holds = state_dict_holds
         self.enabled = checked.enabled
-        self.evaluates_both = checked.evaluate == 'both'
+        self.passes, self.averages = checked.passes, checked.averages
         self.train_loader: Any = None
         self._log = logging.LoggerAdapter(own_logger(), {})
         self._life = EMALifecycle(checked, self._log)
@@ -253,9 +253,19 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def on_model_taken(self, runner: Any) -> None:
         """Put the averages into the model that an evaluation hook takes."""
-        wanted = self._life.options.evaluate != 'raw'
+        wanted = self.passes[-1] != 'raw'
         if wanted and self._in_hook and not self._stays_raw:
             self._show(runner)
+
+    @contextlib.contextmanager
+    def only(self, runner: Any, weights: str) -> Iterator[None]:
+        """Use one set of weights in the body, wherever it is."""
+        with self.raw(runner):
+            self._life.enter_evaluation(runners.model_of(runner), weights)
+            try:
+                yield
+            finally:
+                self._life.leave_evaluation()
 
     @contextlib.contextmanager
     def raw(self, runner: Any) -> Iterator[None]:

@@ -22,15 +22,15 @@ from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.errors import NonFiniteError
 from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.training import resume
-from mmdet_ema.training.options import Options
+from mmdet_ema.training.options import RAW, Options
 from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
 from mmdet_ema.training.report import (
-    SETS,
     compare,
     describe_idle,
     describe_replaced,
     describe_skip,
     report,
+    sets_of_weights,
 )
 from mmdet_ema.training.steps import TELLS_OF_STEPS, WeightChanges
 from mmdet_ema.version import __version__
@@ -51,8 +51,7 @@ class EMALifecycle:
 
     def __init__(self, options: Options, log: Any):
         self.options = options
-        both = options.evaluate == 'both'
-        self.passes = ('raw', 'ema') if both else (options.evaluate,)
+        self.passes = options.passes
         self.averager: Optional[WeightAverager] = None
         self._log = log
         # what was found in a file, until its weights are in the model
@@ -259,8 +258,9 @@ class EMALifecycle:
                     f'copied=[{name!r}] copies it.'
                 )
         self.tell_steps()
-        if (weights or self.passes[-1]) != 'raw':
-            self.averager.apply()
+        weights = weights or self.passes[-1]
+        if weights != RAW:
+            self.averager.apply(weights)
 
     def tell_evaluation(self, weights: Optional[str] = None) -> None:
         """Say whose the metrics are that are computed next.
@@ -273,15 +273,16 @@ class EMALifecycle:
         weights = weights or self.passes[-1]
         if self.averager is None:
             said = 'the raw weights: the average has not begun'
-        elif weights == 'raw':
-            said = SETS[weights]
         else:
-            said = f'{SETS[weights]} (n={self.averager.num_updates})'
+            said = sets_of_weights([weights])
+            if weights != RAW:
+                updates = self.averager.progress(weights)['num_updates']
+                said = f'{said} (n={updates})'
         self._log.info(f'EMA: evaluating {said}')
 
     def tell_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of several sets of weights side by side."""
-        table = compare(metrics)
+        table = compare(metrics, self.passes)
         if table:
             self._log.info(table)
 
@@ -292,7 +293,9 @@ class EMALifecycle:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint with the live weights its EMA part, in place."""
-        averager, averages, raws, more = self.averager, {}, {}, {}
+        averager, raws = self.averager, {}
+        averages: Dict[str, Any] = {}
+        more: Dict[str, Dict[str, Any]] = {}
         meta: Dict[str, Any] = dict(self._plan.meta) if self._plan else {}
         meta['writer'] = f'mmdet_ema {__version__}'
         if averager is not None and not self._only_evaluates:
@@ -381,7 +384,8 @@ class EMALifecycle:
             said += [f'{name} is dropped' for name in gone]
             if len(said) > 1:
                 self._log.warning(f'EMA: {"; ".join(said)}.')
-            main = states.pop(MAIN, states.get(part.deployed))
+            # a file without the main ones deploys others in their place
+            main = states.pop(MAIN, None) or states[part.deployed]
             averager.load_state_dict({**main, 'more': states}, strict=False)
         self._told_skipped = averager.known_skipped
 

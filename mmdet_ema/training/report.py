@@ -22,7 +22,7 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
     counts = count_roles(entries)
     size = f'{counts["bytes"] / 2**20:.1f} MiB'
     tensors = f'{counts["averaged"]} tensors averaged in {size}'
-    evaluated = f'evaluated: {SETS[options.evaluate]}'
+    evaluated = f'evaluated: {sets_of_weights(options.passes)}'
     doubts: List[str] = []
     if options.choice.rule is None:
         lines, doubts = [*_numbers(plan)], [*_doubts_on_schedule(plan)]
@@ -54,30 +54,34 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
         log.warning(f'EMA: {doubt}')
 
 
-SETS = {
-    'ema': 'the averages',
-    'raw': 'the raw weights',
-    'both': 'the averages and the raw weights',
-}
+def sets_of_weights(passes: Sequence[str]) -> str:
+    """Return the sets of weights that are evaluated in words."""
+    words = {'ema': 'the averages', 'raw': 'the raw weights'}
+    names = [passes[-1], *passes[:-1]]  # the main one first
+    return ' and '.join(words.get(x, f'the averages {x!r}') for x in names)
 
 
-def compare(metrics: Mapping[str, Any]) -> str:
-    """Return a table of the metrics that two sets of weights have."""
-    rows = [
-        (name, value, metrics[f'raw/{name}'])
-        for name, value in metrics.items()
-        if isinstance(value, (int, float))
-        and isinstance(metrics.get(f'raw/{name}'), (int, float))
-    ]
+def compare(metrics: Mapping[str, Any], passes: Sequence[str]) -> str:
+    """Return a table of the metrics that several sets of weights have."""
+    others = passes[:-1]
+    rows = []
+    for name, value in metrics.items():
+        values = [value, *(metrics.get(f'{x}/{name}') for x in others)]
+        if others and all(isinstance(x, (int, float)) for x in values):
+            gaps = [value - x for x in values[1:]]
+            cells = [f'{x:10.4f}' for x in values]
+            cells += [f'{x:+10.4f}' for x in gaps]
+            rows.append((name, ''.join(cells)))
     if not rows:
         return ''
-    width = max(map(len, ['metric', *(name for name, _, _ in rows)]))
-    lines = [f'{"metric":{width}}       EMA       raw  EMA - raw']
-    lines += [
-        f'{name:{width}}  {ema:8.4f}  {raw:8.4f}  {ema - raw:+9.4f}'
-        for name, ema, raw in rows
-    ]
-    return '\n'.join(f'EMA: {line}' for line in lines)
+    main = passes[-1]
+    head = ''.join(f'{x:>10}' for x in (main, *others))
+    head += ''.join(f'{f"- {x}":>10}' for x in others)
+    width = max(map(len, ['metric', *(name for name, _ in rows)]))
+    return '\n'.join(
+        f'EMA: {name:{width}}{cells}'
+        for name, cells in [('metric', head), *rows]
+    )
 
 
 def _numbers(plan: Plan) -> List[str]:

@@ -9,11 +9,12 @@ raises a :class:`CheckpointError`.
 
 from __future__ import annotations
 
-from typing import Any, List, MutableMapping, Optional
+from typing import Any, List, MutableMapping, Optional, Sequence
 
 import torch
 from torch import nn
 
+from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.checkpoint.format import (
     WEIGHTS,
     EMAPart,
@@ -24,7 +25,7 @@ from mmdet_ema.checkpoint.format import (
     unpack,
 )
 from mmdet_ema.errors import CheckpointError
-from mmdet_ema.training.report import SETS
+from mmdet_ema.training.report import sets_of_weights
 
 Checkpoint = MutableMapping[str, Any]
 
@@ -77,38 +78,54 @@ def for_fine_tuning(
 
 
 def for_evaluation(
-    checkpoint: Checkpoint, model: nn.Module, evaluate: str, log: Any
+    checkpoint: Checkpoint, model: nn.Module, passes: Sequence[str], log: Any
 ) -> Optional[EMAPart]:
-    """Prepare a checkpoint that is only evaluated.
+    """Prepare a checkpoint that is only evaluated, on the sets ``passes``.
 
     Returns:
-        The EMA part if both sets will be evaluated: then the raw weights
-        load, and the averages are put in for the evaluation.
+        The EMA part if averages have to be put in for an evaluation: then
+        the raw weights load. None if what loads is evaluated.
     """
     lacking = check_architecture(checkpoint, model)
     if lacking:
         log.warning(f'EMA: {lacking}')
-    if evaluate == 'ema':
-        part = _if_readable(checkpoint, log)
-        if part is None:
-            log.info(
-                'EMA: the checkpoint has no EMA part; evaluating its weights.'
-            )
-            return None
-    else:
-        part = unpack(checkpoint)
-        if part is None:
-            raise CheckpointError(
-                f'evaluate={evaluate!r} needs raw weights, but the checkpoint '
-                f'holds one set of weights and no EMA part; use '
-                f"evaluate='ema' to evaluate what it holds."
-            )
-        put_raw(checkpoint, part)
-    log.info(f'EMA: evaluating {SETS[evaluate]} (n={part.steps}).')
-    if evaluate != 'both':
+    # what state_dict holds is all that is needed, even if the rest is damaged
+    part = _if_readable(checkpoint, log) if [*passes] == [MAIN] else None
+    if part is None and [*passes] == [MAIN]:
+        log.info(
+            'EMA: the checkpoint has no EMA part; evaluating its weights.'
+        )
+        return None
+    part = part or unpack(checkpoint)
+    if part is None:
+        raise CheckpointError(
+            f'evaluate={_shown(passes)} needs raw weights, but the checkpoint '
+            f'holds one set of weights and no EMA part; use '
+            f"evaluate='ema' to evaluate what it holds."
+        )
+    there = ('raw', *part.states())
+    lost = [name for name in passes if name not in there]
+    if lost:
+        raise CheckpointError(
+            f'evaluate={_shown(passes)}: the checkpoint has no averages '
+            f'{", ".join(lost)}; it has {", ".join(there)}.'
+        )
+    log.info(f'EMA: evaluating {sets_of_weights(passes)} (n={part.steps}).')
+    if [*passes] == [part.deployed]:
+        return None
+    put_raw(checkpoint, part)
+    if [*passes] == ['raw']:
         return None
     part.check(model, False, log)
     return part
+
+
+def _shown(passes: Sequence[str]) -> str:
+    """Return sets of weights as the option says them."""
+    both = set(passes) == {MAIN, 'raw'}
+    return repr(
+        'both' if both else passes[0] if len(passes) == 1 else [*passes]
+    )
 
 
 def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
