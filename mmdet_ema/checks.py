@@ -124,6 +124,17 @@ def check_patterns(name: str, value: Any) -> Tuple[str, ...]:
     return tuple(value)
 
 
+def check_epochs(name: str, value: Any) -> Tuple[int, ...]:
+    """Check for a list or tuple of epochs that something begins before."""
+    if not isinstance(value, (list, tuple)):
+        raise OptionError(
+            f'{name}={show(value)} is not allowed; use a list of epochs, '
+            f'counted from 1, as {name}=[281].'
+        )
+    hint = 'The average starts before epoch 1 anyway.'
+    return tuple(check_count(name, epoch, 2, hint) for epoch in value)
+
+
 def check_averages(name: str, value: Any) -> Dict[str, Dict[str, Any]]:
     """Check for options of further averages by name, or None for none."""
     found = {} if value is None else value

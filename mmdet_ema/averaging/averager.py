@@ -157,11 +157,10 @@ class WeightAverager:
         device = check_device(device)
         self.schedules = {MAIN: build_schedule(schedule, **options)}
         self._devices = {MAIN: device}
-        for name, given in check_averages('averages', averages).items():
-            spec = dict(given)
-            self._devices[name] = check_device(spec.pop('device', device))
-            spec.setdefault('schedule', 'exponential')
-            self.schedules[name] = build_schedule(spec.pop('schedule'), **spec)
+        more = check_averages('averages', averages)
+        self.schedules.update(further_schedules(more))
+        for name, given in more.items():
+            self._devices[name] = check_device(given.get('device', device))
         if rule is not None and len(self.schedules) > 1:
             raise OptionError(
                 'averages= needs schedules, and the average has a rule of '
@@ -716,3 +715,15 @@ class WeightAverager:
             and not any(id(p) in known for p in entry.parameters)
         ]
         self._plan_updates()
+
+
+def further_schedules(
+    averages: Mapping[str, Mapping[str, Any]],
+) -> Dict[str, Schedule]:
+    """Return the schedules of further averages by name."""
+    found = {}
+    for name, given in averages.items():
+        spec = {k: x for k, x in given.items() if k != 'device'}
+        kind = spec.pop('schedule', 'exponential')
+        found[name] = build_schedule(kind, **spec)
+    return found

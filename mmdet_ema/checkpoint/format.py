@@ -210,7 +210,7 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
             f'{META} has format_version={version!r}, this mmdet_ema reads up '
             f'to {FORMAT_VERSION}; install a newer one.'
         )
-    for key in ('batch_size', 'interval', 'world_size'):
+    for key in ('batch_size', 'interval', 'restarted', 'world_size'):
         read_count(meta, key, 1)
     steps = read_count(ema, STEPS)
     read_progress({**meta, 'num_steps': steps})

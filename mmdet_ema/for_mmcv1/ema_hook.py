@@ -56,8 +56,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to True, or to what the hook does whose options are given.
         device (str, optional): Where the averages live. Defaults to None, for
             where the parameters are.
-        evaluate (str): 'ema', 'raw' or 'both': one after the other, with raw
-            metrics under ``raw/<name>``. Defaults to 'ema'.
+        evaluate (str | Sequence[str]): Weights to validate and test: 'ema',
+            'raw', the name of an average, a list of these, 'both' (ema and
+            raw) or 'all'. A pass each; the deployed ones have the plain
+            metrics, others ``<set>/<name>``. Defaults to 'ema'.
         nonfinite (str): 'skip', 'raise' or 'ignore' (average) a step that
             leaves NaN or Inf. Defaults to 'skip'.
         strict_load (bool): Whether to resume needs every average. Defaults to
@@ -70,6 +72,13 @@ class EMAHook(Hook):  # type: ignore[misc]
             False.
         enabled (bool): Whether to average, or to do nothing but resume from
             the raw weights. Defaults to True.
+        averages (dict): Further averages by name, each a dict of schedule
+            options and ``device``: ``dict(fast=dict(decay=0.999, tau=500))``.
+            Defaults to none.
+        deploy (str): Name of the averages in the ``state_dict`` of files.
+            Defaults to 'ema', the main ones.
+        restart_epochs (Sequence[int]): Epochs, counted from 1, that the
+            averages start again before, from the raw weights. Defaults to ().
         ema_type (str, optional): An averaging class of mmengine.
         momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
             with its warm-up.

@@ -54,8 +54,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         overlap (bool): Update on a side stream of the GPU, in parallel with
             the next pass; only the optimizer may change parameters then.
             Defaults to False.
-        evaluate (str): Weights to validate and test: 'ema', 'raw' or 'both'
-            (a pass each, metrics ``raw/<name>``). Defaults to 'ema'.
+        evaluate (str | Sequence[str]): Weights to validate and test: 'ema',
+            'raw', the name of an average, a list of these, 'both' (ema and
+            raw) or 'all'. A pass each; the deployed ones have the plain
+            metrics, others ``<set>/<name>``. Defaults to 'ema'.
         nonfinite (str): 'skip' a step that leaves NaN or Inf in a parameter,
             'raise', or 'ignore'; a buffer's average stays. Defaults to 'skip'.
         strict_load (bool): Refuse a resume where an average is missing.
@@ -67,6 +69,13 @@ class EMAHook(Hook):  # type: ignore[misc]
             integers, masks and the like are anyway. Defaults to ().
         enabled (bool): False: put the raw weights back on resume, then do
             nothing. Defaults to True.
+        averages (dict): Further averages by name, each a dict of schedule
+            options and ``device``: ``dict(fast=dict(decay=0.999, tau=500))``.
+            Defaults to none.
+        deploy (str): Name of the averages in the ``state_dict`` of files.
+            Defaults to 'ema', the main ones.
+        restart_epochs (Sequence[int]): Epochs, counted from 1, that the
+            averages start again before, from the raw weights. Defaults to ().
         ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): Compatible option: ``1 - decay``.

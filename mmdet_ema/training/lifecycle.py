@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.averaging.averager import WeightAverager
-from mmdet_ema.averaging.averages import MAIN
+from mmdet_ema.averaging.averages import MAIN, read_count
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.errors import NonFiniteError
@@ -62,7 +62,7 @@ class EMALifecycle:
         self._changes: Optional[WeightChanges] = None
         self._first: Dict[str, int] = {}
         self._iterations = self._told_iterations = self._replacements = 0
-        self._updated_at = self._told_skipped = 0
+        self._updated_at = self._told_skipped = self._restarted = 0
         self._warned: Set[str] = set()
 
     @property
@@ -85,11 +85,14 @@ class EMALifecycle:
         before = part.before if part else {}
         # a training that goes on in this process keeps the batch size
         known = self._plan.reference if self._plan and not before else None
+        if part is not None:
+            self._restarted = read_count(before, 'restarted', 0)
         self._plan = Plan(self.options, facts, done, before, known)
         if part is not None:
             self._make_averager(model)
         elif self.averager is not None:
             self.averager.schedule = self._plan.schedule
+            self.averager.schedules.update(self._plan.more)
         self._reported = False
         self._iterations = self._told_iterations = 0
         self._changes = WeightChanges(
@@ -132,6 +135,7 @@ class EMALifecycle:
             return
         if not self._iterations:
             self._first = averager.progress()
+        self._restart(averager, epoch + 1)
         if not changes.told:
             # maybe nobody tells before the weights change
             averager.follow_changes()
@@ -145,6 +149,22 @@ class EMALifecycle:
         times = changes.idle / max(_IDLE, 2 * plan.facts.accumulation)
         if times >= 1 and math.log10(times).is_integer():
             self._log.warning(describe_idle(changes.idle))
+
+    def _restart(self, averager: WeightAverager, epoch: int) -> None:
+        """Start again from the raw weights, once in an epoch of that option.
+
+        The file says which was the last one: a run that resumes within that
+        epoch does not restart again.
+        """
+        if epoch in self.options.restart_epochs and epoch != self._restarted:
+            self._restarted = epoch
+            # the steps before are told of at the end, too
+            self._first['num_steps'] -= averager.num_steps
+            averager.restart()
+            self._log.info(
+                f'EMA: epoch {epoch}: the averages start again from the raw '
+                f'weights (restart_epochs).'
+            )
 
     def _before_step(self) -> None:
         averager, changes = self.averager, self._changes
@@ -312,6 +332,8 @@ class EMALifecycle:
             deploy = self.options.deploy
             averages = more.pop(deploy)['state_dict']
             meta.update(averager.progress(deploy))
+            if self._restarted:
+                meta['restarted'] = self._restarted
             if more:
                 meta['deploy'] = deploy
             if deploy != MAIN:
@@ -372,6 +394,8 @@ class EMALifecycle:
                 model, schedule, **self.options.of_the_averager
             )
         averager.announces_steps = TELLS_OF_STEPS
+        if self._plan is not None:
+            averager.schedules.update(self._plan.more)
         if part is not None:
             states = part.states()
             names = averager.names

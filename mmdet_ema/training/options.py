@@ -18,7 +18,7 @@ from typing import (
 
 import torch
 
-from mmdet_ema.averaging.averager import NONFINITE
+from mmdet_ema.averaging.averager import NONFINITE, further_schedules
 from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.averaging.update import Rule
 from mmdet_ema.checks import (
@@ -26,6 +26,7 @@ from mmdet_ema.checks import (
     check_choice,
     check_count,
     check_device,
+    check_epochs,
     check_flag,
     check_names,
     check_patterns,
@@ -109,6 +110,7 @@ class Options:
         None, check_averages, averager=True
     )
     deploy: str = MAIN
+    restart_epochs: Tuple[int, ...] = _option((), check_epochs)
     ema_type: Any = None
     momentum: Optional[float] = None
     gamma: Optional[float] = None
@@ -129,6 +131,7 @@ class Options:
                 value = getattr(self, option.name)
                 check = option.metadata['check']
                 self._set(option.name, check(option.name, value))
+        further_schedules(self.averages)  # what is wrong is found now
         check_choice('deploy', self.deploy, (MAIN, *self.averages))
         self._set('passes', self._passes())
         if self.begin_iter and self.begin_epoch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
 
+from mmdet_ema.averaging.averager import further_schedules
 from mmdet_ema.errors import OptionError
 from mmdet_ema.schedules import to_the_power
 from mmdet_ema.training.options import Options
@@ -129,6 +130,7 @@ class Plan:
         last_update: The last of them that updates the average, 0 for none.
         unscaled: The schedule of the options.
         schedule: The schedule that the run uses.
+        more: Those of further averages by name.
         kappa: Samples a step, relative to the reference.
         meta: What a run that resumes from this one compares itself with.
     """
@@ -153,6 +155,10 @@ class Plan:
         self.unscaled = self.schedule = options.schedule_for(self.planned)
         if options.scale_decay and self.kappa != 1:
             self.schedule = to_the_power(self.unscaled, self.kappa)
+        self.more = further_schedules(options.averages)
+        if options.scale_decay and self.kappa != 1:
+            for name, schedule in self.more.items():
+                self.more[name] = to_the_power(schedule, self.kappa)
         self.meta: Dict[str, Any] = {
             'schedule': str(self.unscaled),
             'interval': options.interval,
@@ -174,8 +180,12 @@ def _reference_of(meta: Mapping[str, Any]) -> Optional[int]:
 def planned_steps(options: Options, facts: RunFacts, done: int) -> int:
     """Return how many steps the average will have seen at the end."""
     first = facts.iteration
+    iters_per_epoch = max(facts.max_iters // max(facts.max_epochs, 1), 1)
+    # the last restart that is still to come
+    restart = (max(options.restart_epochs, default=1) - 1) * iters_per_epoch
+    if restart > first:
+        first, done = restart, 0
     if not done:
-        iters_per_epoch = max(facts.max_iters // max(facts.max_epochs, 1), 1)
         epochs = max(options.begin_epoch - 1, 0)
         begin = max(options.begin_iter - 1, epochs * iters_per_epoch)
         first = max(first, begin)
@@ -200,6 +210,13 @@ def check_begin(options: Options, facts: RunFacts) -> None:
             f'begin_epoch={options.begin_epoch} is past the end: '
             f'{facts.max_epochs} epochs are planned{kind}. Use a number up '
             f'to {facts.max_epochs}, or begin_iter.'
+        )
+    late = [x for x in options.restart_epochs if x > facts.max_epochs]
+    if late:
+        raise OptionError(
+            f'restart_epochs={list(options.restart_epochs)}: epoch {late[0]} '
+            f'is past the end: {facts.max_epochs} epochs are planned. Use '
+            f'numbers up to {facts.max_epochs}.'
         )
     if options.begin_iter > facts.max_iters:
         raise OptionError(

@@ -20,7 +20,8 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
     """Say at the start what the average will be, and what looks wrong."""
     options, facts = plan.options, plan.facts
     counts = count_roles(entries)
-    size = f'{counts["bytes"] / 2**20:.1f} MiB'
+    several = 1 + len(options.averages)
+    size = f'{several * counts["bytes"] / 2**20:.1f} MiB'
     tensors = f'{counts["averaged"]} tensors averaged in {size}'
     evaluated = f'evaluated: {sets_of_weights(options.passes)}'
     doubts: List[str] = []
@@ -35,6 +36,11 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
         f'{counts["shared"]} frozen'
     )
     lines.append(f'memory of the averages: {size}')
+    for name, schedule in plan.more.items():
+        end = _window_at(schedule, plan.planned)
+        lines.append(f'averages {name!r}: {schedule}, a window of {end}')
+    if options.averages:
+        lines.append(f'in state_dict of the files: {options.deploy}')
     log.info('\n'.join(f'EMA: {line}' for line in lines))
     if facts.world_size > 1:
         buffers = sum(not entry.parameters for entry in entries)
@@ -84,13 +90,18 @@ def compare(metrics: Mapping[str, Any], passes: Sequence[str]) -> str:
     )
 
 
+def _window_at(schedule: Schedule, step: int) -> str:
+    step = max(step, 1)
+    return _steps(window(decay_over(schedule, step, step)))
+
+
 def _numbers(plan: Plan) -> List[str]:
     schedule, planned = plan.schedule, plan.planned
     interval = plan.options.interval
     every = 'step' if interval == 1 else f'{interval} steps'
     start = f', {plan.done} of them done' if plan.done else ''
     last = decay_over(schedule, max(planned, 1), max(planned, 1))
-    end = _steps(window(last))
+    end = _window_at(schedule, planned)
     return [
         f'{schedule}, every {every}: a window of {end} at the end of '
         f'{planned}',

@@ -149,3 +149,58 @@ def test_best_file_of_another_average(tmp_path):
     ema = dict(SEVERAL, evaluate=['ema', 'fast'])
     Run(tmp_path, ema, best='fast/score').train()
     assert list(tmp_path.glob('best_fast_*.pth'))
+
+
+def restarted(run, key, epoch_2_at=4):
+    """Oracle of an average that starts again before the second epoch."""
+    _, values = run.trace(key)
+    return oracle.average(values[epoch_2_at - 1], values[epoch_2_at:], ramp)
+
+
+@pytest.mark.parametrize('resumes', [False, True])
+def test_restart(tmp_path, resumes):
+    """The averages start again before an epoch, with n = 0, once."""
+    ema = dict(SEVERAL, restart_epochs=[2])
+    run = Run(tmp_path, ema, epochs=2)
+    if resumes:
+        whole = Run(tmp_path / 'whole', ema, epochs=2).train()
+        path = tmp_path / 'whole' / 'epoch_1.pth'
+        run = Run(tmp_path / 'rest', ema, epochs=2, resume=path)
+    saved = run.train().load()
+    assert saved.steps == 4
+    assert saved.meta['restarted'] == 2
+    assert {4} == {x['num_steps'] for x in more_of(saved).values()}
+    assert 1 == run.log.count('epoch 2: the averages start again')
+    if resumes:
+        assert [] == same(saved.averages, whole.load().averages)
+        return
+    assert 'EMA: 8 steps averaged' in run.log
+    for key in ('head.weight', 'norm.running_mean'):
+        found = saved.averages[key].double()
+        assert oracle.relative_error(found, restarted(run, key)) < 1e-6
+
+
+def test_restart_of_an_epoch_is_done_once(tmp_path):
+    """A run that resumes after the restart goes on."""
+    ema = dict(EMA, restart_epochs=[2])
+    whole = Run(tmp_path / 'whole', ema, epochs=3).train().load()
+    Run(tmp_path / 'part', ema, epochs=2).train()
+    path = tmp_path / 'part' / 'epoch_2.pth'
+    rest = Run(tmp_path / 'part', ema, epochs=3, resume=path).train().load()
+    assert whole.steps == rest.steps == 8
+    assert [] == same(whole.averages, rest.averages)
+
+
+@pytest.mark.parametrize(
+    ('epochs', 'match'),
+    [
+        ([1], 'restart_epochs=1 is out of range; use a whole number of at'),
+        ([2.5], r'restart_epochs=2\.5 is out of range'),
+        (3, 'restart_epochs=3 is not allowed; use a list of epochs'),
+        ([2, 9], r'restart_epochs=\[2, 9\]: epoch 9 is past the end: 2 epoch'),
+    ],
+)
+def test_bad_restarts(tmp_path, epochs, match):
+    """Refused before a step is done."""
+    with pytest.raises(OptionError, match=match):
+        Run(tmp_path, dict(EMA, restart_epochs=epochs)).train()
