@@ -191,10 +191,8 @@ def add_ema(cfg: Any, given: Mapping[str, Any]) -> str:
         imports.setdefault('allow_failed_imports', False)
         cfg.custom_imports = imports
     present = _ema_hooks(cfg)
-    if present:
-        # several are refused by the hook itself
-        said = [_override(hook, given) for hook in present if given]
-        return said[0] if said else ''
+    if present:  # several are refused by the hook itself
+        return '; '.join(_override(hook, given) for hook in present if given)
     hook = dict(type='EMAHook', **given)
     _options_of(hook)
     own = list(cfg.get('custom_hooks') or [])
