@@ -69,7 +69,6 @@ def _build(
         inspect.isclass(kind)
         and issubclass(kind, MMEngineEMAHook)
         and kind.__name__ == 'EMAHook'
-        and name != 'MMEngineEMAHook'
     )
     if theirs:
         cfg = {**cfg, 'type': EMAHook}

@@ -73,16 +73,25 @@ def refuse_second(
         for hook in hooks
     ]
     remedy = 'keep one in custom_hooks.'
-    kinds = [x.get('type') for x in custom_hooks or () if isinstance(x, dict)]
-    types = [str(getattr(kind, '__name__', kind)) for kind in kinds]
-    places = [i for i, x in enumerate(types) if x.endswith('EMAHook')]
-    if len(places) == 1 and len(kinds) == len(custom_hooks or ()):
+    # a script may have hooks in it that are made already
+    types = [
+        hook.get('type') if isinstance(hook, dict) else type(hook)
+        for hook in custom_hooks or ()
+    ]
+    ours = [
+        (i, kind)
+        for i, kind in enumerate(types)
+        if str(getattr(kind, '__name__', kind)).endswith('EMAHook')
+    ]
+    if len(ours) == 1:
+        place, kind = ours[0]
+        base = '_base_.' if isinstance(kind, str) else ''  # else new-style
         remedy = (
-            f'custom_hooks[{places[0]}] of the config is one already, and '
+            f'custom_hooks[{place}] of the config is one already, and '
             f"custom_imports = dict(imports=['mmdet_ema'], "
             f'allow_failed_imports=False) alone makes it ours: leave the '
-            f'other out. To change its options, write '
-            f"_base_.custom_hooks[{places[0]}].update(evaluate='both')."
+            f'other out. To change the options of the one in a base, write '
+            f"{base}custom_hooks[{place}].update(evaluate='both')."
         )
     raise OptionError(
         f'there are {len(names)} EMA hooks: {" and ".join(names)}. They '

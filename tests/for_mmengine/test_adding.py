@@ -138,3 +138,23 @@ def test_new_style_config(tmp_path):
     assert 'PipelineSwitchHook' in kinds_of(before)
     assert kinds_of(run) == sorted([*kinds_of(before), 'EMAHook'])
     assert type(run.hook) is mmdet_ema.EMAHook
+
+
+def test_new_style_base_with_an_ema_hook(tmp_path):
+    """It is refused too, with what such a file says instead."""
+    base = NEW_BASE.replace('LoggerHook\n', 'EMAHook, LoggerHook\n', 1)
+    base = base.replace(
+        'custom_hooks = [', 'custom_hooks = [dict(type=EMAHook),'
+    )
+    (tmp_path / 'base.py').write_text(base)
+    (tmp_path / 'config.py').write_text(NEW)
+    run = run_of(tmp_path / 'a', Config.fromfile(tmp_path / 'config.py'))
+    with pytest.raises(OptionError) as error:
+        run.runner.call_hook('before_run')
+    advice = str(error.value).partition('write ')[2].rstrip('.')
+    assert advice.startswith('custom_hooks[0].update(')
+    text = NEW.partition('default_hooks')[0] + advice
+    (tmp_path / 'config.py').write_text(text)
+    run = run_of(tmp_path / 'b', Config.fromfile(tmp_path / 'config.py'))
+    assert 'PipelineSwitchHook' in kinds_of(run)
+    assert run.hook._life.options.evaluate == 'both'

@@ -180,8 +180,10 @@ def test_classifier_of_mmpretrain(tmp_path):
     of weights are validated.
     """
     pytest.importorskip('mmpretrain')
-    hook = HOOKS.build(dict(type='mmpretrain.EMAHook'))
-    assert type(hook) is mmdet_ema.EMAHook
+    from mmpretrain.engine.hooks import EMAHook
+
+    for kind in ('mmpretrain.EMAHook', EMAHook):
+        assert type(HOOKS.build(dict(type=kind))) is mmdet_ema.EMAHook
     ema = dict(type='EMAHook', momentum=4e-3)
     ema.update(evaluate_on_ema=True, evaluate_on_origin=True)
     loader = dict(
