@@ -293,6 +293,8 @@ def choose_weights(cfg: Any, weights: Optional[str]) -> str:
     add_ema(cfg, {})
     for hook in _ema_hooks(cfg) if weights else ():
         if _kind(hook) not in _FOREIGN:
+            for flag in ('evaluate_on_ema', 'evaluate_on_origin'):
+                hook.pop(flag, None)
             hook['evaluate'] = weights
         elif weights != 'ema':
             raise OptionError(

@@ -368,10 +368,10 @@ class EMALifecycle:
 
     def choose(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Evaluate a checkpoint; see ``resume.for_evaluation``."""
-        evaluate = self.options.evaluate
-        if evaluate == 'both' and not self.options.enabled:
-            evaluate = 'ema'  # there is no second pass
-        part = resume.for_evaluation(checkpoint, model, evaluate, self._log)
+        passes = self.passes
+        if len(passes) > 1 and not self.options.enabled:
+            passes = passes[-1:]  # there is no second pass
+        part = resume.for_evaluation(checkpoint, model, passes, self._log)
         self._expect(part, only_evaluates=True)
 
     def _expect(

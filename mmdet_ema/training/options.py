@@ -157,7 +157,7 @@ class Options:
         if not isinstance(given, (list, tuple)) or not given:
             raise OptionError(
                 f'evaluate={show(given)} is not allowed; use one of '
-                f"{', '.join(names)}, a list of these, 'both' or 'all'."
+                f"{', '.join(map(repr, names))}, a list, 'both' or 'all'."
             )
         for name in given:
             check_choice('evaluate', name, names)

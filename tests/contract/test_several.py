@@ -133,7 +133,7 @@ def test_damaged_file(tmp_path, damage):
     [
         (dict(evaluate='fats'), "evaluate='fats' is not known.*'fast'"),
         (dict(evaluate=['ema', 'slow']), "evaluate='slow' is not known"),
-        (dict(evaluate=[]), 'is not allowed; use one of ema, raw, fast'),
+        (dict(evaluate=[]), "is not allowed; use one of 'ema', 'raw', 'fast'"),
         (dict(deploy='raw'), "deploy='raw' is not known; choose one of 'ema'"),
         (dict(averages=dict(all={})), "the name 'all' is taken"),
     ],
