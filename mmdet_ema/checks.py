@@ -8,11 +8,24 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Callable, Iterable, Mapping, Optional, Tuple, Union
+import re
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Mapping,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import torch
 
 from mmdet_ema.errors import OptionError, did_you_mean, show
+
+# words of `evaluate` and of files
+_TAKEN = ('all', 'both', 'ema', 'raw')
 
 
 def check_names(
@@ -109,6 +122,40 @@ def check_patterns(name: str, value: Any) -> Tuple[str, ...]:
             f"{name}=['*.queue']."
         )
     return tuple(value)
+
+
+def check_epochs(name: str, value: Any) -> Tuple[int, ...]:
+    """Check for a list or tuple of epochs that something begins before."""
+    if not isinstance(value, (list, tuple)):
+        raise OptionError(
+            f'{name}={show(value)} is not allowed; use a list of epochs, '
+            f'counted from 1, as {name}=[281].'
+        )
+    hint = 'The average starts before epoch 1 anyway.'
+    return tuple(check_count(name, epoch, 2, hint) for epoch in value)
+
+
+def check_averages(name: str, value: Any) -> Dict[str, Dict[str, Any]]:
+    """Check for options of further averages by name, or None for none."""
+    found = {} if value is None else value
+    right = isinstance(found, Mapping) and all(
+        isinstance(key, str)
+        and re.fullmatch(r'[A-Za-z]\w*', key)
+        and isinstance(options, Mapping)
+        for key, options in found.items()
+    )
+    if not right:
+        raise OptionError(
+            f'{name}={show(value)} is not allowed; use a dict of options by '
+            f'name, as {name}=dict(fast=dict(decay=0.999, tau=500)).'
+        )
+    for key in found:
+        if key in _TAKEN:
+            raise OptionError(
+                f'{name}: the name {key!r} is taken ({", ".join(_TAKEN)}); '
+                f'choose another one.'
+            )
+    return {key: dict(options) for key, options in found.items()}
 
 
 def check_path(name: str, value: Any) -> Optional[str]:

@@ -10,6 +10,8 @@ import sys
 from types import FrameType
 from typing import Any, List, Optional
 
+from mmdet_ema.version import __version__
+
 
 def is_own_command() -> bool:
     """Return whether ``python -m mmdet_ema`` is importing the package.
@@ -52,6 +54,20 @@ def load_hook() -> Optional[Any]:
         register()
         hooks.append(MMEngineHook)
     return hooks[0] if hooks else None
+
+
+def announce(hook: str, theirs: str) -> None:
+    """Say whose hook was built, on the first rank, in no run's log.
+
+    Args:
+        hook: The type that the config names.
+        theirs: The type that builds the framework's own.
+    """
+    if os.environ.get('RANK', '0') == '0':
+        own_logger().info(
+            f'EMA: mmdet_ema {__version__}: dict(type={hook!r}) builds its '
+            f"own hook; the framework's is {theirs!r}."
+        )
 
 
 def own_logger() -> logging.Logger:

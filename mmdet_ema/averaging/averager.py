@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ema.averaging.averages import (
+    MAIN,
     Averages,
     Progress,
+    check_fit,
     own_memory,
+    read_count,
     read_progress,
     read_tensors,
 )
@@ -46,14 +49,21 @@ from mmdet_ema.averaging.update import (
     all_finite,
 )
 from mmdet_ema.checks import (
+    check_averages,
     check_choice,
     check_count,
     check_device,
     check_flag,
     check_patterns,
 )
-from mmdet_ema.errors import NonFiniteError, OptionError, show
+from mmdet_ema.errors import (
+    CheckpointError,
+    NonFiniteError,
+    OptionError,
+    show,
+)
 from mmdet_ema.schedules import (
+    Schedule,
     ScheduleSpec,
     build_schedule,
     check_decay,
@@ -97,6 +107,9 @@ class WeightAverager:
             that are copied, not averaged. Integers, masks of -inf, pruning
             masks, the vectors of spectral norm and the observers of
             quantization are copied anyway. Defaults to ().
+        averages: Further averages of the same steps, by name: each a dict of
+            schedule options (``schedule``, ``decay``, ``tau``, ...) and
+            ``device``. The main one is 'ema'. Defaults to none.
         **options: Options of a schedule given by name (``decay``, ``tau``).
 
     Raises:
@@ -105,6 +118,7 @@ class WeightAverager:
         ValueError: If a parameter has no shape yet (a lazy module).
 
     Attributes:
+        schedules: The schedule of each average by name, the main one first.
         entries: The unique tensors of the model, and what is done with each.
         trained: The parameters that have an average; another list where they
             are others.
@@ -135,11 +149,23 @@ class WeightAverager:
         nonfinite: str = 'skip',
         rule: Optional[Rule] = None,
         copied: Sequence[str] = (),
+        averages: Optional[Mapping[str, Mapping[str, Any]]] = None,
         **options: Any,
     ):
         if not isinstance(model, nn.Module):
             raise OptionError(f'model={show(model)} is no torch.nn.Module.')
-        self.schedule = build_schedule(schedule, **options)
+        device = check_device(device)
+        self.schedules = {MAIN: build_schedule(schedule, **options)}
+        self._devices = {MAIN: device}
+        more = check_averages('averages', averages)
+        self.schedules.update(further_schedules(more))
+        for name, given in more.items():
+            self._devices[name] = check_device(given.get('device', device))
+        if rule is not None and len(self.schedules) > 1:
+            raise OptionError(
+                'averages= needs schedules, and the average has a rule of '
+                'its own instead; leave one of the two out.'
+            )
         self.interval = check_count('interval', interval, 1)
         self.phase = check_count('phase', phase, 0)
         self.nonfinite = check_choice('nonfinite', nonfinite, NONFINITE)
@@ -149,8 +175,8 @@ class WeightAverager:
         self.model = model
         self.rule = rule
         self.announces_steps = self.overlap
-        self._device = check_device(device)
-        self._progress = self._before = Progress()
+        self._progress = {name: Progress() for name in self.schedules}
+        self._before, self._skipped = self._progress, 0
         # of the update that is under way; None if there is none
         self._verdict: Union[bool, DeviceVerdict, None] = None
         self._replaced: List[str] = []
@@ -162,24 +188,39 @@ class WeightAverager:
             warnings.warn(no_match(pattern), stacklevel=2)
 
     @property
+    def names(self) -> Tuple[str, ...]:
+        """Names of the averages, the main one first."""
+        return tuple(self.schedules)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Schedule of the main average; another one may be set."""
+        return self.schedules[MAIN]
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        self.schedules[MAIN] = schedule
+
+    @property
     def num_steps(self) -> int:
         """Steps that were counted, without the skipped ones."""
-        return self._waited().steps
+        return self._waited(MAIN).steps
 
     @property
     def num_updates(self) -> int:
         """Updates of the averages."""
-        return self._waited().updates
+        return self._waited(MAIN).updates
 
     @property
     def num_skipped(self) -> int:
         """Steps that were left out because of NaN or Inf."""
-        return self._waited().skipped
+        self.wait()
+        return self._skipped
 
     @property
     def known_skipped(self) -> int:
         """Steps that were left out, as far as is known without waiting."""
-        return self._progress.skipped
+        return self._skipped
 
     @property
     def decay(self) -> float:
@@ -191,8 +232,14 @@ class WeightAverager:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the model holds the averages at this moment."""
-        return self._averages.swap.swapped
+        """Whether the model holds averages at this moment."""
+        return self._applied is not None
+
+    @property
+    def _applied(self) -> Optional[str]:
+        """Name of the averages that the model holds at this moment."""
+        swapped = (k for k, x in self._sets.items() if x.swap.swapped)
+        return next(swapped, None)
 
     @property
     def overlaps(self) -> bool:
@@ -216,14 +263,15 @@ class WeightAverager:
         self._refuse_inside('update')
         self.wait()
         self._follow()
-        after, decay = self._next_step()
+        after, decays = self._next_step()
+        main = after[MAIN]
         with DeferredInterrupts():
-            self._plan.read(updates=after.averaged == after.steps)
+            self._plan.read(updates=main.averaged == main.steps)
             if self._stream is None:
-                self._verdict = self._run(after, decay)
+                self._verdict = self._run(main, decays)
             else:
                 self._verdict = self._stream.run(
-                    lambda: self._run(after, decay)
+                    lambda: self._run(main, decays)
                 )
             self._before, self._progress = self._progress, after
         if self._stream is not None and not self.announces_steps:
@@ -293,14 +341,29 @@ class WeightAverager:
             return True
         means: List[Tensor] = []
         copies: List[Tensor] = []
-        for i, average in self._averages.tensors.items():
-            if not self.entries[i].parameters:
-                has_mean = self.entries[i].has_mean
-                (means if has_mean else copies).append(average)
+        for averages in self._sets.values():
+            for i, average in averages.tensors.items():
+                if not self.entries[i].parameters:
+                    has_mean = self.entries[i].has_mean
+                    (means if has_mean else copies).append(average)
         return make_equal(means, copies)
 
-    def apply(self) -> None:
-        """Put the averages into the model until :meth:`restore`."""
+    def apply(self, name: str = MAIN) -> None:
+        """Put averages into the model until :meth:`restore`.
+
+        Args:
+            name: Which ones. Defaults to 'ema', the main ones.
+
+        Raises:
+            OptionError: If there are none of that name.
+            RuntimeError: If the model holds others.
+        """
+        self._check_name(name)
+        if self._applied not in (None, name):
+            raise RuntimeError(
+                f'the model holds the averages {self._applied!r}: leave '
+                f'applied() before {name!r} are put in.'
+            )
         if not self.is_applied:
             self.refresh()
             known = {id(entry.raw) for entry in self.entries}
@@ -312,36 +375,40 @@ class WeightAverager:
                 for name, tensor in owner.items()
                 if id(tensor) in known
             ]
-            self._averages.swap.swap_in()
+            self._sets[name].swap.swap_in()
 
     def restore(self) -> None:
         """Put the raw weights back, bit for bit; no-op if they are there."""
-        if self.is_applied:
-            self._averages.swap.swap_out()
+        name = self._applied
+        if name is not None:
+            self._sets[name].swap.swap_out()
             for owner, name, tensor in self._places:
                 if name in owner:
                     owner[name] = tensor
             self._places = []
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[nn.Module]:
-        """Run the body with the averages in the model.
+    def applied(self, name: str = MAIN) -> Iterator[nn.Module]:
+        """Run the body with averages in the model.
 
         The raw weights come back whatever happens in the body.
+
+        Args:
+            name: Which ones. Defaults to 'ema', the main ones.
 
         Yields:
             The model.
         """
         inner = self.is_applied
         try:
-            self.apply()
+            self.apply(name)
             yield self.model
         finally:
             if not inner:
                 self.restore()
 
     def named_averages(
-        self, stored: bool = False
+        self, stored: bool = False, name: str = MAIN
     ) -> Iterator[Tuple[str, Tensor]]:
         """Yield every name of the model's ``state_dict`` with its average.
 
@@ -351,24 +418,36 @@ class WeightAverager:
 
         Args:
             stored: Whether to leave out frozen parameters. Defaults to False.
+            name: Which averages. Defaults to 'ema', the main ones.
         """
+        self._check_name(name)
         self.wait()
-        return self._averages.named(stored=stored)
+        return self._sets[name].named(stored=stored)
 
     def named_raws(self) -> Iterator[Tuple[str, Tensor]]:
         """Yield every name of the model's ``state_dict`` with its raw value.
 
         Right while the averages are applied, too; the tensors are live.
         """
-        return self._averages.named(self._averages.swap.raw)
+        averages = self._sets[self._applied or MAIN]
+        return averages.named(averages.swap.raw)
 
-    def distance(self) -> float:
+    def distance(self, name: str = MAIN) -> float:
         """Return ``||average - raw|| / ||raw||`` over trained parameters.
 
         The L2 norms run over all elements; 0 for a model without any.
+
+        Args:
+            name: Which averages. Defaults to 'ema', the main ones.
+
+        Raises:
+            RuntimeError: If the model holds others.
         """
+        self._check_name(name)
+        if self._applied not in (None, name):
+            self._refuse_inside('distance')
         self.wait()
-        return self._averages.distance()
+        return self._sets[name].distance()
 
     def first_nonfinite(self) -> Optional[str]:
         """Return the first averaged parameter that holds NaN or Inf."""
@@ -398,26 +477,32 @@ class WeightAverager:
 
     def counts(self) -> Dict[str, int]:
         """Return tensors per role, and ``'bytes'`` that the averages take."""
-        return count_roles(self.entries)
+        counts = count_roles(self.entries)
+        return {**counts, 'bytes': counts['bytes'] * len(self.names)}
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the state: plain values, and tensors by name.
 
         Large tensors are the live ones, small ones copies.
         """
-        return {
-            **self.progress(),
-            'schedule': str(self.schedule),
-            'averages': own_memory(dict(self.named_averages())),
+        states = {
+            name: {
+                **self.progress(name),
+                'schedule': str(schedule),
+                'averages': own_memory(dict(self.named_averages(name=name))),
+            }
+            for name, schedule in self.schedules.items()
         }
+        main = states.pop(MAIN)
+        return {**main, 'more': states} if states else main
 
-    def progress(self) -> Dict[str, int]:
+    def progress(self, name: str = MAIN) -> Dict[str, int]:
         """Return the counters of :meth:`state_dict`."""
-        progress = self._waited()
+        progress = self._waited(name)
         return {
             'num_steps': progress.steps,
             'num_updates': progress.updates,
-            'num_skipped': progress.skipped,
+            'num_skipped': self._skipped,
             'averaged_steps': progress.averaged,
         }
 
@@ -430,19 +515,55 @@ class WeightAverager:
             state: The state; counters left out of it are derived.
             strict: Whether a name that is missing is an error; if not, the
                 average of that tensor starts from the weights as they are.
+                So does, with n = 0, a further average that is missing.
 
         Raises:
             CheckpointError: If it is no such state, shapes differ or, under
                 ``strict``, names do.
-            RuntimeError: If the model holds the averages just now.
+            RuntimeError: If the model holds averages just now.
         """
         self._refuse_inside('load_state_dict')
         self.wait()
-        progress = read_progress(state)
-        tensors = read_tensors(state, 'averages')
-        self._averages.load(tensors, strict, self.update_buffers)
+        progress = {MAIN: read_progress(state)}
+        tensors = {MAIN: read_tensors(state, 'averages')}
+        more = state.get('more', {})
+        skipped = read_count(state, 'num_skipped', 0)
+        for name in self.names[1:]:
+            if name in more:
+                progress[name] = read_progress(more[name])
+                tensors[name] = read_tensors(more[name], 'averages')
+            elif strict:
+                raise CheckpointError(
+                    f'the state has no averages {name!r}; it has '
+                    f'{", ".join((MAIN, *more))}.'
+                )
+        for name, averages in self._sets.items():
+            # all are looked at before any is changed
+            check_fit(
+                dict(averages.named()), tensors.get(name, {}), strict=False
+            )
+        for name, averages in self._sets.items():
+            averages.load(
+                tensors.get(name, {}),
+                strict and name in tensors,
+                self.update_buffers,
+            )
         self._plan_updates()
-        self._progress = progress
+        self._progress = {x: progress.get(x, Progress()) for x in self.names}
+        self._skipped = skipped
+
+    def restart(self) -> None:
+        """Let all averages start again, n = 0, from the weights as they are.
+
+        Raises:
+            RuntimeError: If the model holds averages just now.
+        """
+        self._refuse_inside('restart')
+        self.wait()
+        self._follow()
+        for averages in self._sets.values():
+            averages.load({}, False, self.update_buffers)
+        self._progress = {name: Progress() for name in self.names}
 
     def wait(self) -> bool:
         """Wait for the update that is under way, if there is one.
@@ -463,66 +584,86 @@ class WeightAverager:
         finite, self._verdict = bool(self._verdict), None
         if finite:
             return True
-        before = self._progress = self._before
+        self._progress = self._before
         if self.nonfinite == 'raise':
             where = self.first_nonfinite() or 'a parameter'
             raise NonFiniteError(
                 f'{where} holds NaN or Inf after a step; the average was '
-                f'left as it was after {before.steps} steps.'
+                f'left as it was after {self._progress[MAIN].steps} steps.'
             )
-        self._progress = before._replace(skipped=before.skipped + 1)
+        self._skipped += 1
         return False
 
-    def _waited(self) -> Progress:
+    def _waited(self, name: str) -> Progress:
+        self._check_name(name)
         self.wait()
-        return self._progress
+        return self._progress[name]
+
+    def _check_name(self, name: str) -> None:
+        check_choice('name', name, self.names)
 
     def _refuse_inside(self, method: str) -> None:
         if self.is_applied:
             raise RuntimeError(f'{method}() inside applied(): leave it first.')
 
     def _run(
-        self, after: Progress, decay: Optional[float]
+        self, main: Progress, decays: Sequence[Optional[float]]
     ) -> Union[bool, DeviceVerdict]:
         check = self.nonfinite != 'ignore'
-        if self.rule is not None and after.averaged == after.steps:
-            return self._plan.run_rule(self.rule, after.steps, check)
-        return self._plan.run([decay], check)
+        if self.rule is not None and main.averaged == main.steps:
+            return self._plan.run_rule(self.rule, main.steps, check)
+        return self._plan.run(decays, check)
 
-    def _next_step(self) -> Tuple[Progress, Optional[float]]:
-        """Return the counters after the next step, and the decay in it."""
-        now = self._progress
-        number = now.steps + 1
-        if number % self.interval != self.phase % self.interval:
-            return now._replace(steps=number), None
-        decay = None
-        if self.rule is None:
-            decay = decay_over(self.schedule, now.averaged + 1, number)
-        return Progress(number, now.updates + 1, now.skipped, number), decay
+    def _next_step(
+        self,
+    ) -> Tuple[Dict[str, Progress], List[Optional[float]]]:
+        """Return the counters after the next step, and the decays in it."""
+        number = self._progress[MAIN].steps + 1
+        due = number % self.interval == self.phase % self.interval
+        after: Dict[str, Progress] = {}
+        decays: List[Optional[float]] = []
+        for name, now in self._progress.items():
+            # an average that was added later is behind
+            number = now.steps + 1
+            decay = None
+            after[name] = now._replace(steps=number)
+            if due:
+                after[name] = Progress(number, now.updates + 1, number)
+                if self.rule is None:
+                    schedule = self.schedules[name]
+                    decay = decay_over(schedule, now.averaged + 1, number)
+            decays.append(decay)
+        return after, decays
 
     def _select(self) -> None:
         self.entries = select(self.model, self.update_buffers, self.copied)
-        self._averages = Averages(self.entries, self._device)
+        self._sets = {
+            name: Averages(self.entries, device)
+            for name, device in self._devices.items()
+        }
 
     def _plan_updates(self) -> None:
         """Plan updates for the entries and averages as they are now."""
-        averages = self._averages.tensors
-        self._plan = UpdatePlan(self.entries, [averages])
+        for averages in self._sets.values():
+            averages.complete()  # loading one set may have changed roles
+        sets = [averages.tensors for averages in self._sets.values()]
+        self._plan = UpdatePlan(self.entries, sets)
         self._changes = ModelChanges(self.model, self.entries)
         self._stream = side_stream(
-            [self.entries[i].raw for i in averages],
-            list(averages.values()),
+            [self.entries[i].raw for i in sets[0]],
+            [average for tensors in sets for average in tensors.values()],
             self.overlap,
         )
         # offloaded without a stream, as the model is on several devices
         self._unwatched = {
             self.entries[i].raw.device
-            for i, average in averages.items()
+            for tensors in sets
+            for i, average in tensors.items()
             if self._stream is None
             and self.entries[i].raw.is_cuda
             and not average.is_cuda
         }
-        trained = [p for i in averages for p in self.entries[i].parameters]
+        trained = [p for i in sets[0] for p in self.entries[i].parameters]
         # whoever listens to them compares lists by identity
         if list(map(id, trained)) != list(map(id, self.trained)):
             self.trained = trained
@@ -545,28 +686,44 @@ class WeightAverager:
     @torch.no_grad()
     def _select_again(self) -> None:
         """Select the model's tensors again, and carry their averages over."""
-        # names that no file holds, too
-        old = dict(self._averages.named(saved=False))
-        before, averages = self.entries, self._averages.tensors
+        before, sets = self.entries, self._sets
         known = {id(p) for entry in before for p in entry.parameters}
-        same = {id(before[i].raw): average for i, average in averages.items()}
         self._select()
-        for entry in self.entries:
-            # a tensor may have got another name, as those that are pruned do
-            if id(entry.raw) in same:
-                old.update((n, same[id(entry.raw)]) for n in entry.names)
-        old.update(parametrized(self.model, old))
-        now = dict(self._averages.named(saved=False))
-        kept = {
-            name: average
-            for name, average in old.items()
-            if name in now and now[name].shape == average.shape
-        }
+        for name, averages in self._sets.items():
+            # names that no file holds, too
+            old = dict(sets[name].named(saved=False))
+            same = {
+                id(before[i].raw): average
+                for i, average in sets[name].tensors.items()
+            }
+            for entry in self.entries:
+                # it may have got another name, as those that are pruned do
+                if id(entry.raw) in same:
+                    old.update((n, same[id(entry.raw)]) for n in entry.names)
+            old.update(parametrized(self.model, old))
+            now = dict(averages.named(saved=False))
+            kept = {
+                name: average
+                for name, average in old.items()
+                if name in now and now[name].shape == average.shape
+            }
+            averages.load(kept, False, self.update_buffers)
         self._replaced += [
             entry.name
             for entry in self.entries
             if entry.parameters
             and not any(id(p) in known for p in entry.parameters)
         ]
-        self._averages.load(kept, False, self.update_buffers)
         self._plan_updates()
+
+
+def further_schedules(
+    averages: Mapping[str, Mapping[str, Any]],
+) -> Dict[str, Schedule]:
+    """Return the schedules of further averages by name."""
+    found = {}
+    for name, given in averages.items():
+        spec = {k: x for k, x in given.items() if k != 'device'}
+        kind = spec.pop('schedule', 'exponential')
+        found[name] = build_schedule(kind, **spec)
+    return found

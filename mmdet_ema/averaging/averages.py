@@ -24,6 +24,8 @@ from mmdet_ema.averaging.tensors import Entry, Role, average_dtype, is_finite
 from mmdet_ema.averaging.update import all_finite
 from mmdet_ema.errors import CheckpointError, show
 
+MAIN = 'ema'
+"""Name of the main averages."""
 _LONGEST_INTERVAL = 100_000
 # elements: a difference is still in the core's cache when it is squared
 _CHUNK = 2**16
@@ -189,18 +191,16 @@ def check_fit(
 
 
 class Progress(NamedTuple):
-    """Counters of an average.
+    """Counters of one set of averages.
 
     Attributes:
         steps: Steps that were counted, without the skipped ones.
         updates: Updates of the averages.
-        skipped: Steps that were left out because of NaN or Inf.
         averaged: The step of the last update.
     """
 
     steps: int = 0
     updates: int = 0
-    skipped: int = 0
     averaged: int = 0
 
 
@@ -222,7 +222,6 @@ def read_progress(state: Any) -> Progress:
     return Progress(
         steps,
         updates=read_count(state, 'num_updates', steps),
-        skipped=read_count(state, 'num_skipped', 0),
         averaged=averaged,
     )
 

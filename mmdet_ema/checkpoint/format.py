@@ -3,6 +3,8 @@
 ``state_dict`` holds the averages, so that the file deploys as it is;
 ``ema_state_dict`` holds ``steps`` and the raw weights as ``module.<name>``:
 the layout of mmengine's own ``EMAHook``. ``ema_meta`` says who wrote it, how.
+``ema_averages`` holds further averages by name, each with ``state_dict``,
+``schedule`` and its counters.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmdet_ema.averaging.averages import (
+    MAIN,
     check_fit,
     is_part,
     read_count,
@@ -28,6 +31,7 @@ from mmdet_ema.errors import CheckpointError
 WEIGHTS = 'state_dict'
 EMA = 'ema_state_dict'
 META = 'ema_meta'
+MORE = 'ema_averages'
 STEPS = 'steps'
 PREFIX = 'module.'
 FORMAT_VERSION = 1
@@ -46,12 +50,34 @@ class EMAPart:
         raws: Raw weights by name.
         steps: Steps that the averages have seen.
         meta: ``ema_meta``; empty in a file of another writer.
+        more: Further averages by name: each with its ``state_dict``.
     """
 
     averages: Dict[str, Any]
     raws: Dict[str, Any]
     steps: int
     meta: Dict[str, Any] = field(default_factory=dict)
+    more: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def deployed(self) -> str:
+        """Name of the averages in ``state_dict``."""
+        return str(self.meta.get('deploy', MAIN))
+
+    @property
+    def before(self) -> Dict[str, Any]:
+        """``ema_meta`` with the schedule of the main averages."""
+        main = self.more.get(MAIN, {})
+        return {k: main.get(k, x) for k, x in self.meta.items()}
+
+    def states(self) -> Dict[str, Dict[str, Any]]:
+        """Return counters and tensors of all averages by name."""
+        mine = {'num_steps': self.steps, WEIGHTS: self.averages}
+        halves = {self.deployed: {**self.meta, **mine}}
+        return {
+            name: {**state, 'averages': self.tensors(state[WEIGHTS])}
+            for name, state in {**halves, **self.more}.items()
+        }
 
     def tensors(self, half: Mapping[str, Any]) -> Dict[str, Tensor]:
         """Return the tensors of one half, without extra state of modules."""
@@ -65,7 +91,11 @@ class EMAPart:
         """
         present = self.tensors(model.state_dict())
         try:
-            for what, half in ((WEIGHTS, self.averages), (EMA, self.raws)):
+            halves = [(WEIGHTS, self.averages), (EMA, self.raws)]
+            halves += [
+                (f'{MORE}.{k}', x[WEIGHTS]) for k, x in self.more.items()
+            ]
+            for what, half in halves:
                 check_weights(present, half, what)
                 check_fit(present, self.tensors(half), strict)
         except CheckpointError as error:
@@ -94,6 +124,7 @@ def pack(
     raws: Mapping[str, Tensor],
     steps: int,
     meta: Mapping[str, Any],
+    more: Optional[Mapping[str, Mapping[str, Any]]] = None,
 ) -> None:
     """Give a checkpoint its EMA part, in place and in host memory.
 
@@ -105,6 +136,8 @@ def pack(
         raws: Raw weights by name; names left out are those that are live.
         steps: Steps that the averages have seen.
         meta: What else to say in ``ema_meta``: plain values only.
+        more: Further averages by name: counters, and ``state_dict``.
+            Defaults to none.
     """
     copies: Dict[Any, Tensor] = {}
 
@@ -127,6 +160,15 @@ def pack(
         ema[PREFIX + name] = on_host(raws.get(name, value))
         live[name] = on_host(averages.get(name, value))
     checkpoint[EMA] = ema
+    checkpoint.pop(MORE, None)
+    if more:
+        checkpoint[MORE] = {
+            key: {
+                **state,
+                WEIGHTS: {k: on_host(x) for k, x in state[WEIGHTS].items()},
+            }
+            for key, state in more.items()
+        }
     checkpoint[META] = {
         'format_version': FORMAT_VERSION,
         'roles': dict(_ROLES),
@@ -168,14 +210,20 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
             f'{META} has format_version={version!r}, this mmdet_ema reads up '
             f'to {FORMAT_VERSION}; install a newer one.'
         )
-    for key in ('batch_size', 'interval', 'world_size'):
+    for key in ('batch_size', 'interval', 'restarted', 'world_size'):
         read_count(meta, key, 1)
     steps = read_count(ema, STEPS)
     read_progress({**meta, 'num_steps': steps})
+    more: Any = checkpoint.get(MORE, {})
+    check_names(more, MORE)
+    for name, state in more.items():
+        check_names(state, f'{MORE}.{name}')
+        check_names(state.get(WEIGHTS), f'{WEIGHTS} in {MORE}.{name}')
+        read_progress(state)
     size = len(PREFIX)
     raws = {k[size:]: v for k, v in ema.items() if k.startswith(PREFIX)}
     averages = {plain_name(k, raws): v for k, v in weights.items()}
-    return EMAPart(averages, raws, steps, dict(meta))
+    return EMAPart(averages, raws, steps, dict(meta), dict(more))
 
 
 def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from mmdet_ema.checkpoint.format import (
     EMA,
     META,
+    MORE,
     PREFIX,
     STEPS,
     WEIGHTS,
@@ -48,13 +49,15 @@ _DATA = (
 )
 
 Checkpoint = MutableMapping[str, Any]
+_PART = (EMA, META, MORE)
 
 
 def put_message(
     messages: MutableMapping[str, Any], checkpoint: Checkpoint
 ) -> None:
     """Move the EMA part of a checkpoint into ``meta['hook_msgs']``."""
-    messages[MESSAGE] = {key: checkpoint.pop(key) for key in (EMA, META)}
+    keys = [key for key in _PART if key in checkpoint]
+    messages[MESSAGE] = {key: checkpoint.pop(key) for key in keys}
 
 
 def take_message(checkpoint: Checkpoint) -> None:
@@ -68,7 +71,7 @@ def take_message(checkpoint: Checkpoint) -> None:
     check_names(messages, "'hook_msgs' in the meta")
     part = messages.pop(MESSAGE, {})
     check_names(part, f"{MESSAGE!r} in 'hook_msgs'")
-    checkpoint.update({k: part[k] for k in (EMA, META) if k in part})
+    checkpoint.update({k: part[k] for k in _PART if k in part})
 
 
 def put_iteration(checkpoint: Checkpoint, iteration: int) -> None:
@@ -88,11 +91,16 @@ def drop(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
     mmcv saves buffers that the model itself neither saves nor loads.
     """
-    halves = (checkpoint.get(WEIGHTS), checkpoint.get(EMA))
-    if all(isinstance(half, dict) for half in halves):
+    halves = [checkpoint.get(WEIGHTS), checkpoint.get(EMA)]
+    more: Any = checkpoint.get(MORE, {})
+    if not all(isinstance(half, dict) for half in (*halves, more)):
+        return
+    # what is wrong with one is found when the part is read
+    halves += [x.get(WEIGHTS) for x in more.values() if isinstance(x, dict)]
+    for half in filter(None, halves):
         for name in names:
-            checkpoint[WEIGHTS].pop(name, None)
-            checkpoint[EMA].pop(PREFIX + name, None)
+            half.pop(name, None)
+            half.pop(PREFIX + name, None)
 
 
 def take_program(checkpoint: Checkpoint) -> Optional[str]:

@@ -4,42 +4,62 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import os
 import runpy
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Mapping, Optional
-from unittest import mock
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.format import put_raw, unpack
 from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean, show
-from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
+from mmdet_ema.frameworks import (
+    has_mmcv1,
+    has_mmengine,
+    has_package,
+    load_hook,
+)
+from mmdet_ema.schedules import Schedule
 
 SCOPES = ('mmdet', 'mmdet3d')
 """The frameworks whose tools can be run."""
-# mmengine's own hook beside ours: it knows none of our options
-_FOREIGN = 'MMEngineEMAHook'
-_EMA_HOOKS = (
-    'EMAHook',
-    'ExpMomentumEMAHook',
-    'LinearMomentumEMAHook',
-    'MEGVIIEMAHook',
-    _FOREIGN,
+# hooks of mmcv 1.x whose name chooses a ramp; EMAHook has all of their options
+_NAMED_RAMPS = ('ExpMomentumEMAHook', 'LinearMomentumEMAHook')
+# the frameworks' own hooks, which know none of our options
+_FOREIGN = (
+    'BEVDetMEGVIIEMAHook',
+    'MMCVEMAHook',
+    'MMDetExpMomentumEMAHook',
+    'MMDetLinearMomentumEMAHook',
+    'MMEngineEMAHook',
 )
+_EMA_HOOKS = ('EMAHook', 'MEGVIIEMAHook', *_NAMED_RAMPS, *_FOREIGN)
+_COMPATIBLE = (
+    *('ema_type', 'gamma', 'momentum', 'skip_buffers', 'total_iter'),
+    'warm_up',
+)
+_RAMP = ('ema_type', 'gamma', 'schedule', 'tau', 'total_iter', 'warm_up')
+_ON = ('evaluate_on_ema', 'evaluate_on_origin')
+_REPLACES = {
+    'decay': ('decay', 'momentum'),
+    'evaluate': ('evaluate', *_ON),
+    'schedule': _RAMP,
+    'tau': _RAMP,
+}
 
 
 def train(options: argparse.Namespace, rest: List[str]) -> None:
     """Run ``tools/train.py`` with EMA; ``rest`` goes to it as it is."""
-    given = {k: getattr(options, k) for k in ('decay', 'tau', 'schedule')}
-    given = {k: v for k, v in given.items() if v is not None}
-    _run_tool('train', options.config, rest, lambda cfg: add_ema(cfg, given))
+    _run_tool(
+        'train', options.config, rest, lambda cfg: add_ema(cfg, options.hook)
+    )
 
 
 def test(options: argparse.Namespace, rest: List[str]) -> None:
     """Run ``tools/test.py`` with EMA weights, raw weights or both."""
-    path = options.checkpoint
+    path, weights = options.checkpoint, options.weights
     if '://' not in path:
         if not os.path.isfile(path):
             raise CheckpointError(f'there is no checkpoint {path!r}.')
@@ -50,20 +70,19 @@ def test(options: argparse.Namespace, rest: List[str]) -> None:
             'test',
             options.config,
             [path, *rest],
-            lambda cfg: choose_weights(cfg, options.weights),
+            lambda cfg: choose_weights(cfg, weights),
         )
 
     if not has_mmcv1():
         run()
         return
     # the tool of mmdet 2 builds no hook and tests one set of weights
-    if options.weights in ('raw', 'both'):
-        print('mmdet-ema: testing the raw weights', flush=True)
-        with _reading_raw():
+    sets = ('raw', 'ema') if weights == 'both' else (weights or 'ema',)
+    for name in sets:
+        full = 'raw' if name == 'raw' else 'EMA'
+        print(f'mmdet-ema: testing the {full} weights', flush=True)
+        with _loading(path, raw=name == 'raw'):
             run()
-    if options.weights != 'raw':
-        print('mmdet-ema: testing the EMA weights', flush=True)
-        run()
 
 
 def find_tool(scope: str, name: str) -> Path:
@@ -75,22 +94,29 @@ def find_tool(scope: str, name: str) -> Path:
             f'the config belongs to {scope}, which is not installed; install '
             f'it (pip install {scope}).'
         )
-    tool = Path(places[0]) / '.mim' / 'tools' / f'{name}.py'
-    if not tool.is_file():
-        raise OptionError(
-            f'{scope} is installed without its tools (no {tool}); install the '
-            f'released package, or run tools/{name}.py of your clone.'
-        )
-    return tool
+    package = Path(places[0])
+    folders = [package / '.mim' / 'tools']
+    # a clone has them beside the package; in site-packages such a folder
+    # would be somebody else's
+    if not package.parent.name.endswith('-packages'):
+        folders.append(package.parent / 'tools')
+    for folder in folders:
+        if (folder / f'{name}.py').is_file():
+            return folder / f'{name}.py'
+    raise OptionError(
+        f'{scope} is installed without its tools (no {name}.py in '
+        f'{" or ".join(map(str, folders))}); install the released package, '
+        f'or run tools/{name}.py of your clone.'
+    )
 
 
 def _run_tool(
-    name: str, path: str, arguments: List[str], edit: Callable[[Any], None]
+    name: str, path: str, arguments: List[str], edit: Callable[[Any], str]
 ) -> None:
     """Run ``tools/<name>.py`` of the framework that a config belongs to.
 
     The tool runs in this process and reads the config as it always does; what
-    it gets is edited before it goes on.
+    it gets is edited before it goes on. ``edit`` returns what to tell.
     """
     if has_mmcv1():  # it goes first, also beside mmengine
         from mmcv import Config
@@ -103,8 +129,12 @@ def _run_tool(
         )
     if not os.path.isfile(path):
         raise OptionError(f'there is no config file {path!r}.')
-    tool = find_tool(scope_of(Config.fromfile(path), path), name)
-    read = Config.fromfile
+    cfg = Config.fromfile(path)
+    tool = find_tool(scope_of(cfg, path), name)
+    told = edit(cfg)  # what is wrong is refused before the tool starts
+    if told and os.environ.get('RANK', '0') == '0':
+        print(f'mmdet-ema: {told}', flush=True)
+    read, argv = Config.fromfile, sys.argv
 
     def read_and_edit(filename: Any, *args: Any, **kwargs: Any) -> Any:
         cfg = read(filename, *args, **kwargs)
@@ -112,10 +142,12 @@ def _run_tool(
             edit(cfg)
         return cfg
 
-    argv = [str(tool), path, *arguments]
-    edited = mock.patch.object(Config, 'fromfile', read_and_edit)
-    with edited, mock.patch.object(sys, 'argv', argv):
+    Config.fromfile = staticmethod(read_and_edit)
+    sys.argv = [str(tool), path, *arguments]
+    try:
         runpy.run_path(str(tool), run_name='__main__')
+    finally:
+        Config.fromfile, sys.argv = staticmethod(read), argv
 
 
 def scope_of(cfg: Any, path: str) -> str:
@@ -149,10 +181,13 @@ def _scope_by_model(cfg: Any) -> str:
     return 'mmdet'
 
 
-def add_ema(cfg: Any, options: Mapping[str, Any]) -> None:
-    """Add the package and a hook to a config that has none; in place.
+def add_ema(cfg: Any, given: Mapping[str, Any]) -> str:
+    """Add the package and a hook with these options to a config; in place.
 
-    A config with a hook of its own takes no options of the command line.
+    Where the config has an EMA hook, the options replace its own.
+
+    Returns:
+        What was replaced, in one sentence; empty if the config had no hook.
     """
     imports = dict(cfg.get('custom_imports') or {})
     names = imports.get('imports') or []
@@ -162,31 +197,119 @@ def add_ema(cfg: Any, options: Mapping[str, Any]) -> None:
         imports.setdefault('allow_failed_imports', False)
         cfg.custom_imports = imports
     present = _ema_hooks(cfg)
-    if present and options:
-        words = ', '.join(f'--{name} {v}' for name, v in options.items())
+    if present:  # several are refused by the hook itself
+        return '; '.join(_override(hook, given) for hook in present if given)
+    hook = dict(type='EMAHook', **given)
+    _options_of(hook)
+    own = list(cfg.get('custom_hooks') or [])
+    if own or has_mmcv1():
+        cfg.custom_hooks = [*own, hook]
+    else:
+        hooks = cfg.get('default_hooks') or {}
+        hooks['ema'] = hook
+        cfg.default_hooks = hooks
+    return ''
+
+
+def _override(hook: Any, given: Mapping[str, Any]) -> str:
+    """Give a hook of a config the options of the command line, in place."""
+    flags = ' '.join(_flag(name, value) for name, value in given.items())
+    if _kind(hook) in _FOREIGN:
         raise OptionError(
-            f'{words}: the config has an EMA hook of its own '
-            f'({show(dict(present[0]))}); change it there, or by '
-            f'--cfg-options.'
+            f"{flags}: the config's hook is {_kind(hook)}, which knows none "
+            f"of our options; say type='EMAHook' in the config."
         )
-    if not present:
-        hooks = list(cfg.get('custom_hooks') or [])
-        cfg.custom_hooks = [*hooks, dict(type='EMAHook', **options)]
+    before = copy.deepcopy(dict(hook.items()))
+    chosen = {'decay', 'schedule', 'tau'} & given.keys()
+    words = [word for word in _COMPATIBLE if hook.get(word) is not None]
+    if chosen and (words or _kind(hook) in _NAMED_RAMPS):
+        options = _options_of(hook)
+        if options.choice.rule is not None:
+            raise OptionError(
+                f'{flags}: the config averages by a rule of its own, '
+                f'ema_type={show(hook["ema_type"])}; leave one of both out.'
+            )
+        schedule = options.schedule_for(1)
+        for word in words:
+            del hook[word]
+        if _kind(hook) in _NAMED_RAMPS:
+            hook['type'] = 'EMAHook'
+        # what followed from those words
+        hook['update_buffers'] = options.update_buffers
+        if schedule.limit is not None:
+            hook['decay'] = schedule.limit
+        if chosen == {'decay'}:
+            hook.update(_ramp_of(schedule))
+    for flag in _ON if 'evaluate' in given else ():
+        hook.pop(flag, None)
+    spec = given.get('schedule', hook.get('schedule'))
+    for name, value in given.items():
+        if isinstance(spec, dict) and name in spec:
+            before[name] = spec[name]
+            spec[name] = value
+        else:
+            hook[name] = value
+    _options_of(hook)
+    old = {
+        word: before[word]
+        for name in given
+        for word in _REPLACES.get(name, (name,))
+        if before.get(word) not in (None, hook.get(word))
+    }
+    if not old:
+        return f'{flags} for the EMA hook of the config'
+    text = ', '.join(f'{word}={show(value)}' for word, value in old.items())
+    return f'{flags} instead of {text} of the config'
 
 
-def choose_weights(cfg: Any, weights: Optional[str]) -> None:
+def _ramp_of(schedule: Schedule) -> Dict[str, Any]:
+    """Return the options for a schedule that compatible options chose."""
+    options = schedule.options
+    ramps: Dict[str, Dict[str, Any]] = {
+        'ExpMomentumEMA': {'tau': options.get('gamma')},
+        'ExponentialMovingAverage': {'schedule': 'constant'},
+        'MomentumAnnealingEMA': {
+            'schedule': dict(type='annealing', gamma=options.get('gamma'))
+        },
+        'StochasticWeightAverage': {'schedule': 'mean'},
+        'exponential': {'tau': options.get('tau')},
+        'warm_up': {'warm_up': options.get('warm_up')},
+    }
+    return ramps.get(schedule.name, {})
+
+
+def _options_of(hook: Mapping[str, Any]) -> Any:
+    """Check the options of a hook as the hook itself does; return them."""
+    kind = load_hook()
+    if has_mmcv1():
+        from mmcv.runner import HOOKS
+
+        kind = HOOKS.get(_kind(hook))
+    assert kind is not None
+    options = {k: x for k, x in hook.items() if k not in ('type', 'priority')}
+    return kind(**options)._life.options
+
+
+def _flag(name: str, value: Any) -> str:
+    if name == 'enabled':
+        return '--no-ema'
+    return f'--{name}' if value is True else f'--{name} {value}'
+
+
+def choose_weights(cfg: Any, weights: Optional[str]) -> str:
     """Make a config test these weights; None for those that it says."""
     add_ema(cfg, {})
-    if weights is None:
-        return
-    for hook in _ema_hooks(cfg):
-        if _kind(hook) != _FOREIGN:
+    for hook in _ema_hooks(cfg) if weights else ():
+        if _kind(hook) not in _FOREIGN:
+            for flag in _ON:
+                hook.pop(flag, None)
             hook['evaluate'] = weights
         elif weights != 'ema':
             raise OptionError(
-                f'--weights {weights}: {_FOREIGN} tests the averages alone; '
-                f"say type='EMAHook' in the config."
+                f'--weights {weights}: {_kind(hook)} tests the averages '
+                f"alone; say type='EMAHook' in the config."
             )
+    return ''
 
 
 def _ema_hooks(cfg: Any) -> List[Any]:
@@ -202,10 +325,19 @@ def _kind(hook: Any) -> str:
 
 
 @contextlib.contextmanager
-def _reading_raw() -> Iterator[None]:
-    """Let the tools of mmcv 1.x read the raw weights of a checkpoint."""
+def _loading(path: str, raw: bool) -> Iterator[None]:
+    """Let the tool of mmdet 2 load a file's averages, or its raw weights.
+
+    A file of another architecture is refused: mmcv would leave out what does
+    not fit, and the tool would test random weights.
+    """
+    import mmcv.runner
+
     from mmdet_ema.checkpoint.mmcv1 import convert_buffers, take_message
     from mmdet_ema.for_mmcv1.checkpoints import reading_through
+    from mmdet_ema.training.resume import check_architecture
+
+    load = mmcv.runner.load_checkpoint
 
     def take_raw(checkpoint: Any) -> None:
         take_message(checkpoint)
@@ -220,5 +352,21 @@ def _reading_raw() -> Iterator[None]:
             )
         put_raw(checkpoint, part)
 
-    with reading_through(take_raw):
+    def load_and_check(model: Any, file: Any, *args: Any, **kw: Any) -> Any:
+        def prepare(checkpoint: Any) -> None:
+            if raw:
+                take_raw(checkpoint)
+            lacking = check_architecture(checkpoint, model)
+            if lacking:
+                print(f'mmdet-ema: {lacking}', flush=True)
+
+        if file != path:  # a backbone's own, say
+            return load(model, file, *args, **kw)
+        with reading_through(prepare):
+            return load(model, file, *args, **kw)
+
+    mmcv.runner.load_checkpoint = load_and_check
+    try:
         yield
+    finally:
+        mmcv.runner.load_checkpoint = load

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, Dict, List, Optional
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Type
 
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import load_hook
@@ -21,11 +22,13 @@ exit status: 0 done; 2 wrong usage or input; otherwise that of the tool"""
 
 _TRAIN = """\
 Every other option goes to the framework's tools/train.py as it is: --work-dir,
---resume, --amp, --cfg-options, --launcher, ... CONFIG comes first.
+--resume, --amp, --cfg-options, --launcher, ... CONFIG comes first. Where the
+config has an EMA hook, the options here replace its own.
 
 examples:
   mmdet-ema train configs/rtmdet/rtmdet_tiny_8xb32-300e_coco.py
   mmdet-ema train CONFIG --decay 0.999 --tau 500 --work-dir work_dirs/a
+  mmdet-ema train CONFIG --evaluate both
   mmdet-ema train CONFIG --work-dir work_dirs/a --resume
   torchrun --nproc_per_node 8 -m mmdet_ema train CONFIG --launcher pytorch"""
 
@@ -44,21 +47,56 @@ def main(argv: Optional[List[str]] = None) -> None:
     """Run the command line; it exits with 2 for wrong usage or input."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if options.command == 'env':
-        if rest:
-            parser.error(f'unrecognized arguments: {" ".join(rest)}')
-        from mmdet_ema.cli.environment import print_environment
-
-        print_environment()
-        return
-    from mmdet_ema.cli import commands
-
-    load_hook()
+    runs_tool = options.command in ('train', 'test')
+    if rest and not runs_tool:
+        parser.error(f'unrecognized arguments: {" ".join(rest)}')
+    if options.command == 'train':
+        own = ('command', 'config')
+        hook = {k: x for k, x in vars(options).items() if k not in own}
+        options.hook = hook
+        if 'enabled' in hook and len(hook) > 1:
+            others = ', '.join(
+                f'--{name}' for name in hook if name != 'enabled'
+            )
+            parser.error(f'--no-ema contradicts {others}; leave one out')
+    expected: Tuple[Type[Exception], ...] = (OptionError, CheckpointError)
+    if not runs_tool:
+        expected += (OSError,)
     try:
-        getattr(commands, options.command)(options, rest)
-    except (OptionError, CheckpointError) as error:
+        if options.command == 'env':
+            from mmdet_ema.cli.environment import print_environment
+
+            print_environment()
+        elif options.command == 'plot':
+            from mmdet_ema.cli.plot import draw
+
+            print(draw(options.work_dir, options.out, options.metric))
+        elif options.command == 'demo':
+            from mmdet_ema.cli.demo import run
+
+            run(options.out)
+        else:
+            from mmdet_ema.cli import commands
+
+            load_hook()
+            getattr(commands, options.command)(options, rest)
+    except expected as error:
         print(f'mmdet-ema: error: {error}', file=sys.stderr)
         sys.exit(2)
+
+
+def _picture(path: str) -> Path:
+    """Check the path of a picture, so that nobody waits for it in vain."""
+    picture = Path(path)
+    if picture.suffix not in ('.pdf', '.png', '.svg'):
+        raise argparse.ArgumentTypeError(
+            f'{path!r} is not a .png, .pdf or .svg file'
+        )
+    if not picture.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f'{path!r} cannot be written: there is no such folder; make it'
+        )
+    return picture
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         help='train with EMA',
         description='Train with EMA, without touching the config.',
         epilog=_TRAIN,
+        # what is not given is not there: the config says it
+        argument_default=argparse.SUPPRESS,
         **style,
     )
     train.add_argument('config', metavar='CONFIG', help='a config file')
@@ -91,6 +131,21 @@ def _parser() -> argparse.ArgumentParser:
         '--tau', type=float, help='constant of the ramp in steps'
     )
     train.add_argument('--schedule', help='name of a schedule')
+    train.add_argument(
+        '--evaluate', help='weights to validate: ema, raw or both'
+    )
+    train.add_argument('--device', help='cpu: averages in host memory')
+    train.add_argument(
+        '--overlap',
+        action='store_true',
+        help='update in parallel with the next pass (GPU)',
+    )
+    train.add_argument(
+        '--no-ema',
+        action='store_false',
+        dest='enabled',
+        help='average nothing; a resume puts the raw weights back',
+    )
 
     test = commands.add_parser(
         'test',
@@ -105,6 +160,37 @@ def _parser() -> argparse.ArgumentParser:
         '--weights',
         choices=('ema', 'raw', 'both'),
         help='which weights; by default what the config says, or ema',
+    )
+    plot = commands.add_parser(
+        'plot',
+        help='draw the metrics of a run',
+        description='Draw metrics by weights, decay and distance of a run.',
+        **style,
+    )
+    plot.add_argument(
+        'work_dir', metavar='WORK_DIR', type=Path, help="the run's folder"
+    )
+    plot.add_argument(
+        '--out',
+        metavar='FILE',
+        type=_picture,
+        help='picture to write; by default ema.png in WORK_DIR',
+    )
+    plot.add_argument(
+        '--metric', metavar='NAME', help='which metric; by default an mAP'
+    )
+    demo = commands.add_parser(
+        'demo',
+        help='train a small network on digits with EMA, in plain PyTorch',
+        description='Train a small network on digits, compare raw and EMA.',
+        **style,
+    )
+    demo.add_argument(
+        '--out',
+        metavar='FILE',
+        type=_picture,
+        default='mmdet_ema_demo.png',
+        help='picture to write; by default %(default)s',
     )
     commands.add_parser(
         'env',

@@ -31,6 +31,7 @@ class MEGVIIEMAHook(EMAHook):
     """
 
     _hook = 'MEGVIIEMAHook'
+    theirs = 'BEVDetMEGVIIEMAHook'
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.checkpoints import remove_later, with_ema_part
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
-from mmdet_ema.frameworks import own_logger
+from mmdet_ema.frameworks import announce, own_logger
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import show_options
 from mmdet_ema.training.plan import check_begin, refuse_second
@@ -56,8 +56,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to True, or to what the hook does whose options are given.
         device (str, optional): Where the averages live. Defaults to None, for
             where the parameters are.
-        evaluate (str): 'ema', 'raw' or 'both': one after the other, with raw
-            metrics under ``raw/<name>``. Defaults to 'ema'.
+        evaluate (str | Sequence[str]): Weights to validate and test: 'ema',
+            'raw', the name of an average, a list of these, 'both' (ema and
+            raw) or 'all'. A pass each; the deployed ones have the plain
+            metrics, others ``<set>/<name>``. Defaults to 'ema'.
         nonfinite (str): 'skip', 'raise' or 'ignore' (average) a step that
             leaves NaN or Inf. Defaults to 'skip'.
         strict_load (bool): Whether to resume needs every average. Defaults to
@@ -70,10 +72,21 @@ class EMAHook(Hook):  # type: ignore[misc]
             False.
         enabled (bool): Whether to average, or to do nothing but resume from
             the raw weights. Defaults to True.
+        averages (dict): Further averages by name, each a dict of schedule
+            options and ``device``: ``dict(fast=dict(decay=0.999, tau=500))``.
+            Defaults to none.
+        deploy (str): Name of the averages in the ``state_dict`` of files.
+            Defaults to 'ema', the main ones.
+        restart_epochs (Sequence[int]): Epochs, counted from 1, that the
+            averages start again before, from the raw weights. Defaults to ().
         ema_type (str, optional): An averaging class of mmengine.
         momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
             with its warm-up.
         gamma (float, optional): Constant of the ramp of ``ema_type``.
+        evaluate_on_ema (bool, optional): Of mmpretrain's hook: False is
+            ``evaluate='raw'``.
+        evaluate_on_origin (bool, optional): Of mmpretrain's hook: True is
+            ``evaluate='both'``, where the averages are evaluated too.
         warm_up (int, optional): Of mmcv's hook, for
             ``d = min(1 - momentum, n / (warm_up + n - 1))``.
         resume_from (str, optional): Of mmcv's hook: what the run resumes from.
@@ -95,6 +108,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     """
 
     _hook = 'EMAHook'
+    theirs = 'MMCVEMAHook'  # what builds the framework's own
 
     def __init__(
         self,
@@ -109,7 +123,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             check_choice('state_dict_holds', state_dict_holds, HOLDS)
         self._holds = state_dict_holds
         self.enabled = checked.enabled
-        self.evaluates_both = checked.evaluate == 'both'
+        self.passes, self.averages = checked.passes, checked.averages
         self.train_loader: Any = None
         self._log = logging.LoggerAdapter(own_logger(), {})
         self._life = EMALifecycle(checked, self._log)
@@ -126,6 +140,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._versions: Dict[torch.nn.Parameter, int] = {}
         self._equal_since: Any = None
         self._scalars: Tuple[Any, Dict[str, float]] = None, {}
+        announce(self._hook, self.theirs)
 
     show_options(__init__, **dict.fromkeys(COMPATIBLE))
 
@@ -247,9 +262,19 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def on_model_taken(self, runner: Any) -> None:
         """Put the averages into the model that an evaluation hook takes."""
-        wanted = self._life.options.evaluate != 'raw'
+        wanted = self.passes[-1] != 'raw'
         if wanted and self._in_hook and not self._stays_raw:
             self._show(runner)
+
+    @contextlib.contextmanager
+    def only(self, runner: Any, weights: str) -> Iterator[None]:
+        """Use one set of weights in the body, wherever it is."""
+        with self.raw(runner):
+            self._life.enter_evaluation(runners.model_of(runner), weights)
+            try:
+                yield
+            finally:
+                self._life.leave_evaluation()
 
     @contextlib.contextmanager
     def raw(self, runner: Any) -> Iterator[None]:
@@ -427,6 +452,7 @@ class ExpMomentumEMAHook(EMAHook):
     """
 
     _hook = 'ExpMomentumEMAHook'
+    theirs = 'MMDetExpMomentumEMAHook'
 
 
 class LinearMomentumEMAHook(EMAHook):
@@ -440,3 +466,4 @@ class LinearMomentumEMAHook(EMAHook):
     """
 
     _hook = 'LinearMomentumEMAHook'
+    theirs = 'MMDetLinearMomentumEMAHook'

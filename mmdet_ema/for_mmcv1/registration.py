@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, Callable, Dict, Tuple, Type
+from typing import Any, Callable, Dict, Type
 
 from mmcv.runner import HOOKS
 from mmcv.runner.optimizer import OPTIMIZER_BUILDERS
@@ -17,46 +16,35 @@ from mmdet_ema.for_mmcv1.ema_hook import (
 )
 from mmdet_ema.for_mmcv1.optimizer_constructor import EMAOptimizerConstructor
 from mmdet_ema.for_mmcv1.runner import wrap_once
-from mmdet_ema.frameworks import own_logger
-from mmdet_ema.version import __version__
 
-# ours of that name, and what the other project's is called from then on
-_OURS: Dict[str, Tuple[Type[EMAHook], str]] = {
-    ours.__name__: (ours, project + ours.__name__)
-    for ours, project in (
-        (EMAHook, 'MMCV'),
-        (ExpMomentumEMAHook, 'MMDet'),
-        (LinearMomentumEMAHook, 'MMDet'),
-        (MEGVIIEMAHook, 'BEVDet'),
+_OURS: Dict[str, Type[EMAHook]] = {
+    ours.__name__: ours
+    for ours in (
+        EMAHook,
+        ExpMomentumEMAHook,
+        LinearMomentumEMAHook,
+        MEGVIIEMAHook,
     )
 }
 
 
 def register() -> None:
-    """Register the hooks in mmcv's registry; say so in one line.
+    """Register the hooks in mmcv's registry.
 
     mmcv's own hook, mmdet 2's and BEVDet's stay there under names of their
     own; mmdet's and BEVDet's get theirs also where they are imported after
     us.
     """
-    for name, (ours, spare) in _OURS.items():
+    for name, ours in _OURS.items():
         theirs = HOOKS.get(name)
         if theirs not in (None, ours):
-            HOOKS.register_module(name=spare, module=theirs, force=True)
+            HOOKS.register_module(name=ours.theirs, module=theirs, force=True)
         HOOKS.register_module(name=name, module=ours, force=True)
     wrap_once(HOOKS, '_register_module', _register)
     HOOKS.register_module(module=BiasWarmupHook, force=True)
     OPTIMIZER_BUILDERS.register_module(
         module=EMAOptimizerConstructor, force=True
     )
-    if os.environ.get('RANK', '0') == '0':
-        names = ', '.join(
-            f'{x!r} ({spare!r})' for x, (_, spare) in _OURS.items()
-        )
-        own_logger().info(
-            f'mmdet_ema {__version__} builds its own hooks for these types, '
-            f"the frameworks' are called as in brackets now: {names}."
-        )
 
 
 def _register(
@@ -71,5 +59,5 @@ def _register(
     # in the packages of many projects, in a copy each
     bevdets = name == 'MEGVIIEMAHook' and module is not MEGVIIEMAHook
     if (mmdets or bevdets) and module_name in (None, name):
-        module_name, force = _OURS[name][1], True
+        module_name, force = _OURS[name].theirs, True
     return register(module=module, module_name=module_name, force=force)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 import types
 from typing import Any, Callable, List
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.frameworks import own_logger
-from mmdet_ema.training.plan import RunFacts, batch_size_of
+from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
 
 _MARK = '_mmdet_ema_wrapped'
 
@@ -74,6 +75,8 @@ def facts_of(runner: Any, loader: Any = None) -> RunFacts:
     counts = [getattr(hook, 'cumulative_iters', 1) for hook in runner.hooks]
     loader = getattr(runner, 'data_loader', None) if loader is None else loader
     loader = getattr(loader, '_dataloader', loader)
+    # the tools of mmdet 2 put its text there
+    config = str((runner.meta or {}).get('config', ''))
     return RunFacts(
         iteration=runner.iter,
         max_iters=runner.max_iters or 0,
@@ -84,4 +87,9 @@ def facts_of(runner: Any, loader: Any = None) -> RunFacts:
         world_size=runner.world_size,
         validates=any(isinstance(hook, EvalHook) for hook in runner.hooks),
         agrees=any(isinstance(hook, DistEvalHook) for hook in runner.hooks),
+        doubts=doubt_switch(
+            re.findall(r'^(\w+) *=(?! *(?:0|None)$)', config, re.MULTILINE),
+            runner.hooks,
+            'Write its hooks and EMAHook into one list.',
+        ),
     )

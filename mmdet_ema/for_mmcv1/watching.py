@@ -25,6 +25,7 @@ from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmcv1.checkpoints import watch_loading
 from mmdet_ema.for_mmcv1.runner import wrap_once
 from mmdet_ema.training.no_trace import same_randomness
+from mmdet_ema.training.options import RAW
 
 _TRAINS = ('before_train_epoch', 'before_train_iter')
 _EPOCH_IS_OVER = ('after_train_epoch', 'after_epoch', 'after_run')
@@ -36,7 +37,6 @@ _SYNCHRONIZES = {
     'SyncBuffersHook': 'after_epoch',
     'SyncNormHook': 'after_train_epoch',
 }
-_RAW = 'raw/'
 Method = Callable[..., Any]
 
 
@@ -173,20 +173,23 @@ def _view_of(runner: Any, ema: Any) -> Any:
 def _watch_evaluation(ema: Any, hook: Any) -> None:
     """Let an evaluation hook of mmcv evaluate what our hook is told to.
 
-    ``evaluate='both'`` evaluates twice, first the raw weights: mmcv's hooks
-    read the data and call the model themselves, and cannot share a pass.
+    Each set of weights gets a pass, the main one last: mmcv's hooks read the
+    data and call the model themselves.
     """
     best: Any = getattr(hook, 'save_best', None)
-    by_raw = isinstance(best, str) and best.startswith(_RAW)
-    if by_raw and not ema.evaluates_both:
+    known = (RAW, *ema.averages)
+    prefix = str(best).partition('/')[0]
+    by_other = isinstance(best, str) and '/' in best and prefix in known
+    if by_other and prefix not in ema.passes[:-1]:
+        what = 'the raw weights' if prefix == RAW else f'averages {prefix!r}'
         raise OptionError(
-            f'save_best={show(best)} needs the metrics of the raw weights; '
-            f"give the EMA hook evaluate='both', or use "
-            f'save_best={show(best[len(_RAW) :])}.'
+            f'save_best={show(best)} needs the metrics of {what}; '
+            f"give the EMA hook evaluate='both' or a list, or use "
+            f'save_best={show(best[len(prefix) + 1 :])}.'
         )
-    if by_raw:  # a part of the name of a file
+    if by_other:  # a part of the name of a file
         hook.key_indicator = best.replace('/', '_')
-    raw: Dict[str, Any] = {}
+    others: Dict[str, Any] = {}
 
     def do_evaluate(
         method: Method, runner: Any, *args: Any, **kwargs: Any
@@ -199,38 +202,38 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
             # it would miss the raw statistics
             with ema.raw(runner):
                 _broadcast_statistics(runner)
-        if ema.evaluates_both:
-            ema.tell_evaluation('raw')
-            with ema.raw(runner):
-                raw.update(_raw_metrics(hook, again, runner))
+        for name in ema.passes[:-1]:
+            ema.tell_evaluation(name)
+            with ema.only(runner, name):
+                others.update(_other_metrics(hook, again, runner, name))
         ema.tell_evaluation()
         try:
             with ema.evaluating(runner):
                 result = again()
-            runner.log_buffer.output.update(raw)
+            runner.log_buffer.output.update(others)
             ema.tell_metrics(runner.log_buffer.output)
         finally:
-            raw.clear()
+            others.clear()
         return result
 
     def evaluate(method: Method, *args: Any, **kwargs: Any) -> Any:
-        """Return the metric of the raw weights where ``save_best`` says so.
+        """Return the metric of another set where ``save_best`` says so.
 
         None where they were not evaluated: there is no best file then.
         """
-        if not by_raw or hook.save_best is None:
+        if not by_other or hook.save_best is None:
             return method(*args, **kwargs)
         hook.save_best = None
         try:
             method(*args, **kwargs)
         finally:
             hook.save_best = best
-        if raw and best not in raw:
+        if others and best not in others:
             raise OptionError(
-                f'save_best={show(best)} is not among the metrics of the raw '
-                f'weights: {", ".join(raw)}.'
+                f'save_best={show(best)} is not among the metrics of the '
+                f'other sets of weights: {", ".join(others)}.'
             )
-        return raw.get(best)
+        return others.get(best)
 
     wrap_once(hook, '_do_evaluate', do_evaluate)
     wrap_once(hook, 'evaluate', evaluate)
@@ -245,8 +248,8 @@ def _broadcast_statistics(runner: Any) -> None:
                 dist.broadcast(statistics, 0)
 
 
-def _raw_metrics(
-    hook: Any, evaluate: Callable[[], Any], runner: Any
+def _other_metrics(
+    hook: Any, evaluate: Callable[[], Any], runner: Any, name: str
 ) -> Dict[str, Any]:
     """Evaluate what the model holds; nothing is logged or saved."""
     buffer, best = runner.log_buffer, hook.save_best
@@ -264,4 +267,4 @@ def _raw_metrics(
     if runner.world_size > 1:
         dist.barrier()  # the second pass writes into the same folder
     found.pop('eval_iter_num', None)
-    return {f'{_RAW}{name}': value for name, value in found.items()}
+    return {f'{name}/{key}': value for key, value in found.items()}

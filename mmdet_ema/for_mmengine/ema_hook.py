@@ -54,8 +54,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         overlap (bool): Update on a side stream of the GPU, in parallel with
             the next pass; only the optimizer may change parameters then.
             Defaults to False.
-        evaluate (str): Weights to validate and test: 'ema', 'raw' or 'both'
-            (a pass each, metrics ``raw/<name>``). Defaults to 'ema'.
+        evaluate (str | Sequence[str]): Weights to validate and test: 'ema',
+            'raw', the name of an average, a list of these, 'both' (ema and
+            raw) or 'all'. A pass each; the deployed ones have the plain
+            metrics, others ``<set>/<name>``. Defaults to 'ema'.
         nonfinite (str): 'skip' a step that leaves NaN or Inf in a parameter,
             'raise', or 'ignore'; a buffer's average stays. Defaults to 'skip'.
         strict_load (bool): Refuse a resume where an average is missing.
@@ -67,11 +69,22 @@ class EMAHook(Hook):  # type: ignore[misc]
             integers, masks and the like are anyway. Defaults to ().
         enabled (bool): False: put the raw weights back on resume, then do
             nothing. Defaults to True.
+        averages (dict): Further averages by name, each a dict of schedule
+            options and ``device``: ``dict(fast=dict(decay=0.999, tau=500))``.
+            Defaults to none.
+        deploy (str): Name of the averages in the ``state_dict`` of files.
+            Defaults to 'ema', the main ones.
+        restart_epochs (Sequence[int]): Epochs, counted from 1, that the
+            averages start again before, from the raw weights. Defaults to ().
         ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): Compatible option: ``1 - decay``.
         gamma (float, optional): Compatible option: constant of the ramp of
             ``ExpMomentumEMA`` or ``MomentumAnnealingEMA``.
+        evaluate_on_ema (bool, optional): Compatible option: mmpretrain's word
+            for ``evaluate``; False is 'raw'.
+        evaluate_on_origin (bool, optional): Compatible option: True is
+            'both', where the averages are evaluated too.
         **more: Options of a ``BaseAveragedModel`` of your own, if
             ``ema_type`` names one.
 
@@ -106,7 +119,10 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is loaded or changed."""
         kinds = (EMAHook, MMEngineEMAHook)
-        refuse_second([x for x in runner.hooks if isinstance(x, kinds)])
+        refuse_second(
+            [x for x in runner.hooks if isinstance(x, kinds)],
+            runner.cfg.get('custom_hooks'),
+        )
         # whoever uses torch's safe_globals() takes ours away when leaving it
         checkpoints.allow_framework_types()
         path = runners.local_checkpoint(runner)

@@ -20,7 +20,7 @@ from mmengine.runner import (
 from torch import nn
 from torch.optim import Optimizer
 
-from mmdet_ema.training.plan import RunFacts, batch_size_of
+from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
 
 # the loops, and what a subclass may not change of them
 _OWN_LOOPS = {
@@ -111,6 +111,11 @@ def facts_of(runner: Any) -> RunFacts:
         world_size=runner.world_size,
         validates=runner._val_loop is not None,
         agrees=_validating_loop(runner) is not None,
+        doubts=doubt_switch(
+            [name for name, value in runner.cfg.items() if value],
+            runner.hooks,
+            "Use default_hooks = dict(ema=dict(type='EMAHook')) instead.",
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, Callable, Dict, Optional
 
-from mmdet_ema.checks import check_number
+from mmdet_ema.checks import check_flag, check_number
 from mmdet_ema.errors import OptionError, did_you_mean, show
 from mmdet_ema.schedules import (
     Schedule,
@@ -22,6 +22,10 @@ from mmdet_ema.schedules import (
     mean,
 )
 
+COMPATIBLE = (
+    *('ema_type', 'momentum', 'gamma'),
+    *('evaluate_on_ema', 'evaluate_on_origin'),
+)
 MOMENTUM = 0.0002
 GAMMA = {'ExpMomentumEMA': 2000.0, 'MomentumAnnealingEMA': 100.0}
 _FAMILIES: Dict[str, Callable[[float, float], Schedule]] = {
@@ -41,6 +45,26 @@ def decay_of(decay: Optional[float], momentum: Optional[float]) -> float:
     ends = dict(low_open=True, high_open=True)
     hint = 'momentum weighs the NEW value: momentum = 1 - decay.'
     return 1 - check_number('momentum', momentum, 0, 1, **ends, hint=hint)
+
+
+def evaluate_of(
+    evaluate: Optional[str], on_ema: Any, on_origin: Any
+) -> Optional[str]:
+    """Return what to evaluate; mmpretrain's hook says so by two flags."""
+    flags = {'evaluate_on_ema': on_ema, 'evaluate_on_origin': on_origin}
+    given = {name: x for name, x in flags.items() if x is not None}
+    for name, flag in given.items():
+        check_flag(name, flag)
+    if not given:
+        return 'ema' if evaluate is None else evaluate
+    meant = 'raw' if on_ema is False else 'both' if on_origin else 'ema'
+    if evaluate not in (None, meant):
+        words = ' and '.join(f'{name}={x}' for name, x in given.items())
+        raise OptionError(
+            f'evaluate={show(evaluate)} contradicts {words}, which is '
+            f'evaluate={meant!r}; give evaluate alone.'
+        )
+    return meant
 
 
 def family_schedule(
@@ -111,8 +135,6 @@ _INSTEAD: Dict[str, str] = {
     'if it weighs the new weights (0.001)',
     'end_momentum': "schedule=dict(type='cosine', decay=1 - momentum, "
     'end_decay=1 - end_momentum)',
-    'evaluate_on_ema': "evaluate='ema', or 'both' with evaluate_on_origin",
-    'evaluate_on_origin': "evaluate='raw', or 'both' with evaluate_on_ema",
     'resume_from': 'load_from=... and resume=True in the config, or --resume',
     'skip_buffers': 'update_buffers, which says the opposite',
     'total_iter': "ema_type='ExpMomentumEMA' with gamma=...",

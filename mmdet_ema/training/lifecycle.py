@@ -16,20 +16,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmdet_ema.averaging.averager import WeightAverager
+from mmdet_ema.averaging.averages import MAIN, read_count
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.errors import NonFiniteError
 from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.training import resume
-from mmdet_ema.training.options import Options
+from mmdet_ema.training.options import RAW, Options
 from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
 from mmdet_ema.training.report import (
-    SETS,
     compare,
     describe_idle,
     describe_replaced,
     describe_skip,
     report,
+    sets_of_weights,
 )
 from mmdet_ema.training.steps import TELLS_OF_STEPS, WeightChanges
 from mmdet_ema.version import __version__
@@ -50,8 +51,7 @@ class EMALifecycle:
 
     def __init__(self, options: Options, log: Any):
         self.options = options
-        both = options.evaluate == 'both'
-        self.passes = ('raw', 'ema') if both else (options.evaluate,)
+        self.passes = options.passes
         self.averager: Optional[WeightAverager] = None
         self._log = log
         # what was found in a file, until its weights are in the model
@@ -62,7 +62,7 @@ class EMALifecycle:
         self._changes: Optional[WeightChanges] = None
         self._first: Dict[str, int] = {}
         self._iterations = self._told_iterations = self._replacements = 0
-        self._updated_at = self._told_skipped = 0
+        self._updated_at = self._told_skipped = self._restarted = 0
         self._warned: Set[str] = set()
 
     @property
@@ -82,14 +82,17 @@ class EMALifecycle:
         done = part.steps if part else 0
         if self.averager is not None:
             done = self.averager.num_steps
-        before = part.meta if part else {}
+        before = part.before if part else {}
         # a training that goes on in this process keeps the batch size
         known = self._plan.reference if self._plan and not before else None
+        if part is not None:
+            self._restarted = read_count(before, 'restarted', 0)
         self._plan = Plan(self.options, facts, done, before, known)
         if part is not None:
             self._make_averager(model)
         elif self.averager is not None:
             self.averager.schedule = self._plan.schedule
+            self.averager.schedules.update(self._plan.more)
         self._reported = False
         self._iterations = self._told_iterations = 0
         self._changes = WeightChanges(
@@ -132,6 +135,7 @@ class EMALifecycle:
             return
         if not self._iterations:
             self._first = averager.progress()
+        self._restart(averager, epoch + 1)
         if not changes.told:
             # maybe nobody tells before the weights change
             averager.follow_changes()
@@ -145,6 +149,22 @@ class EMALifecycle:
         times = changes.idle / max(_IDLE, 2 * plan.facts.accumulation)
         if times >= 1 and math.log10(times).is_integer():
             self._log.warning(describe_idle(changes.idle))
+
+    def _restart(self, averager: WeightAverager, epoch: int) -> None:
+        """Start again from the raw weights, once in an epoch of that option.
+
+        The file says which was the last one: a run that resumes within that
+        epoch does not restart again.
+        """
+        if epoch in self.options.restart_epochs and epoch != self._restarted:
+            self._restarted = epoch
+            # the steps before are told of at the end, too
+            self._first['num_steps'] -= averager.num_steps
+            averager.restart()
+            self._log.info(
+                f'EMA: epoch {epoch}: the averages start again from the raw '
+                f'weights (restart_epochs).'
+            )
 
     def _before_step(self) -> None:
         averager, changes = self.averager, self._changes
@@ -258,8 +278,9 @@ class EMALifecycle:
                     f'copied=[{name!r}] copies it.'
                 )
         self.tell_steps()
-        if (weights or self.passes[-1]) != 'raw':
-            self.averager.apply()
+        weights = weights or self.passes[-1]
+        if weights != RAW:
+            self.averager.apply(weights)
 
     def tell_evaluation(self, weights: Optional[str] = None) -> None:
         """Say whose the metrics are that are computed next.
@@ -272,15 +293,16 @@ class EMALifecycle:
         weights = weights or self.passes[-1]
         if self.averager is None:
             said = 'the raw weights: the average has not begun'
-        elif weights == 'raw':
-            said = SETS[weights]
         else:
-            said = f'{SETS[weights]} (n={self.averager.num_updates})'
+            said = sets_of_weights([weights])
+            if weights != RAW:
+                updates = self.averager.progress(weights)['num_updates']
+                said = f'{said} (n={updates})'
         self._log.info(f'EMA: evaluating {said}')
 
     def tell_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of several sets of weights side by side."""
-        table = compare(metrics)
+        table = compare(metrics, self.passes)
         if table:
             self._log.info(table)
 
@@ -291,15 +313,32 @@ class EMALifecycle:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint with the live weights its EMA part, in place."""
-        averager, averages, raws = self.averager, {}, {}
+        averager, raws = self.averager, {}
+        averages: Dict[str, Any] = {}
+        more: Dict[str, Dict[str, Any]] = {}
         meta: Dict[str, Any] = dict(self._plan.meta) if self._plan else {}
         meta['writer'] = f'mmdet_ema {__version__}'
         if averager is not None and not self._only_evaluates:
             averager.refresh()
-            averages = dict(averager.named_averages(stored=True))
             raws = dict(averager.named_raws()) if averager.is_applied else {}
-            meta.update(averager.progress())
-        pack(checkpoint, averages, raws, meta.get('num_steps', 0), meta)
+            for name in averager.names:
+                more[name] = {
+                    'schedule': str(averager.schedules[name]),
+                    **averager.progress(name),
+                    'state_dict': dict(
+                        averager.named_averages(stored=True, name=name)
+                    ),
+                }
+            deploy = self.options.deploy
+            averages = more.pop(deploy)['state_dict']
+            meta.update(averager.progress(deploy))
+            if self._restarted:
+                meta['restarted'] = self._restarted
+            if more:
+                meta['deploy'] = deploy
+            if deploy != MAIN:
+                meta['schedule'] = str(averager.schedules[deploy])
+        pack(checkpoint, averages, raws, meta.get('num_steps', 0), meta, more)
 
     def resume(
         self,
@@ -308,11 +347,14 @@ class EMALifecycle:
         optimizers: Sequence[Optimizer],
     ) -> None:
         """Go on from a checkpoint; see ``resume.for_resume``."""
-        strict = self.options.strict_load
-        part = resume.for_resume(checkpoint, model, strict, self._log)
+        options = self.options
+        strict = options.strict_load and options.enabled
+        part = resume.for_resume(
+            checkpoint, model, strict, self._log, options.enabled
+        )
         check_training_state(checkpoint, optimizers, self._log)
-        self._expect(part)
-        if not self.options.enabled:
+        self._expect(part if options.enabled else None)
+        if not options.enabled:
             self._log.warning(
                 'EMA: enabled=False: training goes on from the raw weights, '
                 'without an average.'
@@ -320,13 +362,16 @@ class EMALifecycle:
 
     def fine_tune(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Start again from a checkpoint's weights."""
-        resume.for_fine_tuning(checkpoint, model, self._log)
+        enabled = self.options.enabled
+        resume.for_fine_tuning(checkpoint, model, self._log, enabled)
         self._expect(None)
 
     def choose(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Evaluate a checkpoint; see ``resume.for_evaluation``."""
-        evaluate = self.options.evaluate
-        part = resume.for_evaluation(checkpoint, model, evaluate, self._log)
+        passes = self.passes
+        if len(passes) > 1 and not self.options.enabled:
+            passes = passes[-1:]  # there is no second pass
+        part = resume.for_evaluation(checkpoint, model, passes, self._log)
         self._expect(part, only_evaluates=True)
 
     def _expect(
@@ -349,10 +394,23 @@ class EMALifecycle:
                 model, schedule, **self.options.of_the_averager
             )
         averager.announces_steps = TELLS_OF_STEPS
+        if self._plan is not None:
+            averager.schedules.update(self._plan.more)
         if part is not None:
-            averages = part.tensors(part.averages)
-            state = {**part.meta, 'num_steps': steps, 'averages': averages}
-            averager.load_state_dict(state, strict=False)
+            states = part.states()
+            names = averager.names
+            new = [name for name in names if name not in states]
+            gone = [name for name in states if name not in names]
+            said = [f'the checkpoint has the averages {", ".join(states)}']
+            if new:
+                start = 'starts from the raw weights, n = 0'
+                said += [f'{name} {start}' for name in new]
+            said += [f'{name} is dropped' for name in gone]
+            if len(said) > 1:
+                self._log.warning(f'EMA: {"; ".join(said)}.')
+            # a file without the main ones deploys others in their place
+            main = states.pop(MAIN, None) or states[part.deployed]
+            averager.load_state_dict({**main, 'more': states}, strict=False)
         self._told_skipped = averager.known_skipped
 
     def _report(self, model: nn.Module) -> None:

@@ -18,12 +18,15 @@ from typing import (
 
 import torch
 
-from mmdet_ema.averaging.averager import NONFINITE
+from mmdet_ema.averaging.averager import NONFINITE, further_schedules
+from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.averaging.update import Rule
 from mmdet_ema.checks import (
+    check_averages,
     check_choice,
     check_count,
     check_device,
+    check_epochs,
     check_flag,
     check_names,
     check_patterns,
@@ -39,12 +42,15 @@ from mmdet_ema.schedules import (
     split_spec,
 )
 from mmdet_ema.training.compatible import (
+    COMPATIBLE,
     decay_of,
+    evaluate_of,
     family_schedule,
     instead_of,
 )
 
-EVALUATE = ('ema', 'raw', 'both')
+RAW = 'raw'
+"""Name of the raw weights among the sets that are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Options:
         None, lambda name, value: check_device(value), averager=True
     )
     overlap: bool = _option(False, check_flag, averager=True)
-    evaluate: str = _option('ema', check_choice, allowed=EVALUATE)
+    evaluate: Any = None
     nonfinite: str = _option(
         'skip', check_choice, averager=True, allowed=NONFINITE
     )
@@ -100,20 +106,34 @@ class Options:
     scale_decay: bool = _option(False, check_flag)
     copied: Tuple[str, ...] = _option((), check_patterns, averager=True)
     enabled: bool = _option(True, check_flag)
+    averages: Any = _option(  # noqa: RUF009
+        None, check_averages, averager=True
+    )
+    deploy: str = MAIN
+    restart_epochs: Tuple[int, ...] = _option((), check_epochs)
     ema_type: Any = None
     momentum: Optional[float] = None
     gamma: Optional[float] = None
-    choice: Choice = None  # type: ignore[assignment]  # made of the others
+    evaluate_on_ema: Optional[bool] = None
+    evaluate_on_origin: Optional[bool] = None
+    # made of the others
+    choice: Choice = None  # type: ignore[assignment]
+    passes: Tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         compatible = _uses_compatible(self)
         if self.update_buffers is None:
             self._set('update_buffers', not compatible)
+        on = (self.evaluate_on_ema, self.evaluate_on_origin)
+        self._set('evaluate', evaluate_of(self.evaluate, *on))
         for option in fields(self):
             if option.metadata:
                 value = getattr(self, option.name)
                 check = option.metadata['check']
                 self._set(option.name, check(option.name, value))
+        further_schedules(self.averages)  # what is wrong is found now
+        check_choice('deploy', self.deploy, (MAIN, *self.averages))
+        self._set('passes', self._passes())
         if self.begin_iter and self.begin_epoch:
             raise OptionError(
                 f'begin_iter={self.begin_iter} and begin_epoch='
@@ -127,6 +147,23 @@ class Options:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    def _passes(self) -> Tuple[str, ...]:
+        """Return the sets of weights to evaluate, the main one last."""
+        names, given = (MAIN, RAW, *self.averages), self.evaluate
+        if isinstance(given, str):
+            check_choice('evaluate', given, (*names, 'both', 'all'))
+            given = {'both': (MAIN, RAW), 'all': names}.get(given, (given,))
+        if not isinstance(given, (list, tuple)) or not given:
+            raise OptionError(
+                f'evaluate={show(given)} is not allowed; use one of '
+                f"{', '.join(map(repr, names))}, a list, 'both' or 'all'."
+            )
+        for name in given:
+            check_choice('evaluate', name, names)
+        # its metrics have the plain names, and hooks hear of all then
+        main = self.deploy if self.deploy in given else given[0]
+        return (*(x for x in dict.fromkeys(given) if x != main), main)
 
     def schedule_for(self, planned: int) -> Schedule:
         """Return the schedule, given the steps that are planned."""
@@ -143,7 +180,11 @@ class Options:
         }
 
 
-_DEFAULTS = {f.name: f.default for f in fields(Options) if f.name != 'choice'}
+_DEFAULTS = {
+    f.name: f.default
+    for f in fields(Options)
+    if f.name not in ('choice', 'passes')
+}
 NAMES = (*_DEFAULTS, 'priority')
 
 
@@ -209,11 +250,11 @@ def _uses_compatible(options: Options) -> bool:
             f'schedule={show(schedule)} and {word} are both given; write '
             f'schedule=dict(type=..., **options) without {word}.'
         )
-    given = any(x is not None for x in (ema_type, momentum, options.gamma))
+    given = any(getattr(options, x) is not None for x in COMPATIBLE)
     if given and tau is not None and schedule is None:
         raise OptionError(
             f"tau={show(tau)} goes with schedule='exponential'; with "
-            f'ema_type, momentum or gamma the ramp constant is called gamma '
+            f'{", ".join(COMPATIBLE)} the ramp constant is called gamma '
             f"(ema_type='ExpMomentumEMA')."
         )
     return given

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
 
+from mmdet_ema.averaging.averager import further_schedules
 from mmdet_ema.errors import OptionError
 from mmdet_ema.schedules import to_the_power
 from mmdet_ema.training.options import Options
@@ -27,6 +28,7 @@ class RunFacts:
         validates: Whether it has a validation.
         agrees: Whether it has one that is sure to be run on all ranks at
             once.
+        doubts: Sentences on what looks wrong in its config.
     """
 
     iteration: int
@@ -38,6 +40,7 @@ class RunFacts:
     world_size: int = 1
     validates: bool = True
     agrees: bool = True
+    doubts: Tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -52,18 +55,72 @@ def batch_size_of(loader: Any) -> int:
     return int(next(filter(None, sizes), 1))
 
 
-def refuse_second(hooks: Sequence[Any]) -> None:
-    """Refuse a run with several EMA hooks, ours or not."""
+def refuse_second(
+    hooks: Sequence[Any], custom_hooks: Optional[Sequence[Any]] = None
+) -> None:
+    """Refuse a run with several EMA hooks, ours or not.
+
+    Args:
+        hooks: The EMA hooks of the run.
+        custom_hooks: The list of the config; of mmengine, where another part
+            of the config may bring a hook as well.
+    """
+    if len(hooks) < 2:
+        return
     names = [
         f'{type(hook).__module__}.{type(hook).__name__} '
         f'(priority={hook.priority!r})'
         for hook in hooks
     ]
-    if len(names) > 1:
-        raise OptionError(
-            f'there are {len(names)} EMA hooks: {" and ".join(names)}. They '
-            f"would average each other's weights; keep one in custom_hooks."
+    remedy = 'keep one in custom_hooks.'
+    # a script may have hooks in it that are made already
+    types = [
+        hook.get('type') if isinstance(hook, dict) else type(hook)
+        for hook in custom_hooks or ()
+    ]
+    ours = [
+        (i, kind)
+        for i, kind in enumerate(types)
+        if str(getattr(kind, '__name__', kind)).endswith('EMAHook')
+    ]
+    if len(ours) == 1:
+        place, kind = ours[0]
+        base = '_base_.' if isinstance(kind, str) else ''  # else new-style
+        remedy = (
+            f'custom_hooks[{place}] of the config is one already, and '
+            f"custom_imports = dict(imports=['mmdet_ema'], "
+            f'allow_failed_imports=False) alone makes it ours: leave the '
+            f'other out. To change the options of the one in a base, write '
+            f"{base}custom_hooks[{place}].update(evaluate='both')."
         )
+    raise OptionError(
+        f'there are {len(names)} EMA hooks: {" and ".join(names)}. They '
+        f"would average each other's weights; {remedy}"
+    )
+
+
+# what a config calls the last epochs, for which a hook changes the data
+_LAST_EPOCHS = (
+    *('train_pipeline_stage2', 'stage2_num_epochs'),
+    *('switch_epoch', 'num_last_epochs'),
+)
+
+
+def doubt_switch(
+    names: Iterable[str], hooks: Sequence[Any], remedy: str
+) -> Tuple[str, ...]:
+    """Doubt a config with last epochs that no hook switches to.
+
+    A list of hooks in a config replaces the one of its base.
+    """
+    last = [x for x in _LAST_EPOCHS if x in {*names}]
+    if not last or any('Switch' in type(x).__name__ for x in hooks):
+        return ()
+    return (
+        f'the config has {last[0]} but no hook that switches to it '
+        f'(PipelineSwitchHook, YOLOXModeSwitchHook): was custom_hooks of the '
+        f'base replaced? {remedy}',
+    )
 
 
 class Plan:
@@ -82,6 +139,7 @@ class Plan:
         last_update: The last of them that updates the average, 0 for none.
         unscaled: The schedule of the options.
         schedule: The schedule that the run uses.
+        more: Those of further averages by name.
         kappa: Samples a step, relative to the reference.
         meta: What a run that resumes from this one compares itself with.
     """
@@ -106,6 +164,10 @@ class Plan:
         self.unscaled = self.schedule = options.schedule_for(self.planned)
         if options.scale_decay and self.kappa != 1:
             self.schedule = to_the_power(self.unscaled, self.kappa)
+        self.more = further_schedules(options.averages)
+        if options.scale_decay and self.kappa != 1:
+            for name, schedule in self.more.items():
+                self.more[name] = to_the_power(schedule, self.kappa)
         self.meta: Dict[str, Any] = {
             'schedule': str(self.unscaled),
             'interval': options.interval,
@@ -127,8 +189,12 @@ def _reference_of(meta: Mapping[str, Any]) -> Optional[int]:
 def planned_steps(options: Options, facts: RunFacts, done: int) -> int:
     """Return how many steps the average will have seen at the end."""
     first = facts.iteration
+    iters_per_epoch = max(facts.max_iters // max(facts.max_epochs, 1), 1)
+    # the last restart that is still to come
+    restart = (max(options.restart_epochs, default=1) - 1) * iters_per_epoch
+    if restart > first:
+        first, done = restart, 0
     if not done:
-        iters_per_epoch = max(facts.max_iters // max(facts.max_epochs, 1), 1)
         epochs = max(options.begin_epoch - 1, 0)
         begin = max(options.begin_iter - 1, epochs * iters_per_epoch)
         first = max(first, begin)
@@ -153,6 +219,13 @@ def check_begin(options: Options, facts: RunFacts) -> None:
             f'begin_epoch={options.begin_epoch} is past the end: '
             f'{facts.max_epochs} epochs are planned{kind}. Use a number up '
             f'to {facts.max_epochs}, or begin_iter.'
+        )
+    late = [x for x in options.restart_epochs if x > facts.max_epochs]
+    if late:
+        raise OptionError(
+            f'restart_epochs={list(options.restart_epochs)}: epoch {late[0]} '
+            f'is past the end: {facts.max_epochs} epochs are planned. Use '
+            f'numbers up to {facts.max_epochs}.'
         )
     if options.begin_iter > facts.max_iters:
         raise OptionError(

@@ -20,9 +20,10 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
     """Say at the start what the average will be, and what looks wrong."""
     options, facts = plan.options, plan.facts
     counts = count_roles(entries)
-    size = f'{counts["bytes"] / 2**20:.1f} MiB'
+    several = 1 + len(options.averages)
+    size = f'{several * counts["bytes"] / 2**20:.1f} MiB'
     tensors = f'{counts["averaged"]} tensors averaged in {size}'
-    evaluated = f'evaluated: {SETS[options.evaluate]}'
+    evaluated = f'evaluated: {sets_of_weights(options.passes)}'
     doubts: List[str] = []
     if options.choice.rule is None:
         lines, doubts = [*_numbers(plan)], [*_doubts_on_schedule(plan)]
@@ -35,6 +36,11 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
         f'{counts["shared"]} frozen'
     )
     lines.append(f'memory of the averages: {size}')
+    for name, schedule in plan.more.items():
+        end = _window_at(schedule, plan.planned)
+        lines.append(f'averages {name!r}: {schedule}, a window of {end}')
+    if options.averages:
+        lines.append(f'in state_dict of the files: {options.deploy}')
     log.info('\n'.join(f'EMA: {line}' for line in lines))
     if facts.world_size > 1:
         buffers = sum(not entry.parameters for entry in entries)
@@ -54,30 +60,39 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
         log.warning(f'EMA: {doubt}')
 
 
-SETS = {
-    'ema': 'the averages',
-    'raw': 'the raw weights',
-    'both': 'the averages and the raw weights',
-}
+def sets_of_weights(passes: Sequence[str]) -> str:
+    """Return the sets of weights that are evaluated in words."""
+    words = {'ema': 'the averages', 'raw': 'the raw weights'}
+    names = [passes[-1], *passes[:-1]]  # the main one first
+    return ' and '.join(words.get(x, f'the averages {x!r}') for x in names)
 
 
-def compare(metrics: Mapping[str, Any]) -> str:
-    """Return a table of the metrics that two sets of weights have."""
-    rows = [
-        (name, value, metrics[f'raw/{name}'])
-        for name, value in metrics.items()
-        if isinstance(value, (int, float))
-        and isinstance(metrics.get(f'raw/{name}'), (int, float))
-    ]
+def compare(metrics: Mapping[str, Any], passes: Sequence[str]) -> str:
+    """Return a table of the metrics that several sets of weights have."""
+    others = passes[:-1]
+    rows = []
+    for name, value in metrics.items():
+        values = [value, *(metrics.get(f'{x}/{name}') for x in others)]
+        if others and all(isinstance(x, (int, float)) for x in values):
+            gaps = [value - x for x in values[1:]]
+            cells = [f'{x:10.4f}' for x in values]
+            cells += [f'{x:+10.4f}' for x in gaps]
+            rows.append((name, ''.join(cells)))
     if not rows:
         return ''
-    width = max(map(len, ['metric', *(name for name, _, _ in rows)]))
-    lines = [f'{"metric":{width}}       EMA       raw  EMA - raw']
-    lines += [
-        f'{name:{width}}  {ema:8.4f}  {raw:8.4f}  {ema - raw:+9.4f}'
-        for name, ema, raw in rows
-    ]
-    return '\n'.join(f'EMA: {line}' for line in lines)
+    main = passes[-1]
+    head = ''.join(f'{x:>10}' for x in (main, *others))
+    head += ''.join(f'{f"- {x}":>10}' for x in others)
+    width = max(map(len, ['metric', *(name for name, _ in rows)]))
+    return '\n'.join(
+        f'EMA: {name:{width}}{cells}'
+        for name, cells in [('metric', head), *rows]
+    )
+
+
+def _window_at(schedule: Schedule, step: int) -> str:
+    step = max(step, 1)
+    return _steps(window(decay_over(schedule, step, step)))
 
 
 def _numbers(plan: Plan) -> List[str]:
@@ -86,7 +101,7 @@ def _numbers(plan: Plan) -> List[str]:
     every = 'step' if interval == 1 else f'{interval} steps'
     start = f', {plan.done} of them done' if plan.done else ''
     last = decay_over(schedule, max(planned, 1), max(planned, 1))
-    end = _steps(window(last))
+    end = _window_at(schedule, planned)
     return [
         f'{schedule}, every {every}: a window of {end} at the end of '
         f'{planned}',
@@ -100,6 +115,7 @@ def _numbers(plan: Plan) -> List[str]:
 def _doubts(plan: Plan, entries: Sequence[Entry]) -> Iterator[str]:
     """List what makes the average other than the options promise."""
     options, facts = plan.options, plan.facts
+    yield from facts.doubts
     yield from options.choice.no_effect
     if plan.done and (options.begin_iter or options.begin_epoch):
         name = 'begin_iter' if options.begin_iter else 'begin_epoch'

@@ -9,27 +9,33 @@ raises a :class:`CheckpointError`.
 
 from __future__ import annotations
 
-from typing import Any, List, MutableMapping, Optional
+from typing import Any, List, MutableMapping, Optional, Sequence
 
 import torch
 from torch import nn
 
+from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.checkpoint.format import (
     WEIGHTS,
     EMAPart,
     check_names,
     check_weights,
+    plain_name,
     put_raw,
     unpack,
 )
 from mmdet_ema.errors import CheckpointError
-from mmdet_ema.training.report import SETS
+from mmdet_ema.training.report import sets_of_weights
 
 Checkpoint = MutableMapping[str, Any]
 
 
 def for_resume(
-    checkpoint: Checkpoint, model: nn.Module, strict: bool, log: Any
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    strict: bool,
+    log: Any,
+    enabled: bool = True,
 ) -> Optional[EMAPart]:
     """Prepare a checkpoint that training resumes from: raw weights load.
 
@@ -44,9 +50,9 @@ def for_resume(
                 'strict_load=False the average starts from its weights.'
             )
         weights = _weights_of(checkpoint, model)
+        goes_on = 'the average starts' if enabled else 'training goes on'
         log.warning(
-            'EMA: the checkpoint has no EMA part; the average starts from '
-            'its weights.'
+            f'EMA: the checkpoint has no EMA part; {goes_on} from its weights.'
         )
         _name_nonfinite(weights, model, log)
         return None
@@ -58,50 +64,100 @@ def for_resume(
 
 
 def for_fine_tuning(
-    checkpoint: Checkpoint, model: nn.Module, log: Any
+    checkpoint: Checkpoint, model: nn.Module, log: Any, enabled: bool = True
 ) -> None:
     """Say what a new training starts from; ``state_dict`` loads as it is."""
     weights = _weights_of(checkpoint, model)
     part = _if_readable(checkpoint, log)
     _name_nonfinite(weights, model, log)
     origin = 'weights' if part is None else f'averages ({part.steps} steps)'
-    log.info(
-        f'EMA: the average starts anew (n = 0), from the {origin} of the '
-        f'checkpoint.'
-    )
+    starts = 'the average starts anew (n = 0),'
+    if not enabled:
+        starts = 'enabled=False: without an average, training starts'
+    log.info(f'EMA: {starts} from the {origin} of the checkpoint.')
 
 
 def for_evaluation(
-    checkpoint: Checkpoint, model: nn.Module, evaluate: str, log: Any
+    checkpoint: Checkpoint, model: nn.Module, passes: Sequence[str], log: Any
 ) -> Optional[EMAPart]:
-    """Prepare a checkpoint that is only evaluated.
+    """Prepare a checkpoint that is only evaluated, on the sets ``passes``.
 
     Returns:
-        The EMA part if both sets will be evaluated: then the raw weights
-        load, and the averages are put in for the evaluation.
+        The EMA part if averages have to be put in for an evaluation: then
+        the raw weights load. None if what loads is evaluated.
     """
-    _weights_of(checkpoint, model)
-    if evaluate == 'ema':
-        part = _if_readable(checkpoint, log)
-        if part is None:
-            log.info(
-                'EMA: the checkpoint has no EMA part; evaluating its weights.'
-            )
-            return None
-    else:
-        part = unpack(checkpoint)
-        if part is None:
-            raise CheckpointError(
-                f'evaluate={evaluate!r} needs raw weights, but the checkpoint '
-                f'holds one set of weights and no EMA part; use '
-                f"evaluate='ema' to evaluate what it holds."
-            )
-        put_raw(checkpoint, part)
-    log.info(f'EMA: evaluating {SETS[evaluate]} (n={part.steps}).')
-    if evaluate != 'both':
+    lacking = check_architecture(checkpoint, model)
+    if lacking:
+        log.warning(f'EMA: {lacking}')
+    # what state_dict holds is all that is needed, even if the rest is damaged
+    part = _if_readable(checkpoint, log) if [*passes] == [MAIN] else None
+    if part is None and [*passes] == [MAIN]:
+        log.info(
+            'EMA: the checkpoint has no EMA part; evaluating its weights.'
+        )
+        return None
+    part = part or unpack(checkpoint)
+    if part is None:
+        raise CheckpointError(
+            f'evaluate={_shown(passes)} needs raw weights, but the checkpoint '
+            f'holds one set of weights and no EMA part; use '
+            f"evaluate='ema' to evaluate what it holds."
+        )
+    there = ('raw', *part.states())
+    lost = [name for name in passes if name not in there]
+    if lost:
+        raise CheckpointError(
+            f'evaluate={_shown(passes)}: the checkpoint has no averages '
+            f'{", ".join(lost)}; it has {", ".join(there)}.'
+        )
+    log.info(f'EMA: evaluating {sets_of_weights(passes)} (n={part.steps}).')
+    if [*passes] == [part.deployed]:
+        return None
+    put_raw(checkpoint, part)
+    if [*passes] == ['raw']:
         return None
     part.check(model, False, log)
     return part
+
+
+def _shown(passes: Sequence[str]) -> str:
+    """Return sets of weights as the option says them."""
+    both = set(passes) == {MAIN, 'raw'}
+    return repr(
+        'both' if both else passes[0] if len(passes) == 1 else [*passes]
+    )
+
+
+def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
+    """Refuse a file of another architecture, and count what it lacks.
+
+    A framework leaves out what does not fit, and would evaluate weights that
+    are random.
+
+    Returns:
+        A sentence if some of the model's weights are not in the file.
+    """
+    state = model.state_dict()
+    own = {name: x for name, x in state.items() if x.is_floating_point()}
+    shapes = {
+        plain_name(name, own): getattr(value, 'shape', None)
+        for name, value in _weights_of(checkpoint, model).items()
+    }
+    lacking = [name for name, x in own.items() if shapes.get(name) != x.shape]
+    found = len(own) - len(lacking)
+    text = f'the file has {found} of the {len(own)} weights of the model'
+    if 2 * found < len(own):
+        raise CheckpointError(
+            f'{text}: it belongs to another architecture; take a file of the '
+            f"config's model, or the config of the file."
+        )
+    if not lacking:
+        return ''
+    more = f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''
+    return (
+        f'{text} with their shape; the others stay as they were initialised: '
+        f'{lacking[0]}{more}.'
+    )
 
 
 def _if_readable(checkpoint: Checkpoint, log: Any) -> Optional[EMAPart]:

@@ -57,12 +57,28 @@ def test_version_is_one_line(run):
     assert run('--help').stderr == ''
 
 
-@pytest.mark.parametrize('words', [(), ('trian',), ('test', 'a', '--weights')])
-def test_wrong_usage_waits_for_nothing_either(words):
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ((), 'COMMAND'),
+        (('trian',), 'invalid choice'),
+        (('test', 'a', '--weights'), 'expected one argument'),
+        (('train', 'a', '--decay', 'x'), 'invalid float value'),
+        (
+            ('train', 'a', '--no-ema', '--decay', '0.9', '--overlap'),
+            '--no-ema contradicts --decay, --overlap; leave one out',
+        ),
+        (('demo', '--out', 'nowhere/a.png'), 'there is no such folder'),
+        (('plot', 'a', '--out', 'a.xyz'), 'not a .png, .pdf or .svg file'),
+        (('plot', 'a', '--outs', 'a.png'), 'unrecognized arguments'),
+    ],
+)
+def test_wrong_usage_waits_for_nothing_either(words, message):
     """The exit status is 2, and the usage is printed."""
     done = run_python(SCRIPT + END, *words)
     assert 2 == done.returncode
     assert 'usage: mmdet-ema' in done.stderr
+    assert message in done.stderr
 
 
 def test_names_are_there_for_a_module_that_a_command_imports():

@@ -1,5 +1,7 @@
 """Stop and resume, fine-tune, and what is refused."""
 
+import ast
+
 import numpy as np
 import pytest
 import torch
@@ -124,17 +126,47 @@ def test_decay_of_another_batch_size(tmp_path, scale):
         assert error < 1e-6  # float32 rounding
 
 
-def test_disabled_hook_resumes_the_raw_weights_and_does_nothing(tmp_path):
-    """``enabled=False`` trains on as if there had never been an average."""
-    whole = Run(tmp_path / 'whole', epochs=4).train()
+def test_off_and_on_again(tmp_path):
+    """``enabled=False`` trains on as if there had never been an average.
+
+    The raw weights are put back, bit for bit, and the file that is written
+    has no EMA part; with ``enabled=True`` again an average starts from them.
+    """
+    whole = Run(tmp_path / 'whole', epochs=6).train()
     file = stopped(tmp_path / 'part', EMA)
-    off = dict(EMA, enabled=False)
-    run = Run(tmp_path / 'part', off, epochs=4, resume=file).train()
-    assert [] == same(run.records[-1], whole.records[-1])
+    folder, off = tmp_path / 'part', dict(EMA, enabled=False)
+    run = Run(folder, off, epochs=4, resume=file).train()
+    assert [] == same(run.start, Run(folder).load(2).raws)
+    assert [] == same(run.records[-1], whole.records[15])
     saved = run.load(4)
     assert not saved.has_part
     assert [] == same(saved.averages, whole.load(4).averages)
-    assert 'enabled=False' in run.log
+    assert 'enabled=False: training goes on from the raw weights' in run.log
+    assert 'steps averaged' not in run.log
+
+    run = Run(folder, EMA, epochs=6, resume=folder / 'epoch_4.pth').train()
+    assert [] == same(run.start, whole.records[15])
+    saved = run.load(6)
+    assert [] == same(saved.raws, whole.load(6).averages)
+    assert 8 == saved.steps
+    assert {} == run.wrong(saved, ramp)
+    said = 'has no EMA part; the average starts from its weights'
+    assert said in run.log
+
+
+@pytest.mark.parametrize('resume', [False, True])
+@pytest.mark.parametrize('hooks', [[EMA], []])
+def test_off_from_a_file(tmp_path, hooks, resume):
+    """Off, no average is promised, and none is asked for in the file."""
+    saved = Run(tmp_path / 'a', *hooks, epochs=1).train().load(1)
+    off = dict(EMA, enabled=False, strict_load=True, evaluate='both')
+    words = {'resume' if resume else 'load': saved.path}
+    run = Run(tmp_path / 'b', off, **words).train()
+    assert 'without an average' in run.log
+    assert 'average starts' not in run.log
+    expected = saved.raws if resume and hooks else saved.averages
+    key = 'head.weight'
+    assert torch.equal(run.start[key], expected[key])
 
 
 class Spoil(Hook):
@@ -181,3 +213,31 @@ def test_two_ema_hooks_are_refused_naming_both(tmp_path):
         run = Run(tmp_path, EMA, second)
         text = run.refuse(OptionError, '2 EMA hooks: .* and ')
         assert 'mmdet_ema.for_mm' in text
+
+
+class SwitchHook(Hook):
+    """Stands for one that changes the data of the last epochs."""
+
+
+@pytest.mark.parametrize(
+    ('line', 'hooks', 'told'),
+    [
+        ('num_last_epochs = 15', [], True),
+        ("train_pipeline_stage2 = ['flip']", [], True),
+        ('num_last_epochs = 15', [SwitchHook()], False),
+        ('num_last_epochs = 0', [], False),
+        ('max_epochs = 15', [], False),
+    ],
+)
+def test_last_epochs_that_no_hook_switches_to(tmp_path, line, hooks, told):
+    """A list of hooks that replaced the one of the base is found."""
+    from tests.conftest import MMCV1
+
+    name, value = line.split(' = ')
+    options = dict(cfg={name: ast.literal_eval(value)})
+    if MMCV1:
+        options = dict(meta=dict(config=f'model = dict()\n{line}\n'))
+    run = Run(tmp_path, EMA, *hooks, epochs=1, **options).train()
+    found = f'EMA: the config has {name} but no hook that switches to it'
+    assert told == (found in run.log)
+    assert told == ('was custom_hooks of the base replaced?' in run.log)

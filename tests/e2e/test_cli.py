@@ -102,12 +102,64 @@ def test_file_without_raw_weights_is_one_clear_line(tools, trained):
     assert last.startswith("mmdet-ema: error: evaluate='raw' needs raw")
 
 
-def test_options_beside_a_hook_of_the_config_are_refused(tools):
-    """``--decay`` for a config with an EMA hook is one clear line."""
-    config = tools.config('own_hook')
-    log = cli(tools, 'train', config, '--decay', 0.9, status=2)
+@pytest.mark.parametrize('kept', [0, -2])
+def test_file_of_another_architecture_is_refused(tools, trained, kept):
+    """It is counted what is there; a few that miss are a warning."""
+    config, work_dir, _ = trained
+    file = torch.load(work_dir / 'epoch_1.pth', weights_only=True)
+    names = [k for k, x in file['state_dict'].items() if x.is_floating_point()]
+    for name in names[kept:]:
+        file['state_dict'][f'other.{name}'] = file['state_dict'].pop(name)
+    torch.save(file, tools.folder / 'other.pth')
+    words = ('test', config, tools.folder / 'other.pth')
+    log = cli(tools, *words, status=0 if kept else 2)
+    found = len(names[:kept])
+    text = f'the file has {found} of the {len(names)} weights of the model'
+    if kept:
+        assert f'EMA: {text} with their shape; the others stay' in log
+        assert f'initialised: {names[-2]} and 1 more.' in log
+    else:
+        last = log.strip().splitlines()[-1]
+        assert last.startswith(f'mmdet-ema: error: {text}: it belongs to')
+
+
+def test_options_replace_those_of_the_config(tools):
+    """One line says so; ``--no-ema`` goes on from the raw weights alone."""
+    config = tools.config('own_hook', 'train_cfg = dict(max_epochs=1)\n')
+    words = ('train', config, '--work-dir', tools.folder / 'own_hook')
+    log = cli(tools, *words, '--decay', 0.9, '--device', 'cpu')
+    (line,) = [x for x in log.splitlines() if x.startswith('mmdet-ema:')]
+    assert line == (
+        'mmdet-ema: --decay 0.9 --device cpu instead of decay=0.99 of the '
+        'config'
+    )
+    assert 'EMA: exponential(decay=0.9, tau=50' in log
+    more = ('--cfg-options', 'train_cfg.max_epochs=2')
+    log = cli(tools, *words, '--no-ema', '--resume', *more)
+    assert 'mmdet-ema: --no-ema for the EMA hook of the config' in log
+    assert 'training goes on from the raw weights' in log
+    path = tools.folder / 'own_hook' / 'epoch_2.pth'
+    assert 'ema_state_dict' not in torch.load(path, weights_only=False)
+
+
+def test_wrong_value_is_refused_before_the_tool_starts(tools, trained):
+    """By the option's own check, in one line."""
+    log = cli(tools, 'train', trained[0], '--decay', 1, status=2)
     last = log.strip().splitlines()[-1]
-    assert last.startswith('mmdet-ema: error: --decay 0.9: the config has an')
+    assert last.startswith('mmdet-ema: error: decay=1.0 is out of range')
+    assert 'System environment' not in log
+
+
+def test_run_is_drawn(tools, trained):
+    """The picture's path is all that is printed."""
+    pytest.importorskip('matplotlib')
+    _, work_dir, _ = trained
+    picture = tools.folder / 'run.png'
+    assert cli(tools, 'plot', work_dir, '--out', picture) == f'{picture}\n'
+    assert picture.read_bytes().startswith(b'\x89PNG')
+    log = cli(tools, 'plot', work_dir, '--metric', 'coco/bbox_mPA', status=2)
+    assert log.startswith('mmdet-ema: error: --metric coco/bbox_mPA: the logs')
+    assert "Did you mean 'coco/bbox_mAP'" in log
 
 
 def test_unknown_scope_is_refused(tools):

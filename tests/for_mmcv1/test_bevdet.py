@@ -390,7 +390,6 @@ def test_class_of_a_project_gets_another_name(order):
         text=True,
     )
     assert 'fine' == done.stdout.split()[-1], done.stderr
-    assert 'BEVDetMEGVIIEMAHook' in done.stderr
 
 
 def test_both_hooks_are_refused(tmp_path):

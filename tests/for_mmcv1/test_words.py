@@ -182,7 +182,7 @@ print('fine')
     'order', [['mmdet_ema', 'mmdet.core'], ['mmdet.core', 'mmdet_ema']]
 )
 def test_either_order_of_imports(order):
-    """Ours are registered, theirs have other names, one line says so."""
+    """Ours are registered, theirs have other names."""
     pytest.importorskip('mmdet.core.hook')
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', ORDER, *order],
@@ -190,9 +190,6 @@ def test_either_order_of_imports(order):
         text=True,
     )
     assert 'fine' == done.stdout.split()[-1], done.stderr
-    lines = [x for x in done.stderr.splitlines() if 'MMCVEMAHook' in x]
-    assert 1 == len(lines)
-    assert 'INFO' in lines[0]
 
 
 def test_other_hooks_are_registered_as_ever():

@@ -23,11 +23,11 @@ def trained(tmp_path):
     return tmp_path / 'epoch_2.pth', saved.averages, saved.raws
 
 
-def a_tester(tmp_path, path, evaluate):
+def a_tester(tmp_path, path, evaluate, **options):
     """A runner that only tests, as ``tools/test.py`` makes one."""
     return Run(
         tmp_path,
-        dict(EMA, evaluate=evaluate),
+        dict(EMA, evaluate=evaluate, **options),
         load_from=str(path),
         test_dataloader=loader(4, seed=1),
         test_cfg=dict(),
@@ -60,6 +60,8 @@ def test_test_runs_on_both_if_told(tmp_path):
     ema = a_tester(tmp_path / 'c', path, 'ema').runner.test()
     raw = a_tester(tmp_path / 'd', path, 'raw').runner.test()
     assert both == {'score': ema['score'], 'raw/score': raw['score']}
+    off = a_tester(tmp_path / 'e', path, 'both', enabled=False).runner.test()
+    assert off == ema
 
 
 def test_validation_of_both_while_training(tmp_path):

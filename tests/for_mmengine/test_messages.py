@@ -86,8 +86,6 @@ def test_no_message_prints_a_whole_list(options):
         ('decay_rate', 0.999, ("'decay'",)),
         ('ema_decay', 0.999, ("'decay'",)),
         ('end_momentum', 0.0, ("type='cosine'", '1 - momentum')),
-        ('evaluate_on_ema', True, ("evaluate='ema'", "'both'")),
-        ('evaluate_on_origin', True, ("evaluate='raw'", "'both'")),
         ('resume_from', 'a.pth', ('load_from', 'resume=True')),
         ('skip_buffers', True, ('update_buffers', 'opposite')),
         ('start_iters', 500, ("Did you mean 'begin_iter'?",)),

@@ -56,7 +56,14 @@ def test_defaults():
 
 
 @pytest.mark.parametrize(
-    'words', [dict(momentum=0.0002), dict(ema_type='ExpMomentumEMA')], ids=str
+    'words',
+    [
+        dict(momentum=0.0002),
+        dict(ema_type='ExpMomentumEMA'),
+        dict(evaluate_on_ema=True),
+        dict(evaluate_on_origin=False),
+    ],
+    ids=str,
 )
 def test_defaults_of_openmmlab(words):
     """Under OpenMMLab's words mmengine's defaults are taken."""
@@ -73,7 +80,7 @@ def test_signature():
     shown = inspect.signature(EMAHook).parameters
     assert [*NAMES[:-1]] == [*shown]
     assert 1 == shown['interval'].default
-    assert 'ema' == shown['evaluate'].default
+    assert shown['evaluate'].default is None
 
 
 def test_every_option_is_documented():
@@ -264,6 +271,15 @@ def test_the_same_said_twice():
         (dict(copied=[1]), ('copied=[1]', 'use a list of names')),
         (dict(copied=['']), ("copied=['']", 'use a list of names')),
         (dict(device='gpu'), ("device='gpu'", "'cpu'")),
+        (
+            dict(evaluate='raw', evaluate_on_origin=True),
+            ("evaluate='raw' contradicts evaluate_on_origin=True", "'both'"),
+        ),
+        (
+            dict(evaluate='ema', evaluate_on_ema=False),
+            ("evaluate='ema' contradicts evaluate_on_ema=False", "'raw'"),
+        ),
+        (dict(evaluate_on_ema='yes'), ("evaluate_on_ema='yes'", 'True')),
         (dict(evaluate='emma'), ("evaluate='emma'", "Did you mean 'ema'?")),
         (dict(evaluate=True), ('evaluate=True', "'raw'", "'both'")),
         (dict(nonfinite='skipp'), ("'skipp'", "Did you mean 'skip'?")),

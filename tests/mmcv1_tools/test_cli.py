@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
+from mmcv import Config
 
+from mmdet_ema.cli.commands import add_ema
 from tests.e2e.conftest import cli
-from tests.mmcv1_tools.conftest import EPOCHS, differing, load
+from tests.mmcv1_tools.conftest import EPOCHS, RECORD, differing, load
 from tests.mmcv1_tools.test_mmdet2_tools import NO_HOOK, validation
 
 pytestmark = pytest.mark.e2e
@@ -54,3 +57,96 @@ def test_missing_checkpoint(tools):
     config = tools.config('plain', NO_HOOK)
     printed = cli(tools, 'test', config, 'nowhere.pth', status=2)
     assert "there is no checkpoint 'nowhere.pth'" in printed
+
+
+def test_file_of_another_architecture_is_refused(tools, trained):
+    """It is counted what is there, in the weights that are to be tested."""
+    _, work_dir, _ = trained
+    config = tools.config('plain', NO_HOOK)
+    file = torch.load(work_dir / f'epoch_{EPOCHS}.pth')
+    names = [k for k, x in file['state_dict'].items() if x.is_floating_point()]
+    for kept, status in ((-2, 0), (0, 2)):
+        weights = file['state_dict']
+        for name in names[kept:]:
+            if name in weights:
+                weights[f'other.{name}'] = weights.pop(name)
+        torch.save(file, tools.folder / 'other.pth')
+        words = (tools.folder / 'other.pth', '--eval', 'bbox')
+        log = cli(tools, 'test', config, *words, status=status)
+        found = len(names[:kept])
+        text = f'mmdet-ema: {"error: " if status else ""}the file has {found}'
+        assert f'{text} of the {len(names)} weights of the model' in log
+        assert ("OrderedDict([('bbox_mAP'" in log) == (status == 0)
+
+
+def test_run_is_drawn(tools, trained):
+    """The picture's path is all that is printed."""
+    pytest.importorskip('matplotlib')
+    _, work_dir, _ = trained
+    picture = work_dir / 'ema.png'
+    assert cli(tools, 'plot', work_dir) == f'{picture}\n'
+    assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_resume_without_an_average(tools, trained):
+    """``--no-ema`` goes on from the raw weights, and writes them alone."""
+    config = tools.config('longer', RECORD, epochs=EPOCHS + 1)
+    work_dir, file = tools.folder / 'off', trained[1] / f'epoch_{EPOCHS}.pth'
+    words = ('--work-dir', work_dir, '--resume-from', file, '--gpu-ids', 0)
+    log = cli(tools, 'train', config, '--no-ema', *words)
+    assert 'mmdet-ema: --no-ema for the EMA hook of the config' in log
+    assert 'training goes on from the raw weights' in log
+    saved = torch.load(work_dir / f'epoch_{EPOCHS + 1}.pth')
+    recorded = torch.load(work_dir / f'recorded_{EPOCHS * 4}.pt')
+    for name, rows in recorded.items():
+        assert torch.equal(saved['state_dict'][name], rows[-1])
+        raw = load(file)['ema_state_dict'][f'module.{name}']
+        assert torch.equal(raw, rows[0])
+
+
+@pytest.mark.parametrize(
+    ('hook', 'given', 'expected'),
+    [
+        (
+            dict(type='EMAHook', momentum=0.1, warm_up=9),
+            dict(decay=0.8),
+            dict(decay=0.8, warm_up=9, update_buffers=False),
+        ),
+        (
+            dict(type='EMAHook', momentum=0.1),
+            dict(decay=0.8),
+            dict(decay=0.8, warm_up=100, update_buffers=False),
+        ),
+        (
+            dict(type='ExpMomentumEMAHook', total_iter=9, skip_buffers=True),
+            dict(decay=0.8),
+            dict(decay=0.8, tau=9, update_buffers=False),
+        ),
+        (
+            dict(type='LinearMomentumEMAHook', momentum=0.1, priority=49),
+            dict(schedule='inverse'),
+            dict(
+                decay=0.9,
+                schedule='inverse',
+                update_buffers=True,
+                priority=49,
+            ),
+        ),
+        (
+            dict(type='MEGVIIEMAHook', init_updates=7, momentum=0.1),
+            dict(decay=0.8),
+            dict(
+                type='MEGVIIEMAHook',
+                init_updates=7,
+                decay=0.8,
+                tau=2000,
+                update_buffers=True,
+            ),
+        ),
+    ],
+)
+def test_options_replace_those_of_mmcvs_hooks(hook, given, expected):
+    """What followed from the name and the words of a hook is kept."""
+    cfg = Config(dict(custom_hooks=[hook]))
+    add_ema(cfg, given)
+    assert cfg.custom_hooks == [{'type': 'EMAHook', **expected}]
