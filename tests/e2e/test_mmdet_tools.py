@@ -96,7 +96,7 @@ def test_test_tool_uses_the_weights_it_is_told(tools, trained):
         for name, metrics in found.items()
     }
     expected = {**score['ema']}
-    expected.update({f'raw/{k}': v for k, v in score['raw'].items()})
+    expected.update({f'{k}_raw': v for k, v in score['raw'].items()})
     assert score['both'] == expected
     boxes = {
         name: predictions(tools.folder / f'test_{name}')
@@ -180,4 +180,4 @@ def test_scalars_reach_the_visualizer(trained):
     (path,) = work_dir.glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert sum('ema_decay' in line for line in lines) == 16
-    assert sum('raw/coco/bbox_mAP' in line for line in lines) == 4
+    assert sum('coco/bbox_mAP_raw' in line for line in lines) == 4
