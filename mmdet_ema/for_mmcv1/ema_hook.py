@@ -59,7 +59,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         evaluate (str | Sequence[str]): Weights to validate and test: 'ema',
             'raw', the name of an average, a list of these, 'both' (ema and
             raw) or 'all'. A pass each; the deployed ones have the plain
-            metrics, others ``<set>/<name>``. Defaults to 'ema'.
+            metrics, others ``<metric>_<set>``. Defaults to 'ema'.
         nonfinite (str): 'skip', 'raise' or 'ignore' (average) a step that
             leaves NaN or Inf. Defaults to 'skip'.
         strict_load (bool): Whether to resume needs every average. Defaults to
@@ -123,10 +123,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             check_choice('state_dict_holds', state_dict_holds, HOLDS)
         self._holds = state_dict_holds
         self.enabled = checked.enabled
-        self.passes, self.averages = checked.passes, checked.averages
+        self.options, self.passes = checked, checked.passes
         self.train_loader: Any = None
-        self._log = logging.LoggerAdapter(own_logger(), {})
-        self._life = EMALifecycle(checked, self._log)
+        self.log = logging.LoggerAdapter(own_logger(), {})
+        self._life = EMALifecycle(checked, self.log)
         self.tell_evaluation = self._life.tell_evaluation
         self.tell_metrics = self._life.tell_metrics
         self._started = self._steps_alone = False
@@ -164,7 +164,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if path is not None and not runner.iter:
             runner.resume(path)
         elif path is not None and _real(path) != _real(self._resumed_from):
-            self._log.warning(
+            self.log.warning(
                 f'EMA: resume_from={path!r} has no effect: the run has '
                 f'resumed from another checkpoint already.'
             )
@@ -295,7 +295,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             parameter._version != version
             for parameter, version in self._versions.items()
         ):
-            self._log.warning(
+            self.log.warning(
                 'EMA: a hook changed parameters while the averages were in '
                 'the model, as from the end of an epoch to the next; that is '
                 'lost now. Change them in before_train_epoch or '
@@ -359,7 +359,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         runner.log_buffer.output.update(scalars)
 
     def _watch(self, runner: Any) -> None:
-        self._log.logger = runner.logger
+        self.log.logger = runner.logger
         watch(runner, self)
 
     def _start(self, runner: Any) -> None:
@@ -401,9 +401,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         tied = [names for names in groups.values() if len(names) > 1]
         found = convert_buffers(checkpoint, tied, filename, self._holds)
         if found is not None:
-            self._log.info(found.line)
+            self.log.info(found.line)
             for warning in found.warnings:
-                self._log.warning(warning)
+                self.log.warning(warning)
 
     def _take_late(self, runner: Any) -> None:
         """Take our part of a file that was loaded before we were there."""

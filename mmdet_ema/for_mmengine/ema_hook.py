@@ -16,11 +16,16 @@ from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine import checkpoints
 from mmdet_ema.for_mmengine import runner as runners
-from mmdet_ema.for_mmengine.evaluation import check_monitored, watch_loops
+from mmdet_ema.for_mmengine.evaluation import (
+    check_monitored,
+    rename_history,
+    watch_loops,
+)
 from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import (
     NAMES,
+    RAW,
     Choice,
     choose_rule,
     parse_options,
@@ -57,7 +62,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         evaluate (str | Sequence[str]): Weights to validate and test: 'ema',
             'raw', the name of an average, a list of these, 'both' (ema and
             raw) or 'all'. A pass each; the deployed ones have the plain
-            metrics, others ``<set>/<name>``. Defaults to 'ema'.
+            metrics, others ``<metric>_<set>``. Defaults to 'ema'.
         nonfinite (str): 'skip' a step that leaves NaN or Inf in a parameter,
             'raise', or 'ignore'; a buffer's average stays. Defaults to 'skip'.
         strict_load (bool): Refuse a resume where an average is missing.
@@ -132,7 +137,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self.enabled:
             watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
-                check_monitored(runner, self._life.passes)
+                check_monitored(runner, self._life.options, self._log)
 
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
@@ -270,6 +275,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._life.choose(checkpoint, model)
         elif runner._resume:
             checkpoints.refuse_foreign(checkpoint, self._log)
+            if RAW in self._life.passes[:-1]:
+                rename_history(checkpoint)
             optimizers = runners.optimizers_of(runner)
             self._life.resume(checkpoint, model, optimizers)
         else:

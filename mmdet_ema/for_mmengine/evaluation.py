@@ -17,9 +17,16 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, Sequence
 
 from mmengine.runner import BaseLoop
 
-from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine.runner import model_of, schedulers_of
+from mmdet_ema.training.metrics import (
+    add_metrics,
+    monitored,
+    named,
+    of_version_0_1,
+    renamed,
+)
 from mmdet_ema.training.no_trace import leaving_no_trace
+from mmdet_ema.training.options import Options
 
 _ENDS = {
     'after_val_epoch': 'before_val_epoch',
@@ -80,19 +87,51 @@ def watch_loops(
             setattr(runner, name, watching(getattr(runner, name)))
 
 
-def check_monitored(runner: Any, passes: Sequence[str]) -> None:
-    """Check that nothing waits for metrics of weights not evaluated."""
+def check_monitored(runner: Any, options: Options, log: Any) -> None:
+    """Check that nothing waits for metrics of weights not evaluated.
+
+    What waits for one by its name of version 0.1 gets that of today.
+    """
     owners = [*runner.hooks, *schedulers_of(runner)]
     for owner, word in itertools.product(owners, ('save_best', 'monitor')):
         given: Any = getattr(owner, word, None)
-        for name in given if isinstance(given, (list, tuple)) else [given]:
-            if str(name).startswith('raw/') and 'raw' not in passes[:-1]:
-                raise OptionError(
-                    f'{type(owner).__name__}({word}={show(name)}) needs the '
-                    f'metrics of the raw weights beside those of the '
-                    f"averages; give EMAHook evaluate='both', or use "
-                    f'{word}={show(name[len("raw/") :])}.'
-                )
+        where = type(owner).__name__
+        new = {
+            name: monitored(options, where, word, name)
+            for name in (given if isinstance(given, list) else [given])
+            if isinstance(name, str)
+        }
+        if any(old != name for old, name in new.items()):
+            _rename(owner, word, new)
+            log.info(renamed(where, word, given, new.values()))
+
+
+def _rename(owner: Any, word: str, new: Dict[str, str]) -> None:
+    for attribute in (word, 'key_indicators'):
+        names: Any = getattr(owner, attribute, None)
+        if isinstance(names, list):
+            setattr(owner, attribute, [new[name] for name in names])
+        elif isinstance(names, str):
+            setattr(owner, attribute, new[names])
+    # of CheckpointHook: the rule was found by the name, and stays
+    better: Any = getattr(owner, 'is_better_than', None)
+    if isinstance(better, dict):
+        owner.is_better_than = {new[name]: x for name, x in better.items()}
+
+
+def rename_history(checkpoint: Any) -> None:
+    """Give metrics in the history of a checkpoint their names of today.
+
+    Else a run that resumes forgets its best file, and logs the last value
+    under the old name for ever.
+    """
+    hub = checkpoint.get('message_hub')
+    if isinstance(hub, dict):
+        for part in hub.values():
+            if isinstance(part, dict):
+                items = [(of_version_0_1(k), x) for k, x in part.items()]
+                part.clear()
+                part.update(items)
 
 
 def _run_passes(
@@ -133,9 +172,9 @@ def _telling(
     def call(stage: str, **kwargs: Any) -> None:
         metrics, begins = kwargs.get('metrics'), _ENDS.get(stage)
         if begins and name:
-            named = {f'{name}/{k}': x for k, x in (metrics or {}).items()}
-            kept[next(numbers)].update(named)
-            kwargs['metrics'], hooks = named, runner._hooks
+            kwargs['metrics'] = found = named(metrics or {}, name)
+            add_metrics(kept[next(numbers)], found)
+            hooks = runner._hooks
             runner._hooks = [
                 hook for hook in hooks if begins in hook.get_triggered_stages()
             ]
@@ -145,7 +184,7 @@ def _telling(
                 runner._hooks = hooks
             return
         if begins and isinstance(metrics, dict):
-            metrics.update(kept[next(numbers)])
+            add_metrics(metrics, kept[next(numbers)])
         call_hook(stage, **kwargs)
 
     runner.call_hook = call

@@ -21,6 +21,7 @@ from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.errors import NonFiniteError
 from mmdet_ema.optimizers.nominal import scale_weight_decay
+from mmdet_ema.schedules import check_decay
 from mmdet_ema.training import resume
 from mmdet_ema.training.options import RAW, Options
 from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
@@ -251,6 +252,11 @@ class EMALifecycle:
             'ema_distance': averager.distance(),
             'ema_skipped': averager.num_skipped,
         }
+        # their names tell readers of the log which sets there are
+        for name in averager.names[1:]:
+            steps = averager.progress(name)['num_steps']
+            decay = check_decay(averager.schedules[name], steps)
+            found[f'ema_decay_{name}'] = decay if steps else 0.0
         return {name: x for name, x in found.items() if math.isfinite(x)}
 
     def synchronize(self) -> None:

@@ -67,12 +67,17 @@ def sets_of_weights(passes: Sequence[str]) -> str:
     return ' and '.join(words.get(x, f'the averages {x!r}') for x in names)
 
 
+def metric_of(weights: str, metric: str) -> str:
+    """Return the name of a metric of a set that is not the main one."""
+    return f'{metric}_{weights}'
+
+
 def compare(metrics: Mapping[str, Any], passes: Sequence[str]) -> str:
     """Return a table of the metrics that several sets of weights have."""
     others = passes[:-1]
     rows = []
     for name, value in metrics.items():
-        values = [value, *(metrics.get(f'{x}/{name}') for x in others)]
+        values = [value, *(metrics.get(metric_of(x, name)) for x in others)]
         if others and all(isinstance(x, (int, float)) for x in values):
             gaps = [value - x for x in values[1:]]
             cells = [f'{x:10.4f}' for x in values]

@@ -59,7 +59,7 @@ def test_test_runs_on_both_if_told(tmp_path):
     both = a_tester(tmp_path / 'b', path, 'both').runner.test()
     ema = a_tester(tmp_path / 'c', path, 'ema').runner.test()
     raw = a_tester(tmp_path / 'd', path, 'raw').runner.test()
-    assert both == {'score': ema['score'], 'raw/score': raw['score']}
+    assert both == {'score': ema['score'], 'score_raw': raw['score']}
     off = a_tester(tmp_path / 'e', path, 'both', enabled=False).runner.test()
     assert off == ema
 
@@ -73,9 +73,9 @@ def test_validation_of_both_while_training(tmp_path):
         ).train()
         for name in ('ema', 'raw')
     }
-    for name, prefix in (('ema', ''), ('raw', 'raw/')):
+    for name, end in (('ema', ''), ('raw', '_raw')):
         expected = alone[name].scalar('val/score').tolist()
-        assert run.scalar(f'val/{prefix}score').tolist() == expected
+        assert run.scalar(f'val/score{end}').tolist() == expected
     assert same(state_of(run.model), state_of(alone['raw'].model)) == []
 
 
@@ -83,7 +83,7 @@ def test_both_before_the_average_begins(tmp_path):
     """Before ``begin_epoch`` both sets have the same metrics."""
     hook = dict(EMA, evaluate='both', begin_epoch=2)
     run = Run(tmp_path, hook, max_epochs=2).train()
-    ema, raw = run.scalar('val/score'), run.scalar('val/raw/score')
+    ema, raw = run.scalar('val/score'), run.scalar('val/score_raw')
     assert ema[0] == raw[0]
     assert ema[1] != raw[1]
 
@@ -155,7 +155,7 @@ def test_both_with_a_metric_that_owns_a_folder(tmp_path):
     run = Run(tmp_path / 'a', hook, metric=FolderScore(), max_epochs=3)
     run.train()
     plain = Run(tmp_path / 'b', hook, max_epochs=3).train()
-    for name in ('val/score', 'val/raw/score'):
+    for name in ('val/score', 'val/score_raw'):
         # the folder keeps sixteen digits of each score
         assert run.scalar(name) == pytest.approx(plain.scalar(name), rel=1e-12)
 
@@ -167,7 +167,7 @@ def test_both_with_a_metric_that_cannot_be_copied(tmp_path):
     hook = dict(EMA, evaluate='both')
     run = Run(tmp_path / 'a', hook, metric=metric).train()
     plain = Run(tmp_path / 'b', hook).train()
-    for name in ('val/score', 'val/raw/score'):
+    for name in ('val/score', 'val/score_raw'):
         assert run.scalar(name).tolist() == plain.scalar(name).tolist()
 
 
