@@ -28,7 +28,8 @@ def start_name(restarted: int) -> str:
 
     Files from before the restart keep theirs.
     """
-    return f'ema_start_epoch_{restarted}.pth' if restarted else 'ema_start.pth'
+    # not .pth: mmdet 2 looks for the latest of these, and wants a number
+    return f'ema_start_epoch_{restarted}.pt' if restarted else 'ema_start.pt'
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -68,4 +69,5 @@ def keep_start(path: str, weights: Mapping[str, Tensor], log: Any) -> str:
         buffer = io.BytesIO()
         torch.save({WEIGHTS: dict(weights)}, buffer)
         write_whole(path, buffer.getvalue())
+        log.info(f'EMA: {path}: what the averages start from (posthoc=True).')
     return mine

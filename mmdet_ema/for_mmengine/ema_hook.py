@@ -76,7 +76,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to none.
         posthoc (bool): Add the averages 'posthoc', in host memory, with a
             tenth of the main window, and keep the starting weights in the
-            work folder as ``ema_start.pth`` (``ema_start_epoch_N.pth`` after
+            work folder as ``ema_start.pt`` (``ema_start_epoch_N.pt`` after
             a restart): averages with other windows can be made of these
             after the training. Defaults to False.
         deploy (str): Name of the averages in the ``state_dict`` of files.

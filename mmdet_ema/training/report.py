@@ -6,6 +6,7 @@ import math
 from typing import Any, Iterator, List, Mapping, Sequence
 
 from mmdet_ema.averaging.averager import WeightAverager
+from mmdet_ema.averaging.averages import POSTHOC
 from mmdet_ema.averaging.tensors import (
     Entry,
     count_roles,
@@ -45,7 +46,10 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
     lines.append(f'memory of the averages: {size}')
     for name, schedule in plan.more.items():
         end = _window_at(schedule, plan.planned)
-        lines.append(f'averages {name!r}: {schedule}, a window of {end}')
+        where = ', in host memory' if name == POSTHOC else ''
+        lines.append(
+            f'averages {name!r}: {schedule}, a window of {end}{where}'
+        )
     if plan.more:
         lines.append(f'in state_dict of the files: {options.deploy}')
     log.info('\n'.join(f'EMA: {line}' for line in lines))

@@ -5,12 +5,13 @@ import torch
 
 from mmdet_ema import OptionError
 from tests import oracle
+from tests.conftest import MMCV1
 from tests.contract.test_several import more_of
 from tests.contract.toy import EMA, Run, Saved, same
 
 KEEPS = dict(type='EMAHook', decay=0.99, tau=8, posthoc=True)
 AUTO = dict(type='EMAHook', decay='auto')
-START = 'ema_start.pth'
+START = 'ema_start.pt'
 
 
 def fast(n):
@@ -34,6 +35,7 @@ def test_kept_once_a_run(tmp_path):
     """The weights before the first step, and a fast average of all steps."""
     run = Run(tmp_path, KEEPS, epochs=2).train()
     assert [] == same(run.start, kept(tmp_path))
+    assert f'{START}: what the averages start from' in run.log
     before = (tmp_path / START).stat()
     resumed = Run(tmp_path, KEEPS, epochs=3, resume=tmp_path / 'epoch_2.pth')
     last = resumed.train().load()
@@ -105,7 +107,7 @@ def test_restart(tmp_path):
     spec = dict(KEEPS, restart_epochs=[2])
     run = Run(tmp_path, spec, epochs=2).train()
     assert [] == same(run.start, kept(tmp_path))
-    again = kept(tmp_path, 'ema_start_epoch_2.pth')
+    again = kept(tmp_path, 'ema_start_epoch_2.pt')
     assert [] == same(run.records[3], again)
     first, second = run.load(1).meta['start'], run.load(2).meta['start']
     assert first != second
@@ -121,6 +123,16 @@ def test_one_rank_writes(tmp_path):
     run.toy.runner._rank = 1
     run.train()
     assert not (tmp_path / START).exists()
+
+
+@pytest.mark.skipif(not MMCV1, reason='mmdet 3 looks into last_checkpoint')
+def test_not_taken_for_a_checkpoint(tmp_path):
+    """The tools of mmdet 2 resume from the latest file in a folder."""
+    utils = pytest.importorskip('mmdet.utils')
+    run = Run(tmp_path, KEEPS, epochs=2).train()
+    (tmp_path / 'latest.pth').unlink()
+    found = utils.find_latest_checkpoint(str(tmp_path))
+    assert found == str(run.load().path)
 
 
 def test_late_start(tmp_path):
