@@ -464,7 +464,7 @@ class WeightAverager:
                 if self.posthoc
                 else 'the starting weights are kept under posthoc=True alone.'
             )
-        return self._starting
+        return dict(self._starting)
 
     def set_starting_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Give back what :meth:`starting_weights` returned before a resume.
@@ -474,13 +474,7 @@ class WeightAverager:
         """
         given = read_tensors({'weights': weights}, 'weights')
         check_fit(dict(self.named_raws()), given, strict=True)
-        self._starting = given
-
-    def _keep_starting_weights(self) -> None:
-        if self.posthoc:
-            raws = dict(self.named_raws())
-            own = {id(x): x.to('cpu', copy=True) for x in raws.values()}
-            self._starting = {name: own[id(x)] for name, x in raws.items()}
+        self._starting = {name: x.cpu() for name, x in given.items()}
 
     def distance(self, name: str = MAIN) -> float:
         """Return ``||average - raw|| / ||raw||`` over trained parameters.
@@ -695,6 +689,12 @@ class WeightAverager:
             name: Averages(self.entries, device)
             for name, device in self._devices.items()
         }
+
+    def _keep_starting_weights(self) -> None:
+        if self.posthoc:
+            raws = dict(self.named_raws())
+            own = {id(x): x.to('cpu', copy=True) for x in raws.values()}
+            self._starting = {name: own[id(x)] for name, x in raws.items()}
 
     def _plan_updates(self) -> None:
         """Plan updates for the entries and averages as they are now."""

@@ -436,7 +436,8 @@ class EMALifecycle:
             if plan is not None:
                 # the report has the main one
                 said += [
-                    f'{name}: {states[name]["schedule"]} -> {schedule}'
+                    f'{name} goes on with {schedule}, not '
+                    f'{states[name]["schedule"]}'
                     for name, schedule in plan.more.items()
                     if states.get(name, {}).get('schedule', str(schedule))
                     != str(schedule)

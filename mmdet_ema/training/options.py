@@ -64,14 +64,12 @@ class Choice:
         phase: Which step of an interval updates.
         no_effect: Sentences on options that change nothing.
         rule: Updates one average instead of the schedule.
-        auto: Whether the decay is chosen for the planned steps.
     """
 
     make: Callable[[int], Schedule]
     phase: int = 0
     no_effect: Tuple[str, ...] = ()
     rule: Optional[Rule] = None
-    auto: bool = False
 
 
 def _option(
@@ -149,7 +147,7 @@ class Options:
             choose = _of_a_family if compatible and family else _of_our_own
             self._set('choice', choose(self))
         self.schedules_for(10**9)  # what is wrong is found now
-        if self.scale_decay and self.choice.auto:
+        if self.scale_decay and self.fits_the_run:
             raise OptionError(
                 "scale_decay=True and decay='auto' both choose the window; "
                 'leave scale_decay out.'
@@ -179,6 +177,15 @@ class Options:
     def further(self) -> Tuple[str, ...]:
         """Names of the averages next to the main one."""
         return (*self.averages, *((POSTHOC,) if self.posthoc else ()))
+
+    @property
+    def fits_the_run(self) -> bool:
+        """Whether the planned steps choose the decay of an average."""
+        mine = dict(decay=self.decay, schedule=self.schedule)
+        specs = [mine, *self.averages.values()]
+        nested = [x.get('schedule') for x in specs]
+        specs += [x for x in nested if isinstance(x, Mapping)]
+        return any(x.get('decay') == AUTO for x in specs)
 
     def schedule_for(self, planned: int) -> Schedule:
         """Return the main schedule, given the steps that are planned."""
@@ -332,7 +339,6 @@ def _of_our_own(options: Options) -> Choice:
     return Choice(
         lambda planned: make_schedule(name, own, planned),
         no_effect=tuple(no_effect),
-        auto=own.get('decay') == AUTO,
     )
 
 

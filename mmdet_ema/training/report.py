@@ -148,8 +148,8 @@ def _doubts(plan: Plan, entries: Sequence[Entry]) -> Iterator[str]:
     if changed:
         yield f'changed since the checkpoint: {"; ".join(changed)}.'
     yield from map(no_match, unmatched(entries, options.copied))
-    fits = options.choice.rule is not None or options.choice.auto
-    if plan.kappa != 1 and not fits:
+    fixed = options.choice.rule is None and not options.fits_the_run
+    if plan.kappa != 1 and fixed:
         limit, kappa = plan.unscaled.limit, plan.kappa
         numbers = f' ({limit:g} -> {limit**kappa:.6g})' if limit else ''
         used = (

@@ -168,6 +168,13 @@ def test_evaluated_and_deployed(tmp_path):
             dict(decay='auto', scale_decay=True),
             "scale_decay=True and decay='auto' both choose the window",
         ),
+        (
+            dict(
+                averages=dict(a=dict(schedule=dict(AUTO, type='power'))),
+                scale_decay=True,
+            ),
+            "scale_decay=True and decay='auto' both choose the window",
+        ),
     ],
     ids=str,
 )
@@ -205,7 +212,10 @@ def test_auto(tmp_path):
     longer = Run(tmp_path, spec, epochs=20, resume=path).train()
     log = longer.log
     assert 'changed since the checkpoint: schedule exponential(decay=0' in log
-    assert 'flat: inverse(decay=0.75) -> inverse(decay=0.875)' in log
+    assert (
+        'flat goes on with inverse(decay=0.875), not inverse(decay=0.75)'
+        in log
+    )
     _, values = longer.trace('head.weight')
     expected = oracle.average(
         saved.averages['head.weight'].double().numpy(),

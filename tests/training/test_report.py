@@ -358,6 +358,12 @@ def test_auto_leaves_no_doubt(planned, schedule):
     assert [] == log.warnings
     decay = 1 - 1 / (planned // 10)
     assert f'{schedule}(decay={decay!r}' in log.infos[0]
+    # its window is one of steps, whatever a step takes
+    before = dict(batch_size=4, world_size=1, reference_samples=4)
+    log = said(planned, 7, before, decay='auto', schedule=schedule)
+    assert ['EMA: changed since the checkpoint: batch_size 4 -> 1.'] == (
+        log.warnings
+    )
 
 
 @pytest.mark.parametrize(
