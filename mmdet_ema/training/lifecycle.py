@@ -412,9 +412,9 @@ class EMALifecycle:
     def _make_averager(self, model: nn.Module) -> None:
         """Start the average: from the weights, or where the file left it."""
         part, self._pending = self._pending, None
-        steps = part.steps if part else 0
         plan, options = self._plan, self.options
-        schedules = plan.schedules if plan else options.schedules_for(steps)
+        planned = plan.planned if plan else part.steps if part else 0
+        schedules = options.schedules_for(planned)
         with warnings.catch_warnings():
             # the report says so, in the run's log
             warnings.filterwarnings('ignore', 'copied=')
@@ -422,7 +422,8 @@ class EMALifecycle:
                 model, **options.of_the_averager(schedules)
             )
         averager.announces_steps = TELLS_OF_STEPS
-        averager.schedules.update(schedules)
+        if plan is not None:
+            averager.schedules.update(plan.schedules)
         if part is not None:
             states = part.states()
             names = averager.names

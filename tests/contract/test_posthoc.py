@@ -141,6 +141,18 @@ def test_late_start(tmp_path):
     assert [] == same(run.records[3], kept(tmp_path))
 
 
+def test_scaled_with_the_batch(tmp_path):
+    """The decays of both keep their windows in samples."""
+    spec = dict(type='EMAHook', decay=0.92, tau=4, posthoc=True)
+    spec['scale_decay'] = True
+    Run(tmp_path, spec, epochs=1, batch=2).train()
+    path = tmp_path / 'epoch_1.pth'
+    run = Run(tmp_path, spec, epochs=2, batch=4, resume=path).train()
+    state = more_of(run.load())['posthoc']
+    name = 'exponential(decay=0.2, tau=1.0, kappa=2.0)'
+    assert (12, name) == (state['num_steps'], state['schedule'])
+
+
 def test_evaluated_and_deployed(tmp_path):
     """The fast average is one like any other."""
     spec = dict(KEEPS, evaluate=['posthoc', 'raw'], deploy='posthoc')
