@@ -269,10 +269,10 @@ def a_tenth(schedule: Schedule) -> Schedule:
             f'name the other average yourself, as '
             f'averages=dict(fast=dict(decay=0.999, tau=500)).'
         )
-    # without the last digits, which 1 - limit has lost
+    # without the last digits, which a difference from 1 has lost
     momentum = round(10 * (1 - limit), 12)
     tau = schedule.options.get('tau', 2 / momentum) / 4
-    return exponential(1 - momentum, tau)
+    return exponential(round(1 - momentum, 12), tau)
 
 
 def suited_window(planned: int) -> int:
