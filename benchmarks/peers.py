@@ -6,6 +6,8 @@ or a ramp up to it.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import runpy
 import sys
 from importlib import metadata
@@ -20,6 +22,10 @@ from benchmarks.rounds import Call
 from mmdet_ema import WeightAverager
 
 DECAY = 0.9998
+COUNTS = (1, 2, 4)
+"""How many averages of one run are compared."""
+CHUNK = 2**18
+"""Elements that stay in a cache while averages are updated from them."""
 # where `make bench` installs the peers of peers.txt
 sys.path.append(str(Path(__file__).with_name('.peers')))
 
@@ -53,6 +59,23 @@ def _floor(model: nn.Module) -> Peer:
     return Peer(
         lambda: average.lerp_(raw, 1 - DECAY), lambda: {'': average}, swap
     )
+
+
+def _several_floor(model: nn.Module, count: int) -> Peer:
+    """Read flat raw weights once, and read and write so many averages."""
+    floats = list(_floor(model).named().values())
+    raws = torch.split(floats[0], CHUNK)
+    averages = [torch.split(raw.clone(), CHUNK) for raw in floats * count]
+    rows = list(zip(raws, *averages))
+
+    def update() -> None:
+        for raw, *row in rows:
+            for average in row:
+                average.lerp_(raw, 1 - DECAY)
+
+    parts = itertools.chain(*averages)
+    named = {str(i): part for i, part in enumerate(parts)}
+    return Peer(update, lambda: named)
 
 
 def _ours(model: nn.Module, **options: Any) -> Peer:
@@ -145,7 +168,19 @@ PEERS: Dict[str, Callable[[nn.Module], Peer]] = {
     'timm `ModelEmaV3`': _timm,
 }
 """By name, what makes an average of a model."""
-COMPARED = {'update': tuple(PEERS), 'swap': (FLOOR, OURS, MMENGINE)}
+SEVERAL: Dict[str, Callable[[nn.Module], Peer]] = {}
+"""The same for several averages, each floor before what does it."""
+for _count in COUNTS:
+    _more = {f'a{i}': dict(schedule='constant') for i in range(1, _count)}
+    SEVERAL[f'{FLOOR} of {_count}'] = functools.partial(
+        _several_floor, count=_count
+    )
+    SEVERAL[f'{OURS}, {_count}'] = functools.partial(_ours, averages=_more)
+COMPARED = {
+    'update': tuple(PEERS),
+    'several': tuple(SEVERAL),
+    'swap': (FLOOR, OURS, MMENGINE),
+}
 """By what is timed, the names of those that can do it."""
 
 
@@ -154,7 +189,7 @@ def make(name: str, model: nn.Module) -> Peer:
 
     The first updates, where some only copy, are behind it.
     """
-    peer = PEERS[name](model)
+    peer = {**PEERS, **SEVERAL}[name](model)
     for _ in range(3):
         peer.update()
     with torch.no_grad():

@@ -53,6 +53,37 @@ def models_table(results: Results) -> str:
     return table(['ms', *results], list(rows.values()))
 
 
+def several_table(results: Results) -> str:
+    """Return the table of an update of several averages.
+
+    Args:
+        results: By model, for each number of averages the floor of that work
+            and the update, the first of one average.
+    """
+    rows = []
+    for model, figures in results.items():
+        pairs = list(figures.items())
+        _, one = pairs[1]
+        for (_, floor), (name, update) in zip(pairs[::2], pairs[1::2]):
+            times = int(name.rpartition(' ')[2])
+            failed = one.failed or floor.failed or update.failed
+            if failed:
+                rows.append([f'{model}, {times}', failed, '', '', ''])
+                continue
+            several = [times * seconds for seconds in one.column()]
+            rows.append(
+                [
+                    f'{model}, {times}',
+                    _number(1000 * spread(floor.column()).median),
+                    _number(1000 * spread(update.column()).median),
+                    _spread(ratios(update.column(), floor.column()), unit='x'),
+                    _spread(ratios(update.column(), several), unit='x'),
+                ]
+            )
+    head = ['floor, ms', 'update, ms', 'to the floor', 'to as many times one']
+    return table(['averages', *head], rows)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table; all columns but the first to the right."""
     texts = [[cell.replace('|', '/') for cell in row] for row in rows]

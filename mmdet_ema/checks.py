@@ -24,8 +24,8 @@ import torch
 
 from mmdet_ema.errors import OptionError, did_you_mean, show
 
-# words of `evaluate` and of files
-_TAKEN = ('all', 'both', 'ema', 'raw')
+# words of `evaluate` and of files, and what posthoc=True adds
+_TAKEN = ('all', 'both', 'ema', 'posthoc', 'raw')
 
 
 def check_names(

@@ -31,6 +31,9 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 from mmdet_ema.checks import check_count, check_number
 from mmdet_ema.errors import OptionError, did_you_mean, show
 
+AUTO = 'auto'
+"""A decay that is chosen for the planned steps of a run."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -247,6 +250,41 @@ def to_the_power(schedule: Schedule, kappa: float) -> Schedule:
     )
 
 
+def a_tenth(schedule: Schedule) -> Schedule:
+    """Return the ramp to a decay whose window is a tenth of a schedule's.
+
+    Its ``tau`` is a quarter of the one that the schedule has, if it has one;
+    else half of the new window.
+
+    Raises:
+        OptionError: If a schedule has no limit, or a window below 10 steps.
+    """
+    limit = schedule.limit
+    if limit is None or limit < 0.9:
+        found = 'no limit' if limit is None else f'the limit {limit:g}'
+        raise OptionError(
+            f'posthoc=True adds an average with a tenth of the window of the '
+            f'main one, but the decay of {schedule} has {found}; use one of '
+            f"0.9 or more, as schedule='exponential' and decay=0.9999, or "
+            f'name the other average yourself, as '
+            f'averages=dict(fast=dict(decay=0.999, tau=500)).'
+        )
+    # without the last digits, which a difference from 1 has lost
+    momentum = round(10 * (1 - limit), 12)
+    tau = schedule.options.get('tau', 2 / momentum) / 4
+    return exponential(round(1 - momentum, 12), tau)
+
+
+def suited_window(planned: int) -> int:
+    """Return the window in steps that suits a run: a tenth of it."""
+    return max(planned // 10, 2)
+
+
+def suited_ramp(window: int) -> int:
+    """Return the ``tau`` that reaches most of it by the middle of the run."""
+    return max(window // 2, 1)
+
+
 ScheduleSpec = Union[str, Mapping[str, Any], Callable[[int], float]]
 
 SCHEDULES: Dict[str, Callable[..., Schedule]] = {
@@ -261,13 +299,17 @@ SCHEDULES: Dict[str, Callable[..., Schedule]] = {
 }
 
 
-def build_schedule(spec: ScheduleSpec, **options: Any) -> Schedule:
+def build_schedule(
+    spec: ScheduleSpec, planned: Optional[int] = None, **options: Any
+) -> Schedule:
     """Build a schedule from a name, a dict or a callable.
 
     Args:
         spec: A name of :data:`SCHEDULES`, ``dict(type=name, **its options)``,
             a callable from n = 1, 2, ... to a decay in [0, 1], or the dotted
             path of one (``'my_package.my_schedule'``).
+        planned: Steps of the run, for ``decay='auto'`` and a 'cosine' without
+            total_steps. Defaults to None, for not known.
         **options: Options for the named schedule; those in a dict win.
 
     Raises:
@@ -283,7 +325,7 @@ def build_schedule(spec: ScheduleSpec, **options: Any) -> Schedule:
         spec = _imported(spec)
     if not callable(spec):
         name, own = split_spec(spec)
-        return make_schedule(name, {**options, **own})
+        return make_schedule(name, {**options, **own}, planned)
     for name, value in options.items():
         raise OptionError(
             f'{name}={show(value)} has no meaning beside the callable '
@@ -315,9 +357,13 @@ def split_spec(
     return name, own
 
 
-def make_schedule(name: str, options: Mapping[str, Any]) -> Schedule:
-    """Make the named schedule with these options."""
-    taken = options_of(name)
+def make_schedule(
+    name: str, given: Mapping[str, Any], planned: Optional[int] = None
+) -> Schedule:
+    """Make the named schedule with these options, for so many steps."""
+    taken, options = options_of(name), dict(given)
+    if planned is not None and 'total_steps' in taken:
+        options.setdefault('total_steps', max(planned, 1))
     for option in options:
         if option not in taken:
             hint = did_you_mean(option, taken)
@@ -333,6 +379,22 @@ def make_schedule(name: str, options: Mapping[str, Any]) -> Schedule:
                 f'schedule {name!r} needs the option {option!r}; write '
                 f'schedule=dict(type={name!r}, {option}=...).'
             )
+    if options.get('decay') == AUTO:
+        if planned is None:
+            raise OptionError(
+                f'decay={AUTO!r} needs the planned steps of a run, which a '
+                f'hook knows and WeightAverager does not; give a number, '
+                f'1 - 1 / window.'
+            )
+        if 'total_steps' in taken:
+            raise OptionError(
+                f'decay={AUTO!r} has no meaning for schedule {name!r}, of '
+                f'which it is the decay at the start; give a number.'
+            )
+        suited = suited_window(planned)
+        options['decay'] = 1 - 1 / suited
+        if 'tau' in taken:
+            options.setdefault('tau', suited_ramp(suited))
     return SCHEDULES[name](**options)
 
 

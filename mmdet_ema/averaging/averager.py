@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmdet_ema.averaging.averages import (
     MAIN,
+    POSTHOC,
     Averages,
     Progress,
     check_fit,
@@ -65,6 +66,7 @@ from mmdet_ema.errors import (
 from mmdet_ema.schedules import (
     Schedule,
     ScheduleSpec,
+    a_tenth,
     build_schedule,
     check_decay,
     decay_over,
@@ -110,6 +112,11 @@ class WeightAverager:
         averages: Further averages of the same steps, by name: each a dict of
             schedule options (``schedule``, ``decay``, ``tau``, ...) and
             ``device``. The main one is 'ema'. Defaults to none.
+        posthoc: Whether to add an average 'posthoc', in host memory, with a
+            tenth of the window of the main one, and to keep the starting
+            weights (:meth:`starting_weights`): of these and the main one,
+            averages with other windows can be made after the training.
+            Defaults to False.
         **options: Options of a schedule given by name (``decay``, ``tau``).
 
     Raises:
@@ -150,6 +157,7 @@ class WeightAverager:
         rule: Optional[Rule] = None,
         copied: Sequence[str] = (),
         averages: Optional[Mapping[str, Mapping[str, Any]]] = None,
+        posthoc: bool = False,
         **options: Any,
     ):
         if not isinstance(model, nn.Module):
@@ -161,10 +169,14 @@ class WeightAverager:
         self.schedules.update(further_schedules(more))
         for name, given in more.items():
             self._devices[name] = check_device(given.get('device', device))
+        self.posthoc = check_flag('posthoc', posthoc)
+        if self.posthoc:
+            self.schedules[POSTHOC] = a_tenth(self.schedules[MAIN])
+            self._devices[POSTHOC] = torch.device('cpu')
         if rule is not None and len(self.schedules) > 1:
             raise OptionError(
-                'averages= needs schedules, and the average has a rule of '
-                'its own instead; leave one of the two out.'
+                'averages= and posthoc=True need schedules, and the average '
+                'has a rule of its own instead; leave one of the two out.'
             )
         self.interval = check_count('interval', interval, 1)
         self.phase = check_count('phase', phase, 0)
@@ -184,6 +196,8 @@ class WeightAverager:
         self.trained: List[nn.Parameter] = []
         self._select()
         self._plan_updates()
+        self._starting: Optional[Dict[str, Tensor]] = None
+        self._keep_starting_weights()
         for pattern in unmatched(self.entries, self.copied):
             warnings.warn(no_match(pattern), stacklevel=2)
 
@@ -432,6 +446,36 @@ class WeightAverager:
         averages = self._sets[self._applied or MAIN]
         return averages.named(averages.swap.raw)
 
+    def starting_weights(self) -> Dict[str, Tensor]:
+        """Return the weights that the averages started from, by name.
+
+        Under ``posthoc``: every name of the model's ``state_dict``, in host
+        memory. They are not in :meth:`state_dict`, as they never change: save
+        them once, and give them back after :meth:`load_state_dict`.
+
+        Raises:
+            RuntimeError: If there are none.
+        """
+        if self._starting is None:
+            raise RuntimeError(
+                'the starting weights are not known: they are kept under '
+                'posthoc=True, and after load_state_dict() they have to be '
+                'given back by set_starting_weights().'
+                if self.posthoc
+                else 'the starting weights are kept under posthoc=True alone.'
+            )
+        return dict(self._starting)
+
+    def set_starting_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Give back what :meth:`starting_weights` returned before a resume.
+
+        Raises:
+            CheckpointError: If a name or shape is not that of the model.
+        """
+        given = read_tensors({'weights': weights}, 'weights')
+        check_fit(dict(self.named_raws()), given, strict=True)
+        self._starting = {name: x.cpu() for name, x in given.items()}
+
     def distance(self, name: str = MAIN) -> float:
         """Return ``||average - raw|| / ||raw||`` over trained parameters.
 
@@ -517,6 +561,8 @@ class WeightAverager:
                 average of that tensor starts from the weights as they are.
                 So does, with n = 0, a further average that is missing.
 
+        The starting weights are not known after it (:meth:`starting_weights`).
+
         Raises:
             CheckpointError: If it is no such state, shapes differ or, under
                 ``strict``, names do.
@@ -551,6 +597,7 @@ class WeightAverager:
         self._plan_updates()
         self._progress = {x: progress.get(x, Progress()) for x in self.names}
         self._skipped = skipped
+        self._starting = None
 
     def restart(self) -> None:
         """Let all averages start again, n = 0, from the weights as they are.
@@ -564,6 +611,7 @@ class WeightAverager:
         for averages in self._sets.values():
             averages.load({}, False, self.update_buffers)
         self._progress = {name: Progress() for name in self.names}
+        self._keep_starting_weights()
 
     def wait(self) -> bool:
         """Wait for the update that is under way, if there is one.
@@ -642,6 +690,12 @@ class WeightAverager:
             for name, device in self._devices.items()
         }
 
+    def _keep_starting_weights(self) -> None:
+        if self.posthoc:
+            raws = dict(self.named_raws())
+            own = {id(x): x.to('cpu', copy=True) for x in raws.values()}
+            self._starting = {name: own[id(x)] for name, x in raws.items()}
+
     def _plan_updates(self) -> None:
         """Plan updates for the entries and averages as they are now."""
         for averages in self._sets.values():
@@ -718,12 +772,12 @@ class WeightAverager:
 
 
 def further_schedules(
-    averages: Mapping[str, Mapping[str, Any]],
+    averages: Mapping[str, Mapping[str, Any]], planned: Optional[int] = None
 ) -> Dict[str, Schedule]:
-    """Return the schedules of further averages by name."""
+    """Return the schedules of further averages by name, for so many steps."""
     found = {}
     for name, given in averages.items():
         spec = {k: x for k, x in given.items() if k != 'device'}
         kind = spec.pop('schedule', 'exponential')
-        found[name] = build_schedule(kind, **spec)
+        found[name] = build_schedule(kind, planned, **spec)
     return found

@@ -26,6 +26,8 @@ from mmdet_ema.errors import CheckpointError, show
 
 MAIN = 'ema'
 """Name of the main averages."""
+POSTHOC = 'posthoc'
+"""Name of the average that other windows are made of after the training."""
 _LONGEST_INTERVAL = 100_000
 # elements: a difference is still in the core's cache when it is squared
 _CHUNK = 2**16

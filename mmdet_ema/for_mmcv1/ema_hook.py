@@ -45,7 +45,8 @@ class EMAHook(Hook):  # type: ignore[misc]
     evaluated, saved or logged.
 
     Args:
-        decay (float): The old average's weight, in [0, 1). Defaults to 0.9999.
+        decay (float | str): The old average's weight, in [0, 1), or 'auto'
+            for a window of a tenth of the planned steps. Defaults to 0.9999.
         tau (float): Constant of the ramp in updates. Defaults to 2000.
         schedule (str | dict | Callable): Name, ``dict(type=name, **options)``
             or callable n -> decay. Defaults to 'exponential'.
@@ -75,6 +76,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         averages (dict): Further averages by name, each a dict of schedule
             options and ``device``: ``dict(fast=dict(decay=0.999, tau=500))``.
             Defaults to none.
+        posthoc (bool): Add a fast average 'posthoc' in host memory and keep
+            the starting weights in the work folder, for other windows after
+            the training. Defaults to False.
         deploy (str): Name of the averages in the ``state_dict`` of files.
             Defaults to 'ema', the main ones.
         restart_epochs (Sequence[int]): Epochs, counted from 1, that the

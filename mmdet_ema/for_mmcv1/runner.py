@@ -85,6 +85,7 @@ def facts_of(runner: Any, loader: Any = None) -> RunFacts:
         accumulation=max(counts, default=1),
         batch_size=batch_size_of(loader),
         world_size=runner.world_size,
+        folder='' if runner.rank else runner.work_dir or '',
         validates=any(isinstance(hook, EvalHook) for hook in runner.hooks),
         agrees=any(isinstance(hook, DistEvalHook) for hook in runner.hooks),
         doubts=doubt_switch(

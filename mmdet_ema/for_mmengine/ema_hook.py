@@ -43,8 +43,10 @@ class EMAHook(Hook):  # type: ignore[misc]
     ``d = decay * (1 - exp(-n / tau))`` (YOLOv5's ramp).
 
     Args:
-        decay (float): Weight of the old average at the end of the ramp, in
-            [0, 1). Defaults to 0.9999.
+        decay (float | str): Weight of the old average at the end of the ramp,
+            in [0, 1), or 'auto': a window of a tenth of the planned steps
+            (also of those of a resume), ``tau`` half of it. Defaults to
+            0.9999.
         tau (float): Constant of the ramp in updates. Defaults to 2000.
         schedule (str | dict | Callable): Name, ``dict(type=name, **options)``
             or callable n -> decay. Defaults to 'exponential'.
@@ -77,6 +79,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         averages (dict): Further averages by name, each a dict of schedule
             options and ``device``: ``dict(fast=dict(decay=0.999, tau=500))``.
             Defaults to none.
+        posthoc (bool): Add the averages 'posthoc', in host memory, with a
+            tenth of the main window, and keep the starting weights in the
+            work folder as ``ema_start.pt`` (``ema_start_epoch_N.pt`` after
+            a restart): averages with other windows can be made of these
+            after the training. Defaults to False.
         deploy (str): Name of the averages in the ``state_dict`` of files.
             Defaults to 'ema', the main ones.
         restart_epochs (Sequence[int]): Epochs, counted from 1, that the

@@ -109,6 +109,7 @@ def facts_of(runner: Any) -> RunFacts:
         accumulation=min(counts, default=1),
         batch_size=batch_size_of(loader),
         world_size=runner.world_size,
+        folder='' if runner.rank else runner.work_dir,
         validates=runner._val_loop is not None,
         agrees=_validating_loop(runner) is not None,
         doubts=doubt_switch(

@@ -8,6 +8,7 @@ training starts, after initialisation and after any load.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from typing import Any, Dict, Mapping, MutableMapping, Optional, Sequence, Set
 
@@ -19,6 +20,12 @@ from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import MAIN, read_count
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
+from mmdet_ema.checkpoint.start import (
+    START,
+    is_there,
+    keep_start,
+    start_name,
+)
 from mmdet_ema.errors import NonFiniteError
 from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.schedules import check_decay
@@ -64,6 +71,7 @@ class EMALifecycle:
         self._first: Dict[str, int] = {}
         self._iterations = self._told_iterations = self._replacements = 0
         self._updated_at = self._told_skipped = self._restarted = 0
+        self._start: Any = None  # fingerprint of the starting weights
         self._warned: Set[str] = set()
 
     @property
@@ -88,12 +96,12 @@ class EMALifecycle:
         known = self._plan.reference if self._plan and not before else None
         if part is not None:
             self._restarted = read_count(before, 'restarted', 0)
+            self._start = before.get(START)
         self._plan = Plan(self.options, facts, done, before, known)
         if part is not None:
             self._make_averager(model)
         elif self.averager is not None:
-            self.averager.schedule = self._plan.schedule
-            self.averager.schedules.update(self._plan.more)
+            self.averager.schedules.update(self._plan.schedules)
         self._reported = False
         self._iterations = self._told_iterations = 0
         self._changes = WeightChanges(
@@ -162,9 +170,27 @@ class EMALifecycle:
             # the steps before are told of at the end, too
             self._first['num_steps'] -= averager.num_steps
             averager.restart()
+            self._keep_start(averager)
             self._log.info(
                 f'EMA: epoch {epoch}: the averages start again from the raw '
                 f'weights (restart_epochs).'
+            )
+
+    def _keep_start(self, averager: WeightAverager, new: bool = True) -> None:
+        """Keep the starting weights in the work folder, or look for them."""
+        folder = self._plan.facts.folder if self._plan else ''
+        if not folder or not self.options.posthoc or self._only_evaluates:
+            return
+        path = os.path.join(folder, start_name(self._restarted))
+        if new:
+            weights = averager.starting_weights()
+            self._start = keep_start(path, weights, self._log)
+        elif not is_there(path, self._start):
+            self._log.warning(
+                f'EMA: posthoc=True: {path} with the starting weights of this '
+                f'run is not there: windows that reach back to its start '
+                f'cannot be had afterwards. Copy it from the folder of the '
+                f'run that was resumed, if that had posthoc=True.'
             )
 
     def _before_step(self) -> None:
@@ -340,6 +366,8 @@ class EMALifecycle:
             meta.update(averager.progress(deploy))
             if self._restarted:
                 meta['restarted'] = self._restarted
+            if self._start:
+                meta[START] = self._start
             if more:
                 meta['deploy'] = deploy
             if deploy != MAIN:
@@ -384,24 +412,24 @@ class EMALifecycle:
         self, part: Optional[EMAPart], only_evaluates: bool = False
     ) -> None:
         self.averager, self._pending = None, part
+        self._start, self._restarted = None, 0
         self._only_evaluates = only_evaluates
 
     def _make_averager(self, model: nn.Module) -> None:
         """Start the average: from the weights, or where the file left it."""
         part, self._pending = self._pending, None
-        steps = part.steps if part else 0
-        schedule = self.options.schedule_for(steps)
-        if self._plan is not None:
-            schedule = self._plan.schedule
+        plan, options = self._plan, self.options
+        planned = plan.planned if plan else part.steps if part else 0
+        schedules = options.schedules_for(planned)
         with warnings.catch_warnings():
             # the report says so, in the run's log
             warnings.filterwarnings('ignore', 'copied=')
             self.averager = averager = WeightAverager(
-                model, schedule, **self.options.of_the_averager
+                model, **options.of_the_averager(schedules)
             )
         averager.announces_steps = TELLS_OF_STEPS
-        if self._plan is not None:
-            averager.schedules.update(self._plan.more)
+        if plan is not None:
+            averager.schedules.update(plan.schedules)
         if part is not None:
             states = part.states()
             names = averager.names
@@ -412,11 +440,21 @@ class EMALifecycle:
                 start = 'starts from the raw weights, n = 0'
                 said += [f'{name} {start}' for name in new]
             said += [f'{name} is dropped' for name in gone]
+            if plan is not None:
+                # the report has the main one
+                said += [
+                    f'{name} goes on with {schedule}, not '
+                    f'{states[name]["schedule"]}'
+                    for name, schedule in plan.more.items()
+                    if states.get(name, {}).get('schedule', str(schedule))
+                    != str(schedule)
+                ]
             if len(said) > 1:
                 self._log.warning(f'EMA: {"; ".join(said)}.')
             # a file without the main ones deploys others in their place
             main = states.pop(MAIN, None) or states[part.deployed]
             averager.load_state_dict({**main, 'more': states}, strict=False)
+        self._keep_start(averager, new=part is None)
         self._told_skipped = averager.known_skipped
 
     def _report(self, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from typing import (
 import torch
 
 from mmdet_ema.averaging.averager import NONFINITE, further_schedules
-from mmdet_ema.averaging.averages import MAIN
+from mmdet_ema.averaging.averages import MAIN, POSTHOC
 from mmdet_ema.averaging.update import Rule
 from mmdet_ema.checks import (
     check_averages,
@@ -33,9 +33,11 @@ from mmdet_ema.checks import (
 )
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.schedules import (
+    AUTO,
     SCHEDULES,
     Schedule,
     ScheduleSpec,
+    a_tenth,
     build_schedule,
     make_schedule,
     options_of,
@@ -88,7 +90,7 @@ class Options:
         OptionError: If an option is out of range or contradicts another one.
     """
 
-    decay: Optional[float] = None
+    decay: Any = None
     tau: Optional[float] = None
     schedule: Optional[ScheduleSpec] = None
     interval: int = _option(1, check_count, averager=True, least=1)
@@ -110,6 +112,7 @@ class Options:
     averages: Any = _option(  # noqa: RUF009
         None, check_averages, averager=True
     )
+    posthoc: bool = _option(False, check_flag, averager=True)
     deploy: str = MAIN
     restart_epochs: Tuple[int, ...] = _option((), check_epochs)
     ema_type: Any = None
@@ -132,8 +135,7 @@ class Options:
                 value = getattr(self, option.name)
                 check = option.metadata['check']
                 self._set(option.name, check(option.name, value))
-        further_schedules(self.averages)  # what is wrong is found now
-        check_choice('deploy', self.deploy, (MAIN, *self.averages))
+        check_choice('deploy', self.deploy, (MAIN, *self.further))
         self._set('passes', self._passes())
         if self.begin_iter and self.begin_epoch:
             raise OptionError(
@@ -145,13 +147,19 @@ class Options:
             family = self.ema_type is not None or self.schedule is None
             choose = _of_a_family if compatible and family else _of_our_own
             self._set('choice', choose(self))
+        self.schedules_for(10**9)  # what is wrong is found now
+        if self.scale_decay and self.fits_the_run:
+            raise OptionError(
+                "scale_decay=True and decay='auto' both choose the window; "
+                'leave scale_decay out.'
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def _passes(self) -> Tuple[str, ...]:
         """Return the sets of weights to evaluate, the main one last."""
-        names, given = (MAIN, RAW, *self.averages), self.evaluate
+        names, given = (MAIN, RAW, *self.further), self.evaluate
         if isinstance(given, str):
             check_choice('evaluate', given, (*names, 'both', 'all'))
             given = {'both': (MAIN, RAW), 'all': names}.get(given, (given,))
@@ -174,16 +182,48 @@ class Options:
                 )
         return passes
 
-    def schedule_for(self, planned: int) -> Schedule:
-        """Return the schedule, given the steps that are planned."""
-        return self.choice.make(planned)
+    @property
+    def further(self) -> Tuple[str, ...]:
+        """Names of the averages next to the main one."""
+        return (*self.averages, *((POSTHOC,) if self.posthoc else ()))
 
     @property
-    def of_the_averager(self) -> Dict[str, Any]:
-        """The options that :class:`WeightAverager` has as well."""
+    def fits_the_run(self) -> bool:
+        """Whether the planned steps choose the decay of an average."""
+        mine = dict(decay=self.decay, schedule=self.schedule)
+        specs = [mine, *self.averages.values()]
+        nested = [x.get('schedule') for x in specs]
+        specs += [x for x in nested if isinstance(x, Mapping)]
+        return any(x.get('decay') == AUTO for x in specs)
+
+    def schedule_for(self, planned: int) -> Schedule:
+        """Return the main schedule, given the steps that are planned."""
+        return self.choice.make(planned)
+
+    def schedules_for(self, planned: int) -> Dict[str, Schedule]:
+        """Return all schedules by name, given the steps that are planned."""
+        main = self.schedule_for(planned)
+        more = further_schedules(self.averages, planned)
+        if self.posthoc:
+            more[POSTHOC] = a_tenth(main)
+        return {MAIN: main, **more}
+
+    def of_the_averager(
+        self, schedules: Mapping[str, Schedule]
+    ) -> Dict[str, Any]:
+        """Return the options that :class:`WeightAverager` has as well."""
         shared = [f.name for f in fields(self) if f.metadata.get('averager')]
+        devices = {
+            name: {k: x for k, x in given.items() if k == 'device'}
+            for name, given in self.averages.items()
+        }
         return {
             **{name: getattr(self, name) for name in shared},
+            'schedule': schedules[MAIN],
+            'averages': {
+                name: dict(device, schedule=schedules[name])
+                for name, device in devices.items()
+            },
             'phase': self.choice.phase,
             'rule': self.choice.rule,
         }
@@ -305,21 +345,15 @@ def _of_our_own(options: Options) -> Choice:
                 f'{word}={show(given)} contradicts '
                 f'schedule={show(spec)}; give {option} once.'
             )
-    # what can be wrong with the options is found now
-    waits = 'total_steps' in options_of(name) and 'total_steps' not in own
-    schedule = make_schedule(name, {'total_steps': 1, **own} if waits else own)
-
-    def make(planned: int) -> Schedule:
-        if not waits:
-            return schedule
-        return make_schedule(name, {'total_steps': max(planned, 1), **own})
-
-    return Choice(make, 0, tuple(no_effect))
+    return Choice(
+        lambda planned: make_schedule(name, own, planned),
+        no_effect=tuple(no_effect),
+    )
 
 
 def _agree(left: Any, right: Any) -> bool:
     """Compare two values; 1 - momentum is next to the decay, not on it."""
     try:
-        return left is right or math.isclose(left, right, rel_tol=1e-9)
+        return left == right or math.isclose(left, right, rel_tol=1e-9)
     except TypeError:
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
 
-from mmdet_ema.averaging.averager import further_schedules
+from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.errors import OptionError
 from mmdet_ema.schedules import to_the_power
 from mmdet_ema.training.options import Options
@@ -29,6 +29,7 @@ class RunFacts:
         agrees: Whether it has one that is sure to be run on all ranks at
             once.
         doubts: Sentences on what looks wrong in its config.
+        folder: Where its files go; '' on a rank that writes none.
     """
 
     iteration: int
@@ -41,6 +42,7 @@ class RunFacts:
     validates: bool = True
     agrees: bool = True
     doubts: Tuple[str, ...] = ()
+    folder: str = ''
 
     @property
     def samples(self) -> int:
@@ -138,8 +140,9 @@ class Plan:
         planned: Steps that the average will have seen at the end.
         last_update: The last of them that updates the average, 0 for none.
         unscaled: The schedule of the options.
-        schedule: The schedule that the run uses.
-        more: Those of further averages by name.
+        schedules: The schedules that the run uses, by name.
+        schedule: That of the main average.
+        more: Those of the others.
         kappa: Samples a step, relative to the reference.
         meta: What a run that resumes from this one compares itself with.
     """
@@ -161,13 +164,13 @@ class Plan:
             reference = _reference_of(self.before) or facts.samples
         self.reference = reference
         self.kappa = facts.samples / reference
-        self.unscaled = self.schedule = options.schedule_for(self.planned)
+        self.schedules = options.schedules_for(self.planned)
+        self.unscaled = self.schedules[MAIN]
         if options.scale_decay and self.kappa != 1:
-            self.schedule = to_the_power(self.unscaled, self.kappa)
-        self.more = further_schedules(options.averages)
-        if options.scale_decay and self.kappa != 1:
-            for name, schedule in self.more.items():
-                self.more[name] = to_the_power(schedule, self.kappa)
+            for name, schedule in self.schedules.items():
+                self.schedules[name] = to_the_power(schedule, self.kappa)
+        self.schedule = self.schedules[MAIN]
+        self.more = {k: x for k, x in self.schedules.items() if k != MAIN}
         self.meta: Dict[str, Any] = {
             'schedule': str(self.unscaled),
             'interval': options.interval,

@@ -6,13 +6,21 @@ import math
 from typing import Any, Iterator, List, Mapping, Sequence
 
 from mmdet_ema.averaging.averager import WeightAverager
+from mmdet_ema.averaging.averages import POSTHOC
 from mmdet_ema.averaging.tensors import (
     Entry,
     count_roles,
     no_match,
     unmatched,
 )
-from mmdet_ema.schedules import Schedule, decay_over, initial_share, window
+from mmdet_ema.schedules import (
+    Schedule,
+    decay_over,
+    initial_share,
+    suited_ramp,
+    suited_window,
+    window,
+)
 from mmdet_ema.training.plan import Plan
 
 
@@ -20,7 +28,7 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
     """Say at the start what the average will be, and what looks wrong."""
     options, facts = plan.options, plan.facts
     counts = count_roles(entries)
-    several = 1 + len(options.averages)
+    several = 1 + len(plan.more)
     size = f'{several * counts["bytes"] / 2**20:.1f} MiB'
     tensors = f'{counts["averaged"]} tensors averaged in {size}'
     evaluated = f'evaluated: {sets_of_weights(options.passes)}'
@@ -38,8 +46,11 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
     lines.append(f'memory of the averages: {size}')
     for name, schedule in plan.more.items():
         end = _window_at(schedule, plan.planned)
-        lines.append(f'averages {name!r}: {schedule}, a window of {end}')
-    if options.averages:
+        where = ', in host memory' if name == POSTHOC else ''
+        lines.append(
+            f'averages {name!r}: {schedule}, a window of {end}{where}'
+        )
+    if plan.more:
         lines.append(f'in state_dict of the files: {options.deploy}')
     log.info('\n'.join(f'EMA: {line}' for line in lines))
     if facts.world_size > 1:
@@ -142,7 +153,8 @@ def _doubts(plan: Plan, entries: Sequence[Entry]) -> Iterator[str]:
     if changed:
         yield f'changed since the checkpoint: {"; ".join(changed)}.'
     yield from map(no_match, unmatched(entries, options.copied))
-    if plan.kappa != 1 and options.choice.rule is None:
+    fixed = options.choice.rule is None and not options.fits_the_run
+    if plan.kappa != 1 and fixed:
         limit, kappa = plan.unscaled.limit, plan.kappa
         numbers = f' ({limit:g} -> {limit**kappa:.6g})' if limit else ''
         used = (
@@ -214,9 +226,8 @@ _WARMER = {
 
 def _advice(schedule: Schedule, planned: int, last: float) -> str:
     """Say which options suit a run; ``last`` is its window at the end."""
-    suited = max(planned // 10, 2)  # a window of a tenth of the run
-    # ramps that reach most of it by the middle of the run
-    half = max(suited // 2, 1)
+    suited = suited_window(planned)
+    half = suited_ramp(suited)
     options = {
         'exponential': f'decay={1 - 1 / suited:.6g}, tau={half}',
         'ExpMomentumEMA': f'momentum={1 / suited:.6g}, gamma={half}',

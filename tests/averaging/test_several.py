@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmdet_ema import CheckpointError, OptionError, WeightAverager
-from tests.averaging.models import Mixed, perturb, state_of
+from tests import oracle
+from tests.averaging.models import Mixed, numpy64, perturb, state_of
 
 MORE = {
     'fast': dict(decay=0.9, tau=5),
@@ -186,6 +187,96 @@ def test_bad_averages(averages, match):
     """One clear line before anything is made."""
     with pytest.raises(OptionError, match=match):
         WeightAverager(Mixed(), averages=averages)
+
+
+def test_posthoc():
+    """A fast average in host memory, and the starting weights."""
+    model = Mixed()
+    start = state_of(model)
+    averager = WeightAverager(model, decay=0.99, tau=8, posthoc=True)
+    assert averager.names == ('ema', 'posthoc')
+    values, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(12):
+        perturb(model, generator)
+        averager.update()
+        values.append(numpy64(model.first.weight))
+    expected = oracle.average(
+        numpy64(start['first.weight']),
+        values,
+        lambda n: oracle.ramp(n, 0.9, 2),
+    )
+    averages = dict(averager.named_averages(name='posthoc'))
+    found = numpy64(averages['first.weight'])
+    assert oracle.relative_error(found, expected) < 1e-6
+    assert {'cpu'} == {x.device.type for x in averages.values()}
+    assert [] == same(start, averager.starting_weights())
+    shared = averager.starting_weights()
+    assert shared['first.weight'] is shared['tied.weight']
+
+    averager.restart()
+    assert [] == same(state_of(model), averager.starting_weights())
+
+
+def test_starting_weights_after_a_resume():
+    """They are not in the state, never wrong, and can be given back."""
+    model = Mixed()
+    first = WeightAverager(model, posthoc=True)
+    start = first.starting_weights()
+    train(model, [first])
+    second = WeightAverager(model, posthoc=True)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with pytest.raises(RuntimeError, match='given back by set_starting'):
+        second.starting_weights()
+    less = {k: x for k, x in start.items() if k != 'scale'}
+    with pytest.raises(CheckpointError, match='1 missing'):
+        second.set_starting_weights(less)
+    second.set_starting_weights(start)
+    assert [] == same(start, second.starting_weights())
+    alone = WeightAverager(model)
+    with pytest.raises(RuntimeError, match='under posthoc=True alone'):
+        alone.starting_weights()
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({}, 'exponential(decay=0.999, tau=500.0)'),
+        (dict(decay=0.9998), 'exponential(decay=0.998, tau=500.0)'),
+        (dict(decay=0.9, tau=4), 'exponential(decay=0.0, tau=1.0)'),
+        (
+            dict(schedule='constant', decay=0.999),
+            'exponential(decay=0.99, tau=50.0)',
+        ),
+    ],
+    ids=str,
+)
+def test_a_tenth_of_the_window(options, expected):
+    """And a quarter of the ramp; of one that has none, half the window."""
+    averager = WeightAverager(Mixed(), posthoc=True, **options)
+    assert expected == str(averager.schedules['posthoc'])
+
+
+@pytest.mark.parametrize(
+    ('options', 'match'),
+    [
+        (dict(decay=0.89), 'the limit 0.89; use one of 0.9 or more'),
+        (dict(schedule='mean'), 'has no limit; use one of 0.9 or more'),
+        (dict(posthoc='yes'), "posthoc='yes' is not allowed"),
+        (dict(rule=lambda *a: None), 'leave one of the two out'),
+        (dict(averages=dict(posthoc={})), "the name 'posthoc' is taken"),
+        (dict(decay='auto'), "decay='auto' needs the planned steps of a run"),
+        (
+            dict(averages=dict(a=dict(decay='auto'))),
+            "decay='auto' needs the planned steps of a run",
+        ),
+    ],
+    ids=str,
+)
+def test_posthoc_refused(options, match):
+    """One clear line."""
+    with pytest.raises(OptionError, match=match) as error:
+        WeightAverager(Mixed(), **{'posthoc': True, **options})
+    assert '\n' not in str(error.value)
 
 
 def test_unknown_name():

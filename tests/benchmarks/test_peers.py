@@ -85,6 +85,16 @@ def test_floor_is_as_large_as_the_floats_of_the_model():
     assert sum(t.nbytes for t in floats) == flat.nbytes == 19_655_928
 
 
+@pytest.mark.parametrize('count', peers.COUNTS)
+def test_floor_of_several_averages(count):
+    """It writes as many averages of the size of the model."""
+    model = models.build('rtmdet-tiny')
+
+    floor = peers.make(f'{peers.FLOOR} of {count}', model).named()
+
+    assert sum(x.nbytes for x in floor.values()) == count * 19_655_928
+
+
 def made(name, model):
     try:
         return peers.make(name, model)

@@ -6,7 +6,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import step
 from benchmarks.rounds import Figure, compare, ratios
-from benchmarks.tables import models_table, step_table
+from benchmarks.tables import models_table, several_table, step_table
 
 
 def test_every_round_takes_every_competitor_once_in_changing_order():
@@ -77,6 +77,19 @@ def test_tables():
     ]
 
 
+def test_table_of_several_averages():
+    """Two averages are compared with their floor and with two times one."""
+    times = {'floor of 1': 1, 'ours, 1': 2, 'floor of 2': 2, 'ours, 2': 3}
+    figures = {k: Figure([(x / 1000,)] * 3) for k, x in times.items()}
+
+    _, *rows = cells(several_table({'tiny': figures}))
+
+    assert rows == [
+        ['tiny, 1', '1', '2', '2x (2 to 2)', '1x (1 to 1)'],
+        ['tiny, 2', '2', '3', '1.5x (1.5 to 1.5)', '0.75x (0.75 to 0.75)'],
+    ]
+
+
 @pytest.mark.parametrize('name', [step.NONE, 'mmdet_ema'])
 def test_plain_loop_is_measured(name):
     """The update is a part of the step."""
@@ -107,7 +120,7 @@ def test_run_prints_and_writes_tables(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('words', 'named'),
     [
-        (('--only', 'updates'), 'no updates; there are step, update, swap'),
+        (('--only', 'updates'), 'no updates; there are step, update, several'),
         (('--models', 'yolo'), 'there are rtmdet-tiny, yolox-s'),
         (('--threads', '0'), '0 is not 1 or more'),
         (('--rounds', '1'), '--rounds 1: there are no quartiles'),

@@ -340,6 +340,32 @@ def test_parameters_that_were_not_finite():
     assert torch.isinf(model.bias).all()
 
 
+def test_posthoc():
+    """Its window, where it is, and what all averages take together."""
+    lines = described(100_000, posthoc=True, model=nn.Linear(2**18, 1))
+    assert 'EMA: memory of the averages: 2.0 MiB' in lines
+    assert (
+        "EMA: averages 'posthoc': exponential(decay=0.999, tau=500.0), a "
+        'window of 1,000 steps, in host memory'
+    ) in lines
+
+
+@given(st.integers(20, 10**6), st.sampled_from(['exponential', 'inverse']))
+@settings(max_examples=30, deadline=None)
+def test_auto_leaves_no_doubt(planned, schedule):
+    """The decay that is chosen for a run is none that is warned of."""
+    log = said(planned, decay='auto', schedule=schedule)
+    assert [] == log.warnings
+    decay = 1 - 1 / (planned // 10)
+    assert f'{schedule}(decay={decay!r}' in log.infos[0]
+    # its window is one of steps, whatever a step takes
+    before = dict(batch_size=4, world_size=1, reference_samples=4)
+    log = said(planned, 7, before, decay='auto', schedule=schedule)
+    assert ['EMA: changed since the checkpoint: batch_size 4 -> 1.'] == (
+        log.warnings
+    )
+
+
 @pytest.mark.parametrize(
     ('agrees', 'expected'),
     [(True, 'become the mean where the'), (False, 'are never made equal')],
