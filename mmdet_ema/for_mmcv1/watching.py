@@ -69,6 +69,7 @@ def watch(runner: Any, ema: Any) -> None:
             return method(moment)
         if moment == 'after_train_epoch':
             ema.make_equal(runner, by_epoch=True)
+            ema.recalibrate(runner, functools.partial(_metrics_of, runner))
         with ema.evaluating(runner, holds=runs):
             return method(moment)
 
@@ -205,7 +206,8 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
         for name in ema.passes[:-1]:
             ema.tell_evaluation(name)
             with ema.only(runner, name):
-                others.update(_other_metrics(hook, again, runner, name))
+                found = _metrics_apart(hook, again, runner)
+                others.update({f'{name}/{k}': x for k, x in found.items()})
         ema.tell_evaluation()
         try:
             with ema.evaluating(runner):
@@ -248,8 +250,14 @@ def _broadcast_statistics(runner: Any) -> None:
                 dist.broadcast(statistics, 0)
 
 
-def _other_metrics(
-    hook: Any, evaluate: Callable[[], Any], runner: Any, name: str
+def _metrics_of(runner: Any, hook: Any) -> Dict[str, Any]:
+    # not by our own method, which evaluates all sets of weights
+    evaluate = functools.partial(type(hook)._do_evaluate, hook, runner)
+    return _metrics_apart(hook, evaluate, runner)
+
+
+def _metrics_apart(
+    hook: Any, evaluate: Callable[[], Any], runner: Any
 ) -> Dict[str, Any]:
     """Evaluate what the model holds; nothing is logged or saved."""
     buffer, best = runner.log_buffer, hook.save_best
@@ -267,4 +275,4 @@ def _other_metrics(
     if runner.world_size > 1:
         dist.barrier()  # the second pass writes into the same folder
     found.pop('eval_iter_num', None)
-    return {f'{name}/{key}': value for key, value in found.items()}
+    return found

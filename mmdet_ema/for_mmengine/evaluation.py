@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 from collections import defaultdict
+from numbers import Real
 from typing import Any, Callable, ContextManager, Dict, Iterator, Sequence
 
 from mmengine.runner import BaseLoop
@@ -176,3 +177,37 @@ def _own_files(metrics: Sequence[Any], name: str) -> Iterator[None]:
     finally:
         for metric, option, path in before:
             setattr(metric, option, path)
+
+
+def evaluate_apart(
+    runner: Any, evaluating: Evaluating, weights: str, name: str
+) -> Dict[str, Any]:
+    """Return the numbers of a pass of its own, which hooks do not report.
+
+    Args:
+        runner: The runner.
+        evaluating: A context for a pass on a set of weights.
+        weights: The set.
+        name: What the files of metrics have in their name.
+    """
+    loop: Any = runner.val_loop
+    found: Dict[str, Any] = {}
+    metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
+    leaving, files = leaving_no_trace(model_of(runner)), _own_files
+    telling = _telling(runner, defaultdict(dict), name)
+    with leaving, files(metrics, name), telling:
+        call_hook = runner.call_hook
+
+        def call(stage: str, **kwargs: Any) -> None:
+            if stage == 'after_val_epoch':
+                given = kwargs.get('metrics') or {}
+                found.update(
+                    (k, x) for k, x in given.items() if isinstance(x, Real)
+                )
+            call_hook(stage, **kwargs)
+
+        runner.call_hook = call
+        with evaluating(weights):
+            # once, not once a set
+            getattr(loop.run, '__wrapped__', loop.run)()
+    return found

@@ -98,6 +98,7 @@ class Run:
         model: The model.
         on_evaluation: Called in each pass of an evaluation.
         best: The metric that chooses the best file.
+        rule: Whether it should be 'greater' or 'less'.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Run:
         load=None,
         on_evaluation=None,
         best=None,
+        rule='greater',
         **options,
     ):
         self._said = BufferingHandler(10**6)
@@ -134,7 +136,7 @@ class Run:
                 options['checkpoint'] = by_iter
                 evaluation.update(by_iter)
             if best:
-                evaluation.update(save_best=best, rule='greater')
+                evaluation.update(save_best=best, rule=rule)
             options.setdefault('evaluation', evaluation)
             if accumulation > 1:
                 kind = 'GradientCumulativeOptimizerHook'
@@ -150,7 +152,7 @@ class Run:
                     by_epoch=False, max_iters=iters, val_interval=iters
                 )
             if best:
-                checkpoint.update(save_best=best, rule='greater')
+                checkpoint.update(save_best=best, rule=rule)
             options.setdefault('hooks', dict(checkpoint=checkpoint))
             options.update(
                 max_epochs=epochs,
