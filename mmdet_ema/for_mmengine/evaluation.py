@@ -54,16 +54,8 @@ def watch_loops(
         @functools.wraps(run)
         def run_passes(*args: Any, **kwargs: Any) -> Any:
             once = functools.partial(run, *args, **kwargs)
-            metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
-            try:
+            with _metrics_of(loop) as metrics:
                 return _run_passes(runner, metrics, passes, evaluating, once)
-            except BaseException:
-                # what a pass that broke off has left in the metrics
-                for metric in metrics:
-                    results: Any = getattr(metric, 'results', None)
-                    if hasattr(results, 'clear'):
-                        results.clear()
-                raise
 
         if not getattr(run, _MARK, False):
             setattr(run_passes, _MARK, True)
@@ -116,6 +108,20 @@ def _run_passes(
             run()
     with _telling(runner, kept), evaluating(passes[-1]):
         return run()
+
+
+@contextlib.contextmanager
+def _metrics_of(loop: Any) -> Iterator[Sequence[Any]]:
+    """Use the metrics of a loop; what breaks off leaves nothing in them."""
+    metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
+    try:
+        yield metrics
+    except BaseException:
+        for metric in metrics:
+            results: Any = getattr(metric, 'results', None)
+            if hasattr(results, 'clear'):
+                results.clear()
+        raise
 
 
 @contextlib.contextmanager
@@ -192,22 +198,19 @@ def evaluate_apart(
     """
     loop: Any = runner.val_loop
     found: Dict[str, Any] = {}
-    metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
-    leaving, files = leaving_no_trace(model_of(runner)), _own_files
+    leaving = leaving_no_trace(model_of(runner))
+    files = functools.partial(_own_files, name=name)
     telling = _telling(runner, defaultdict(dict), name)
-    with leaving, files(metrics, name), telling:
+    with _metrics_of(loop) as metrics, leaving, files(metrics), telling:
         call_hook = runner.call_hook
 
         def call(stage: str, **kwargs: Any) -> None:
             if stage == 'after_val_epoch':
-                given = kwargs.get('metrics') or {}
-                found.update(
-                    (k, x) for k, x in given.items() if isinstance(x, Real)
-                )
+                found.update(kwargs.get('metrics') or {})
             call_hook(stage, **kwargs)
 
         runner.call_hook = call
         with evaluating(weights):
             # once, not once a set
             getattr(loop.run, '__wrapped__', loop.run)()
-    return found
+    return {k: x for k, x in found.items() if isinstance(x, Real)}

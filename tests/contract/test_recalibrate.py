@@ -5,38 +5,23 @@ The toy's first layer is linear, so that NumPy can say what BatchNorm sees.
 
 import re
 
-import numpy as np
 import pytest
 import torch
 
 from mmdet_ema import OptionError
 from tests.conftest import MMCV1
-from tests.contract.toy import EMA, Hook, Run, ramp, same, toy
+from tests.contract.toy import (
+    EMA,
+    STATISTICS,
+    Run,
+    Spoil,
+    assert_estimated,
+    ramp,
+    same,
+    toy,
+)
 
 SPOILT = dict(EMA, recalibrate=3)
-STATISTICS = ['norm.running_mean', 'norm.running_var']
-
-
-class Spoil(Hook):
-    """Spoils the statistics of every iteration."""
-
-    def before_train_iter(self, runner, batch_idx=0, data_batch=None):
-        model = getattr(runner.model, 'module', runner.model)
-        model.norm.running_mean.fill_(50)
-
-
-def estimated(weights, inputs):
-    """Mean and unbiased variance of what the layer sees, in float64."""
-    weight, bias = (
-        weights[f'first.{x}'].double().numpy() for x in ('weight', 'bias')
-    )
-    seen = inputs.astype(float) @ weight.T + bias
-    return [seen.mean(0), seen.var(0, ddof=1)]
-
-
-def assert_estimated(weights, inputs):
-    for name, value in zip(STATISTICS, estimated(weights, inputs)):
-        np.testing.assert_allclose(weights[name], value, rtol=2e-6, atol=1e-6)
 
 
 def said(run):
