@@ -18,7 +18,7 @@ STATISTICS = ('running_mean', 'running_var')
 
 
 def config_of(kind):
-    return CONFIG.with_name(f'rtmdet_digits_swa-{kind}_1xb8-10e.py')
+    return CONFIG.with_name(f'rtmdet_digits_swa-{kind}_1xb8-16e.py')
 
 
 @pytest.mark.parametrize('kind', ['constant', 'cyclic'])
@@ -70,14 +70,14 @@ def test_learning_rate_of_the_cycles():
         for each in config.param_scheduler
     ]
     rates = []
-    for _ in range(1000):
+    for _ in range(1600):
         rates += [wrapper.param_groups[0]['lr'] / rate]
         wrapper.optimizer.step()
         for scheduler in schedulers:
             scheduler.step()
     assert rates[0] == pytest.approx(0.01)
     assert rates[50] == pytest.approx(1)
-    for start in range(500, 1000, 100):
+    for start in range(1000, 1600, 100):
         assert rates[start] == pytest.approx(1)
         assert rates[start + 50] == pytest.approx(0.505)
         assert rates[start + 99] < 0.0103

@@ -13,7 +13,7 @@ STATISTICS = ('running_mean', 'running_var')
 
 
 def config_of(kind):
-    return CONFIG.with_name(f'atss_digits_swa-{kind}_1xb8-10e.py')
+    return CONFIG.with_name(f'atss_digits_swa-{kind}_1xb8-16e.py')
 
 
 @pytest.mark.parametrize('kind', ['constant', 'cyclic'])
@@ -60,7 +60,7 @@ def test_learning_rate_of_the_cycles():
     class Runner:
         iter = 0
 
-    for start in range(500, 1000, 100):
+    for start in range(1000, 1600, 100):
         for step, share in [(0, 1), (50, 0.505), (99, 0.0102)]:
             Runner.iter = start + step
             found = hook.get_lr(Runner, 1.0)
