@@ -75,6 +75,7 @@ def watch(runner: Any, ema: Any) -> None:
             return method(moment)
         if moment == 'after_train_epoch':
             ema.make_equal(runner, by_epoch=True)
+            ema.recalibrate(runner, functools.partial(_metrics_of, runner))
         with ema.evaluating(runner, holds=runs):
             return method(moment)
 
@@ -208,7 +209,7 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
         for name in ema.passes[:-1]:
             ema.tell_evaluation(name)
             with ema.only(runner, name):
-                found = _other_metrics(hook, again, runner)
+                found = _metrics_apart(hook, again, runner)
             add_metrics(others, named(found, name))
         ema.tell_evaluation()
         for name in others:  # of the last evaluation, if no logger is there
@@ -254,7 +255,13 @@ def _broadcast_statistics(runner: Any) -> None:
                 dist.broadcast(statistics, 0)
 
 
-def _other_metrics(
+def _metrics_of(runner: Any, hook: Any) -> Dict[str, Any]:
+    # not by our own method, which evaluates all sets of weights
+    evaluate = functools.partial(type(hook)._do_evaluate, hook, runner)
+    return _metrics_apart(hook, evaluate, runner)
+
+
+def _metrics_apart(
     hook: Any, evaluate: Callable[[], Any], runner: Any
 ) -> Dict[str, Any]:
     """Evaluate what the model holds; nothing is logged or saved."""

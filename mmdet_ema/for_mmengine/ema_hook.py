@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from typing import Any, Dict, Iterator, Optional, Tuple
 
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.hooks import EMAHook as MMEngineEMAHook
-from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from mmdet_ema.for_mmengine import checkpoints
 from mmdet_ema.for_mmengine import runner as runners
 from mmdet_ema.for_mmengine.evaluation import (
     check_monitored,
+    evaluate_apart,
     rename_history,
     watch_loops,
 )
@@ -88,6 +90,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to 'ema', the main ones.
         restart_epochs (Sequence[int]): Epochs, counted from 1, that the
             averages start again before, from the raw weights. Defaults to ().
+        recalibrate (int): Batches of training data that the BatchNorm
+            statistics of the deployed averages are estimated from again at
+            the end; the log compares both, and the better ones are kept.
+            Defaults to 0, not at all.
         ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): Compatible option: ``1 - decay``.
@@ -144,6 +150,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self.enabled:
             watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
+                self._check_order(runner)
                 check_monitored(runner, self._life.options, self._log)
 
     def before_train(self, runner: Any) -> None:
@@ -197,6 +204,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         many = runner.world_size > 1
         if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
+        if runners.ends(runner, by_epoch=False):
+            self._recalibrate(runner)
         # the distance costs a reading of the weights: only where it is logged
         logger, loader = self._logger, runner.train_dataloader
         interval = logger.interval if logger else 10
@@ -215,10 +224,38 @@ class EMAHook(Hook):  # type: ignore[misc]
         if runners.will_validate(runner, by_epoch=True):
             self._life.synchronize()
         self._life.tell_steps()
+        if self.enabled and runners.ends(runner, by_epoch=True):
+            self._life.after_iteration(self._iteration)
+            self._recalibrate(runner)
+
+    def _check_order(self, runner: Any) -> None:
+        hooks = list(runner.hooks)
+        before = hooks[: hooks.index(self)]
+        count = self._life.options.recalibrate
+        if count and any(isinstance(x, CheckpointHook) for x in before):
+            raise OptionError(
+                f'recalibrate={count} with priority={show(self.priority)}: '
+                f'CheckpointHook would write the last file before; leave '
+                f'priority out.'
+            )
+
+    def _recalibrate(self, runner: Any) -> None:
+        """Estimate statistics again, before the last file is written."""
+        deploy = self._life.options.deploy
+        self._life.recalibrate(
+            self._model,
+            runner.train_dataloader,
+            functools.partial(runners.pass_forward, runner),
+            lambda: evaluate_apart(
+                runner, self._evaluating, deploy, 'recalibrate'
+            ),
+            functools.partial(runners.choose_by, runner),
+        )
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
         self._life.after_iteration(self._iteration)
+        self._life.tell_not_recalibrated()
         self._life.finish()
         self._trained = True
 

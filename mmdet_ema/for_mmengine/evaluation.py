@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 from collections import defaultdict
+from numbers import Real
 from typing import Any, Callable, ContextManager, Dict, Iterator, Sequence
 
 from mmengine.runner import BaseLoop
@@ -60,16 +61,8 @@ def watch_loops(
         @functools.wraps(run)
         def run_passes(*args: Any, **kwargs: Any) -> Any:
             once = functools.partial(run, *args, **kwargs)
-            metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
-            try:
+            with _metrics_of(loop) as metrics:
                 return _run_passes(runner, metrics, passes, evaluating, once)
-            except BaseException:
-                # what a pass that broke off has left in the metrics
-                for metric in metrics:
-                    results: Any = getattr(metric, 'results', None)
-                    if hasattr(results, 'clear'):
-                        results.clear()
-                raise
 
         if not getattr(run, _MARK, False):
             setattr(run_passes, _MARK, True)
@@ -157,6 +150,20 @@ def _run_passes(
 
 
 @contextlib.contextmanager
+def _metrics_of(loop: Any) -> Iterator[Sequence[Any]]:
+    """Use the metrics of a loop; what breaks off leaves nothing in them."""
+    metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
+    try:
+        yield metrics
+    except BaseException:
+        for metric in metrics:
+            results: Any = getattr(metric, 'results', None)
+            if hasattr(results, 'clear'):
+                results.clear()
+        raise
+
+
+@contextlib.contextmanager
 def _telling(
     runner: Any, kept: Dict[int, Dict[str, Any]], name: str = ''
 ) -> Iterator[None]:
@@ -215,3 +222,34 @@ def _own_files(metrics: Sequence[Any], name: str) -> Iterator[None]:
     finally:
         for metric, option, path in before:
             setattr(metric, option, path)
+
+
+def evaluate_apart(
+    runner: Any, evaluating: Evaluating, weights: str, name: str
+) -> Dict[str, Any]:
+    """Return the numbers of a pass of its own, which hooks do not report.
+
+    Args:
+        runner: The runner.
+        evaluating: A context for a pass on a set of weights.
+        weights: The set.
+        name: What the files of metrics have in their name.
+    """
+    loop: Any = runner.val_loop
+    found: Dict[str, Any] = {}
+    leaving = leaving_no_trace(model_of(runner))
+    files = functools.partial(_own_files, name=name)
+    telling = _telling(runner, defaultdict(dict), name)
+    with _metrics_of(loop) as metrics, leaving, files(metrics), telling:
+        call_hook = runner.call_hook
+
+        def call(stage: str, **kwargs: Any) -> None:
+            if stage == 'after_val_epoch':
+                found.update(kwargs.get('metrics') or {})
+            call_hook(stage, **kwargs)
+
+        runner.call_hook = call
+        with evaluating(weights):
+            # once, not once a set
+            getattr(loop.run, '__wrapped__', loop.run)()
+    return {k: x for k, x in found.items() if isinstance(x, Real)}

@@ -57,7 +57,7 @@ def is_of_other(options: Options, name: Any) -> bool:
 
 def _split(options: Options, name: str) -> Optional[Tuple[str, str]]:
     """Return a metric and whose it is; None for a name without a set."""
-    known = (MAIN, RAW, *options.averages)
+    known = (MAIN, RAW, *options.further)
     # 'very_fast' before 'fast'
     for weights in sorted(known, key=len, reverse=True):
         metric = name[: -len(weights) - 1]

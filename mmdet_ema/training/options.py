@@ -115,6 +115,7 @@ class Options:
     posthoc: bool = _option(False, check_flag, averager=True)
     deploy: str = MAIN
     restart_epochs: Tuple[int, ...] = _option((), check_epochs)
+    recalibrate: int = _option(0, check_count, least=0)
     ema_type: Any = None
     momentum: Optional[float] = None
     gamma: Optional[float] = None
