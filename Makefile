@@ -69,7 +69,7 @@ test-stack:  ## the same on another stack: STACK=name of environments/stacks.txt
 test-gpu: setup  ## run the tests that need a GPU
 	@CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest -m gpu $(ARGS)
 
-stacks:  ## write the table of docs/what_was_run.md from the last test runs
+stacks:  ## write the table of docs/en/appendix/what_was_run.md from the last test runs
 	@$(BIN)/python docs/what_was_run.py
 
 # peers that only the benchmark needs, in a folder that only it looks into;
@@ -89,11 +89,21 @@ lint: setup  ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict mmdet_ema
 
-docs:  ## the guide needs no build
-	@echo 'read docs/index.md'
+# a small environment of its own: the API pages need no torch
+DOCS := .venv-docs
+docs: $(DOCS)/.packages  ## build the site in docs/_build, English and Chinese
+	@for language in en zh_cn; do \
+		$(DOCS)/bin/sphinx-build -W --keep-going -q -b html \
+		docs/$$language docs/_build/$$language || exit 1; done
+	@echo 'docs: docs/_build/en/index.html, docs/_build/zh_cn/index.html'
+
+$(DOCS)/.packages: environments/docs.txt
+	@rm -rf $(DOCS) && $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check -qq install -r $<
+	@touch $@
 
 clean:  ## remove work_dirs and what builds and checks leave; keep .venv-*
-	@rm -rf work_dirs build dist *.egg-info .coverage htmlcov
+	@rm -rf work_dirs build dist docs/_build *.egg-info .coverage htmlcov
 	@rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -path './.venv*' -prune -o -path ./.git -prune -o \
 		-name __pycache__ -type d -prune -exec rm -rf {} +

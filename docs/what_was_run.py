@@ -1,4 +1,4 @@
-"""The table of stacks at the head of what_was_run.md.
+"""The table of stacks at the head of en/appendix/what_was_run.md.
 
 ``make test-stack STACK=name`` leaves its count in ``work_dirs/tests``; this
 writes the rows of the stacks that were run. With ``--check`` it only compares,
@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / 'docs' / 'what_was_run.md'
+PAGE = ROOT / 'docs/en/appendix/what_was_run.md'
 SHOWN = (
     *('torch', 'numpy', 'mmengine', 'mmcv', 'mmcv-full', 'mmdet', 'mmdet3d'),
     *('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection'),
@@ -66,8 +66,8 @@ def main():
         old, new = before.splitlines(), page.splitlines()
         wrong = [b for a, b in zip(old, new) if a != b]
         sys.exit(
-            'docs/what_was_run.md is not true any more; run `make stacks`.\n'
-            + '\n'.join(wrong)
+            f'{PAGE.relative_to(ROOT)} is not true any more; '
+            'run `make stacks`.\n' + '\n'.join(wrong)
         )
 
 

@@ -38,7 +38,7 @@ def test_every_package_of_a_stack_is_pinned_once(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_every_stack_has_its_row_in_the_docs(name):
     """The table of what was run names torch and NumPy of every stack."""
-    page = (ROOT / 'docs' / 'what_was_run.md').read_text()
+    page = (ROOT / 'docs/en/appendix/what_was_run.md').read_text()
     (row,) = re.findall(rf'^\| `{name}`.*$', page, re.MULTILINE)
     found, _ = pins(name)
     assert f' {found["torch"]}, {found["numpy"]} ' in row

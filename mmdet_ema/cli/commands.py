@@ -41,7 +41,13 @@ _COMPATIBLE = (
     'warm_up',
 )
 _RAMP = ('ema_type', 'gamma', 'schedule', 'tau', 'total_iter', 'warm_up')
-_REPLACES = {'decay': ('decay', 'momentum'), 'schedule': _RAMP, 'tau': _RAMP}
+_ON = ('evaluate_on_ema', 'evaluate_on_origin')
+_REPLACES = {
+    'decay': ('decay', 'momentum'),
+    'evaluate': ('evaluate', *_ON),
+    'schedule': _RAMP,
+    'tau': _RAMP,
+}
 
 
 def train(options: argparse.Namespace, rest: List[str]) -> None:
@@ -234,6 +240,8 @@ def _override(hook: Any, given: Mapping[str, Any]) -> str:
             hook['decay'] = schedule.limit
         if chosen == {'decay'}:
             hook.update(_ramp_of(schedule))
+    for flag in _ON if 'evaluate' in given else ():
+        hook.pop(flag, None)
     spec = given.get('schedule', hook.get('schedule'))
     for name, value in given.items():
         if isinstance(spec, dict) and name in spec:
@@ -293,7 +301,7 @@ def choose_weights(cfg: Any, weights: Optional[str]) -> str:
     add_ema(cfg, {})
     for hook in _ema_hooks(cfg) if weights else ():
         if _kind(hook) not in _FOREIGN:
-            for flag in ('evaluate_on_ema', 'evaluate_on_origin'):
+            for flag in _ON:
                 hook.pop(flag, None)
             hook['evaluate'] = weights
         elif weights != 'ema':

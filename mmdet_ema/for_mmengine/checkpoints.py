@@ -119,14 +119,14 @@ def deploy_config(
         config: The config of the run.
         known: The texts that were made before: formatting one takes seconds.
     """
-    text = checkpoint['meta'].get('cfg')
+    text = checkpoint.get('meta', {}).get('cfg')
     if not isinstance(text, str) or not isinstance(config, Config):
         return
     if text not in known:
         known[text] = without_package(config).pretty_text
     deployed = {TRAINING_CONFIG: text, 'cfg': known[text]}
     checkpoint['meta'] = {**checkpoint['meta'], **deployed}
-    info = checkpoint['message_hub']['runtime_info']
+    info = checkpoint.get('message_hub', {}).get('runtime_info', {})
     if 'cfg' in info:  # tools look here first
         info['cfg'] = known[text]
 

@@ -204,6 +204,13 @@ NESTED = dict(
             '--evaluate raw for the EMA hook of the config',
         ),
         (
+            {**MMENGINE, 'evaluate_on_ema': True, 'evaluate_on_origin': True},
+            dict(evaluate='raw'),
+            dict(momentum=0.0002, evaluate='raw'),
+            '--evaluate raw instead of evaluate_on_ema=True, '
+            'evaluate_on_origin=True of the config',
+        ),
+        (
             RTMDET,
             dict(enabled=False),
             {**RTMDET, 'enabled': False},

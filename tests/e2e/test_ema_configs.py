@@ -1,6 +1,6 @@
 """Every EMA config of mmdet 3.3, with the import as its only change.
 
-``docs/what_was_run.md`` has the table of what is built, trained and tested.
+``docs/en/appendix/what_was_run.md`` says what is built, trained and tested.
 """
 
 import gc
