@@ -66,7 +66,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         evaluate (str | Sequence[str]): Weights to validate and test: 'ema',
             'raw', the name of an average, a list of these, 'both' (ema and
             raw) or 'all'. A pass each; the deployed ones have the plain
-            metrics, others ``<metric>_<set>``. Defaults to 'ema'.
+            metrics, others ``<metric>_<set>``. ``save_best`` and ``monitor``
+            take either. Every file holds all averages: the best one of
+            ``coco/bbox_mAP_fast`` tests to it with ``evaluate='fast'``.
+            Defaults to 'ema'.
         nonfinite (str): 'skip' a step that leaves NaN or Inf in a parameter,
             'raise', or 'ignore'; a buffer's average stays. Defaults to 'skip'.
         strict_load (bool): Refuse a resume where an average is missing.
