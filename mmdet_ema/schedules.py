@@ -379,7 +379,7 @@ def make_schedule(
                 f'schedule {name!r} needs the option {option!r}; write '
                 f'schedule=dict(type={name!r}, {option}=...).'
             )
-    if options.get('decay') == AUTO:
+    if str(options.get('decay')) == AUTO:
         if planned is None:
             raise OptionError(
                 f'decay={AUTO!r} needs the planned steps of a run, which a '

@@ -195,7 +195,8 @@ class Options:
         specs = [mine, *self.averages.values()]
         nested = [x.get('schedule') for x in specs]
         specs += [x for x in nested if isinstance(x, Mapping)]
-        return any(x.get('decay') == AUTO for x in specs)
+        # what is given may be an array, which compares by element
+        return any(str(x.get('decay')) == AUTO for x in specs)
 
     def schedule_for(self, planned: int) -> Schedule:
         """Return the main schedule, given the steps that are planned."""
@@ -354,7 +355,9 @@ def _of_our_own(options: Options) -> Choice:
 
 def _agree(left: Any, right: Any) -> bool:
     """Compare two values; 1 - momentum is next to the decay, not on it."""
+    if isinstance(left, str):
+        return isinstance(right, str) and left == right
     try:
-        return left == right or math.isclose(left, right, rel_tol=1e-9)
+        return left is right or math.isclose(left, right, rel_tol=1e-9)
     except TypeError:
         return False
