@@ -60,7 +60,7 @@ def _demo(framework: Framework) -> None:
     metrics, decay, _ = plot.read_curves(list(plot.read_lines(folder)))
     curves = {
         'ema': metrics[framework.metric],
-        'raw': metrics[plot.RAW + framework.metric],
+        'raw': metrics[f'{framework.metric}_raw'],
     }
     plot.draw(folder, pictures[0], framework.metric)
     found = {x: framework.detections(x, scenes.SCORE) for x in ('raw', 'ema')}

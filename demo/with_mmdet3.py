@@ -17,7 +17,7 @@ class Mmdet3(Framework):
 
     config = ROOT / 'configs' / 'rtmdet' / 'rtmdet_digits_1xb8-10e.py'
     work_dir = ROOT / 'work_dirs' / 'demo'
-    minutes = '3 minutes'
+    minutes = '5 minutes'
     metric = 'coco/bbox_mAP'
 
     def last_checkpoint(self) -> Path | None:

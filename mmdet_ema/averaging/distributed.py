@@ -24,6 +24,22 @@ def world_size() -> int:
 
 
 @torch.no_grad()
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Make float64 tensors the sum of those of all ranks, in one collective.
+
+    Call it on all ranks, with as many tensors of the same shapes.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = flat.to(_device(tensors))
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts):
+        tensor.copy_(part.view(tensor.shape))
+
+
+@torch.no_grad()
 def make_equal(means: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
     """Make tensors the same on every rank, in place; call it on all of them.
 

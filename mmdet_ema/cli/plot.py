@@ -9,8 +9,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mmdet_ema.errors import OptionError, did_you_mean
 
-RAW = 'raw/'
-"""What the names of the raw weights' metrics begin with."""
+_OLD_RAW = 'raw/'  # what the raw weights' metrics began with in version 0.1
 Curve = Dict[int, float]
 """Values by epoch or iteration."""
 # what validation lines hold next to metrics
@@ -46,7 +45,8 @@ def draw(
             f'*/vis_data/scalars.json (mmengine) and no *.log.json (mmcv 1.x) '
             f'with metrics or ema_decay; give the work_dir of the training.'
         )
-    bases = _ranked(metrics)
+    by_set = _by_set(metrics, _sets(lines))
+    bases = list(by_set)
     if metric is not None and metric not in bases:
         raise OptionError(
             f'--metric {metric}: the logs have {", ".join(bases) or "none"}.'
@@ -63,19 +63,20 @@ def draw(
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
     shown = metric or (bases[0] if bases else '')
-    for name in (shown, RAW + shown):
-        if name in metrics:
-            points = sorted(metrics[name].items())
-            is_raw = name.startswith(RAW)
-            left.plot(
-                *zip(*points),
-                's--' if is_raw else 'o-',
-                label='raw weights' if is_raw else 'evaluated weights',
-                color='tab:orange' if is_raw else 'tab:blue',
-                markersize=4,
-            )
-    if RAW + shown in metrics:
-        left.get_lines()[0].set_label('EMA weights')
+    curves = by_set.get(shown, {})
+    averages = 'raw' in curves and 'ema' not in curves
+    main = 'EMA weights' if averages else 'evaluated weights'
+    words = {'': main, 'raw': 'raw weights'}
+    colors = {'': 'tab:blue', 'raw': 'tab:orange'}
+    others = iter(('green', 'red', 'purple', 'brown', 'pink', 'olive', 'cyan'))
+    for name, curve in curves.items():
+        left.plot(
+            *zip(*sorted(curve.items())),
+            's--' if name == 'raw' else 'o-',
+            label=words.get(name, name),
+            color=colors.get(name) or f'tab:{next(others, "gray")}',
+            markersize=4,
+        )
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel=_unit(lines), ylabel=shown or 'no validation yet')
     left.grid(alpha=0.3)
@@ -121,7 +122,8 @@ def read_curves(
     """Return metrics by name, decays and distances.
 
     Metrics come by epoch, or by iteration where the run validates by
-    iteration; decay and distance by iteration.
+    iteration; decay and distance of the main averages by iteration. The names
+    of version 0.1, ``raw/<metric>``, are those of today.
     """
     metrics: Dict[str, Curve] = {}
     decays: Curve = {}
@@ -144,20 +146,39 @@ def read_curves(
             for name, value in line.items():
                 number = isinstance(value, (int, float))
                 if step is not None and number and name not in _NO_METRICS:
+                    if name.startswith(_OLD_RAW):
+                        name = f'{name[len(_OLD_RAW) :]}_raw'
                     metrics.setdefault(name, {})[int(step)] = value
     return metrics, decays, distances
 
 
-def _ranked(metrics: Dict[str, Curve]) -> List[str]:
-    """Return the metrics without ``raw/``, the most telling first."""
-    bases = dict.fromkeys(
-        name[len(RAW) :] if name.startswith(RAW) else name for name in metrics
-    )
+def _sets(lines: List[Dict[str, Any]]) -> List[str]:
+    """Return the sets of weights that a run may have evaluated."""
+    start = 'ema_decay_'
+    names = [x for line in lines for x in line if x.startswith(start)]
+    more = [name[len(start) :] for name in names]
+    return list(dict.fromkeys(['raw', 'ema', *more]))
+
+
+def _by_set(
+    metrics: Dict[str, Curve], sets: List[str]
+) -> Dict[str, Dict[str, Curve]]:
+    """Return a curve a set of weights by metric, the most telling first.
+
+    The main set has the plain names; its own is empty here.
+    """
+    found: Dict[str, Dict[str, Curve]] = {}
+    for name, curve in metrics.items():
+        bases = {
+            name[: -len(x) - 1]: x for x in sets if name.endswith(f'_{x}')
+        }
+        base = min((x for x in bases if x in metrics), key=len, default=name)
+        found.setdefault(base, {})[bases.get(base, '')] = curve
 
     def rank(name: str) -> Tuple[bool, bool]:
-        return not {name, RAW + name} <= metrics.keys(), 'mAP' not in name
+        return len(found[name]) == 1, 'mAP' not in name
 
-    return sorted(bases, key=rank)
+    return {name: found[name] for name in sorted(found, key=rank)}
 
 
 def _unit(lines: List[Dict[str, Any]]) -> str:

@@ -6,10 +6,16 @@ import contextlib
 import logging
 import os
 import sys
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from mmcv.runner import BaseRunner, DistEvalHook, Hook, OptimizerHook
+from mmcv.runner import (
+    BaseRunner,
+    DistEvalHook,
+    EvalHook,
+    Hook,
+    OptimizerHook,
+)
 from mmcv.runner.checkpoint import get_state_dict
 
 from mmdet_ema.checkpoint.format import EMA
@@ -24,12 +30,14 @@ from mmdet_ema.checkpoint.mmcv1 import (
     take_program,
 )
 from mmdet_ema.checks import check_choice, check_path
+from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.checkpoints import remove_later, with_ema_part
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
 from mmdet_ema.training.lifecycle import EMALifecycle
+from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import show_options
 from mmdet_ema.training.plan import check_begin, refuse_second
 
@@ -60,7 +68,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         evaluate (str | Sequence[str]): Weights to validate and test: 'ema',
             'raw', the name of an average, a list of these, 'both' (ema and
             raw) or 'all'. A pass each; the deployed ones have the plain
-            metrics, others ``<set>/<name>``. Defaults to 'ema'.
+            metrics, others ``<metric>_<set>``. Defaults to 'ema'.
         nonfinite (str): 'skip', 'raise' or 'ignore' (average) a step that
             leaves NaN or Inf. Defaults to 'skip'.
         strict_load (bool): Whether to resume needs every average. Defaults to
@@ -83,6 +91,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to 'ema', the main ones.
         restart_epochs (Sequence[int]): Epochs, counted from 1, that the
             averages start again before, from the raw weights. Defaults to ().
+        recalibrate (int): Batches of training data that the BatchNorm
+            statistics of the deployed averages are estimated from again at
+            the end; the better ones are kept. Defaults to 0, not at all.
         ema_type (str, optional): An averaging class of mmengine.
         momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
             with its warm-up.
@@ -127,10 +138,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             check_choice('state_dict_holds', state_dict_holds, HOLDS)
         self._holds = state_dict_holds
         self.enabled = checked.enabled
-        self.passes, self.averages = checked.passes, checked.further
+        self.options, self.passes = checked, checked.passes
         self.train_loader: Any = None
-        self._log = logging.LoggerAdapter(own_logger(), {})
-        self._life = EMALifecycle(checked, self._log)
+        self.log = logging.LoggerAdapter(own_logger(), {})
+        self._life = EMALifecycle(checked, self.log)
         self.tell_evaluation = self._life.tell_evaluation
         self.tell_metrics = self._life.tell_metrics
         self._started = self._steps_alone = False
@@ -163,12 +174,18 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._watch(runner)
         if self.enabled:
             check_begin(self._life.options, runners.facts_of(runner))
+            count = self._life.options.recalibrate
+            if count and runner.max_epochs is None:
+                raise OptionError(
+                    f'recalibrate={count} needs a runner of mmcv 1.x that '
+                    f'counts epochs (EpochBasedRunner); leave it out.'
+                )
             watch_hooks(runner, self)
         path = self._resume_from
         if path is not None and not runner.iter:
             runner.resume(path)
         elif path is not None and _real(path) != _real(self._resumed_from):
-            self._log.warning(
+            self.log.warning(
                 f'EMA: resume_from={path!r} has no effect: the run has '
                 f'resumed from another checkpoint already.'
             )
@@ -211,6 +228,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def after_run(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
         self.catch_up()
+        self._life.tell_not_recalibrated()
         self._life.finish()
 
     def after_read_checkpoint(
@@ -299,7 +317,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             parameter._version != version
             for parameter, version in self._versions.items()
         ):
-            self._log.warning(
+            self.log.warning(
                 'EMA: a hook changed parameters while the averages were in '
                 'the model, as from the end of an epoch to the next; that is '
                 'lost now. Change them in before_train_epoch or '
@@ -347,6 +365,33 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._equal_since = moment
             self._life.synchronize()
 
+    def recalibrate(
+        self, runner: Any, evaluate: Callable[[Any], Dict[str, Any]]
+    ) -> None:
+        """Estimate statistics again, when the last epoch is over.
+
+        Args:
+            runner: The runner.
+            evaluate: Evaluates what the model holds with an evaluation hook.
+        """
+        if runner.max_epochs is None or runner.epoch + 1 < runner.max_epochs:
+            return
+        hooks = [hook for hook in runner.hooks if isinstance(hook, EvalHook)]
+        model, deploy = runners.model_of(runner), self._life.options.deploy
+
+        def metrics() -> Dict[str, Any]:
+            self.tell_evaluation(deploy)
+            with leaving_no_trace(model), self.only(runner, deploy):
+                return evaluate(hooks[0])
+
+        self._life.recalibrate(
+            model,
+            self.train_loader,
+            lambda batch: runner.model.train_step(batch, runner.optimizer),
+            metrics,
+            lambda found: runners.choose_by(hooks[0], found),
+        )
+
     def add_scalars(self, runner: Any) -> None:
         """Let a logger log decay, distance and skipped steps too.
 
@@ -363,7 +408,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         runner.log_buffer.output.update(scalars)
 
     def _watch(self, runner: Any) -> None:
-        self._log.logger = runner.logger
+        self.log.logger = runner.logger
         watch(runner, self)
 
     def _start(self, runner: Any) -> None:
@@ -405,9 +450,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         tied = [names for names in groups.values() if len(names) > 1]
         found = convert_buffers(checkpoint, tied, filename, self._holds)
         if found is not None:
-            self._log.info(found.line)
+            self.log.info(found.line)
             for warning in found.warnings:
-                self._log.warning(warning)
+                self.log.warning(warning)
 
     def _take_late(self, runner: Any) -> None:
         """Take our part of a file that was loaded before we were there."""

@@ -7,7 +7,7 @@ import inspect
 import logging
 import re
 import types
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Mapping, Tuple
 
 from mmcv.parallel import is_module_wrapper
 from mmcv.runner import DistEvalHook, EvalHook
@@ -62,6 +62,18 @@ def optimizers_of(runner: Any) -> List[Optimizer]:
     """Return every optimizer of the run."""
     found = runner.optimizer
     return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def choose_by(hook: Any, metrics: Mapping[str, Any]) -> Tuple[str, bool]:
+    """Return the metric that chooses the best file, and if higher is better.
+
+    The first one where there is no ``save_best``.
+    """
+    first = next(iter(metrics))
+    if hook.save_best is None:
+        return first, 'loss' not in first.lower()
+    name = hook.key_indicator if hook.key_indicator in metrics else first
+    return name, hook.rule != 'less'
 
 
 def facts_of(runner: Any, loader: Any = None) -> RunFacts:

@@ -24,8 +24,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmcv1.checkpoints import watch_loading
 from mmdet_ema.for_mmcv1.runner import wrap_once
+from mmdet_ema.training.metrics import (
+    add_metrics,
+    is_of_other,
+    monitored,
+    named,
+    renamed,
+)
 from mmdet_ema.training.no_trace import same_randomness
-from mmdet_ema.training.options import RAW
 
 _TRAINS = ('before_train_epoch', 'before_train_iter')
 _EPOCH_IS_OVER = ('after_train_epoch', 'after_epoch', 'after_run')
@@ -69,6 +75,7 @@ def watch(runner: Any, ema: Any) -> None:
             return method(moment)
         if moment == 'after_train_epoch':
             ema.make_equal(runner, by_epoch=True)
+            ema.recalibrate(runner, functools.partial(_metrics_of, runner))
         with ema.evaluating(runner, holds=runs):
             return method(moment)
 
@@ -177,16 +184,13 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
     data and call the model themselves.
     """
     best: Any = getattr(hook, 'save_best', None)
-    known = (RAW, *ema.averages)
-    prefix = str(best).partition('/')[0]
-    by_other = isinstance(best, str) and '/' in best and prefix in known
-    if by_other and prefix not in ema.passes[:-1]:
-        what = 'the raw weights' if prefix == RAW else f'averages {prefix!r}'
-        raise OptionError(
-            f'save_best={show(best)} needs the metrics of {what}; '
-            f"give the EMA hook evaluate='both' or a list, or use "
-            f'save_best={show(best[len(prefix) + 1 :])}.'
-        )
+    if isinstance(best, str):
+        where = type(hook).__name__
+        given, best = best, monitored(ema.options, where, 'save_best', best)
+        if best != given:
+            ema.log.info(renamed(where, 'save_best', given, [best]))
+            hook.save_best = best
+    by_other = is_of_other(ema.options, best)
     if by_other:  # a part of the name of a file
         hook.key_indicator = best.replace('/', '_')
     others: Dict[str, Any] = {}
@@ -205,12 +209,15 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
         for name in ema.passes[:-1]:
             ema.tell_evaluation(name)
             with ema.only(runner, name):
-                others.update(_other_metrics(hook, again, runner, name))
+                found = _metrics_apart(hook, again, runner)
+            add_metrics(others, named(found, name))
         ema.tell_evaluation()
+        for name in others:  # of the last evaluation, if no logger is there
+            runner.log_buffer.output.pop(name, None)
         try:
             with ema.evaluating(runner):
                 result = again()
-            runner.log_buffer.output.update(others)
+            add_metrics(runner.log_buffer.output, others)
             ema.tell_metrics(runner.log_buffer.output)
         finally:
             others.clear()
@@ -248,8 +255,14 @@ def _broadcast_statistics(runner: Any) -> None:
                 dist.broadcast(statistics, 0)
 
 
-def _other_metrics(
-    hook: Any, evaluate: Callable[[], Any], runner: Any, name: str
+def _metrics_of(runner: Any, hook: Any) -> Dict[str, Any]:
+    # not by our own method, which evaluates all sets of weights
+    evaluate = functools.partial(type(hook)._do_evaluate, hook, runner)
+    return _metrics_apart(hook, evaluate, runner)
+
+
+def _metrics_apart(
+    hook: Any, evaluate: Callable[[], Any], runner: Any
 ) -> Dict[str, Any]:
     """Evaluate what the model holds; nothing is logged or saved."""
     buffer, best = runner.log_buffer, hook.save_best
@@ -267,4 +280,4 @@ def _other_metrics(
     if runner.world_size > 1:
         dist.barrier()  # the second pass writes into the same folder
     found.pop('eval_iter_num', None)
-    return {f'{name}/{key}': value for key, value in found.items()}
+    return found

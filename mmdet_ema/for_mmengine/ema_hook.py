@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from typing import Any, Dict, Iterator, Optional, Tuple
 
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.hooks import EMAHook as MMEngineEMAHook
-from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -16,11 +17,17 @@ from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine import checkpoints
 from mmdet_ema.for_mmengine import runner as runners
-from mmdet_ema.for_mmengine.evaluation import check_monitored, watch_loops
+from mmdet_ema.for_mmengine.evaluation import (
+    check_monitored,
+    evaluate_apart,
+    rename_history,
+    watch_loops,
+)
 from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import (
     NAMES,
+    RAW,
     Choice,
     choose_rule,
     parse_options,
@@ -59,7 +66,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         evaluate (str | Sequence[str]): Weights to validate and test: 'ema',
             'raw', the name of an average, a list of these, 'both' (ema and
             raw) or 'all'. A pass each; the deployed ones have the plain
-            metrics, others ``<set>/<name>``. Defaults to 'ema'.
+            metrics, others ``<metric>_<set>``. ``save_best`` and ``monitor``
+            take either. Every file holds all averages: the best one of
+            ``coco/bbox_mAP_fast`` tests to it with ``evaluate='fast'``.
+            Defaults to 'ema'.
         nonfinite (str): 'skip' a step that leaves NaN or Inf in a parameter,
             'raise', or 'ignore'; a buffer's average stays. Defaults to 'skip'.
         strict_load (bool): Refuse a resume where an average is missing.
@@ -83,6 +93,10 @@ class EMAHook(Hook):  # type: ignore[misc]
             Defaults to 'ema', the main ones.
         restart_epochs (Sequence[int]): Epochs, counted from 1, that the
             averages start again before, from the raw weights. Defaults to ().
+        recalibrate (int): Batches of training data that the BatchNorm
+            statistics of the deployed averages are estimated from again at
+            the end; the log compares both, and the better ones are kept.
+            Defaults to 0, not at all.
         ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): Compatible option: ``1 - decay``.
@@ -139,7 +153,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self.enabled:
             watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
-                check_monitored(runner, self._life.passes)
+                self._check_order(runner)
+                check_monitored(runner, self._life.options, self._log)
 
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
@@ -192,6 +207,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         many = runner.world_size > 1
         if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
+        if runners.ends(runner, by_epoch=False):
+            self._recalibrate(runner)
         # the distance costs a reading of the weights: only where it is logged
         logger, loader = self._logger, runner.train_dataloader
         interval = logger.interval if logger else 10
@@ -210,10 +227,38 @@ class EMAHook(Hook):  # type: ignore[misc]
         if runners.will_validate(runner, by_epoch=True):
             self._life.synchronize()
         self._life.tell_steps()
+        if self.enabled and runners.ends(runner, by_epoch=True):
+            self._life.after_iteration(self._iteration)
+            self._recalibrate(runner)
+
+    def _check_order(self, runner: Any) -> None:
+        hooks = list(runner.hooks)
+        before = hooks[: hooks.index(self)]
+        count = self._life.options.recalibrate
+        if count and any(isinstance(x, CheckpointHook) for x in before):
+            raise OptionError(
+                f'recalibrate={count} with priority={show(self.priority)}: '
+                f'CheckpointHook would write the last file before; leave '
+                f'priority out.'
+            )
+
+    def _recalibrate(self, runner: Any) -> None:
+        """Estimate statistics again, before the last file is written."""
+        deploy = self._life.options.deploy
+        self._life.recalibrate(
+            self._model,
+            runner.train_dataloader,
+            functools.partial(runners.pass_forward, runner),
+            lambda: evaluate_apart(
+                runner, self._evaluating, deploy, 'recalibrate'
+            ),
+            functools.partial(runners.choose_by, runner),
+        )
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
         self._life.after_iteration(self._iteration)
+        self._life.tell_not_recalibrated()
         self._life.finish()
         self._trained = True
 
@@ -277,6 +322,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._life.choose(checkpoint, model)
         elif runner._resume:
             checkpoints.refuse_foreign(checkpoint, self._log)
+            if RAW in self._life.passes[:-1]:
+                rename_history(checkpoint)
             optimizers = runners.optimizers_of(runner)
             self._life.resume(checkpoint, model, optimizers)
         else:

@@ -13,13 +13,21 @@ import functools
 import itertools
 import os
 from collections import defaultdict
+from numbers import Real
 from typing import Any, Callable, ContextManager, Dict, Iterator, Sequence
 
 from mmengine.runner import BaseLoop
 
-from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine.runner import model_of, schedulers_of
+from mmdet_ema.training.metrics import (
+    add_metrics,
+    monitored,
+    named,
+    of_version_0_1,
+    renamed,
+)
 from mmdet_ema.training.no_trace import leaving_no_trace
+from mmdet_ema.training.options import Options
 
 _ENDS = {
     'after_val_epoch': 'before_val_epoch',
@@ -53,16 +61,8 @@ def watch_loops(
         @functools.wraps(run)
         def run_passes(*args: Any, **kwargs: Any) -> Any:
             once = functools.partial(run, *args, **kwargs)
-            metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
-            try:
+            with _metrics_of(loop) as metrics:
                 return _run_passes(runner, metrics, passes, evaluating, once)
-            except BaseException:
-                # what a pass that broke off has left in the metrics
-                for metric in metrics:
-                    results: Any = getattr(metric, 'results', None)
-                    if hasattr(results, 'clear'):
-                        results.clear()
-                raise
 
         if not getattr(run, _MARK, False):
             setattr(run_passes, _MARK, True)
@@ -80,19 +80,51 @@ def watch_loops(
             setattr(runner, name, watching(getattr(runner, name)))
 
 
-def check_monitored(runner: Any, passes: Sequence[str]) -> None:
-    """Check that nothing waits for metrics of weights not evaluated."""
+def check_monitored(runner: Any, options: Options, log: Any) -> None:
+    """Check that nothing waits for metrics of weights not evaluated.
+
+    What waits for one by its name of version 0.1 gets that of today.
+    """
     owners = [*runner.hooks, *schedulers_of(runner)]
     for owner, word in itertools.product(owners, ('save_best', 'monitor')):
         given: Any = getattr(owner, word, None)
-        for name in given if isinstance(given, (list, tuple)) else [given]:
-            if str(name).startswith('raw/') and 'raw' not in passes[:-1]:
-                raise OptionError(
-                    f'{type(owner).__name__}({word}={show(name)}) needs the '
-                    f'metrics of the raw weights beside those of the '
-                    f"averages; give EMAHook evaluate='both', or use "
-                    f'{word}={show(name[len("raw/") :])}.'
-                )
+        where = type(owner).__name__
+        new = {
+            name: monitored(options, where, word, name)
+            for name in (given if isinstance(given, list) else [given])
+            if isinstance(name, str)
+        }
+        if any(old != name for old, name in new.items()):
+            _rename(owner, word, new)
+            log.info(renamed(where, word, given, new.values()))
+
+
+def _rename(owner: Any, word: str, new: Dict[str, str]) -> None:
+    for attribute in (word, 'key_indicators'):
+        names: Any = getattr(owner, attribute, None)
+        if isinstance(names, list):
+            setattr(owner, attribute, [new[name] for name in names])
+        elif isinstance(names, str):
+            setattr(owner, attribute, new[names])
+    # of CheckpointHook: the rule was found by the name, and stays
+    better: Any = getattr(owner, 'is_better_than', None)
+    if isinstance(better, dict):
+        owner.is_better_than = {new[name]: x for name, x in better.items()}
+
+
+def rename_history(checkpoint: Any) -> None:
+    """Give metrics in the history of a checkpoint their names of today.
+
+    Else a run that resumes forgets its best file, and logs the last value
+    under the old name for ever.
+    """
+    hub = checkpoint.get('message_hub')
+    if isinstance(hub, dict):
+        for part in hub.values():
+            if isinstance(part, dict):
+                items = [(of_version_0_1(k), x) for k, x in part.items()]
+                part.clear()
+                part.update(items)
 
 
 def _run_passes(
@@ -118,6 +150,20 @@ def _run_passes(
 
 
 @contextlib.contextmanager
+def _metrics_of(loop: Any) -> Iterator[Sequence[Any]]:
+    """Use the metrics of a loop; what breaks off leaves nothing in them."""
+    metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
+    try:
+        yield metrics
+    except BaseException:
+        for metric in metrics:
+            results: Any = getattr(metric, 'results', None)
+            if hasattr(results, 'clear'):
+                results.clear()
+        raise
+
+
+@contextlib.contextmanager
 def _telling(
     runner: Any, kept: Dict[int, Dict[str, Any]], name: str = ''
 ) -> Iterator[None]:
@@ -133,9 +179,9 @@ def _telling(
     def call(stage: str, **kwargs: Any) -> None:
         metrics, begins = kwargs.get('metrics'), _ENDS.get(stage)
         if begins and name:
-            named = {f'{name}/{k}': x for k, x in (metrics or {}).items()}
-            kept[next(numbers)].update(named)
-            kwargs['metrics'], hooks = named, runner._hooks
+            kwargs['metrics'] = found = named(metrics or {}, name)
+            add_metrics(kept[next(numbers)], found)
+            hooks = runner._hooks
             runner._hooks = [
                 hook for hook in hooks if begins in hook.get_triggered_stages()
             ]
@@ -145,7 +191,7 @@ def _telling(
                 runner._hooks = hooks
             return
         if begins and isinstance(metrics, dict):
-            metrics.update(kept[next(numbers)])
+            add_metrics(metrics, kept[next(numbers)])
         call_hook(stage, **kwargs)
 
     runner.call_hook = call
@@ -176,3 +222,34 @@ def _own_files(metrics: Sequence[Any], name: str) -> Iterator[None]:
     finally:
         for metric, option, path in before:
             setattr(metric, option, path)
+
+
+def evaluate_apart(
+    runner: Any, evaluating: Evaluating, weights: str, name: str
+) -> Dict[str, Any]:
+    """Return the numbers of a pass of its own, which hooks do not report.
+
+    Args:
+        runner: The runner.
+        evaluating: A context for a pass on a set of weights.
+        weights: The set.
+        name: What the files of metrics have in their name.
+    """
+    loop: Any = runner.val_loop
+    found: Dict[str, Any] = {}
+    leaving = leaving_no_trace(model_of(runner))
+    files = functools.partial(_own_files, name=name)
+    telling = _telling(runner, defaultdict(dict), name)
+    with _metrics_of(loop) as metrics, leaving, files(metrics), telling:
+        call_hook = runner.call_hook
+
+        def call(stage: str, **kwargs: Any) -> None:
+            if stage == 'after_val_epoch':
+                found.update(kwargs.get('metrics') or {})
+            call_hook(stage, **kwargs)
+
+        runner.call_hook = call
+        with evaluating(weights):
+            # once, not once a set
+            getattr(loop.run, '__wrapped__', loop.run)()
+    return {k: x for k, x in found.items() if isinstance(x, Real)}

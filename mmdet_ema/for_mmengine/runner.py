@@ -7,8 +7,9 @@ import functools
 import logging
 import os
 import re
-from typing import Any, List, Optional
+from typing import Any, List, Mapping, Optional, Tuple
 
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import (
@@ -135,6 +136,43 @@ def local_checkpoint(runner: Any) -> Optional[str]:
     if not isinstance(path, str) or '://' in path:
         return None
     return os.path.expanduser(path)
+
+
+def ends(runner: Any, by_epoch: bool) -> bool:
+    """Return whether training ends with this epoch or iteration.
+
+    One of the two: whatever the loop counts, and writes files after.
+    """
+    loop = runner.train_loop
+    if by_epoch == hasattr(loop, 'dataloader_iterator'):
+        return False
+    if by_epoch:
+        return bool(loop.epoch + 1 >= loop.max_epochs)
+    return bool(loop.iter + 1 >= loop.max_iters)
+
+
+def pass_forward(runner: Any, batch: Any) -> None:
+    """Let the model compute its losses of a batch, and nothing else."""
+    model: Any = model_of(runner)
+    data = model.data_preprocessor(batch, True)
+    # a wrapper of sharded parameters has to gather them
+    run = getattr(runner.model, '_run_forward', model._run_forward)
+    run(data, mode='loss')
+
+
+def choose_by(runner: Any, metrics: Mapping[str, Any]) -> Tuple[str, bool]:
+    """Return the metric that chooses the best file, and if higher is better.
+
+    The first one where there is no ``save_best``.
+    """
+    first = next(iter(metrics))
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook) and hook.save_best:
+            for name, rule in zip(hook.key_indicators, hook.rules):
+                name = first if name == 'auto' else name
+                if rule and name in metrics:
+                    return name, rule == 'greater'
+    return first, 'loss' not in first.lower()
 
 
 def will_validate(runner: Any, by_epoch: bool) -> bool:

@@ -10,7 +10,18 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from typing import Any, Dict, Mapping, MutableMapping, Optional, Sequence, Set
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 import torch
 from torch import nn
@@ -18,6 +29,7 @@ from torch.optim import Optimizer
 
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import MAIN, read_count
+from mmdet_ema.averaging.distributed import add_up
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.checkpoint.start import (
@@ -28,9 +40,16 @@ from mmdet_ema.checkpoint.start import (
 )
 from mmdet_ema.errors import NonFiniteError
 from mmdet_ema.optimizers.nominal import scale_weight_decay
+from mmdet_ema.schedules import check_decay
 from mmdet_ema.training import resume
 from mmdet_ema.training.options import RAW, Options
 from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
+from mmdet_ema.training.recalibrate import (
+    batch_statistics,
+    first_batches,
+    is_better,
+    layers_to_estimate,
+)
 from mmdet_ema.training.report import (
     compare,
     describe_idle,
@@ -38,11 +57,13 @@ from mmdet_ema.training.report import (
     describe_skip,
     report,
     sets_of_weights,
+    side_by_side,
 )
 from mmdet_ema.training.steps import TELLS_OF_STEPS, WeightChanges
 from mmdet_ema.version import __version__
 
 Checkpoint = MutableMapping[str, Any]
+Metrics = Mapping[str, Any]
 # iterations without a step that are said at least to be unusual
 _IDLE = 50
 
@@ -61,6 +82,7 @@ class EMALifecycle:
         self.passes = options.passes
         self.averager: Optional[WeightAverager] = None
         self._log = log
+        self._estimates = 0
         # what was found in a file, until its weights are in the model
         self._pending: Optional[EMAPart] = None
         self._only_evaluates = False
@@ -102,6 +124,7 @@ class EMALifecycle:
         elif self.averager is not None:
             self.averager.schedules.update(self._plan.schedules)
         self._reported = False
+        self._estimates = self.options.recalibrate
         self._iterations = self._told_iterations = 0
         self._changes = WeightChanges(
             lambda: self.averager.trained if self.averager else (),
@@ -277,6 +300,11 @@ class EMALifecycle:
             'ema_distance': averager.distance(),
             'ema_skipped': averager.num_skipped,
         }
+        # their names tell readers of the log which sets there are
+        for name in averager.names[1:]:
+            steps = averager.progress(name)['num_steps']
+            decay = check_decay(averager.schedules[name], steps)
+            found[f'ema_decay_{name}'] = decay if steps else 0.0
         return {name: x for name, x in found.items() if math.isfinite(x)}
 
     def synchronize(self) -> None:
@@ -331,6 +359,91 @@ class EMALifecycle:
         table = compare(metrics, self.passes)
         if table:
             self._log.info(table)
+
+    def recalibrate(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        forward: Callable[[Any], Any],
+        evaluate: Callable[[], Metrics],
+        choose_by: Callable[[Metrics], Tuple[str, bool]],
+    ) -> None:
+        """Estimate the deployed BatchNorm statistics again; keep the better.
+
+        Call it at the end, on all ranks, before the last file is written.
+
+        Args:
+            model: The model, unwrapped, in the modes of its training.
+            loader: The training data.
+            forward: Calls the model on a batch, as training does.
+            evaluate: Returns the metrics of the deployed averages, at least
+                on rank 0.
+            choose_by: Returns the metric that is compared, and whether higher
+                is better.
+        """
+        averager, plan, count = self.averager, self._plan, self._estimates
+        if not count or plan is None or not plan.facts.recalibrates:
+            return
+        self._estimates = 0
+        said = f'EMA: recalibrate={count}'
+        layers = layers_to_estimate(model)
+        if averager is None or not layers:
+            lack = (
+                'no BatchNorm layer is in training mode'
+                if averager
+                else 'the average has not begun'
+            )
+            self._log.warning(f'{said} has no effect: {lack}.')
+            return
+        self.synchronize()
+        self._log.info(
+            f'{said}: estimating the statistics of {len(layers)} BatchNorm '
+            f'layers; they are evaluated before and after'
+        )
+        before = evaluate()
+        deploy = self.options.deploy
+        with averager.applied(deploy):
+            batches = first_batches(loader, count)
+            estimates = batch_statistics(model, batches, forward)
+        averages = dict(averager.named_averages(name=deploy))
+        old = {name: averages[name].clone() for name in estimates}
+        is_kept = False
+        try:
+            for name, estimate in estimates.items():
+                averages[name].copy_(estimate)
+            after = evaluate()
+            if after:
+                metric, greater = choose_by(after)
+                left, right = before[metric], after[metric]
+                is_kept = is_better(left, right, greater)
+            # where rank 0 alone has metrics the others do what it does
+            votes = torch.tensor([float(is_kept)], dtype=torch.float64)
+            add_up([votes])
+            is_kept = bool(votes)
+        finally:
+            if not is_kept:
+                for name, value in old.items():
+                    averages[name].copy_(value)
+        if not after:
+            self._log.warning(f'{said} has no effect: there are no metrics.')
+            return
+        self._log.info(side_by_side({'after': after, 'before': before}))
+        better = 'higher' if greater else 'lower'
+        kept = 'the new ones are kept' if is_kept else 'the old ones stay'
+        self._log.info(
+            f'{said}: {kept}: {metric} {left:.4f} before, {right:.4f} after '
+            f'({better} is better)'
+        )
+
+    def tell_not_recalibrated(self) -> None:
+        """Warn where training has ended before its last epoch."""
+        plan, count = self._plan, self._estimates
+        if count and self._iterations and plan and plan.facts.recalibrates:
+            self._estimates = 0
+            self._log.warning(
+                f'EMA: recalibrate={count} has had no effect: training ended '
+                f'before its last epoch or iteration.'
+            )
 
     def leave_evaluation(self) -> None:
         """Put the raw weights back; safe to call at any time."""

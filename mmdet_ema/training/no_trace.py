@@ -7,7 +7,6 @@ import random
 from collections import OrderedDict, defaultdict, deque
 from typing import Iterator
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +16,8 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 @contextlib.contextmanager
 def same_randomness() -> Iterator[None]:
     """Run the body; random generators are then as they were before."""
+    import numpy as np  # here, as nothing else in training/ needs it
+
     python, numpy = random.getstate(), np.random.get_state()
     on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = [torch.cuda.current_device()] if on_gpu else []

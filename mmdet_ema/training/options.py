@@ -53,6 +53,7 @@ from mmdet_ema.training.compatible import (
 
 RAW = 'raw'
 """Name of the raw weights among the sets that are evaluated."""
+_SIZES = ('s', 'm', 'l')
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Options:
     posthoc: bool = _option(False, check_flag, averager=True)
     deploy: str = MAIN
     restart_epochs: Tuple[int, ...] = _option((), check_epochs)
+    recalibrate: int = _option(0, check_count, least=0)
     ema_type: Any = None
     momentum: Optional[float] = None
     gamma: Optional[float] = None
@@ -171,7 +173,15 @@ class Options:
             check_choice('evaluate', name, names)
         # its metrics have the plain names, and hooks hear of all then
         main = self.deploy if self.deploy in given else given[0]
-        return (*(x for x in dict.fromkeys(given) if x != main), main)
+        passes = (*(x for x in dict.fromkeys(given) if x != main), main)
+        for name in passes[:-1]:
+            if name in _SIZES:
+                raise OptionError(
+                    f'averages {name!r} cannot be evaluated beside others: '
+                    f'the name of their metric, bbox_mAP_{name}, is that of '
+                    f'small, medium or large boxes. Choose another name.'
+                )
+        return passes
 
     @property
     def further(self) -> Tuple[str, ...]:

@@ -49,6 +49,11 @@ class RunFacts:
         """Samples that one optimizer step takes, over all processes."""
         return self.batch_size * self.accumulation * self.world_size
 
+    @property
+    def recalibrates(self) -> bool:
+        """Whether statistics that were estimated again can be evaluated."""
+        return self.agrees if self.world_size > 1 else self.validates
+
 
 def batch_size_of(loader: Any) -> int:
     """Return the samples in a batch of a data loader, 1 if it is unknown."""

@@ -52,6 +52,11 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
         )
     if plan.more:
         lines.append(f'in state_dict of the files: {options.deploy}')
+    if options.recalibrate and facts.recalibrates:
+        lines.append(
+            f'recalibrate: at the end, BatchNorm statistics from '
+            f'{options.recalibrate} batches, kept if they are better'
+        )
     log.info('\n'.join(f'EMA: {line}' for line in lines))
     if facts.world_size > 1:
         buffers = sum(not entry.parameters for entry in entries)
@@ -78,12 +83,25 @@ def sets_of_weights(passes: Sequence[str]) -> str:
     return ' and '.join(words.get(x, f'the averages {x!r}') for x in names)
 
 
+def metric_of(weights: str, metric: str) -> str:
+    """Return the name of a metric of a set that is not the main one."""
+    return f'{metric}_{weights}'
+
+
 def compare(metrics: Mapping[str, Any], passes: Sequence[str]) -> str:
     """Return a table of the metrics that several sets of weights have."""
-    others = passes[:-1]
+    columns = {passes[-1]: metrics}
+    for x in passes[:-1]:
+        columns[x] = {k: metrics.get(metric_of(x, k)) for k in metrics}
+    return side_by_side(columns)
+
+
+def side_by_side(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table of metrics by column, the first compared with others."""
+    main, *others = columns
     rows = []
-    for name, value in metrics.items():
-        values = [value, *(metrics.get(f'{x}/{name}') for x in others)]
+    for name, value in columns[main].items():
+        values = [value, *(columns[x].get(name) for x in others)]
         if others and all(isinstance(x, (int, float)) for x in values):
             gaps = [value - x for x in values[1:]]
             cells = [f'{x:10.4f}' for x in values]
@@ -91,7 +109,6 @@ def compare(metrics: Mapping[str, Any], passes: Sequence[str]) -> str:
             rows.append((name, ''.join(cells)))
     if not rows:
         return ''
-    main = passes[-1]
     head = ''.join(f'{x:>10}' for x in (main, *others))
     head += ''.join(f'{f"- {x}":>10}' for x in others)
     width = max(map(len, ['metric', *(name for name, _ in rows)]))
@@ -133,6 +150,16 @@ def _doubts(plan: Plan, entries: Sequence[Entry]) -> Iterator[str]:
         yield f'{name} has no effect: the average has begun already.'
     if options.evaluate == 'both' and not facts.validates:
         yield "evaluate='both' has no effect: this run has no validation."
+    if options.recalibrate and not facts.recalibrates:
+        lack = (
+            'no validation is sure to be run on all ranks'
+            if facts.validates
+            else 'this run has no validation'
+        )
+        yield (
+            f'recalibrate={options.recalibrate} has no effect: {lack}, so '
+            f'that nothing tells which statistics are better.'
+        )
     copied = [e.name for e in entries if e.parameters and e.holds_nonfinite]
     if copied:
         yield (

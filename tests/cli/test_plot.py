@@ -23,8 +23,9 @@ MMENGINE = [
     ),
     {'coco/bbox_mAP': 0.05, 'raw/coco/bbox_mAP': 0.04, 'time': 0.7, 'step': 2},
 ]
+# names of version 0.1 above, of today below
 AGAIN = [
-    {'coco/bbox_mAP': 0.06, 'raw/coco/bbox_mAP': 0.01, 'time': 0.7, 'step': 2},
+    {'coco/bbox_mAP': 0.06, 'coco/bbox_mAP_raw': 0.01, 'time': 0.7, 'step': 2},
 ]
 MMCV1 = [
     dict(env_info='...', seed=0),
@@ -65,7 +66,7 @@ def test_run_that_was_resumed(tmp_path):
     )
     assert metrics == {
         'coco/bbox_mAP': {1: 0.03, 2: 0.06},
-        'raw/coco/bbox_mAP': {1: 0.02, 2: 0.01},
+        'coco/bbox_mAP_raw': {1: 0.02, 2: 0.01},
     }
     assert decays == {25: 0.4, 50: 0.6, 75: 0.7}
     assert distances == {25: 0.01, 50: 0.02, 75: 0.03}
@@ -76,7 +77,7 @@ def test_run_of_mmcv1(tmp_path):
     write(tmp_path / '20260101_000000.log.json', MMCV1)
     metrics, decays, _ = plot.read_curves(list(plot.read_lines(tmp_path)))
     assert metrics['bbox_mAP'] == {1: 0.1, 2: 0.4}
-    assert metrics['raw/bbox_mAP'] == {1: 0.2, 2: 0.3}
+    assert metrics['bbox_mAP_raw'] == {1: 0.2, 2: 0.3}
     assert decays == {50: 0.5, 100: 0.75}
 
 
@@ -91,6 +92,39 @@ def test_picture(tmp_path, lines):
     assert ['20260101_000000', 'ema.png'] == sorted(
         found.name for found in tmp_path.iterdir()
     )
+
+
+def test_every_set_of_weights_is_drawn(tmp_path, monkeypatch):
+    """The log of the decays tells sets of weights from metrics of COCO."""
+    figure = pytest.importorskip('matplotlib.figure').Figure
+    drawn, savefig = [], figure.savefig
+
+    def save(self, *args, **options):
+        axes = self.axes[0]
+        drawn.append(
+            {x.get_label(): [*x.get_ydata()] for x in axes.get_lines()}
+        )
+        savefig(self, *args, **options)
+
+    monkeypatch.setattr(figure, 'savefig', save)
+    names = ['', '_raw', '_fast', '_very_fast']
+    line = {
+        f'coco/bbox_mAP{size}{name}': 0.1 * i
+        for size in ('_s', '', '_50')
+        for i, name in enumerate(names)
+    }
+    decays = dict(ema_decay=0.9, ema_decay_fast=0.5, ema_decay_very_fast=0.1)
+    lines = [dict(lr=0.1, epoch=1, step=4, **decays), dict(line, step=1)]
+    write(tmp_path / 'vis_data' / 'scalars.json', lines)
+    plot.draw(tmp_path, metric='coco/bbox_mAP')
+    plot.draw(tmp_path, metric='coco/bbox_mAP_50')
+    expected = {
+        'EMA weights': [0.0],
+        'raw weights': [0.1],
+        'fast': [0.2],
+        'very_fast': [pytest.approx(0.3)],
+    }
+    assert drawn == [expected, expected]
 
 
 def test_folder_without_logs(tmp_path):

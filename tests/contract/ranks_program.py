@@ -15,7 +15,14 @@ from torch import nn
 
 from tests.collectives import CALLS, count_collectives
 from tests.conftest import MMCV1
-from tests.contract.toy import EMA, Hook, RecordingSGD, state_of, toy
+from tests.contract.toy import (
+    EMA,
+    Hook,
+    RecordingSGD,
+    Spoil,
+    state_of,
+    toy,
+)
 
 if MMCV1:
     from mmcv.parallel import MMDistributedDataParallel
@@ -120,6 +127,9 @@ def main(folder, *specs):
         if priority:
             hook['priority'] = priority[0]
         hooks = [] if 'plain' in words else [hook]
+        if 'recalibrate' in words:
+            hook['recalibrate'] = 9  # all batches that there are
+            hooks.append(Spoil())
         work_dir = Path(folder, spec)
         start, records, seen = train(words, hooks, work_dir)
         calls = len(CALLS) - before

@@ -6,12 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests import oracle
 from tests.conftest import MMCV1
-from tests.contract.toy import EMA, Run, Saved, ramp, same
+from tests.contract.toy import (
+    EMA,
+    Run,
+    Saved,
+    assert_estimated,
+    ramp,
+    same,
+    toy,
+)
 
 # float32 rounds each of 8 updates to 6e-8 of the magnitude
 TOLERANCE = 1e-6
@@ -32,7 +41,8 @@ if MMCV1:
 def folder(tmp_path_factory):
     """Train with every spec on two ranks; return the folder of all."""
     path = tmp_path_factory.mktemp('ranks')
-    specs = [*SPECS, *sorted({plain(spec) for spec in SPECS})]
+    without = sorted({plain(spec) for spec in SPECS})
+    specs = [*SPECS, *without, 'epochs,recalibrate']
     program = ['-m', 'tests.contract.ranks_program', str(path), *specs]
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -143,6 +153,18 @@ def test_two_ranks(spec, folder):
         assert [] == wrong(ranks, saved.averages, steps, every), path.name
         raw = ranks[0]['records'][steps - 1]
         assert [] == same(saved.raws, raw), path.name
+
+
+def test_recalibrated_on_two_ranks(folder):
+    """Both have the statistics of all data, as one process would have."""
+    spec = folder / 'epochs,recalibrate'
+    weights = Saved(spec / 'epoch_2.pth').averages
+    seen = [rank['seen'][-1][1] for rank in dumped(spec)]
+    assert [] == same(*seen)
+    assert [] == same({k: seen[0][k] for k in weights}, dict(weights))
+    shards = [toy.ToyData(16, rank).inputs for rank in range(2)]
+    inputs = np.concatenate(shards) if MMCV1 else toy.ToyData(32, 0).inputs
+    assert_estimated(weights, inputs)
 
 
 def test_file_of_two_ranks_resumes_in_one_process(folder, tmp_path):

@@ -147,8 +147,8 @@ def test_refused_at_the_start(tmp_path, options, match):
 def test_best_file_of_another_average(tmp_path):
     """The metric of any set may choose the best file."""
     ema = dict(SEVERAL, evaluate=['ema', 'fast'])
-    Run(tmp_path, ema, best='fast/score').train()
-    assert list(tmp_path.glob('best_fast_*.pth'))
+    Run(tmp_path, ema, best='score_fast').train()
+    assert list(tmp_path.glob('best_score_fast_*.pth'))
 
 
 def restarted(run, key, epoch_2_at=4):

@@ -6,6 +6,7 @@ into the same parts.
 
 from logging.handlers import BufferingHandler
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,11 +25,14 @@ else:
 
 __all__ = [
     'EMA',
+    'STATISTICS',
     'Hook',
     'RecordingSGD',
     'Run',
     'Saved',
+    'Spoil',
     'ToyModel',
+    'assert_estimated',
     'ramp',
     'same',
     'state_of',
@@ -36,6 +40,7 @@ __all__ = [
 
 ToyModel = toy.ToyModel
 EMA = dict(type='EMAHook', decay=0.9, tau=3)
+STATISTICS = ['norm.running_mean', 'norm.running_var']
 
 
 def ramp(n):
@@ -72,6 +77,28 @@ class Saved:
 UNSAFE = dict(weights_only=False)
 
 
+class Spoil(Hook):
+    """Spoils the statistics of every iteration."""
+
+    def before_train_iter(self, runner, batch_idx=0, data_batch=None):
+        model = getattr(runner.model, 'module', runner.model)
+        model.norm.running_mean.fill_(50)
+
+
+def estimated(weights, inputs):
+    """Mean and unbiased variance of what the layer sees, in float64."""
+    weight, bias = (
+        weights[f'first.{x}'].double().numpy() for x in ('weight', 'bias')
+    )
+    seen = inputs.astype(float) @ weight.T + bias
+    return [seen.mean(0), seen.var(0, ddof=1)]
+
+
+def assert_estimated(weights, inputs):
+    for name, value in zip(STATISTICS, estimated(weights, inputs)):
+        np.testing.assert_allclose(weights[name], value, rtol=2e-6, atol=1e-6)
+
+
 class _Watch(Hook):
     """Lets a run of mmengine see what is evaluated."""
 
@@ -98,6 +125,7 @@ class Run:
         model: The model.
         on_evaluation: Called in each pass of an evaluation.
         best: The metric that chooses the best file.
+        rule: Whether it should be 'greater' or 'less'.
     """
 
     def __init__(
@@ -112,6 +140,7 @@ class Run:
         load=None,
         on_evaluation=None,
         best=None,
+        rule='greater',
         **options,
     ):
         self._said = BufferingHandler(10**6)
@@ -134,7 +163,7 @@ class Run:
                 options['checkpoint'] = by_iter
                 evaluation.update(by_iter)
             if best:
-                evaluation.update(save_best=best, rule='greater')
+                evaluation.update(save_best=best, rule=rule)
             options.setdefault('evaluation', evaluation)
             if accumulation > 1:
                 kind = 'GradientCumulativeOptimizerHook'
@@ -150,7 +179,7 @@ class Run:
                     by_epoch=False, max_iters=iters, val_interval=iters
                 )
             if best:
-                checkpoint.update(save_best=best, rule='greater')
+                checkpoint.update(save_best=best, rule=rule)
             options.setdefault('hooks', dict(checkpoint=checkpoint))
             options.update(
                 max_epochs=epochs,

@@ -96,6 +96,7 @@ def test_config_builds_its_hooks(block, tmp_path, monkeypatch):
         and block.language == 'python'
         and block.mark in ('', 'config')
         and 'default_hooks' in block.code
+        and 'MMEngineEMAHook' not in block.code
     ],
 )
 def test_recipe_trains(block, tmp_path):
@@ -130,6 +131,8 @@ def test_config_of_mmcv1_builds_its_hooks(block, tmp_path, monkeypatch):
     from mmcv import Config
     from mmcv.runner import HOOKS
 
+    if 'NumClassCheckHook' in block.code:
+        pytest.importorskip('mmdet.datasets')
     monkeypatch.chdir(tmp_path)
     _write(**{'hv_pointpillars_secfpn_6x8_160e_kitti-3d-car': ''})
     cfg = Config.fromfile(_write(page=block.code))

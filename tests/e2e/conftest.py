@@ -36,11 +36,11 @@ class Tools:
     def __init__(self, folder, data):
         self.folder, self.data = folder, data
 
-    def config(self, name, extra=''):
+    def config(self, name, extra='', base=CONFIG):
         """Write a config; return its path."""
         path = self.folder / f'{name}.py'
         settings = dict(
-            config=str(CONFIG),
+            config=str(base),
             data=f'{self.data}/',
             val=f'{self.data}/annotations/val.json',
         )

@@ -88,7 +88,7 @@ def test_weights_are_chosen(tools, trained, weights):
     assert sets[weights] in log
     (path,) = out.glob('*/*.json')
     names = set(json.loads(path.read_text()))
-    assert ('raw/coco/bbox_mAP' in names) == (weights == 'both')
+    assert ('coco/bbox_mAP_raw' in names) == (weights == 'both')
 
 
 def test_file_without_raw_weights_is_one_clear_line(tools, trained):

@@ -15,6 +15,8 @@ from tests import needs
 from tests.e2e.conftest import differing, environment, load
 
 pytestmark = pytest.mark.e2e
+# what the names of metrics end with
+ENDS = {'ema': '', 'raw': '_raw', 'fast': '_fast'}
 
 
 def test_training_reports_logs_and_saves(trained):
@@ -96,7 +98,7 @@ def test_test_tool_uses_the_weights_it_is_told(tools, trained):
         for name, metrics in found.items()
     }
     expected = {**score['ema']}
-    expected.update({f'raw/{k}': v for k, v in score['raw'].items()})
+    expected.update({f'{k}_raw': v for k, v in score['raw'].items()})
     assert score['both'] == expected
     boxes = {
         name: predictions(tools.folder / f'test_{name}')
@@ -180,4 +182,80 @@ def test_scalars_reach_the_visualizer(trained):
     (path,) = work_dir.glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert sum('ema_decay' in line for line in lines) == 16
-    assert sum('raw/coco/bbox_mAP' in line for line in lines) == 4
+    assert sum('coco/bbox_mAP_raw' in line for line in lines) == 4
+
+
+NAMES = {name: f'digits/mAP{end}' for name, end in ENDS.items()}
+SEVERAL = f"""
+_base_.custom_hooks[0].update(
+    averages=dict(fast=dict(decay=0.9, tau=20)), evaluate='all')
+custom_imports = dict(imports=['mmdet_ema', 'tests.e2e.confidence'])
+val_evaluator = dict(_delete_=True, type='Confidence')
+test_evaluator = val_evaluator
+default_hooks['checkpoint'].update(
+    save_best={[*NAMES.values()]}, rule=['greater', 'less', 'greater'])
+"""
+
+
+@pytest.fixture(scope='module')
+def several(tools):
+    """A training that evaluates three sets: config, folder, validations."""
+    config, work_dir = tools.config('several', SEVERAL), tools.folder / 'all'
+    tools.run('train', config, work_dir)
+    (path,) = work_dir.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return config, path, [line for line in lines if NAMES['ema'] in line]
+
+
+@pytest.mark.parametrize('weights', NAMES)
+def test_best_file_tests_to_the_metric_that_chose_it(tools, several, weights):
+    """A run keeps a best file for each set of weights that it evaluates."""
+    config, path, validations = several
+    work_dir, end = path.parents[2], ENDS[weights]
+    (file,) = work_dir.glob(f'best_digits_mAP{end}_epoch_?.pth')
+    choose = min if weights == 'raw' else max
+    chosen = choose(validations, key=lambda line: line[NAMES[weights]])
+    assert file.stem[-1] == str(chosen['step'])
+    assert len({chosen[name] for name in NAMES.values()}) == 3
+    option = f'custom_hooks.0.evaluate={weights}'
+    found = tools.test(config, file, f'best_{weights}', option)
+    assert found['digits/mAP'] == chosen[NAMES[weights]]
+    assert [k for k in found if 'mAP' in k] == ['digits/mAP']
+
+
+CAPTURE = """
+import json, runpy, sys
+from matplotlib import pyplot
+drawn = {}
+pyplot.plot = lambda x, y, label, **_: drawn.update({label: [x, y]})
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+print(json.dumps(drawn))
+"""
+
+
+def test_mmdets_own_tool_plots_each_set_under_its_key(
+    tools, several, tmp_path
+):
+    """``analyze_logs.py`` keeps what follows the last slash of a name."""
+    pytest.importorskip('matplotlib')
+    _, path, validations = several
+    # all that the tool takes from it
+    (tmp_path / 'seaborn.py').write_text('def set_style(name): pass\n')
+    tool = tools.path('analysis_tools/analyze_logs')
+    keys = [f'mAP{end}' for end in ENDS.values()]
+    words = ['plot_curve', path, '--keys', *keys, '--legend', *keys]
+    words += ['--backend', 'agg', '--out', tmp_path / 'curves.png']
+    search = os.pathsep.join([str(tmp_path), environment()['PYTHONPATH']])
+    done = subprocess.run(
+        [sys.executable, '-c', CAPTURE, *map(str, [tool, *words])],
+        capture_output=True,
+        text=True,
+        env={**environment(), 'PYTHONPATH': search},
+    )
+    assert done.returncode == 0, done.stderr
+    drawn = json.loads(done.stdout.splitlines()[-1])
+    assert drawn == {
+        key: [[1, 2, 3, 4], [line[f'digits/{key}'] for line in validations]]
+        for key in keys
+    }

@@ -65,17 +65,17 @@ def test_failing_val_leaves_the_raw_weights(tmp_path):
 
 def test_best_by_raw_needs_both(tmp_path):
     """Without ``evaluate='both'`` there is no such metric, and a line."""
-    evaluation = dict(save_best='raw/score', **BEST)
-    with pytest.raises(OptionError, match=r"raw/score.*evaluate='both'"):
+    evaluation = dict(save_best='score_raw', **BEST)
+    with pytest.raises(OptionError, match=r"score_raw.*evaluate='both'"):
         Run(tmp_path, EMA, evaluation=evaluation).train()
 
 
 def test_best_by_an_unknown_raw_metric_is_named(tmp_path):
     """A metric that the data set does not have is named, with those it has."""
-    evaluation = dict(save_best='raw/AP', **BEST)
+    evaluation = dict(save_best='AP_raw', **BEST)
     hook = dict(EMA, evaluate='both')
     run = Run(tmp_path, hook, evaluation=evaluation)
-    with pytest.raises(OptionError, match=r'raw/AP.*raw/score'):
+    with pytest.raises(OptionError, match=r'AP_raw.*score_raw'):
         run.train()
     assert [] == same(state_of(run.model), run.records[-1])
 

@@ -43,13 +43,15 @@ def distance_of(run, step):
 @pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'VERY_LOW'])
 def test_text_logger(priority, tmp_path):
     """The values are current, at the interval only, and not in val lines."""
-    hook = dict(EMA, priority=priority)
+    fast = dict(schedule='constant', decay=0.25)
+    hook = dict(EMA, priority=priority, averages=dict(fast=fast))
     run = Run(tmp_path, hook, log=log_config('TextLoggerHook')).train()
     lines = lines_of(run)
     train = [line for line in lines if line['mode'] == 'train']
     assert 4 == len(train)
     for line, step in zip(train, [2, 4, 6, 8]):
         assert line['ema_decay'] == round(ramp(step), 5)
+        assert 0.25 == line['ema_decay_fast']
         # the log rounds to 5 digits
         assert abs(line['ema_distance'] - distance_of(run, step)) < 1e-5
         assert 0 == line['ema_skipped']
@@ -72,12 +74,14 @@ def test_small_distance(tmp_path):
     assert all(0 < x < 5e-5 for x in found)
 
 
-def test_both_is_logged(tmp_path):
-    """The metrics of the raw weights are in the val lines."""
-    hook = dict(EMA, evaluate='both')
+def test_all_is_logged(tmp_path):
+    """The metrics of all sets of weights are in the val lines."""
+    averages = dict(fast=dict(decay=0.5))
+    hook = dict(EMA, averages=averages, evaluate='all')
     run = Run(tmp_path, hook, log=log_config('TextLoggerHook')).train()
     val = [line for line in lines_of(run) if line['mode'] == 'val']
-    assert all({'score', 'raw/score'} <= set(line) for line in val)
+    names = {'score', 'score_raw', 'score_fast'}
+    assert all(names <= set(line) for line in val)
 
 
 def test_iteration_runner(tmp_path):

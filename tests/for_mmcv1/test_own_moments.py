@@ -351,7 +351,7 @@ class Halved(EvalHook):
         return found['score'] if self.save_best else None
 
 
-@pytest.mark.parametrize('best', ['student.score', 'raw/student.score'])
+@pytest.mark.parametrize('best', ['student.score', 'student.score_raw'])
 def test_best_file_by_a_metric_of_one_half(best, tmp_path):
     """An ``evaluate`` with arguments of its own chooses it."""
     evaluation = dict(kind=Halved, save_best=best, rule='greater')
@@ -373,7 +373,7 @@ def test_best_by_raw_at_moments_of_its_own(tmp_path):
             results = self.test_fn(runner.model, self.dataloader)
             assert self.evaluate(runner, results) is None
 
-    evaluation = dict(kind=Once, save_best='raw/score', rule='greater')
+    evaluation = dict(kind=Once, save_best='score_raw', rule='greater')
     run = Run(tmp_path, dict(EMA, evaluate='both'), evaluation=evaluation)
     run.train()
     assert [] == [s for s, x in run.recorder.seen if wrong(run, x, s)]
@@ -383,8 +383,8 @@ def test_best_by_raw_at_moments_of_its_own(tmp_path):
 def test_best_by_raw_is_refused_when_registered_late(tmp_path):
     """A wrong ``save_best`` is named where the hook is registered."""
     run = Run(tmp_path, EMA, evaluation=None)
-    late = EvalHook(loader(), save_best='raw/score', rule='greater')
+    late = EvalHook(loader(), save_best='score_raw', rule='greater')
     run.runner.register_hook(Registers(late))
-    with pytest.raises(OptionError, match=r'raw/score'):
+    with pytest.raises(OptionError, match=r'score_raw'):
         run.train()
     assert [] == same(state_of(run.model), run.records[-1])

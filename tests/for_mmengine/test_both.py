@@ -1,7 +1,8 @@
-"""``evaluate='both'``: a pass for each set, right for each, seen by none."""
+"""``evaluate='all'``: a pass for each set, right for each, seen by none."""
 
 import random
 
+import mmengine
 import numpy as np
 import pytest
 import torch
@@ -11,18 +12,22 @@ from mmengine.optim import ReduceOnPlateauLR
 from mmengine.runner import BaseLoop, ValLoop
 from torch import nn
 
+from mmdet_ema import OptionError
 from tests.for_mmengine.toy import Run, Score, ToyModel, loader, same, state_of
 
-EMA = dict(type='EMAHook', schedule='constant', decay=0.9)
-BOTH = dict(EMA, evaluate='both')
-SETS = {'ema': 'score', 'raw': 'raw/score'}
+FAST = dict(schedule='constant', decay=0.5)
+EMA = dict(
+    type='EMAHook', schedule='constant', decay=0.9, averages=dict(fast=FAST)
+)
+ALL = dict(EMA, evaluate='all')
+SETS = {'ema': 'score', 'raw': 'score_raw', 'fast': 'score_fast'}
 
 
-def alone_and_both(tmp_path, make):
+def alone_and_all(tmp_path, make):
     """Train with each way to evaluate; return the runs by name."""
     return {
         name: make(tmp_path / name, dict(EMA, evaluate=name)).train()
-        for name in ('ema', 'raw', 'both')
+        for name in (*SETS, 'all')
     }
 
 
@@ -51,17 +56,18 @@ class Remembers(ToyModel):
 
 
 def test_model_that_remembers(tmp_path):
-    """No set sees what is in an attribute, list or buffer of the other one."""
+    """No set sees what is in an attribute, list or buffer of another one."""
 
     def make(folder, hook):
         few = loader(4, batch=2, seed=1)
         return Run(folder, hook, model=Remembers(), val_dataloader=few)
 
-    runs = alone_and_both(tmp_path, make)
-    assert scores(runs['both']) == scores(runs['ema'])
-    # where the run begins there is nothing to remember yet
-    assert scores(runs['both'], 'raw/score')[0] == scores(runs['raw'])[0]
-    for name in ('ema', 'both'):
+    runs = alone_and_all(tmp_path, make)
+    assert scores(runs['all']) == scores(runs['ema'])
+    for name, metric in SETS.items():
+        # where the run begins there is nothing to remember yet
+        assert scores(runs['all'], metric)[0] == scores(runs[name])[0]
+    for name in ('ema', 'fast', 'all'):
         changed = same(runs[name].records[-1], runs['raw'].records[-1])
         assert set(changed) <= {'held'}
 
@@ -103,26 +109,24 @@ def test_fusing_and_undoing_in_training(tmp_path):
     def make(folder, hook):
         return Run(folder, hook, Fuse(undo=True), max_epochs=3)
 
-    runs = alone_and_both(tmp_path, make)
+    runs = alone_and_all(tmp_path, make)
     for name, metric in SETS.items():
-        assert scores(runs['both'], metric) == scores(runs[name])
-    assert len(set(scores(runs['raw']) + scores(runs['ema']))) == 6
+        assert scores(runs['all'], metric) == scores(runs[name])
+    found = [x for name in SETS for x in scores(runs[name])]
+    assert len(set(found)) == len(found) == 9
     plain = Run(tmp_path / 'plain', max_epochs=3).train()
-    assert same(runs['both'].records[-1], plain.records[-1]) == []
+    assert same(runs['all'].records[-1], plain.records[-1]) == []
 
 
 def test_fusing_for_good_before_a_validation(tmp_path):
     """Layers that stay fused after one set are not those of the next."""
     Run(tmp_path, EMA).train()
     found = {}
-    for name in ('ema', 'raw', 'both'):
+    for name in (*SETS, 'all'):
         hooks = dict(EMA, evaluate=name), Fuse(undo=False)
         options = dict(load_from=str(tmp_path / 'epoch_2.pth'))
         found[name] = Run(tmp_path / name, *hooks, **options).runner.val()
-    assert found['both'] == {
-        'score': found['ema']['score'],
-        'raw/score': found['raw']['score'],
-    }
+    assert found['all'] == {SETS[name]: found[name]['score'] for name in SETS}
 
 
 # What hooks are told
@@ -157,44 +161,54 @@ class Metrics(Hook):
 @pytest.mark.parametrize('priority', ['VERY_HIGH', 'NORMAL', 'LOWEST'])
 def test_what_hooks_of_any_priority_are_told(tmp_path, priority):
     """A hook that hears a pass begin hears it end; others hear once of all."""
-    best = dict(type='CheckpointHook', save_best='raw/score', rule='greater')
+    best = dict(type='CheckpointHook', save_best='score_raw', rule='greater')
     places = ('VERY_HIGH', 'NORMAL', 'LOWEST')
     hooks = [kind(p) for kind in (Metrics, Moments) for p in places]
-    hook = dict(BOTH, priority=priority)
+    hook = dict(ALL, priority=priority)
     options = dict(hooks=dict(checkpoint=best), max_epochs=1)
     run = Run(tmp_path, hook, *hooks, **options).train()
-    raw = {'raw/score': scores(run, 'raw/score')[0]}
-    both = {'score': scores(run)[0], **raw}
+    raw, fast, ema = (
+        {x: scores(run, x)[0]} for x in ('score_raw', 'score_fast', 'score')
+    )
+    all_of_them = {**ema, **raw, **fast}
     for told in hooks[:3]:
-        assert told.calls == [both]
+        assert told.calls == [all_of_them]
+    begins = ['begins', 'batch']
     for told in hooks[3:]:
-        assert told.calls == ['begins', 'batch', raw, 'begins', 'batch', both]
-    (path,) = tmp_path.glob('best_raw_score_epoch_1.pth')
+        assert told.calls == [
+            *(*begins, raw),
+            *(*begins, fast),
+            *(*begins, all_of_them),
+        ]
+    (path,) = tmp_path.glob('best_score_raw_epoch_1.pth')
     saved, last = run.load(path.name), run.load('epoch_1.pth')
     assert same(saved['state_dict'], last['state_dict']) == []
-    assert 'raw/score: ' in next(tmp_path.glob('*/*.log')).read_text()
+    assert 'score_raw: ' in next(tmp_path.glob('*/*.log')).read_text()
 
 
 def test_best_of_each_set(tmp_path):
-    """One run keeps the best file by the averages and by the raw weights."""
+    """One run keeps the best file of each; it tests to the metric."""
     best = dict(
         type='CheckpointHook',
-        save_best=['score', 'raw/score'],
-        rule='greater',
+        save_best=[*SETS.values()],
+        rule=['greater', 'less', 'greater'],
     )
-    run = Run(tmp_path, BOTH, hooks=dict(checkpoint=best), max_epochs=3)
-    run.train()
-    for name in SETS.values():
-        found = run.runner.message_hub.get_info(f'best_score_{name}')
-        assert found == max(scores(run, name))
-        word = name.replace('/', '_')
-        assert len(list(tmp_path.glob(f'best_{word}_epoch_?.pth'))) == 1
+    options = dict(hooks=dict(checkpoint=best), max_epochs=3)
+    run = Run(tmp_path, ALL, **options).train()
+    for name, metric in SETS.items():
+        found = run.runner.message_hub.get_info(f'best_score_{metric}')
+        choose = min if name == 'raw' else max
+        assert found == choose(scores(run, metric))
+        (path,) = tmp_path.glob(f'best_{metric}_epoch_?.pth')
+        hook, file = dict(EMA, evaluate=name), dict(load_from=str(path))
+        tested = Run(tmp_path / name, hook, **file).runner.val()
+        assert tested['score'] == found
 
 
 def test_a_plateau_of_the_raw_metric(tmp_path):
-    """A scheduler that monitors ``raw/...`` sees each validation once."""
+    """A scheduler that monitors ``..._raw`` sees each validation once."""
     steps = []
-    for hook, metric in ((EMA, 'score'), (BOTH, 'raw/score')):
+    for hook, metric in ((EMA, 'score'), (ALL, 'score_raw')):
         run = Run(tmp_path / metric, hook, max_epochs=4)
         plateau = ReduceOnPlateauLR(
             run.optimizer, monitor=metric, rule='greater', patience=9
@@ -218,7 +232,7 @@ class Draws(ToyModel):
 
 
 def test_random_evaluation(tmp_path):
-    """The other pass takes no random number from what follows it."""
+    """Other passes take no random number from what follows them."""
 
     def make(name, hook):
         random.seed(3)
@@ -226,9 +240,9 @@ def test_random_evaluation(tmp_path):
         options = dict(randomness=dict(seed=3), model=Draws(), max_epochs=3)
         return Run(tmp_path / name, hook, **options).train()
 
-    ema, both = make('a', EMA), make('b', BOTH)
-    assert scores(both) == scores(ema)
-    found = [same(a, b) for a, b in zip(both.records, ema.records)]
+    runs = [make(x, dict(EMA, evaluate=x)) for x in ('ema', 'all')]
+    assert scores(runs[0]) == scores(runs[1])
+    found = [same(a, b) for a, b in zip(*(run.records for run in runs))]
     assert found == [[]] * 12
 
 
@@ -293,12 +307,12 @@ def by_iterations(folder, hook):
 )
 def test_each_set_has_the_metrics_that_it_has_alone(tmp_path, make):
     """In loops of one's own, and by iterations."""
-    runs = alone_and_both(tmp_path, make)
-    assert scores(runs['raw']) != scores(runs['ema'])
+    runs = alone_and_all(tmp_path, make)
+    assert scores(runs['raw']) != scores(runs['ema']) != scores(runs['fast'])
     for name, metric in SETS.items():
-        assert scores(runs['both'], metric) == scores(runs[name])
+        assert scores(runs['all'], metric) == scores(runs[name])
     last = [run.records[-1] for run in runs.values()]
-    assert same(last[0], last[1]) == same(last[0], last[2]) == []
+    assert [same(last[0], other) for other in last[1:]] == [[]] * 3
 
 
 class TestsLate(Hook):
@@ -311,30 +325,35 @@ class TestsLate(Hook):
 
 
 def test_a_loop_that_is_made_late(tmp_path):
-    """It evaluates both sets too."""
+    """It evaluates all sets too."""
     late = TestsLate()
     run = Run(
         tmp_path,
-        BOTH,
+        ALL,
         late,
         test_dataloader=loader(4, seed=1),
         test_cfg=dict(),
         test_evaluator=Evaluator([Score()]),
     ).train()
-    assert sorted(late.found) == ['raw/score', 'score']
+    assert set(late.found) == {*SETS.values()}
     plain = Run(tmp_path / 'plain', EMA).train()
     assert same(run.records[-1], plain.records[-1]) == []
 
 
 def test_files_of_metrics(tmp_path):
-    """What a metric writes of the raw weights stands beside the other."""
+    """What a metric writes of another set has its name in its own."""
     out = str(tmp_path / 'out.pkl')
     evaluator = Evaluator([Score(), DumpResults(out_file_path=out)])
-    Run(tmp_path, BOTH, val_evaluator=evaluator, max_epochs=1).train()
-    names = {path.name for path in tmp_path.glob('*.pkl')}
-    assert names == {'out.pkl', 'out_raw.pkl'}
-    ema, raw = ((tmp_path / name).read_bytes() for name in sorted(names))
-    assert ema != raw
+    Run(tmp_path, ALL, val_evaluator=evaluator, max_epochs=1).train()
+    names = {'ema': 'out.pkl', 'raw': 'out_raw.pkl', 'fast': 'out_fast.pkl'}
+    assert {x.name for x in tmp_path.glob('*.pkl')} == {*names.values()}
+    written = {name: mmengine.load(tmp_path / x) for name, x in names.items()}
+    for name, rows in written.items():
+        hook = dict(EMA, evaluate=name)
+        Run(tmp_path, hook, val_evaluator=evaluator, max_epochs=1).train()
+        for mine, other in zip(rows, mmengine.load(out)):
+            assert torch.equal(mine['out'], other['out'])
+    assert not torch.equal(written['raw'][0]['out'], written['fast'][0]['out'])
     assert evaluator.metrics[1].out_file_path == out
 
 
@@ -344,21 +363,26 @@ def test_files_of_metrics(tmp_path):
 class Fails(BaseMetric):
     """Fails at one of its batches, once."""
 
-    left = 0
+    left, error = 0, RuntimeError
 
     def process(self, data_batch, data_samples):
         self.results.append(len(data_samples))
         self.left -= 1
         if self.left == 0:
-            raise RuntimeError('metric failed')
+            raise self.error('metric failed')
 
     def compute_metrics(self, results):
         return dict(count=float(sum(results)))
 
 
-@pytest.mark.parametrize('at', [1, 2, 3, 4])
-@pytest.mark.parametrize('evaluate', ['ema', 'both'])
-def test_nothing_is_left_of_a_pass_that_breaks_off(tmp_path, evaluate, at):
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ('evaluate', 'at'),
+    [('ema', 1), ('ema', 2), *(('all', at) for at in range(1, 7))],
+)
+def test_nothing_is_left_of_a_pass_that_breaks_off(
+    tmp_path, evaluate, at, error
+):
     """Weights, hooks and metrics are as before; the next run is right."""
     few = loader(4, batch=2, seed=1)
     metrics = [Score(), Fails()]
@@ -369,11 +393,10 @@ def test_nothing_is_left_of_a_pass_that_breaks_off(tmp_path, evaluate, at):
         val_evaluator=Evaluator(metrics),
         max_epochs=1,
     ).train()
-    runner, metrics[1].left = run.runner, at
+    runner, metrics[1].left, metrics[1].error = run.runner, at, error
     raw, order = state_of(run.model), list(runner.hooks)
-    if at <= (4 if evaluate == 'both' else 2):
-        with pytest.raises(RuntimeError, match='metric failed'):
-            runner.val_loop.run()
+    with pytest.raises(error, match='metric failed'):
+        runner.val_loop.run()
     assert same(state_of(run.model), raw) == []
     assert runner.hooks == order
     assert 'call_hook' not in vars(runner)
@@ -382,36 +405,55 @@ def test_nothing_is_left_of_a_pass_that_breaks_off(tmp_path, evaluate, at):
     assert runner.val_loop.run()['count'] == 4
 
 
-# Metrics that nobody computes
+# What is logged, under which name
+
+
+def test_decays_by_set_of_weights(tmp_path):
+    """Each average's decay is logged; its name says which sets there are."""
+    run = Run(tmp_path, ALL).train()
+    assert run.scalar('train/ema_decay_fast').tolist() == [0.5] * 8
+    assert run.scalar('train/ema_decay').tolist() == [0.9] * 8
 
 
 def best(names):
     return CheckpointHook(save_best=names, rule='greater')
 
 
-@pytest.mark.parametrize('evaluate', ['ema', 'raw'])
 @pytest.mark.parametrize(
     ('word', 'hook'),
     [
-        ('save_best', best('raw/score')),
-        ('save_best', best(['score', 'raw/score'])),
-        ('monitor', EarlyStoppingHook('raw/score', rule='greater')),
+        ('save_best', best('score_raw')),
+        ('save_best', best(['score', 'score_raw'])),
+        ('monitor', EarlyStoppingHook('score_raw', rule='greater')),
     ],
     ids=['one', 'list', 'stop'],
 )
-def test_raw_metrics_that_nobody_computes(tmp_path, evaluate, word, hook):
+@pytest.mark.parametrize(
+    ('evaluate', 'advice'),
+    [('ema', "'both'"), (['ema', 'fast'], "['ema', 'fast', 'raw']")],
+)
+def test_metrics_that_nobody_computes(tmp_path, evaluate, advice, word, hook):
     """They are refused before the training, with what to write."""
     run = Run(tmp_path, dict(EMA, evaluate=evaluate), hook)
-    with pytest.raises(ValueError, match=f"{word}='raw/score'") as error:
+    with pytest.raises(ValueError, match=f"{word}='score_raw'") as error:
         run.train()
-    assert "evaluate='both'" in str(error.value)
+    assert f"evaluate={advice}, or use {word}='score'" in str(error.value)
+    assert run.records == []
+
+
+@pytest.mark.parametrize('name', ['raw/score', 'score_raw'])
+def test_the_main_set_has_the_plain_names(tmp_path, name):
+    """A metric of the set that is evaluated alone is asked for without it."""
+    run = Run(tmp_path, dict(EMA, evaluate='raw'), best(name))
+    with pytest.raises(ValueError, match=r"plain names.*save_best='score'"):
+        run.train()
     assert run.records == []
 
 
 def test_raw_metrics_do_not_matter_to_a_test(tmp_path):
     """A config that saves the best by them is tested on one set."""
     Run(tmp_path, EMA, max_epochs=1).train()
-    best = dict(type='CheckpointHook', save_best='raw/score', rule='greater')
+    best = dict(type='CheckpointHook', save_best='score_raw', rule='greater')
     run = Run(
         tmp_path / 'test',
         EMA,
@@ -422,3 +464,87 @@ def test_raw_metrics_do_not_matter_to_a_test(tmp_path):
         test_evaluator=Evaluator([Score()]),
     )
     assert set(run.runner.test()) == {'score'}
+
+
+class Loss(Score):
+    """A metric of which less is better, and mmengine knows it."""
+
+    def compute_metrics(self, results):
+        return {'toy/loss': float(np.sum(results))}
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_names_of_version_0_1(tmp_path, several):
+    """They mean the same metric; the rule and the best file stay."""
+    found = []
+    for name in ('raw/toy/loss', 'toy/loss_raw'):
+        folder, is_old = tmp_path / name, name.startswith('raw')
+        names = ['toy/loss', name] if several else name
+        hooks = dict(checkpoint=dict(type='CheckpointHook', save_best=names))
+        stop = EarlyStoppingHook(name, patience=9, min_delta=0.0)
+        options = dict(hooks=hooks, metric=Loss(), max_epochs=4)
+        run = Run(folder, ALL, stop, **options).train()
+        assert stop.best_score == min(scores(run, 'toy/loss_raw'))
+        found.append({path.name for path in folder.glob('best_*')})
+        log = next(folder.glob('*/*.log')).read_text()
+        assert log.count('waits for') == (2 if is_old else 0)
+    assert found[0] == found[1]
+    assert sum('best_toy_loss_raw_epoch_' in x for x in found[0]) == 1
+
+
+def of_version_0_1(path):
+    """Make the history of a file one that version 0.1 wrote."""
+    content = torch.load(path, weights_only=False)
+    for part in content['message_hub'].values():
+        for key in list(part):
+            for start in ('val/', 'best_score_', 'best_ckpt_'):
+                if key == f'{start}score_raw':
+                    part[f'{start}raw/score'] = part.pop(key)
+    assert 'val/raw/score' in content['message_hub']['log_scalars']
+    torch.save(content, path)
+    return path
+
+
+def test_resuming_a_run_of_version_0_1(tmp_path):
+    """Its best file stays the best; nothing is logged under the old name."""
+    names = ['score', 'raw/score']
+    checkpoint = dict(type='CheckpointHook', save_best=names, rule='greater')
+    hooks = dict(checkpoint=checkpoint)
+    whole = Run(tmp_path / 'whole', ALL, hooks=hooks, max_epochs=4).train()
+    Run(tmp_path / 'part', ALL, hooks=hooks, max_epochs=2).train()
+    path = of_version_0_1(tmp_path / 'part' / 'epoch_2.pth')
+    options = dict(hooks=hooks, max_epochs=4, load_from=str(path), resume=True)
+    rest = Run(tmp_path / 'part', ALL, **options).train()
+    left, right = (x.runner.message_hub for x in (whole, rest))
+    for metric in SETS.values():
+        # mmengine does not validate again where it resumes
+        assert scores(whole, metric)[-2:] == scores(rest, metric)[-2:]
+    for metric in ('score', 'score_raw'):
+        key = f'best_score_{metric}'
+        assert left.get_info(key) == right.get_info(key)
+        (file,) = (tmp_path / 'part').glob(f'best_{metric}_epoch_*')
+        assert (tmp_path / 'whole' / file.name).exists()
+    assert not [x for x in right.log_scalars if 'raw/' in x]
+
+
+class Twins(Score):
+    """Has a metric by the name that another set's would have."""
+
+    def compute_metrics(self, results):
+        return dict(score=1.0, score_fast=2.0)
+
+
+def test_metric_with_the_name_of_another_set(tmp_path):
+    """One would hide the other: it is named, and the raw weights are back."""
+    run = Run(tmp_path, ALL, metric=Twins())
+    with pytest.raises(OptionError, match="'score_fast' is there twice"):
+        run.train()
+    assert same(state_of(run.model), run.records[-1]) == []
+
+
+def test_averages_with_a_name_that_coco_has(tmp_path):
+    """``bbox_mAP_s`` is that of small boxes."""
+    averages = dict(s=FAST)
+    with pytest.raises(OptionError, match='bbox_mAP_s'):
+        Run(tmp_path, dict(EMA, averages=averages, evaluate='all'))
+    Run(tmp_path, dict(EMA, averages=averages, evaluate='s'))

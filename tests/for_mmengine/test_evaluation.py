@@ -13,7 +13,10 @@ from tests.contract.test_evaluation import score_of as score
 from tests.contract.toy import Saved
 from tests.for_mmengine.toy import Run, Score, ToyModel, loader, same, state_of
 
-EMA = dict(type='EMAHook', schedule='constant', decay=0.9)
+FAST = dict(schedule='constant', decay=0.5)
+EMA = dict(
+    type='EMAHook', schedule='constant', decay=0.9, averages=dict(fast=FAST)
+)
 
 
 def trained(tmp_path):
@@ -53,15 +56,20 @@ def test_test_runs_on_the_raw_weights_if_told(tmp_path):
     assert same(state_of(run.model), raw) == []
 
 
-def test_test_runs_on_both_if_told(tmp_path):
-    """``evaluate='both'`` gives each the metrics that it has alone."""
+def test_test_runs_on_all_if_told(tmp_path):
+    """``evaluate='all'`` gives each the metrics that it has alone."""
     path, _, _ = trained(tmp_path / 'a')
-    both = a_tester(tmp_path / 'b', path, 'both').runner.test()
-    ema = a_tester(tmp_path / 'c', path, 'ema').runner.test()
-    raw = a_tester(tmp_path / 'd', path, 'raw').runner.test()
-    assert both == {'score': ema['score'], 'raw/score': raw['score']}
-    off = a_tester(tmp_path / 'e', path, 'both', enabled=False).runner.test()
-    assert off == ema
+    names = ('ema', 'raw', 'fast')
+    alone = {
+        name: a_tester(tmp_path / name, path, name).runner.test()
+        for name in names
+    }
+    scores = [alone[name]['score'] for name in names]
+    assert len(set(scores)) == 3
+    found = a_tester(tmp_path / 'all', path, 'all').runner.test()
+    assert found == dict(zip(('score', 'score_raw', 'score_fast'), scores))
+    off = a_tester(tmp_path / 'off', path, 'both', enabled=False)
+    assert off.runner.test() == alone['ema']
 
 
 def test_validation_of_both_while_training(tmp_path):
@@ -73,9 +81,9 @@ def test_validation_of_both_while_training(tmp_path):
         ).train()
         for name in ('ema', 'raw')
     }
-    for name, prefix in (('ema', ''), ('raw', 'raw/')):
+    for name, end in (('ema', ''), ('raw', '_raw')):
         expected = alone[name].scalar('val/score').tolist()
-        assert run.scalar(f'val/{prefix}score').tolist() == expected
+        assert run.scalar(f'val/score{end}').tolist() == expected
     assert same(state_of(run.model), state_of(alone['raw'].model)) == []
 
 
@@ -83,7 +91,7 @@ def test_both_before_the_average_begins(tmp_path):
     """Before ``begin_epoch`` both sets have the same metrics."""
     hook = dict(EMA, evaluate='both', begin_epoch=2)
     run = Run(tmp_path, hook, max_epochs=2).train()
-    ema, raw = run.scalar('val/score'), run.scalar('val/raw/score')
+    ema, raw = run.scalar('val/score'), run.scalar('val/score_raw')
     assert ema[0] == raw[0]
     assert ema[1] != raw[1]
 
@@ -155,7 +163,7 @@ def test_both_with_a_metric_that_owns_a_folder(tmp_path):
     run = Run(tmp_path / 'a', hook, metric=FolderScore(), max_epochs=3)
     run.train()
     plain = Run(tmp_path / 'b', hook, max_epochs=3).train()
-    for name in ('val/score', 'val/raw/score'):
+    for name in ('val/score', 'val/score_raw'):
         # the folder keeps sixteen digits of each score
         assert run.scalar(name) == pytest.approx(plain.scalar(name), rel=1e-12)
 
@@ -167,7 +175,7 @@ def test_both_with_a_metric_that_cannot_be_copied(tmp_path):
     hook = dict(EMA, evaluate='both')
     run = Run(tmp_path / 'a', hook, metric=metric).train()
     plain = Run(tmp_path / 'b', hook).train()
-    for name in ('val/score', 'val/raw/score'):
+    for name in ('val/score', 'val/score_raw'):
         assert run.scalar(name).tolist() == plain.scalar(name).tolist()
 
 
@@ -181,7 +189,7 @@ class Augmented(BaseTTAModel):
         return self.module.test_step(data)
 
 
-@pytest.mark.parametrize('evaluate', ['ema', 'raw', 'both'])
+@pytest.mark.parametrize('evaluate', ['ema', 'raw', 'fast', 'all'])
 def test_test_time_augmentation_uses_the_chosen_weights(tmp_path, evaluate):
     """Through a TTA model each set has the metrics that it has alone."""
     path, _, _ = trained(tmp_path / 'a')

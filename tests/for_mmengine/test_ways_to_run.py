@@ -310,7 +310,7 @@ class Worse(Score):
 
 
 @pytest.mark.parametrize(
-    ('monitor', 'evaluate'), [('score', 'ema'), ('raw/score', 'both')]
+    ('monitor', 'evaluate'), [('score', 'ema'), ('score_raw', 'both')]
 )
 def test_early_stopping(tmp_path, monitor, evaluate):
     """A run that stops early saves the averages of the steps it took."""
@@ -491,9 +491,9 @@ def test_both_weights_of_teacher_and_student(tmp_path):
         for name in ('ema', 'raw', 'both')
     }
     for who in ('teacher', 'student'):
-        for name, prefix in (('ema', ''), ('raw', 'raw/')):
+        for name, end in (('ema', ''), ('raw', '_raw')):
             expected = list(runs[name].scalar(f'val/{who}/score'))
-            found = runs['both'].scalar(f'val/{prefix}{who}/score')
+            found = runs['both'].scalar(f'val/{who}/score{end}')
             assert list(found) == expected, (who, name)
 
 

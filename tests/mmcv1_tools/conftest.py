@@ -45,11 +45,11 @@ custom_hooks = [
 class Mmdet2Tools(Tools):
     """Runs the tools of mmdet 2 on a small config."""
 
-    def config(self, name, extra='', epochs=EPOCHS):
+    def config(self, name, extra='', epochs=EPOCHS, base=CONFIG):
         """Write a config; return its path."""
         path = self.folder / f'{name}.py'
         settings = SETTINGS.format(
-            config=str(CONFIG), data=f'{self.data}/', epochs=epochs
+            config=str(base), data=f'{self.data}/', epochs=epochs
         )
         path.write_text(settings + extra)
         return path

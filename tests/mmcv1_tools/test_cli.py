@@ -25,8 +25,8 @@ def test_untouched_config_equals_one_with_the_hook(tools, trained):
     assert [] == differing(load(work_dir / name), load(trained[1] / name))
 
 
-@pytest.mark.parametrize(('weights', 'prefix'), [('ema', ''), ('raw', 'raw/')])
-def test_weights_are_chosen(tools, trained, weights, prefix):
+@pytest.mark.parametrize(('weights', 'end'), [('ema', ''), ('raw', '_raw')])
+def test_weights_are_chosen(tools, trained, weights, end):
     """``--weights`` gives the metrics that the training saw."""
     _, work_dir, _ = trained
     config, out = tools.config('plain', NO_HOOK), tools.folder / weights
@@ -36,7 +36,7 @@ def test_weights_are_chosen(tools, trained, weights, prefix):
     assert 'unexpected key' not in printed
     (path,) = out.glob('eval_*.json')
     metrics = json.loads(path.read_text())['metric']
-    expected = validation(work_dir, prefix)
+    expected = validation(work_dir, end)
     assert expected == {name: metrics[name] for name in expected}
 
 

@@ -122,13 +122,13 @@ def test_file_deploys_as_it_is(tools, trained):
     )
 
 
-def validation(work_dir, prefix=''):
+def validation(work_dir, end=''):
     """Metrics of the last validation, as they were logged."""
     (path,) = work_dir.glob('*.log.json')
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     (line,) = [x for x in lines if x.get('mode') == 'val'][-1:]
     names = ('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75')
-    return {name: line[prefix + name] for name in names}
+    return {name: line[name + end] for name in names}
 
 
 def test_raw_weights_of_a_file_can_be_tested(tools, trained):
@@ -139,7 +139,7 @@ def test_raw_weights_of_a_file_can_be_tested(tools, trained):
     script = ROOT / 'demo' / 'raw_weights.py'
     subprocess.run([sys.executable, script, file, raw], check=True)
     metrics, printed = tools.test(config, raw, 'raw')
-    expected = validation(work_dir, 'raw/')
+    expected = validation(work_dir, '_raw')
     assert 'unexpected key' not in printed
     assert {name: metrics[name] for name in expected} == expected
 
@@ -156,7 +156,7 @@ def test_training_reports_and_logs(trained):
     expected = [oracle.ramp(n, 0.9, 5) for n in range(1, STEPS + 1)]
     # the log has five digits
     assert np.allclose(found, expected, rtol=0, atol=1e-5)
-    assert sum('raw/bbox_mAP' in line for line in lines) == EPOCHS
+    assert sum('bbox_mAP_raw' in line for line in lines) == EPOCHS
 
 
 @pytest.mark.parametrize('how', ['--resume-from', '--auto-resume'])

@@ -62,8 +62,8 @@ def test_metrics_of_both_halves_reach_the_visualizer(trained):
     (path,) = work_dir.glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     names = {name for line in lines for name in line if 'KITTI' in name}
-    raw = {name for name in names if name.startswith('raw/')}
-    assert raw == {f'raw/{name}' for name in names - raw}
+    raw = {name for name in names if name.endswith('_raw')}
+    assert raw == {f'{name}_raw' for name in names - raw}
     assert raw
 
 

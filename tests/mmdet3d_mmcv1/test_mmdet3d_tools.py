@@ -116,7 +116,7 @@ def test_cycles_and_scalars_are_in_tensorboard(trained):
     names = set(events.Tags()['scalars'])
     kitti = {name for name in names if name.startswith('val/KITTI')}
     assert kitti
-    assert {x.replace('val/', 'val/raw/') for x in kitti} <= names
+    assert {f'{x}_raw' for x in kitti if not x.endswith('_raw')} <= names
 
 
 def test_constructor_and_report(trained):
@@ -157,8 +157,8 @@ def test_metrics_of_both_are_logged(trained):
     (path,) = work_dir.glob('*.log.json')
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     found = {name for line in lines for name in line if 'KITTI' in name}
-    raw = {name for name in found if name.startswith('raw/')}
-    assert raw == {f'raw/{name}' for name in found - raw}
+    raw = {name for name in found if name.endswith('_raw')}
+    assert raw == {f'{name}_raw' for name in found - raw}
     assert raw
 
 

@@ -105,14 +105,14 @@ def test_what_is_evaluated(evaluate, sets):
 
 def test_metrics_side_by_side():
     """A row for each number that both sets have, with the difference."""
-    metrics = {'coco/mAP': 0.5, 'raw/coco/mAP': 0.25, 'n': 3, 'raw/n': 4}
-    metrics.update({'text': 'a', 'raw/text': 'b', 'alone': 1.0})
+    metrics = {'coco/mAP': 0.5, 'coco/mAP_raw': 0.25, 'n': 3, 'n_raw': 4}
+    metrics.update({'text': 'a', 'text_raw': 'b', 'alone': 1.0})
     assert compare(metrics, ('raw', 'ema')).splitlines() == [
         'EMA: metric         ema       raw     - raw',
         'EMA: coco/mAP    0.5000    0.2500   +0.2500',
         'EMA: n           3.0000    4.0000   -1.0000',
     ]
-    metrics = {'mAP': 0.5, 'raw/mAP': 0.25, 'fast/mAP': 0.75}
+    metrics = {'mAP': 0.5, 'mAP_raw': 0.25, 'mAP_fast': 0.75}
     assert compare(metrics, ('raw', 'fast', 'ema')).splitlines() == [
         'EMA: metric       ema       raw      fast     - raw    - fast',
         'EMA: mAP       0.5000    0.2500    0.7500   +0.2500   -0.2500',

@@ -1,0 +1,125 @@
+"""Estimate BatchNorm statistics again, from batches of training data.
+
+An average of weights computes other activations than any of the weights it is
+made of, so the averages of their statistics need not fit it (SWA,
+arXiv:1803.05407, section 3.2).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, Callable, Dict, Iterable, Iterator, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdet_ema.averaging.distributed import add_up
+from mmdet_ema.training.no_trace import leaving_no_trace
+
+
+def layers_to_estimate(model: nn.Module) -> Dict[str, nn.Module]:
+    """Return the BatchNorm layers that follow the training data, by name.
+
+    A layer in evaluation mode is frozen, one without running statistics
+    needs none.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.training
+        and module.running_mean is not None
+    }
+
+
+@torch.no_grad()
+def batch_statistics(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any]
+) -> Dict[str, Tensor]:
+    """Return BatchNorm statistics of data, estimated with the present weights.
+
+    Each layer normalises a batch by that batch's own statistics, as in
+    training. Its new ones are the mean and the unbiased variance of all values
+    that it has seen, summed up in float64, on all ranks: batches and ranks may
+    have different sizes, and every value counts once. A layer that is called
+    several times a pass gets one estimate over all calls.
+
+    Only layers in training mode are estimated. Afterwards the model, its
+    buffers and the random generators are as they were before.
+
+    Args:
+        model: The model, unwrapped, in the modes of its training.
+        batches: Batches of training data. On several ranks with synchronised
+            BatchNorm, as many on each.
+        forward: Calls the model on a batch, as training does.
+
+    Returns:
+        Float64 tensors of shape (channels,), by their name in ``state_dict``
+        (``'norm.running_mean'``); without the layers that saw fewer than two
+        values.
+    """
+    layers = layers_to_estimate(model)
+    estimated = {id(layer) for layer in layers.values()}
+    sums = {name: _zeros(layer) for name, layer in layers.items()}
+
+    def adding(name: str) -> Callable[[nn.Module, Tuple[Any, ...]], None]:
+        def add(layer: nn.Module, inputs: Tuple[Any, ...]) -> None:
+            values = inputs[0].double().transpose(0, 1).flatten(1)
+            total, squares, count = sums[name]
+            total += values.sum(1)
+            squares += (values * values).sum(1)
+            count += values.shape[1]
+
+        return add
+
+    with leaving_no_trace(model):
+        for module in model.modules():
+            # dropout would not be there when the model is used; a module with
+            # parts may ask its own mode what a loss needs
+            is_leaf = next(module.children(), None) is None
+            if is_leaf and id(module) not in estimated:
+                module.training = False
+        handles = [
+            layer.register_forward_pre_hook(adding(name))
+            for name, layer in layers.items()
+        ]
+        try:
+            for batch in batches:
+                forward(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    add_up([sum_ for name in layers for sum_ in sums[name]])
+    found: Dict[str, Tensor] = {}
+    for name, (total, squares, count) in sums.items():
+        n = float(count)
+        if n > 1:
+            mean = total / n
+            prefix = f'{name}.' if name else ''
+            found[f'{prefix}running_mean'] = mean
+            # rounding may leave less than nothing of a constant
+            variance = (squares / n - mean * mean).clamp(min=0) * (n / (n - 1))
+            found[f'{prefix}running_var'] = variance
+    return found
+
+
+def _zeros(layer: nn.Module) -> Tuple[Tensor, Tensor, Tensor]:
+    """Return room for the sum, the sum of squares and the count."""
+    mean: Any = layer.running_mean
+    total = torch.zeros_like(mean, dtype=torch.float64)
+    return total, torch.zeros_like(total), total.new_zeros(())
+
+
+def first_batches(loader: Iterable[Any], count: int) -> Iterator[Any]:
+    """Yield batches from an iterator that is made when they are asked for."""
+    yield from itertools.islice(loader, count)
+
+
+def is_better(before: float, after: float, greater: bool) -> bool:
+    """Return whether a metric has improved; to NaN it never has."""
+    if not math.isfinite(after):
+        return False
+    better = after > before if greater else after < before
+    return better or not math.isfinite(before)
