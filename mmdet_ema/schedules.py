@@ -275,6 +275,11 @@ def a_tenth(schedule: Schedule) -> Schedule:
     return exponential(round(1 - momentum, 12), tau)
 
 
+def is_auto(decay: Any) -> bool:
+    """Return whether the planned steps are to choose a decay."""
+    return isinstance(decay, str) and decay == AUTO  # it may be an array
+
+
 def suited_window(planned: int) -> int:
     """Return the window in steps that suits a run: a tenth of it."""
     return max(planned // 10, 2)
@@ -379,7 +384,7 @@ def make_schedule(
                 f'schedule {name!r} needs the option {option!r}; write '
                 f'schedule=dict(type={name!r}, {option}=...).'
             )
-    if str(options.get('decay')) == AUTO:
+    if is_auto(options.get('decay')):
         if planned is None:
             raise OptionError(
                 f'decay={AUTO!r} needs the planned steps of a run, which a '

@@ -33,12 +33,12 @@ from mmdet_ema.checks import (
 )
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.schedules import (
-    AUTO,
     SCHEDULES,
     Schedule,
     ScheduleSpec,
     a_tenth,
     build_schedule,
+    is_auto,
     make_schedule,
     options_of,
     split_spec,
@@ -195,8 +195,7 @@ class Options:
         specs = [mine, *self.averages.values()]
         nested = [x.get('schedule') for x in specs]
         specs += [x for x in nested if isinstance(x, Mapping)]
-        # what is given may be an array, which compares by element
-        return any(str(x.get('decay')) == AUTO for x in specs)
+        return any(is_auto(x.get('decay')) for x in specs)
 
     def schedule_for(self, planned: int) -> Schedule:
         """Return the main schedule, given the steps that are planned."""
@@ -355,9 +354,8 @@ def _of_our_own(options: Options) -> Choice:
 
 def _agree(left: Any, right: Any) -> bool:
     """Compare two values; 1 - momentum is next to the decay, not on it."""
-    if isinstance(left, str):
-        return isinstance(right, str) and left == right
     try:
-        return left is right or math.isclose(left, right, rel_tol=1e-9)
+        same = left is right or (is_auto(left) and is_auto(right))
+        return same or math.isclose(left, right, rel_tol=1e-9)
     except TypeError:
         return False

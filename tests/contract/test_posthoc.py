@@ -176,6 +176,7 @@ def test_evaluated_and_deployed(tmp_path):
             "'auto' has no meaning for schedule 'cosine'",
         ),
         (dict(decay='autom'), "decay='autom' is not a number"),
+        (dict(decay=torch.ones(2)), 'decay=tensor.* is not a number'),
         (
             dict(decay='auto', scale_decay=True),
             "scale_decay=True and decay='auto' both choose the window",
