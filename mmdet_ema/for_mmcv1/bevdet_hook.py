@@ -60,7 +60,7 @@ class MEGVIIEMAHook(EMAHook):
                 f'(--resume-from epoch_N.pth), or leave resume out.'
             )
         if self._saves_every > 0:
-            self._log.warning(
+            self.log.warning(
                 f'EMA: interval={self._saves_every} of MEGVIIEMAHook has no '
                 f'effect: no second file is written, the averages are in '
                 f'each file of checkpoint_config.'
@@ -84,7 +84,7 @@ class MEGVIIEMAHook(EMAHook):
             stem, _ = os.path.splitext(os.path.realpath(filename))
             beside = f'{stem}_ema.pth'
             if os.path.isfile(beside):
-                self._log.warning(
+                self.log.warning(
                     f'EMA: the averages of the checkpoint are in {beside!r}; '
                     f'to go on from them, give the hook resume={beside!r}.'
                 )
@@ -92,11 +92,11 @@ class MEGVIIEMAHook(EMAHook):
 
     def _join(self, checkpoint: Any, second: str) -> None:
         if EMA in checkpoint:
-            self._log.warning(
+            self.log.warning(
                 f'EMA: resume={second!r} has no effect: the checkpoint that '
                 f'the run resumes from has averages of its own.'
             )
             return
         for doubt in add_averages(checkpoint, second, self._init_updates):
-            self._log.warning(f'EMA: {doubt}')
-        self._log.info(f'EMA: the averages and n are those of {second!r}.')
+            self.log.warning(f'EMA: {doubt}')
+        self.log.info(f'EMA: the averages and n are those of {second!r}.')
