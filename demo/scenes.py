@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from mmdet_ema.cli import plot
 
 SCENES = 5
 SCORE = 0.3
@@ -51,9 +52,7 @@ def draw(data: Path, found: dict[str, Found], path: Path) -> None:
         'The last checkpoint on validation scenes: digits found (green), '
         'wrong (red), missed (dotted)'
     )
-    temporary = path.with_name(f'{path.stem}.tmp{path.suffix}')
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    plot.write(figure, path)
 
 
 def _truth(data: Path) -> Found:

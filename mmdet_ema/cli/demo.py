@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmdet_ema.averaging import OptionError, WeightAverager
+from mmdet_ema.cli import plot
 
 _EPOCHS = 20
 _BATCH = 32
@@ -117,12 +118,10 @@ def _digits() -> Tuple[Tuple[Tensor, Tensor], Tuple[Tensor, Tensor]]:
 
 
 def _draw(curves: Curves, path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout='constrained')
+    figure = Figure(figsize=(6, 3.5), layout='constrained')
+    axes = figure.subplots()
     epochs = range(1, _EPOCHS + 1)
     for (name, rates), colour in zip(
         curves.items(), ('tab:orange', 'tab:blue')
@@ -134,5 +133,4 @@ def _draw(curves: Curves, path: Path) -> None:
     axes.set_ylabel('errors on the test digits, %')
     axes.set_title('The same training, tested with raw weights and their EMA')
     axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plot.write(figure, path)

@@ -96,10 +96,15 @@ def draw(
         f'how the average follows them'
     )
     path = picture or work_dir / 'ema.png'
+    write(figure, path)
+    return path
+
+
+def write(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib beside its place, and move it there."""
     beside = path.with_name(f'.{path.stem}.tmp{path.suffix}')
     figure.savefig(beside, dpi=120)
     os.replace(beside, path)
-    return path
 
 
 def read_lines(work_dir: Path) -> Iterator[Dict[str, Any]]:
@@ -132,7 +137,7 @@ def read_curves(
     # mmcv 1.x counts the iterations of each epoch
     length = max((int(line.get('iter', 0)) for line in train), default=0)
     for line in lines:
-        if line in train:
+        if 'ema_decay' in line:
             step = line.get('step')
             if step is None:
                 step = (line.get('epoch', 1) - 1) * length + line['iter']
