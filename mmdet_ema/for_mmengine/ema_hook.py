@@ -207,8 +207,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         many = runner.world_size > 1
         if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
-        if runners.ends(runner, by_epoch=False):
-            self._recalibrate(runner)
+        self._recalibrate(runner, by_epoch=False)
         # the distance costs a reading of the weights: only where it is logged
         logger, loader = self._logger, runner.train_dataloader
         interval = logger.interval if logger else 10
@@ -227,9 +226,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if runners.will_validate(runner, by_epoch=True):
             self._life.synchronize()
         self._life.tell_steps()
-        if self.enabled and runners.ends(runner, by_epoch=True):
-            self._life.after_iteration(self._iteration)
-            self._recalibrate(runner)
+        self._recalibrate(runner, by_epoch=True)
 
     def _check_order(self, runner: Any) -> None:
         hooks = list(runner.hooks)
@@ -242,8 +239,13 @@ class EMAHook(Hook):  # type: ignore[misc]
                 f'priority out.'
             )
 
-    def _recalibrate(self, runner: Any) -> None:
+    def _recalibrate(self, runner: Any, by_epoch: bool) -> None:
         """Estimate statistics again, before the last file is written."""
+        if not (self.enabled and self._life.options.recalibrate):
+            return  # most runs, in every iteration
+        if not runners.ends(runner, by_epoch):
+            return
+        self._life.after_iteration(self._iteration)
         deploy = self._life.options.deploy
         self._life.recalibrate(
             self._model,
