@@ -38,7 +38,7 @@ from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.no_trace import leaving_no_trace
-from mmdet_ema.training.options import show_options
+from mmdet_ema.training.options import RAW, show_options
 from mmdet_ema.training.plan import check_begin, refuse_second
 
 
@@ -284,7 +284,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def on_model_taken(self, runner: Any) -> None:
         """Put the averages into the model that an evaluation hook takes."""
-        wanted = self.passes[-1] != 'raw'
+        wanted = self.passes[-1] != RAW
         if wanted and self._in_hook and not self._stays_raw:
             self._show(runner)
 

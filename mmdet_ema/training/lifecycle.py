@@ -469,8 +469,9 @@ class EMALifecycle:
                     ),
                 }
             deploy = self.options.deploy
-            averages = more.pop(deploy)['state_dict']
-            meta.update(averager.progress(deploy))
+            deployed = more.pop(deploy)
+            averages, schedule = map(deployed.pop, ('state_dict', 'schedule'))
+            meta.update(deployed)
             if self._restarted:
                 meta['restarted'] = self._restarted
             if self._start:
@@ -478,7 +479,7 @@ class EMALifecycle:
             if more:
                 meta['deploy'] = deploy
             if deploy != MAIN:
-                meta['schedule'] = str(averager.schedules[deploy])
+                meta['schedule'] = schedule
         pack(checkpoint, averages, raws, meta.get('num_steps', 0), meta, more)
 
     def resume(

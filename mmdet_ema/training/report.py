@@ -6,13 +6,14 @@ import math
 from typing import Any, Iterator, List, Mapping, Sequence
 
 from mmdet_ema.averaging.averager import WeightAverager
-from mmdet_ema.averaging.averages import POSTHOC
+from mmdet_ema.averaging.averages import MAIN, POSTHOC
 from mmdet_ema.averaging.tensors import (
     Entry,
     count_roles,
     no_match,
     unmatched,
 )
+from mmdet_ema.errors import show
 from mmdet_ema.schedules import (
     Schedule,
     decay_over,
@@ -21,6 +22,7 @@ from mmdet_ema.schedules import (
     suited_window,
     window,
 )
+from mmdet_ema.training.options import RAW
 from mmdet_ema.training.plan import Plan
 
 
@@ -78,7 +80,7 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
 
 def sets_of_weights(passes: Sequence[str]) -> str:
     """Return the sets of weights that are evaluated in words."""
-    words = {'ema': 'the averages', 'raw': 'the raw weights'}
+    words = {MAIN: 'the averages', RAW: 'the raw weights'}
     names = [passes[-1], *passes[:-1]]  # the main one first
     return ' and '.join(words.get(x, f'the averages {x!r}') for x in names)
 
@@ -148,8 +150,11 @@ def _doubts(plan: Plan, entries: Sequence[Entry]) -> Iterator[str]:
     if plan.done and (options.begin_iter or options.begin_epoch):
         name = 'begin_iter' if options.begin_iter else 'begin_epoch'
         yield f'{name} has no effect: the average has begun already.'
-    if options.evaluate == 'both' and not facts.validates:
-        yield "evaluate='both' has no effect: this run has no validation."
+    if len(options.passes) > 1 and not facts.validates:
+        yield (
+            f'evaluate={show(options.evaluate)} has no effect: this run has '
+            f'no validation.'
+        )
     if options.recalibrate and not facts.recalibrates:
         lack = (
             'no validation is sure to be run on all ranks'

@@ -25,6 +25,7 @@ from mmdet_ema.checkpoint.format import (
     unpack,
 )
 from mmdet_ema.errors import CheckpointError
+from mmdet_ema.training.options import RAW
 from mmdet_ema.training.report import sets_of_weights
 
 Checkpoint = MutableMapping[str, Any]
@@ -103,7 +104,7 @@ def for_evaluation(
             f'holds one set of weights and no EMA part; use '
             f"evaluate='ema' to evaluate what it holds."
         )
-    there = ('raw', *part.states())
+    there = (RAW, *part.states())
     lost = [name for name in passes if name not in there]
     if lost:
         raise CheckpointError(
@@ -114,7 +115,7 @@ def for_evaluation(
     if [*passes] == [part.deployed]:
         return None
     put_raw(checkpoint, part)
-    if [*passes] == ['raw']:
+    if [*passes] == [RAW]:
         return None
     part.check(model, False, log)
     return part
@@ -122,7 +123,7 @@ def for_evaluation(
 
 def _shown(passes: Sequence[str]) -> str:
     """Return sets of weights as the option says them."""
-    both = set(passes) == {MAIN, 'raw'}
+    both = set(passes) == {MAIN, RAW}
     return repr(
         'both' if both else passes[0] if len(passes) == 1 else [*passes]
     )

@@ -378,3 +378,13 @@ def test_buffers_of_several_ranks(agrees, expected):
     report(plan, select(nn.BatchNorm1d(2)), log)
     assert 'EMA: the averages of 3 buffers differ between' in log.infos[1]
     assert expected in log.infos[1]
+
+
+@pytest.mark.parametrize('evaluate', ['both', 'all', ['ema', 'raw']])
+def test_several_sets_without_a_validation(evaluate):
+    """Passes that nobody runs are said at the start."""
+    log, options = Lines(), parse_options(evaluate=evaluate)
+    facts = RunFacts(0, 30_000, 1, validates=False)
+    report(Plan(options, facts), select(nn.Linear(2, 1)), log)
+    (warning,) = log.warnings
+    assert f'evaluate={evaluate!r} has no effect: this run has no' in warning
