@@ -49,8 +49,8 @@ class Mmdet2(Framework):
 
     def _raw_file(self) -> Path:
         file = self.work_dir / 'raw.pth'
-        script = ROOT / 'demo' / 'raw_weights.py'
-        self.run(script, 'raw_weights', self.last_checkpoint(), file)
+        script = ROOT / 'demo' / 'one_set.py'
+        self.run(script, 'one_set', self.last_checkpoint(), file)
         return file
 
     def detections(

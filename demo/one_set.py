@@ -3,7 +3,7 @@
 ``tools/test.py`` of mmdet 2 runs no hook: it tests what is in ``state_dict``,
 and that is the average.
 
-Usage: python demo/raw_weights.py CHECKPOINT OUT
+Usage: python demo/one_set.py CHECKPOINT OUT
 """
 
 from __future__ import annotations
