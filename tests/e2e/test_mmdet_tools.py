@@ -99,11 +99,11 @@ def test_test_tool_uses_the_weights_it_is_told(tools, trained):
         for name, metrics in found.items()
     }
     assert score['all'] == {
-        k + end: v for name, end in ENDS.items() for k, v in score[name].items()
+        k + end: v
+        for name, end in ENDS.items()
+        for k, v in score[name].items()
     }
-    boxes = {
-        name: predictions(tools.folder / f'test_{name}') for name in ENDS
-    }
+    boxes = {name: predictions(tools.folder / f'test_{name}') for name in ENDS}
     for name, end in ENDS.items():
         found = predictions(tools.folder / 'test_all', f'out{end}')
         assert torch.equal(found, boxes[name])
