@@ -32,7 +32,11 @@ from mmdet_ema.checkpoint.mmcv1 import (
 from mmdet_ema.checks import check_choice, check_path
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmcv1 import runner as runners
-from mmdet_ema.for_mmcv1.checkpoints import remove_later, with_ema_part
+from mmdet_ema.for_mmcv1.checkpoints import (
+    remove_later,
+    take_over,
+    with_ema_part,
+)
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
@@ -94,6 +98,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         recalibrate (int): Batches of training data that the BatchNorm
             statistics of the deployed averages are estimated from again at
             the end; the better ones are kept. Defaults to 0, not at all.
+        safe_save (bool): Bring each checkpoint to the disk and move it into
+            place when it is whole; only then ``latest.pth`` names it and an
+            old best one is removed. Defaults to True.
         ema_type (str, optional): An averaging class of mmengine.
         momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
             with its warm-up.
@@ -416,7 +423,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self._started:
             return
         self._started = True
-        remove_later(runner)
+        if self.options.safe_save:
+            remove_later(runner, self.log)
+            if self._resumed_from:
+                take_over(runner, self.log)
         self._steps_alone = not any(
             isinstance(hook, OptimizerHook) for hook in runner.hooks
         )

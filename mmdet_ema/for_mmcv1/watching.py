@@ -22,7 +22,7 @@ from mmcv.runner import (
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet_ema.errors import OptionError, show
-from mmdet_ema.for_mmcv1.checkpoints import watch_loading
+from mmdet_ema.for_mmcv1.checkpoints import save_whole, watch_loading
 from mmdet_ema.for_mmcv1.runner import wrap_once
 from mmdet_ema.training.metrics import (
     add_metrics,
@@ -85,11 +85,17 @@ def watch(runner: Any, ema: Any) -> None:
         if runs:
             watch_hooks(runner, ema)
 
+    def save(method: Method, *args: Any, **kwargs: Any) -> None:
+        if ema.options.safe_save:
+            method = functools.partial(save_whole, runner, method)
+        with ema.saving(runner):
+            method(*args, **kwargs)
+
     wrap_once(runner, 'run', run)
     wrap_once(runner, 'call_hook', call_hook)
     wrap_once(runner, 'register_hook', register_hook)
     wrap_once(runner, 'val', _inside(lambda: ema.evaluating(runner)))
-    wrap_once(runner, 'save_checkpoint', _inside(lambda: ema.saving(runner)))
+    wrap_once(runner, 'save_checkpoint', save)
 
 
 def watch_hooks(runner: Any, ema: Any) -> None:

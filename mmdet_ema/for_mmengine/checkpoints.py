@@ -8,7 +8,10 @@ best file before it writes the next.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import os
 import pickle
 from typing import Any, Dict, List, MutableMapping
 
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import LocalBackend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, checkpoint_hook
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
@@ -27,8 +30,13 @@ from mmdet_ema.checkpoint.deployed_config import (
 from mmdet_ema.checkpoint.files import (
     LOADS_SAFELY,
     STATISTICS,
-    RemovesLater,
+    read_structure,
     write_whole,
+)
+from mmdet_ema.checkpoint.folder import (
+    RemovesLater,
+    newer_best,
+    remove_leftovers,
 )
 from mmdet_ema.checkpoint.format import check_names, plain_name
 from mmdet_ema.checkpoint.weights_only import (
@@ -79,15 +87,20 @@ def _statistics_method(owner: Any, name: str) -> Any:
     )
 
 
-def keep_files_whole(runner: Any) -> None:
+def save_safely(runner: Any, log: Any) -> None:
     """Let a runner move its files into place, and remove old ones then."""
+    folders = [runner.work_dir]
     for hook in runner.hooks:
         backend = getattr(hook, 'file_backend', None)
         ready = isinstance(hook, CheckpointHook) and backend is not None
         if ready and not isinstance(backend, RemovesLater):
             hook.file_backend = RemovesLater(backend)
+            folders.append(str(hook.out_dir))
+            _name_last_when_whole(hook)
     if 'save_checkpoint' in vars(runner):
         return
+    if runner.rank == 0:
+        remove_leftovers(folders, log)
     save = runner.save_checkpoint
 
     def put(backend: Any, content: bytes, path: Any) -> None:
@@ -107,6 +120,104 @@ def keep_files_whole(runner: Any) -> None:
                 backend.finish()
 
     runner.save_checkpoint = save_whole
+
+
+def take_over(runner: Any, log: Any) -> None:
+    """Let a resumed run know of files that the resumed one does not name.
+
+    A run may be killed between two of the files that belong together.
+    """
+    hub, is_main = runner.message_hub, runner.rank == 0
+    for hook in runner.hooks:
+        if not isinstance(hook, CheckpointHook):
+            continue
+        folder = runner.work_dir
+        if hook.out_dir not in (None, folder):
+            name = os.path.basename(folder.rstrip(os.sep))
+            folder = os.path.join(str(hook.out_dir), name)
+        if not os.path.isdir(folder):
+            continue  # of a server
+        names = hook.key_indicators if hook.save_best else []
+        for name in names:
+            end = f'_{name}' if len(names) > 1 else ''
+            keys = [f'best_ckpt{end}', f'best_score{end}']
+            known = hub.runtime_info.get(keys[0])
+            told = functools.partial(_info_of, keys=keys)
+            newer = newer_best(folder, known, runner.iter, told)
+            if newer is None:
+                continue
+            for key, value in zip(keys, newer):
+                hub.update_info(key, value)
+            log.info(
+                f'EMA: {newer[0]} (score {newer[1]:.4f}) was written after '
+                f'the file that is resumed: it is the best one.'
+            )
+            if known and is_main and os.path.isfile(known):
+                os.unlink(known)
+        if hook.max_keep_ckpts > 0 and is_main:
+            kept = hub.runtime_info.get('keep_ckpt_ids', [])
+            _remove_unkept(folder, hook.filename_tmpl, kept, log)
+
+
+def _remove_unkept(
+    folder: str, template: str, kept: List[int], log: Any
+) -> None:
+    """Remove files that a run was killed before it could remove.
+
+    One that a run wrote which keeps all of its files has no such list.
+    """
+    start, found, end = template.partition('{}')
+    for name in os.listdir(folder) if found and kept else ():
+        step = name[len(start) : len(name) - len(end)]
+        path = os.path.join(folder, name)
+        if template.format(step) != name or not step.isdigit():
+            continue
+        if int(step) < min(kept):
+            with contextlib.suppress(CheckpointError, KeyError, TypeError):
+                own = _info_of(read_structure(path), ['keep_ckpt_ids'])
+                if int(step) in own[0]:
+                    os.unlink(path)
+                    log.info(f'EMA: {path}: removed; max_keep_ckpts is full.')
+
+
+def _info_of(content: Any, keys: List[str]) -> List[Any]:
+    info = content['message_hub']['runtime_info']
+    return [info[key] for key in keys]
+
+
+def _name_last_when_whole(hook: Any) -> None:
+    """Move ``last_checkpoint`` into place, and remove old files after that.
+
+    The hook truncates it before it writes the name.
+    """
+    if '_save_checkpoint_with_step' in vars(hook):
+        return
+    save = hook._save_checkpoint_with_step
+
+    @functools.wraps(save)
+    def save_and_name(*args: Any, **kwargs: Any) -> None:
+        checkpoint_hook.open = _Whole
+        try:
+            with hook.file_backend.held():
+                save(*args, **kwargs)
+        finally:
+            del checkpoint_hook.open
+
+    hook._save_checkpoint_with_step = save_and_name
+
+
+class _Whole(io.StringIO):
+    """A text file that is moved into place when all of it is written."""
+
+    def __init__(self, path: str, mode: str):
+        super().__init__()
+        assert mode == 'w'
+        self._path = path
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is None:
+            write_whole(self._path, self.getvalue().encode())
+        super().__exit__(kind, *error)
 
 
 def deploy_config(

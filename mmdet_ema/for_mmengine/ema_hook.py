@@ -14,6 +14,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmdet_ema.checkpoint.files import read_structure
+from mmdet_ema.checkpoint.folder import readable
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine import checkpoints
 from mmdet_ema.for_mmengine import runner as runners
@@ -97,6 +98,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             statistics of the deployed averages are estimated from again at
             the end; the log compares both, and the better ones are kept.
             Defaults to 0, not at all.
+        safe_save (bool): Bring each checkpoint to the disk and move it into
+            place when it is whole; only then ``last_checkpoint`` names it and
+            an old one is removed. Defaults to True.
         ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): Compatible option: ``1 - decay``.
@@ -146,15 +150,26 @@ class EMAHook(Hook):  # type: ignore[misc]
         )
         # whoever uses torch's safe_globals() takes ours away when leaving it
         checkpoints.allow_framework_types()
-        path = runners.local_checkpoint(runner)
-        if path is not None:
-            read_structure(path)
+        self._check_file(runner)
         self._model = runners.model_of(runner)
         if self.enabled:
             watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
                 self._check_order(runner)
                 check_monitored(runner, self._life.options, self._log)
+
+    def _check_file(self, runner: Any) -> None:
+        """Look into the local file that will be loaded, if any."""
+        path = runners.local_checkpoint(runner)
+        if path is None:
+            return
+        if not (runner._resume and runners.is_training(runner)):
+            read_structure(path)
+            return
+        chosen = runner._load_from is not None or runner._resume is not True
+        newest = readable(path, runner.work_dir, chosen, self._log)
+        if newest != path:
+            runner._load_from = newest
 
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
@@ -167,11 +182,14 @@ class EMAHook(Hook):  # type: ignore[misc]
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
         self._logger = loggers[0] if loggers else None
         runners.show_distance(runner)
+        if self._life.options.safe_save and runner._resume and runner.iter:
+            checkpoints.take_over(runner, self._log)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
         if self.enabled:
-            checkpoints.keep_files_whole(runner)
+            if self._life.options.safe_save:
+                checkpoints.save_safely(runner, self._log)
             self._life.before_epoch()
 
     def before_train_iter(

@@ -116,6 +116,7 @@ class Options:
     deploy: str = MAIN
     restart_epochs: Tuple[int, ...] = _option((), check_epochs)
     recalibrate: int = _option(0, check_count, least=0)
+    safe_save: bool = _option(True, check_flag)
     ema_type: Any = None
     momentum: Optional[float] = None
     gamma: Optional[float] = None
