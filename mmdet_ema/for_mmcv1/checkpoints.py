@@ -195,14 +195,8 @@ def save_whole(runner: Any, method: Method, *args: Any, **kwargs: Any) -> None:
             client.finish()
 
 
-def remove_later(runner: Any, log: Any) -> None:
-    """Remove half files of a run that was killed, and old ones late.
-
-    Only ``EvalHook`` removes a file before it writes the next.
-    """
-    folders = {getattr(hook, 'out_dir', None) for hook in runner.hooks}
-    if runner.rank == 0:
-        remove_leftovers(filter(None, {*folders, runner.work_dir}), log)
+def remove_later(runner: Any) -> None:
+    """Let ``EvalHook`` remove the last best file when the next is written."""
     for hook in runner.hooks:
         client = getattr(hook, 'file_client', None)
         ready = isinstance(hook, EvalHook) and client is not None
@@ -210,8 +204,11 @@ def remove_later(runner: Any, log: Any) -> None:
             hook.file_client = RemovesLater(client)
 
 
-def take_over(runner: Any, log: Any) -> None:
-    """Let a resumed run know of a best file that was written after its own."""
+def tidy(runner: Any, log: Any) -> None:
+    """Tidy up after a run that was killed between two of its files."""
+    folders = {getattr(hook, 'out_dir', None) for hook in runner.hooks}
+    if runner.rank == 0:
+        remove_leftovers(filter(None, {*folders, runner.work_dir}), log)
     told = (runner.meta or {}).get('hook_msgs', {})
     for hook in runner.hooks:
         if not isinstance(hook, EvalHook) or not hook.save_best:

@@ -34,7 +34,7 @@ from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.checkpoints import (
     remove_later,
-    take_over,
+    tidy,
     with_ema_part,
 )
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
@@ -234,6 +234,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_run(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
+        if self.enabled and self.options.safe_save and not self._started:
+            tidy(runner, self.log)  # a run that had ended is resumed
         self.catch_up()
         self._life.tell_not_recalibrated()
         self._life.finish()
@@ -424,9 +426,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             return
         self._started = True
         if self.options.safe_save:
-            remove_later(runner, self.log)
-            if self._resumed_from:
-                take_over(runner, self.log)
+            remove_later(runner)
+            tidy(runner, self.log)
         self._steps_alone = not any(
             isinstance(hook, OptimizerHook) for hook in runner.hooks
         )

@@ -87,20 +87,16 @@ def _statistics_method(owner: Any, name: str) -> Any:
     )
 
 
-def save_safely(runner: Any, log: Any) -> None:
+def save_safely(runner: Any) -> None:
     """Let a runner move its files into place, and remove old ones then."""
-    folders = [runner.work_dir]
     for hook in runner.hooks:
         backend = getattr(hook, 'file_backend', None)
         ready = isinstance(hook, CheckpointHook) and backend is not None
         if ready and not isinstance(backend, RemovesLater):
             hook.file_backend = RemovesLater(backend)
-            folders.append(str(hook.out_dir))
             _name_last_when_whole(hook)
     if 'save_checkpoint' in vars(runner):
         return
-    if runner.rank == 0:
-        remove_leftovers(folders, log)
     save = runner.save_checkpoint
 
     def put(backend: Any, content: bytes, path: Any) -> None:
@@ -122,11 +118,8 @@ def save_safely(runner: Any, log: Any) -> None:
     runner.save_checkpoint = save_whole
 
 
-def take_over(runner: Any, log: Any) -> None:
-    """Let a resumed run know of files that the resumed one does not name.
-
-    A run may be killed between two of the files that belong together.
-    """
+def tidy(runner: Any, log: Any) -> None:
+    """Tidy up after a run that was killed between two of its files."""
     hub, is_main = runner.message_hub, runner.rank == 0
     for hook in runner.hooks:
         if not isinstance(hook, CheckpointHook):
@@ -137,6 +130,10 @@ def take_over(runner: Any, log: Any) -> None:
             folder = os.path.join(str(hook.out_dir), name)
         if not os.path.isdir(folder):
             continue  # of a server
+        if is_main:
+            remove_leftovers([folder, runner.work_dir], log)
+        if not (runner._resume and runner.iter):
+            continue
         names = hook.key_indicators if hook.save_best else []
         for name in names:
             end = f'_{name}' if len(names) > 1 else ''

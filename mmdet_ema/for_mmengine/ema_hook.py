@@ -182,14 +182,14 @@ class EMAHook(Hook):  # type: ignore[misc]
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
         self._logger = loggers[0] if loggers else None
         runners.show_distance(runner)
-        if self._life.options.safe_save and runner._resume and runner.iter:
-            checkpoints.take_over(runner, self._log)
+        if self._life.options.safe_save:
+            checkpoints.tidy(runner, self._log)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
         if self.enabled:
             if self._life.options.safe_save:
-                checkpoints.save_safely(runner, self._log)
+                checkpoints.save_safely(runner)
             self._life.before_epoch()
 
     def before_train_iter(

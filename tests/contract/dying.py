@@ -57,7 +57,7 @@ def make_saves_slow(pause):
     """Let files of checkpoints be written slowly, ours and the framework's."""
 
     def slow_open(path, mode='r', *args, **kwargs):
-        file = open(path, mode, *args, **kwargs)
+        file = open(path, mode, *args, **kwargs)  # noqa: SIM115
         return SlowFile(file, pause) if mode == 'wb' else file
 
     backend = 'mmcv.fileio.file_client'
