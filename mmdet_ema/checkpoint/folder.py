@@ -28,6 +28,9 @@ from mmdet_ema.checkpoint.files import (
 )
 from mmdet_ema.errors import CheckpointError
 
+STOPPED = 'sigterm_iter_{}.pth'
+"""What a run writes when it is told to stop between two of its files."""
+
 
 class RemovesLater:
     """A file backend that removes a file when the next one is written.
@@ -116,6 +119,14 @@ def remove_leftovers(folders: Iterable[str], log: Any) -> None:
             f'EMA: {", ".join(removed)}: removed; a run was killed while it '
             f'wrote a file.'
         )
+
+
+def remove_stopped(folder: str) -> None:
+    """Remove what a run wrote when it was told to stop: it is resumed."""
+    start, _, end = STOPPED.partition('{}')
+    for name in os.listdir(folder):
+        if name.startswith(start) and name.endswith(end):
+            os.unlink(os.path.join(folder, name))
 
 
 def readable(path: str, folder: str, chosen: bool, log: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import torch
 from mmcv import Config
 from mmcv.fileio.file_client import HardDiskBackend
-from mmcv.runner import EvalHook
+from mmcv.runner import CheckpointHook, EvalHook
 from mmcv.runner import checkpoint as mmcv_checkpoint
 
 from mmdet_ema.checkpoint.deployed_config import (
@@ -25,6 +25,7 @@ from mmdet_ema.checkpoint.deployed_config import (
 )
 from mmdet_ema.checkpoint.files import read_structure, write_whole
 from mmdet_ema.checkpoint.folder import (
+    STOPPED,
     RemovesLater,
     link_whole,
     newer_best,
@@ -33,6 +34,7 @@ from mmdet_ema.checkpoint.folder import (
 )
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
 from mmdet_ema.for_mmcv1.runner import wrap_once
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Method = Callable[..., Any]
 
@@ -193,6 +195,26 @@ def save_whole(runner: Any, method: Method, *args: Any, **kwargs: Any) -> None:
         client = getattr(hook, 'file_client', None)
         if isinstance(client, RemovesLater):
             client.finish()
+
+
+def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
+    """Write a file now, name it the latest one, and end the process.
+
+    Args:
+        runner: The runner, at the end of an iteration; all ranks come here.
+        sigterm: What they agreed by.
+        samples: Samples of the epoch that are trained already.
+    """
+    hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
+    folder = (hooks[0].out_dir if hooks else None) or runner.work_dir
+    name, meta = STOPPED.format(runner.iter + 1), {}
+    if samples:
+        # the runner takes the epoch for done, and the iteration for not
+        runner._epoch, runner._iter = runner.epoch - 1, runner.iter + 1
+        meta[EPOCH_SAMPLES] = samples
+    if runner.rank == 0:
+        runner.save_checkpoint(folder, filename_tmpl=name, meta=meta)
+    sigterm.stop(os.path.join(folder, name))
 
 
 def remove_later(runner: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Dict, List, MutableMapping
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook, checkpoint_hook
 from mmengine.logging import HistoryBuffer, MessageHub
@@ -34,9 +35,11 @@ from mmdet_ema.checkpoint.files import (
     write_whole,
 )
 from mmdet_ema.checkpoint.folder import (
+    STOPPED,
     RemovesLater,
     newer_best,
     remove_leftovers,
+    remove_stopped,
 )
 from mmdet_ema.checkpoint.format import check_names, plain_name
 from mmdet_ema.checkpoint.weights_only import (
@@ -46,6 +49,7 @@ from mmdet_ema.checkpoint.weights_only import (
     to_plain,
 )
 from mmdet_ema.errors import CheckpointError
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Checkpoint = MutableMapping[str, Any]
 
@@ -182,6 +186,36 @@ def _info_of(content: Any, keys: List[str]) -> List[Any]:
     return [info[key] for key in keys]
 
 
+def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
+    """Write a file now, name it the last one, and end the process.
+
+    Args:
+        runner: The runner, between two iterations; all ranks come here.
+        sigterm: What they agreed by.
+        samples: Samples of the epoch that are trained already.
+    """
+    hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
+    hook = hooks[0] if hooks else CheckpointHook()
+    folder, name = hook.out_dir or runner.work_dir, STOPPED.format(runner.iter)
+    meta = dict(epoch=runner.epoch, iter=runner.iter)
+    if samples:
+        meta[EPOCH_SAMPLES] = samples
+    runner.save_checkpoint(
+        folder,
+        name,
+        file_client_args=hook.file_client_args,
+        save_param_scheduler=hook.save_param_scheduler,
+        meta=meta,
+        by_epoch=False,
+        backend_args=hook.backend_args,
+    )
+    path = os.path.join(folder, name)
+    if is_main_process():
+        last = os.path.join(runner.work_dir, 'last_checkpoint')
+        write_whole(last, path.encode())
+    sigterm.stop(path)
+
+
 def _name_last_when_whole(hook: Any) -> None:
     """Move ``last_checkpoint`` into place, and remove old files after that.
 
@@ -199,6 +233,8 @@ def _name_last_when_whole(hook: Any) -> None:
                 save(*args, **kwargs)
         finally:
             del checkpoint_hook.open
+        if is_main_process() and os.path.isdir(hook.out_dir):
+            remove_stopped(hook.out_dir)
 
     hook._save_checkpoint_with_step = save_and_name
 

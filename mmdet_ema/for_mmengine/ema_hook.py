@@ -13,6 +13,7 @@ from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from mmdet_ema.averaging.averages import read_count
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.folder import readable
 from mmdet_ema.errors import OptionError, show
@@ -34,7 +35,12 @@ from mmdet_ema.training.options import (
     parse_options,
     show_options,
 )
-from mmdet_ema.training.plan import refuse_second
+from mmdet_ema.training.plan import batch_size_of, refuse_second
+from mmdet_ema.training.sigterm import (
+    EPOCH_SAMPLES,
+    Sigterm,
+    spare_workers,
+)
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -101,6 +107,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         safe_save (bool): Bring each checkpoint to the disk and move it into
             place when it is whole; only then ``last_checkpoint`` names it and
             an old one is removed. Defaults to True.
+        save_on_sigterm (bool): After SIGTERM write a checkpoint at the end of
+            the step, and exit with status 143; ``--resume`` goes on there, in
+            the middle of an epoch too. Defaults to False.
         ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): Compatible option: ``1 - decay``.
@@ -138,6 +147,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
         self._evaluates = self._trained = False
+        self._sigterm = Sigterm(self._log)
+        self._epoch_samples = 0  # of the resumed file
 
     show_options(__init__)
 
@@ -178,12 +189,52 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._trained = False
         self._model = runners.model_of(runner)
         optimizers = runners.optimizers_of(runner)
-        self._life.start(self._model, runners.facts_of(runner), optimizers)
+        skips = self._watch_iterations(runner)
+        facts = runners.facts_of(runner, skips)
+        self._life.start(self._model, facts, optimizers)
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
         self._logger = loggers[0] if loggers else None
         runners.show_distance(runner)
         if self._life.options.safe_save:
             checkpoints.tidy(runner, self._log)
+
+    def _watch_iterations(self, runner: Any) -> int:
+        """Begin in the middle of an epoch, and stop there.
+
+        Returns:
+            How many iterations of the epoch are done already.
+        """
+        samples, self._epoch_samples = self._epoch_samples, 0
+        batch = batch_size_of(runner.train_dataloader) * runner.world_size
+        stops = self._life.options.save_on_sigterm
+
+        def after(done: int) -> None:
+            # every rank asks in every iteration
+            told = stops and self._sigterm.has_come()
+            if told and runners.has_stepped(runner):
+                samples = done * batch
+                checkpoints.save_and_stop(runner, self._sigterm, samples)
+
+        skips: int = samples // batch
+        if skips and not runners.can_skip(runner):
+            self._log.warning(
+                f'EMA: {type(runner.train_loop).__name__} begins the epoch '
+                f'again, of which {skips} iterations are done already.'
+            )
+            skips = 0
+        if stops:
+            self._sigterm.listen()
+            spare_workers(runner.train_dataloader)
+            if runner.val_loop is not None:
+                spare_workers(runner.val_loop.dataloader)
+        if skips or stops:
+            runners.watch_iterations(runner, skips, after)
+        if skips:
+            self._log.info(
+                f'EMA: the first {skips} batches of the epoch are left out: '
+                f'they were trained before the file was written.'
+            )
+        return skips
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
@@ -280,6 +331,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._life.after_iteration(self._iteration)
         self._life.tell_not_recalibrated()
         self._life.finish()
+        self._sigterm.ignore()
         self._trained = True
 
     def before_val_epoch(self, runner: Any) -> None:
@@ -342,6 +394,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._life.choose(checkpoint, model)
         elif runner._resume:
             checkpoints.refuse_foreign(checkpoint, self._log)
+            self._epoch_samples = read_count(
+                checkpoint['meta'], EPOCH_SAMPLES, 0
+            )
             if RAW in self._life.passes[:-1]:
                 rename_history(checkpoint)
             optimizers = runners.optimizers_of(runner)

@@ -30,6 +30,17 @@ class Slow(Hook):
         _sleep(0.01)
 
 
+class Signal(Hook):
+    """Sends SIGTERM to its own process, in an iteration counted from 1."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_train_iter(self, runner, batch_idx=0, data_batch=None):
+        if runner.iter + 1 == self.iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class SlowFile:
     """A file on a slow disk: what is written arrives in pieces."""
 
@@ -77,9 +88,11 @@ def newest(folder):
     return name.read_text() if name.exists() else None
 
 
-def make_run(folder, hooks=(), epochs=EPOCHS, **ema):
+def make_run(folder, hooks=(), iters=None, **ema):
     """Make a run that keeps one file, and one best file."""
     keep = dict(interval=1, max_keep_ckpts=1)
+    if iters:
+        keep.update(interval=4, by_epoch=False)
     best = dict(save_best='score', rule='less')
     if MMCV1:
         options = dict(checkpoint=keep, evaluation=dict(best, interval=1))
@@ -89,11 +102,15 @@ def make_run(folder, hooks=(), epochs=EPOCHS, **ema):
     else:
         hook = dict(type='CheckpointHook', **keep, **best)
         options = dict(hooks=dict(checkpoint=hook))
+        if iters:
+            options['train_cfg'] = dict(
+                by_epoch=False, max_iters=iters, val_interval=4
+            )
     run = Run(
         folder,
         *hooks,
         dict(EMA, **ema),
-        epochs=epochs,
+        epochs=EPOCHS,
         on_evaluation=lambda: _sleep(0.03),
         **options,
     )
@@ -181,9 +198,10 @@ def check_whole(folder):
     return path is not None
 
 
-def assert_equal(folder, other):
+def assert_equal(folder, other, iters=None):
     """Both ended in the same file, bit for bit, and in nothing else."""
-    left, right = (Saved(x / f'epoch_{EPOCHS}.pth') for x in (folder, other))
+    last = f'iter_{iters}.pth' if iters else f'epoch_{EPOCHS}.pth'
+    left, right = Saved(folder / last), Saved(other / last)
     assert [] == same(left.averages, right.averages)
     assert [] == same(left.raws, right.raws)
     assert left.steps == right.steps

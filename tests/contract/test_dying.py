@@ -1,12 +1,18 @@
 """Runs that are killed: nothing is lost, and a resume is exact."""
 
+import functools
 import signal
+from pathlib import Path
 
 import pytest
 
 from mmdet_ema import CheckpointError
 from mmdet_ema.checkpoint.files import TEMPORARY
+from tests.conftest import MMCV1
 from tests.contract import dying
+
+# mmcv's runner begins the data again
+needs_mmengine = pytest.mark.skipif(MMCV1, reason='needs mmengine')
 
 
 def test_killed_at_random_and_resumed(tmp_path):
@@ -36,3 +42,25 @@ def test_killed_in_the_middle_of_a_save(tmp_path, safe):
     else:
         with pytest.raises(CheckpointError, match='cut off'):
             dying.check_whole(tmp_path / 'run')
+
+
+# in an epoch, at the end of one, and where no epochs are counted
+@pytest.mark.parametrize(
+    ('last', 'iters'),
+    [(6, None), (8, None), pytest.param(6, 16, marks=needs_mmengine)],
+)
+def test_sigterm_writes_a_file_and_stops(tmp_path, last, iters):
+    """The run that goes on from it equals one that was not stopped."""
+    part, whole = tmp_path / 'part', tmp_path / 'whole'
+    assert 0 == dying.finish(dying.start(whole, iters=iters))
+    options = dict(save_on_sigterm=True, iters=iters)
+    signal_at = functools.partial(dying.Signal, last)
+    process = dying.start(part, more=[signal_at], **options)
+    assert 143 == dying.finish(process)
+    path = dying.newest(part)
+    assert f'sigterm_iter_{last}.pth' == Path(path).resolve().name
+    assert 0 == dying.finish(dying.start(part, **options))
+    log = part.with_suffix('.log').read_text()
+    left_out = f'first {last % 4 or 4} batches of the epoch are left out'
+    assert (left_out in log) is not (MMCV1 or bool(iters))
+    dying.assert_equal(part, whole, iters)
