@@ -5,16 +5,22 @@ pieces.
 """
 
 import contextlib
+import errno
 import importlib
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from mmdet_ema.checkpoint import files
 from tests.conftest import MMCV1
-from tests.contract.toy import EMA, Hook, Run, Saved, same
+from tests.contract.toy import EMA, Hook, Run, Saved, same, toy
 
 EPOCHS = 4
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -154,7 +160,9 @@ def start(folder, pause=0.1, more=(), **ema):
 def finish(process):
     """Wait for a process; return its exit code."""
     process.join(120)
-    assert process.exitcode is not None, 'it hangs'
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError('it hangs')
     return process.exitcode
 
 
@@ -258,3 +266,90 @@ def kill_often(folder, kills, seed, **ema):
         assert_equal(part, whole)
         found['resumed'] += 1
     return found
+
+
+class FailingModel(toy.ToyModel):
+    """Raises an error on one rank, in training or in an evaluation."""
+
+    def __init__(self, where=''):
+        super().__init__()
+        # gloo reduces no bfloat16
+        self.low = nn.Parameter(torch.ones(4))
+        self.where, self.calls = where, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        where = 'step' if self.training else 'evaluation'
+        if where == self.where and self.calls > 2:
+            raise RuntimeError('planned')
+        return super().forward(*args, **kwargs)
+
+
+def fail_to_write(*args, **kwargs):
+    raise OSError(errno.ENOSPC, 'planned')
+
+
+def train_rank(rank, port, folder, where, more, ema):
+    """Train on one of two ranks; ``where`` it fails."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log = open(folder / f'rank{rank}.log', 'a')  # noqa: SIM115
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+    )
+    time.sleep = lambda seconds: None
+    dist.init_process_group('gloo')
+    model = FailingModel(where if rank == 1 else '')
+    if where == 'save' and rank == 0:
+        files.open = fail_to_write
+    hooks = [*(make() for make in more), dict(EMA, **ema)]
+    if MMCV1:
+        from mmcv.parallel import MMDistributedDataParallel
+        from mmcv.runner import DistEvalHook
+
+        run = toy.Run(
+            folder,
+            *hooks,
+            model=model,
+            wrapped=MMDistributedDataParallel(model, broadcast_buffers=False),
+            loader=toy.loader(seed=rank),
+            evaluation=dict(kind=DistEvalHook, interval=1),
+            runner=dict(max_epochs=EPOCHS),
+        )
+        run.train(resume=newest(folder))
+    else:
+        wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
+        toy.Run(
+            folder,
+            *hooks,
+            model=model,
+            train_dataloader=toy.loader(32),
+            max_epochs=EPOCHS,
+            hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+            launcher='pytorch',
+            cfg=dict(model_wrapper_cfg=wrapper),
+            resume=True,
+        ).train()
+
+
+def train_ranks(folder, where='', more=((), ()), **ema):
+    """Train on two ranks; return their exit codes."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    ranks = [
+        _CONTEXT.Process(
+            target=train_rank,
+            args=(rank, port, folder, where, more[rank], ema),
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    return [finish(process) for process in ranks]

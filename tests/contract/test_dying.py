@@ -10,6 +10,7 @@ from mmdet_ema import CheckpointError
 from mmdet_ema.checkpoint.files import TEMPORARY
 from tests.conftest import MMCV1
 from tests.contract import dying
+from tests.contract.toy import Saved, same
 
 # mmcv's runner begins the data again
 needs_mmengine = pytest.mark.skipif(MMCV1, reason='needs mmengine')
@@ -64,3 +65,35 @@ def test_sigterm_writes_a_file_and_stops(tmp_path, last, iters):
     left_out = f'first {last % 4 or 4} batches of the epoch are left out'
     assert (left_out in log) is not (MMCV1 or bool(iters))
     dying.assert_equal(part, whole, iters)
+
+
+@pytest.mark.parametrize('where', ['step', 'evaluation', 'save'])
+def test_exception_on_one_rank_hangs_nobody(tmp_path, where):
+    """The other one ends as well, and what was written can be resumed."""
+    codes = dying.train_ranks(tmp_path / 'run', where)
+    assert 0 not in codes
+    assert dying.check_whole(tmp_path / 'run') is (where == 'evaluation')
+    log = tmp_path / 'run' / f'rank{int(where != "save")}.log'
+    assert 'planned' in log.read_text()
+
+
+def test_sigterm_to_one_rank_stops_both(tmp_path):
+    """They agree on the step; the resumed run equals one without it."""
+    part, whole = tmp_path / 'part', tmp_path / 'whole'
+    assert [0, 0] == dying.train_ranks(whole)
+    more = [], [functools.partial(dying.Signal, 6)]
+    options = dict(save_on_sigterm=True)
+    assert [143, 143] == dying.train_ranks(part, more=more, **options)
+    assert ['sigterm_iter_7.pth'] == [x.name for x in part.glob('sigterm*')]
+    assert [0, 0] == dying.train_ranks(part, **options)
+    left, right = (
+        Saved(x / f'epoch_{dying.EPOCHS}.pth') for x in (part, whole)
+    )
+    assert left.steps == right.steps
+    # each rank has statistics of its own, and a file those of rank 0
+    differing = [
+        *same(left.averages, right.averages),
+        *same(left.raws, right.raws),
+    ]
+    assert [] == [name for name in differing if 'running' not in name]
+    assert [] == list(part.glob('sigterm*'))
