@@ -8,6 +8,7 @@ import pytest
 
 from mmdet_ema import CheckpointError
 from mmdet_ema.checkpoint.files import TEMPORARY
+from mmdet_ema.checkpoint.folder import newest_readable
 from tests.conftest import MMCV1
 from tests.contract import dying
 from tests.contract.toy import Saved, same
@@ -43,6 +44,9 @@ def test_killed_in_the_middle_of_a_save(tmp_path, safe):
     else:
         with pytest.raises(CheckpointError, match='cut off'):
             dying.check_whole(tmp_path / 'run')
+        # mmengine has removed the first file by now
+        left = newest_readable(str(tmp_path / 'run'))
+        assert (left is not None) is MMCV1
 
 
 # in an epoch, at the end of one, and where no epochs are counted
