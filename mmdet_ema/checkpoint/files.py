@@ -187,16 +187,15 @@ def _sync(handle: int) -> None:
 def _not_written(error: OSError, path: str, size: int) -> OSError:
     """Say what an error while a file was written means for a run."""
     reason = f'{path} was not written: {error.strerror or error}'
+    remedy = ''
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(os.path.dirname(path)).free
         reason += (
             f' ({size / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free)'
         )
-    return OSError(
-        error.errno,
-        f'{reason}. The checkpoints before it are as they were: make room, '
-        f'and resume.',
-    )
+        remedy = ' Make room, and resume.'
+    said = f'{reason}. The files before it are as they were.{remedy}'
+    return OSError(error.errno, said)
 
 
 class _RefusedError(Exception):

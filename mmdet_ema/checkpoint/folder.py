@@ -146,7 +146,7 @@ def readable(path: str, folder: str, chosen: bool, log: Any) -> str:
         read_structure(path)
         return path
     except CheckpointError as error:
-        own = os.path.dirname(path)
+        own = os.path.dirname(os.path.abspath(path)) if path else folder
         newest = newest_readable(own if os.path.isdir(own) else folder)
         if newest is None:
             raise
@@ -161,11 +161,9 @@ def readable(path: str, folder: str, chosen: bool, log: Any) -> str:
 
 def newest_readable(folder: str) -> Optional[str]:
     """Return the newest file that can be read and resumed from, if any."""
-    paths = [
-        entry.path
-        for entry in os.scandir(folder)
-        if entry.name.endswith('.pth') and entry.is_file(follow_symlinks=False)
-    ]
+    names = os.listdir(folder) if folder else []
+    paths = [os.path.join(folder, x) for x in names if x.endswith('.pth')]
+    paths = [x for x in paths if os.path.isfile(x) and not os.path.islink(x)]
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
             found = read_structure(path)

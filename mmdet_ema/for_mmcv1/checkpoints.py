@@ -56,7 +56,7 @@ def watch_loading(runner: Any, ema: Any) -> None:
             path = os.path.expanduser(path)
             chosen = not _is_automatic(runner, path)
             call.arguments['checkpoint'] = readable(
-                path, runner.work_dir or '.', chosen, ema.log
+                path, runner.work_dir or '', chosen, ema.log
             )
         resumes = True
         try:

@@ -227,7 +227,7 @@ def _name_last_when_whole(hook: Any) -> None:
 
     @functools.wraps(save)
     def save_and_name(*args: Any, **kwargs: Any) -> None:
-        checkpoint_hook.open = _Whole
+        checkpoint_hook.open = _open_whole
         try:
             with hook.file_backend.held():
                 save(*args, **kwargs)
@@ -239,12 +239,15 @@ def _name_last_when_whole(hook: Any) -> None:
     hook._save_checkpoint_with_step = save_and_name
 
 
+def _open_whole(path: str, mode: str = 'r', *more: Any, **named: Any) -> Any:
+    return _Whole(path) if mode == 'w' else open(path, mode, *more, **named)
+
+
 class _Whole(io.StringIO):
     """A text file that is moved into place when all of it is written."""
 
-    def __init__(self, path: str, mode: str):
+    def __init__(self, path: str):
         super().__init__()
-        assert mode == 'w'
         self._path = path
 
     def __exit__(self, kind: Any, *error: Any) -> None:

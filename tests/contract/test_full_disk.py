@@ -16,6 +16,8 @@ from tests.conftest import MMCV1
 from tests.contract.dying import check_whole, newest
 from tests.contract.toy import EMA, Hook, Run, same
 
+needs_mmengine = pytest.mark.skipif(MMCV1, reason='needs mmengine')
+
 
 @pytest.fixture
 def disk(tmp_path):
@@ -121,6 +123,16 @@ def test_newest_file_that_cannot_be_read(cut_off):
     assert 'WARNING' in run.log
     assert f"resumes from '{first}' instead" in run.log
     assert check_whole(cut_off)
+
+
+@needs_mmengine
+def test_last_checkpoint_that_is_empty(tmp_path):
+    """A loss of power can leave it so; the newest file is found."""
+    Run(tmp_path, EMA).train()
+    (tmp_path / 'last_checkpoint').write_text('')
+    run = resume(tmp_path).train()
+    assert 4 == len(run.records)
+    assert f"resumes from '{tmp_path / 'epoch_2.pth'}' instead" in run.log
 
 
 def test_file_of_that_name_that_cannot_be_read(cut_off):

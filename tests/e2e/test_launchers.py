@@ -18,8 +18,8 @@ model_wrapper_cfg = dict(
     type='MMDistributedDataParallel',
     device_ids=None,
     broadcast_buffers=True)
-train_cfg = dict(val_interval=4)
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
+train_cfg.update(val_interval=4)
+default_hooks['checkpoint'].update(max_keep_ckpts=1)
 _base_.custom_hooks.append(dict(type='DiesOnceHook', mark={mark!r}))
 """
 
