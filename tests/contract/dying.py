@@ -227,18 +227,21 @@ def assert_equal(folder, other, iters=None):
     ]
 
 
-def kill_often(folder, kills, seed, **ema):
+def kill_often(folder, kills, seed, whole, **ema):
     """Kill runs at random moments, and resume them; compare each.
+
+    Args:
+        folder: Where they are.
+        kills: How often.
+        seed: Of the random moments.
+        whole: Folder and seconds of a run that was not killed.
+        **ema: Options of the hook.
 
     Returns:
         Counts: kills, runs that went to their end, kills in a save.
     """
     draw = random.Random(seed)
-    whole = folder / 'whole'
-    process = start(whole, **ema)
-    begun = time.time()
-    assert 0 == finish(process)
-    duration = time.time() - begun
+    whole, duration = whole
     found = dict(kills=0, resumed=0, in_a_save=0)
     while found['kills'] < kills:
         part = folder / f'part{found["resumed"]}'
