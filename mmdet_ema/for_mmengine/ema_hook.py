@@ -394,13 +394,13 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._life.choose(checkpoint, model)
         elif runner._resume:
             checkpoints.refuse_foreign(checkpoint, self._log)
-            self._epoch_samples = read_count(
-                checkpoint['meta'], EPOCH_SAMPLES, 0
-            )
             if RAW in self._life.passes[:-1]:
                 rename_history(checkpoint)
             optimizers = runners.optimizers_of(runner)
             self._life.resume(checkpoint, model, optimizers)
+            self._epoch_samples = read_count(
+                checkpoint['meta'], EPOCH_SAMPLES, 0
+            )
         else:
             self._life.fine_tune(checkpoint, model)
 
