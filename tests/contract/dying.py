@@ -94,7 +94,7 @@ def newest(folder):
     return name.read_text() if name.exists() else None
 
 
-def make_run(folder, hooks=(), iters=None, **ema):
+def make_run(folder, hooks=(), iters=None, accumulation=1, **ema):
     """Make a run that keeps one file, and one best file."""
     keep = dict(interval=1, max_keep_ckpts=1)
     if iters:
@@ -117,6 +117,7 @@ def make_run(folder, hooks=(), iters=None, **ema):
         *hooks,
         dict(EMA, **ema),
         epochs=EPOCHS,
+        accumulation=accumulation,
         on_evaluation=lambda: _sleep(0.03),
         **options,
     )

@@ -60,19 +60,25 @@ def test_killed_in_the_middle_of_a_save(tmp_path, safe):
         assert (left is not None) is MMCV1
 
 
-# in an epoch, at the end of one, and where no epochs are counted
+# in an epoch, at the end of one, before a step of two iterations is done, and
+# where no epochs are counted
 @pytest.mark.parametrize(
-    ('last', 'iters'),
-    [(6, None), (8, None), pytest.param(6, 16, marks=needs_mmengine)],
+    ('at', 'last', 'more'),
+    [
+        (6, 6, {}),
+        (8, 8, {}),
+        (5, 6, dict(accumulation=2)),
+        pytest.param(6, 6, dict(iters=16), marks=needs_mmengine),
+    ],
 )
-def test_sigterm_writes_a_file_and_stops(tmp_path, whole, last, iters):
+def test_sigterm_writes_a_file_and_stops(tmp_path, whole, at, last, more):
     """The run that goes on from it equals one that was not stopped."""
     part, other = tmp_path / 'part', whole[0]
-    if iters:
+    if more:
         other = tmp_path / 'whole'
-        assert 0 == dying.finish(dying.start(other, iters=iters))
-    options = dict(save_on_sigterm=True, iters=iters)
-    signal_at = functools.partial(dying.Signal, last)
+        assert 0 == dying.finish(dying.start(other, **more))
+    options = dict(more, save_on_sigterm=True)
+    signal_at = functools.partial(dying.Signal, at)
     process = dying.start(part, more=[signal_at], **options)
     assert 143 == dying.finish(process)
     path = dying.newest(part)
@@ -80,8 +86,8 @@ def test_sigterm_writes_a_file_and_stops(tmp_path, whole, last, iters):
     assert 0 == dying.finish(dying.start(part, **options))
     log = part.with_suffix('.log').read_text()
     left_out = f'first {last % 4 or 4} batches of the epoch are left out'
-    assert (left_out in log) is not (MMCV1 or bool(iters))
-    dying.assert_equal(part, other, iters)
+    assert (left_out in log) is not (MMCV1 or 'iters' in more)
+    dying.assert_equal(part, other, more.get('iters'))
 
 
 @pytest.mark.parametrize('where', ['step', 'evaluation', 'save'])
