@@ -107,7 +107,9 @@ def remove_leftovers(folders: Iterable[str], log: Any) -> None:
             continue
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
-            if name.startswith('.') and name.endswith(TEMPORARY):
+            if not (name.startswith('.') and name.endswith(TEMPORARY)):
+                continue
+            with contextlib.suppress(OSError):  # of another user, say
                 if not os.path.islink(path):
                     with open(path, 'r+b') as file:
                         if not lock(file):
