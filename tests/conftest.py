@@ -35,3 +35,12 @@ if not has('mmdet'):
     collect_ignore_glob += ['benchmarks', 'e2e', 'mmcv1_tools', 'optimizers']
 if not has('mmdet3d'):
     collect_ignore_glob += ['mmdet3d', 'mmdet3d_mmcv1']
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes long unless it is asked for: ``-m slow``."""
+    if 'slow' in config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker('slow')]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)

@@ -8,10 +8,12 @@ checksum.
 from __future__ import annotations
 
 import _compat_pickle
+import errno
 import importlib
 import io
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -24,11 +26,18 @@ from torch import Tensor
 
 from mmdet_ema.errors import CheckpointError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 UNSAFE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 LOADS_SAFELY = torch.torch_version.TorchVersion(torch.__version__) >= '2.6'
 """Whether ``torch.load`` has ``weights_only=True`` by default."""
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
 STATISTICS = ('current', 'max', 'mean', 'min')
+TEMPORARY = '.mmdet_ema'
+"""Ends the name of a file that is being written."""
 
 _WRITE = 'give the path of a .pth file that a training run wrote'
 _LEGACY = 0x1950A86A20F9469CFC6C  # the number that files before torch 1.6 have
@@ -114,53 +123,79 @@ def read_structure(path: str) -> Mapping[str, Any]:
 def write_whole(path: str, content: bytes) -> None:
     """Write a file under a temporary name, and move it into place.
 
-    A file of that name is replaced; a link is followed.
+    A file of that name is replaced; a link is followed. Once this returns, the
+    file is on the disk, not only in the memory of the machine.
+
+    Raises:
+        OSError: If there is no room, say: what was there before is as it was.
     """
     path = os.path.realpath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f'{path}.{os.getpid()}.tmp'
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    # hidden, so that nothing that looks for checkpoints finds it
+    temporary = os.path.join(folder, f'.{name}.{os.getpid()}{TEMPORARY}')
     try:
         with open(temporary, 'wb') as file:
+            lock(file)
             file.write(content)
-        os.replace(temporary, path)
+            file.flush()
+            _sync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        raise _not_written(error, path, len(content)) from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+    sync_folder(folder)
 
 
-class RemovesLater:
-    """A file backend that removes a file when the next one is written.
+def lock(file: Any) -> bool:
+    """Lock a file as long as this process has it open.
 
-    Hooks remove the last best file before they write the next: a run that is
-    killed in between would be left without. Files that are not local are
-    removed at once.
+    Returns:
+        False if another process has locked it, or if that cannot be known.
     """
-
-    def __init__(self, backend: Any):
-        self._backend = backend
-        self._removals: List[Tuple[Any, Any]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def remove(self, path: Any) -> None:
-        """Note what is to be removed."""
-        if os.path.isfile(path):
-            self._removals.append((path, _moment_of(path)))
-        else:
-            self._backend.remove(path)
-
-    def finish(self) -> None:
-        """Remove it, unless the next file has taken its place."""
-        for path, moment in self._removals:
-            if os.path.isfile(path) and _moment_of(path) == moment:
-                self._backend.remove(path)
-        self._removals.clear()
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
-def _moment_of(path: Any) -> Any:
-    status = os.stat(path)
-    return status.st_ino, status.st_mtime_ns
+def sync_folder(folder: str) -> None:
+    """Bring the names in a folder to the disk."""
+    if os.name != 'posix':
+        return  # it cannot be opened there
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _sync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # some file systems have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
+def _not_written(error: OSError, path: str, size: int) -> OSError:
+    """Say what an error while a file was written means for a run."""
+    reason = f'{path} was not written: {error.strerror or error}'
+    remedy = ''
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(os.path.dirname(path)).free
+        reason += (
+            f' ({size / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free)'
+        )
+        remedy = ' Make room, and resume.'
+    said = f'{reason}. The files before it are as they were.{remedy}'
+    return OSError(error.errno, said)
 
 
 class _RefusedError(Exception):

@@ -138,7 +138,7 @@ def _run_tool(
     cfg = Config.fromfile(path)
     tool = find_tool(scope_of(cfg, path), name)
     told = edit(cfg)  # what is wrong is refused before the tool starts
-    if told and os.environ.get('RANK', '0') == '0':
+    if told and _is_first():
         print(f'mmdet-ema: {told}', flush=True)
     read, argv = Config.fromfile, sys.argv
 
@@ -154,6 +154,13 @@ def _run_tool(
         runpy.run_path(str(tool), run_name='__main__')
     finally:
         Config.fromfile, sys.argv = staticmethod(read), argv
+
+
+def _is_first() -> bool:
+    """Return whether this is the first rank, as torchrun, Slurm or MPI say."""
+    ranks = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+    found = [os.environ[name] for name in ranks if name in os.environ]
+    return (found or ['0'])[0] == '0'
 
 
 def scope_of(cfg: Any, path: str) -> str:

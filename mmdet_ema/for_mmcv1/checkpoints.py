@@ -10,24 +10,31 @@ import contextlib
 import functools
 import inspect
 import os
-from typing import Any, Callable, Dict, Iterator, Optional
+import re
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmcv import Config
 from mmcv.fileio.file_client import HardDiskBackend
+from mmcv.runner import CheckpointHook, EvalHook
 from mmcv.runner import checkpoint as mmcv_checkpoint
 
 from mmdet_ema.checkpoint.deployed_config import (
     TRAINING_CONFIG,
     without_package,
 )
-from mmdet_ema.checkpoint.files import (
+from mmdet_ema.checkpoint.files import read_structure, write_whole
+from mmdet_ema.checkpoint.folder import (
+    STOPPED,
     RemovesLater,
-    read_structure,
-    write_whole,
+    link_whole,
+    newer_best,
+    readable,
+    remove_leftovers,
 )
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
 from mmdet_ema.for_mmcv1.runner import wrap_once
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Method = Callable[..., Any]
 
@@ -44,6 +51,13 @@ def watch_loading(runner: Any, ema: Any) -> None:
         if location == 'default' and not torch.cuda.is_available():
             # IterBasedRunner wants a GPU
             call.arguments['map_location'] = 'cpu'
+        path = call.arguments.get('checkpoint')
+        if isinstance(path, str) and '://' not in path:
+            path = os.path.expanduser(path)
+            chosen = not _is_automatic(runner, path)
+            call.arguments['checkpoint'] = readable(
+                path, runner.work_dir or '', chosen, ema.log
+            )
         resumes = True
         try:
             method(*call.args, **call.kwargs)
@@ -64,6 +78,16 @@ def watch_loading(runner: Any, ema: Any) -> None:
 
     wrap_once(runner, 'resume', resume)
     wrap_once(runner, 'load_checkpoint', load)
+
+
+def _is_automatic(runner: Any, path: str) -> bool:
+    """Return whether the newest file was asked for, not one by its name."""
+    # mmdet 2 takes another one where there is no such link
+    config = str((runner.meta or {}).get('config', ''))
+    return os.path.basename(path) == 'latest.pth' or bool(
+        re.search(r'^auto_resume *= *True', config, re.MULTILINE)
+        and not re.search(r'^resume_from *= *[^N]', config, re.MULTILINE)
+    )
 
 
 @contextlib.contextmanager
@@ -115,9 +139,6 @@ def with_ema_part(
             if name.startswith(prefix) and plain in weights:
                 state[name] = weights[plain]
 
-    def put_whole(backend: Any, content: bytes, path: Any) -> None:
-        write_whole(str(path), content)
-
     meta = runner.meta = dict(before or {})
     messages = meta.setdefault('hook_msgs', {})
     text = meta.get('config')
@@ -125,17 +146,10 @@ def with_ema_part(
     if isinstance(text, str) and text != resumed:
         meta.update({TRAINING_CONFIG: text, 'config': _deployed(text)})
     handle = model._register_state_dict_hook(replace)
-    put = HardDiskBackend.put
     try:
         put_message(messages, checkpoint)
-        HardDiskBackend.put = put_whole
         yield
-        for hook in runner.hooks:
-            client = getattr(hook, 'file_client', None)
-            if isinstance(client, RemovesLater):
-                client.finish()
     finally:
-        HardDiskBackend.put = put
         handle.remove()
         messages.pop(MESSAGE, None)
         runner.meta = before
@@ -151,9 +165,92 @@ def _deployed(text: str) -> str:
         return text
 
 
-def remove_later(runner: Any) -> None:
-    """Let hooks remove a file only when the next one is written."""
+def save_whole(runner: Any, method: Method, *args: Any, **kwargs: Any) -> None:
+    """Call a runner's ``save_checkpoint``; move its files into place.
+
+    Old files, and the link to the newest one, go when the new one is there.
+    """
+    call = inspect.signature(method).bind(*args, **kwargs)
+    call.apply_defaults()
+    # mmcv removes the link before it makes the next
+    links = os.name == 'posix' and call.arguments.get('create_symlink', False)
+    if links:
+        call.arguments['create_symlink'] = False
+    written: List[str] = []
+
+    def put_whole(backend: Any, content: bytes, path: Any) -> None:
+        write_whole(str(path), content)
+        written.append(str(path))
+
+    put = HardDiskBackend.put
+    HardDiskBackend.put = put_whole
+    try:
+        method(*call.args, **call.kwargs)
+    finally:
+        HardDiskBackend.put = put
+    if links and written:
+        folder, name = os.path.split(written[-1])
+        link_whole(name, os.path.join(folder, 'latest.pth'))
     for hook in runner.hooks:
         client = getattr(hook, 'file_client', None)
-        if client is not None and not isinstance(client, RemovesLater):
+        if isinstance(client, RemovesLater):
+            client.finish()
+
+
+def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
+    """Write a file now, name it the latest one, and end the process.
+
+    Args:
+        runner: The runner, at the end of an iteration; all ranks come here.
+        sigterm: What they agreed by.
+        samples: Samples of the epoch that are trained already.
+    """
+    hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
+    folder = (hooks[0].out_dir if hooks else None) or runner.work_dir
+    name, meta = STOPPED.format(runner.iter + 1), {}
+    if samples:
+        # the runner takes the epoch for done, and the iteration for not
+        runner._epoch, runner._iter = runner.epoch - 1, runner.iter + 1
+        meta[EPOCH_SAMPLES] = samples
+    if runner.rank == 0:
+        runner.save_checkpoint(folder, filename_tmpl=name, meta=meta)
+    sigterm.stop(os.path.join(folder, name))
+
+
+def remove_later(runner: Any) -> None:
+    """Let ``EvalHook`` remove the last best file when the next is written."""
+    for hook in runner.hooks:
+        client = getattr(hook, 'file_client', None)
+        ready = isinstance(hook, EvalHook) and client is not None
+        if ready and not isinstance(client, RemovesLater):
             hook.file_client = RemovesLater(client)
+
+
+def tidy(runner: Any, log: Any) -> None:
+    """Tidy up after a run that was killed between two of its files."""
+    folders = {getattr(hook, 'out_dir', None) for hook in runner.hooks}
+    if runner.rank == 0:
+        remove_leftovers(filter(None, {*folders, runner.work_dir}), log)
+    told = (runner.meta or {}).get('hook_msgs', {})
+    for hook in runner.hooks:
+        if not isinstance(hook, EvalHook) or not hook.save_best:
+            continue
+        known = told.get('best_ckpt')
+        folder = hook.out_dir or runner.work_dir
+        if not folder or not os.path.isdir(folder):
+            continue
+        newer = newer_best(folder, known, runner.iter, _best_of)
+        if newer is not None:
+            told.update(best_ckpt=newer[0], best_score=newer[1])
+            hook.best_ckpt_path = newer[0]
+            log.info(
+                f'EMA: {newer[0]} (score {newer[1]:.4f}) was written after '
+                f'the file that is resumed: it is the best one.'
+            )
+            if known and runner.rank == 0 and os.path.isfile(known):
+                os.unlink(known)
+
+
+def _best_of(content: Any) -> Tuple[str, float]:
+    told = content['meta']['hook_msgs']
+    return told['best_ckpt'], told['best_score']

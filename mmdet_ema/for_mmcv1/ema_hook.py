@@ -18,6 +18,7 @@ from mmcv.runner import (
 )
 from mmcv.runner.checkpoint import get_state_dict
 
+from mmdet_ema.averaging.averages import read_count
 from mmdet_ema.checkpoint.format import EMA
 from mmdet_ema.checkpoint.mmcv1 import (
     HOLDS,
@@ -32,7 +33,12 @@ from mmdet_ema.checkpoint.mmcv1 import (
 from mmdet_ema.checks import check_choice, check_path
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmcv1 import runner as runners
-from mmdet_ema.for_mmcv1.checkpoints import remove_later, with_ema_part
+from mmdet_ema.for_mmcv1.checkpoints import (
+    remove_later,
+    save_and_stop,
+    tidy,
+    with_ema_part,
+)
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
@@ -40,6 +46,11 @@ from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import RAW, show_options
 from mmdet_ema.training.plan import check_begin, refuse_second
+from mmdet_ema.training.sigterm import (
+    EPOCH_SAMPLES,
+    Sigterm,
+    spare_workers,
+)
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -94,6 +105,12 @@ class EMAHook(Hook):  # type: ignore[misc]
         recalibrate (int): Batches of training data that the BatchNorm
             statistics of the deployed averages are estimated from again at
             the end; the better ones are kept. Defaults to 0, not at all.
+        safe_save (bool): Bring each checkpoint to the disk and move it into
+            place when it is whole; only then ``latest.pth`` names it and an
+            old best one is removed. Defaults to True.
+        save_on_sigterm (bool): After SIGTERM write a checkpoint at the end of
+            the step, and exit with status 143; a resume goes on there, in
+            the middle of an epoch too. Defaults to False.
         ema_type (str, optional): An averaging class of mmengine.
         momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
             with its warm-up.
@@ -148,6 +165,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         # iterations: of the last step that may be averaged, whose optimizer's
         # turn is over, that are in the file
         self._iteration = self._trained = self._saved_iteration = 0
+        self._sigterm = Sigterm(self.log)
+        # batches that are left out: they were trained before the resume
+        self.skips = self._epoch_samples = 0
         self._resumed_from = ''
         self._config: Optional[str] = None
         self._in_hook = self._stays_raw = False
@@ -181,6 +201,11 @@ class EMAHook(Hook):  # type: ignore[misc]
                     f'counts epochs (EpochBasedRunner); leave it out.'
                 )
             watch_hooks(runner, self)
+            if self.options.save_on_sigterm:
+                self._sigterm.listen()
+                spare_workers(self.train_loader)
+                for hook in runner.hooks:
+                    spare_workers(getattr(hook, 'dataloader', None))
         path = self._resume_from
         if path is not None and not runner.iter:
             runner.resume(path)
@@ -227,9 +252,23 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_run(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
+        if self.enabled and self.options.safe_save and not self._started:
+            tidy(runner, self.log)  # a run that had ended is resumed
         self.catch_up()
         self._life.tell_not_recalibrated()
         self._life.finish()
+        self._sigterm.ignore()
+
+    def after_iteration(self, runner: Any) -> None:
+        """Stop if SIGTERM has come; every hook of the iteration was called."""
+        if not self.options.save_on_sigterm or not self._sigterm.has_come():
+            return
+        facts = runners.facts_of(runner, self.train_loader)
+        # gradients that wait for a step are in no file
+        if (runner.iter + 1) % facts.accumulation == 0:
+            done = runner.inner_iter + 1 if facts.by_epoch else 0
+            samples = done * facts.batch_size * facts.world_size
+            save_and_stop(runner, self._sigterm, samples)
 
     def after_read_checkpoint(
         self, runner: Any, checkpoint: Any, filename: str, resumes: bool
@@ -245,6 +284,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             return
         optimizers = runners.optimizers_of(runner)
         self._life.resume(checkpoint, model, optimizers)
+        meta = checkpoint.get('meta', {})
+        self._epoch_samples = read_count(meta, EPOCH_SAMPLES, 0)
+        meta.pop(EPOCH_SAMPLES, None)  # the runner takes it into later files
         self._config = take_program(checkpoint)
         self._resumed_from = filename
 
@@ -416,13 +458,29 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self._started:
             return
         self._started = True
-        remove_later(runner)
+        if self.options.safe_save:
+            remove_later(runner)
+            tidy(runner, self.log)
+        facts = runners.facts_of(runner, self.train_loader)
+        samples, self._epoch_samples = self._epoch_samples, 0
+        self.skips = samples // (facts.batch_size * facts.world_size)
+        if self.skips and not runners.can_skip(runner):
+            self.log.warning(
+                f'EMA: {type(runner).__name__} begins the epoch again, of '
+                f'which {self.skips} iterations are done already.'
+            )
+            self.skips = 0
+        elif self.skips:
+            self.log.info(
+                f'EMA: the first {self.skips} batches of the epoch are left '
+                f'out: they were trained before the file was written.'
+            )
         self._steps_alone = not any(
             isinstance(hook, OptimizerHook) for hook in runner.hooks
         )
         self._life.start(
             runners.model_of(runner),
-            runners.facts_of(runner, self.train_loader),
+            facts,
             runners.optimizers_of(runner),
         )
 

@@ -10,7 +10,7 @@ import types
 from typing import Any, Callable, List, Mapping, Tuple
 
 from mmcv.parallel import is_module_wrapper
-from mmcv.runner import DistEvalHook, EvalHook
+from mmcv.runner import DistEvalHook, EpochBasedRunner, EvalHook
 from mmcv.utils.logging import logger_initialized
 from torch import nn
 from torch.optim import Optimizer
@@ -62,6 +62,12 @@ def optimizers_of(runner: Any) -> List[Optimizer]:
     """Return every optimizer of the run."""
     found = runner.optimizer
     return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def can_skip(runner: Any) -> bool:
+    """Return whether an epoch can begin in its middle."""
+    own = EpochBasedRunner.train
+    return getattr(type(runner), 'train', None) is own
 
 
 def choose_by(hook: Any, metrics: Mapping[str, Any]) -> Tuple[str, bool]:

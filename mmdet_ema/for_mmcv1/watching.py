@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import types
 from typing import Any, Callable, ContextManager, Dict
 
@@ -21,8 +22,9 @@ from mmcv.runner import (
 )
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdet_ema.checkpoint.folder import remove_stopped
 from mmdet_ema.errors import OptionError, show
-from mmdet_ema.for_mmcv1.checkpoints import watch_loading
+from mmdet_ema.for_mmcv1.checkpoints import save_whole, watch_loading
 from mmdet_ema.for_mmcv1.runner import wrap_once
 from mmdet_ema.training.metrics import (
     add_metrics,
@@ -51,7 +53,7 @@ def watch(runner: Any, ema: Any) -> None:
     watch_loading(runner, ema)
     if not ema.enabled:
         return
-    runs = False
+    runs = skipped = False
 
     def run(method: Method, *args: Any, **kwargs: Any) -> Any:
         nonlocal runs
@@ -69,8 +71,17 @@ def watch(runner: Any, ema: Any) -> None:
 
     def call_hook(method: Method, moment: str) -> Any:
         """Show the averages to all hooks between two epochs, in any order."""
+        nonlocal skipped
         if moment in _TRAINS:
             ema.show_raw()
+        if moment == 'before_train_iter' and ema.skips:
+            return None
+        if moment == 'after_train_iter':
+            if not skipped:
+                method(moment)
+                ema.after_iteration(runner)
+            skipped = False
+            return None
         if moment not in _EPOCH_IS_OVER:
             return method(moment)
         if moment == 'after_train_epoch':
@@ -79,17 +90,35 @@ def watch(runner: Any, ema: Any) -> None:
         with ema.evaluating(runner, holds=runs):
             return method(moment)
 
+    def run_iter(method: Method, *args: Any, **kwargs: Any) -> None:
+        """Leave out what was trained before the resume."""
+        nonlocal skipped
+        if ema.skips and runner.mode == 'train':
+            ema.skips -= 1
+            skipped = True
+            runner._iter -= 1  # the runner counts it
+        else:
+            method(*args, **kwargs)
+
     def register_hook(method: Method, *args: Any, **kwargs: Any) -> None:
         """Watch hooks that are registered in mid-run, too."""
         method(*args, **kwargs)
         if runs:
             watch_hooks(runner, ema)
 
+    def save(method: Method, *args: Any, **kwargs: Any) -> None:
+        if ema.options.safe_save:
+            method = functools.partial(save_whole, runner, method)
+        with ema.saving(runner):
+            method(*args, **kwargs)
+
     wrap_once(runner, 'run', run)
     wrap_once(runner, 'call_hook', call_hook)
+    if hasattr(runner, 'run_iter'):
+        wrap_once(runner, 'run_iter', run_iter)
     wrap_once(runner, 'register_hook', register_hook)
     wrap_once(runner, 'val', _inside(lambda: ema.evaluating(runner)))
-    wrap_once(runner, 'save_checkpoint', _inside(lambda: ema.saving(runner)))
+    wrap_once(runner, 'save_checkpoint', save)
 
 
 def watch_hooks(runner: Any, ema: Any) -> None:
@@ -114,9 +143,16 @@ def _watch_hook(runner: Any, ema: Any, hook: Any) -> None:
     elif isinstance(hook, OptimizerHook):
         wrap_once(hook, 'after_train_iter', step)
     elif isinstance(hook, CheckpointHook):
-        # all ranks come here, one writes
-        equal = _after(lambda: ema.make_equal(runner, hook.by_epoch))
-        wrap_once(hook, '_save_checkpoint', equal)
+
+        def save(method: Method, *args: Any, **kwargs: Any) -> None:
+            # all ranks come here, one writes
+            ema.make_equal(runner, hook.by_epoch)
+            method(*args, **kwargs)
+            folder = hook.out_dir or ''
+            if runner.rank == 0 and os.path.isdir(folder):
+                remove_stopped(folder)
+
+        wrap_once(hook, '_save_checkpoint', save)
     elif isinstance(hook, LoggerHook):
         # on every rank: some loggers log on one of them
         wrap_once(hook, 'after_train_iter', _after(ema.catch_up))

@@ -8,15 +8,19 @@ best file before it writes the next.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import os
 import pickle
 from typing import Any, Dict, List, MutableMapping
 
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, checkpoint_hook
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
@@ -27,8 +31,15 @@ from mmdet_ema.checkpoint.deployed_config import (
 from mmdet_ema.checkpoint.files import (
     LOADS_SAFELY,
     STATISTICS,
-    RemovesLater,
+    read_structure,
     write_whole,
+)
+from mmdet_ema.checkpoint.folder import (
+    STOPPED,
+    RemovesLater,
+    newer_best,
+    remove_leftovers,
+    remove_stopped,
 )
 from mmdet_ema.checkpoint.format import check_names, plain_name
 from mmdet_ema.checkpoint.weights_only import (
@@ -38,6 +49,7 @@ from mmdet_ema.checkpoint.weights_only import (
     to_plain,
 )
 from mmdet_ema.errors import CheckpointError
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Checkpoint = MutableMapping[str, Any]
 
@@ -79,13 +91,14 @@ def _statistics_method(owner: Any, name: str) -> Any:
     )
 
 
-def keep_files_whole(runner: Any) -> None:
+def save_safely(runner: Any) -> None:
     """Let a runner move its files into place, and remove old ones then."""
     for hook in runner.hooks:
         backend = getattr(hook, 'file_backend', None)
         ready = isinstance(hook, CheckpointHook) and backend is not None
         if ready and not isinstance(backend, RemovesLater):
             hook.file_backend = RemovesLater(backend)
+            _name_last_when_whole(hook)
     if 'save_checkpoint' in vars(runner):
         return
     save = runner.save_checkpoint
@@ -107,6 +120,140 @@ def keep_files_whole(runner: Any) -> None:
                 backend.finish()
 
     runner.save_checkpoint = save_whole
+
+
+def tidy(runner: Any, log: Any) -> None:
+    """Tidy up after a run that was killed between two of its files."""
+    hub, is_main = runner.message_hub, runner.rank == 0
+    for hook in runner.hooks:
+        if not isinstance(hook, CheckpointHook):
+            continue
+        folder = runner.work_dir
+        if hook.out_dir not in (None, folder):
+            name = os.path.basename(folder.rstrip(os.sep))
+            folder = os.path.join(str(hook.out_dir), name)
+        if not os.path.isdir(folder):
+            continue  # of a server
+        if is_main:
+            remove_leftovers([folder, runner.work_dir], log)
+        if not (runner._resume and runner.iter):
+            continue
+        names = hook.key_indicators if hook.save_best else []
+        for name in names:
+            end = f'_{name}' if len(names) > 1 else ''
+            keys = [f'best_ckpt{end}', f'best_score{end}']
+            known = hub.runtime_info.get(keys[0])
+            told = functools.partial(_info_of, keys=keys)
+            newer = newer_best(folder, known, runner.iter, told)
+            if newer is None:
+                continue
+            for key, value in zip(keys, newer):
+                hub.update_info(key, value)
+            log.info(
+                f'EMA: {newer[0]} (score {newer[1]:.4f}) was written after '
+                f'the file that is resumed: it is the best one.'
+            )
+            if known and is_main and os.path.isfile(known):
+                os.unlink(known)
+        if hook.max_keep_ckpts > 0 and is_main:
+            kept = hub.runtime_info.get('keep_ckpt_ids', [])
+            _remove_unkept(folder, hook.filename_tmpl, kept, log)
+
+
+def _remove_unkept(
+    folder: str, template: str, kept: List[int], log: Any
+) -> None:
+    """Remove files that a run was killed before it could remove.
+
+    One that a run wrote which keeps all of its files has no such list.
+    """
+    start, found, end = template.partition('{}')
+    for name in os.listdir(folder) if found and kept else ():
+        step = name[len(start) : len(name) - len(end)]
+        path = os.path.join(folder, name)
+        if template.format(step) != name or not step.isdigit():
+            continue
+        if int(step) < min(kept):
+            with contextlib.suppress(CheckpointError, KeyError, TypeError):
+                own = _info_of(read_structure(path), ['keep_ckpt_ids'])
+                if int(step) in own[0]:
+                    os.unlink(path)
+                    log.info(f'EMA: {path}: removed; max_keep_ckpts is full.')
+
+
+def _info_of(content: Any, keys: List[str]) -> List[Any]:
+    info = content['message_hub']['runtime_info']
+    return [info[key] for key in keys]
+
+
+def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
+    """Write a file now, name it the last one, and end the process.
+
+    Args:
+        runner: The runner, between two iterations; all ranks come here.
+        sigterm: What they agreed by.
+        samples: Samples of the epoch that are trained already.
+    """
+    hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
+    hook = hooks[0] if hooks else CheckpointHook()
+    folder, name = hook.out_dir or runner.work_dir, STOPPED.format(runner.iter)
+    meta = dict(epoch=runner.epoch, iter=runner.iter)
+    if samples:
+        meta[EPOCH_SAMPLES] = samples
+    runner.save_checkpoint(
+        folder,
+        name,
+        file_client_args=hook.file_client_args,
+        save_param_scheduler=hook.save_param_scheduler,
+        meta=meta,
+        by_epoch=False,
+        backend_args=hook.backend_args,
+    )
+    path = os.path.join(folder, name)
+    if is_main_process():
+        last = os.path.join(runner.work_dir, 'last_checkpoint')
+        write_whole(last, path.encode())
+    sigterm.stop(path)
+
+
+def _name_last_when_whole(hook: Any) -> None:
+    """Move ``last_checkpoint`` into place, and remove old files after that.
+
+    The hook truncates it before it writes the name.
+    """
+    if '_save_checkpoint_with_step' in vars(hook):
+        return
+    save = hook._save_checkpoint_with_step
+
+    @functools.wraps(save)
+    def save_and_name(*args: Any, **kwargs: Any) -> None:
+        checkpoint_hook.open = _open_whole
+        try:
+            with hook.file_backend.held():
+                save(*args, **kwargs)
+        finally:
+            del checkpoint_hook.open
+        if is_main_process() and os.path.isdir(hook.out_dir):
+            remove_stopped(hook.out_dir)
+
+    hook._save_checkpoint_with_step = save_and_name
+
+
+def _open_whole(path: str, mode: str = 'r', *more: Any, **named: Any) -> Any:
+    return _Whole(path) if mode == 'w' else open(path, mode, *more, **named)
+
+
+class _Whole(io.StringIO):
+    """A text file that is moved into place when all of it is written."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self._path = path
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is None:
+            write_whole(self._path, self.getvalue().encode())
+        super().__exit__(kind, *error)
 
 
 def deploy_config(

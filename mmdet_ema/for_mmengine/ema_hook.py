@@ -13,7 +13,9 @@ from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from mmdet_ema.averaging.averages import read_count
 from mmdet_ema.checkpoint.files import read_structure
+from mmdet_ema.checkpoint.folder import readable
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine import checkpoints
 from mmdet_ema.for_mmengine import runner as runners
@@ -33,7 +35,12 @@ from mmdet_ema.training.options import (
     parse_options,
     show_options,
 )
-from mmdet_ema.training.plan import refuse_second
+from mmdet_ema.training.plan import batch_size_of, refuse_second
+from mmdet_ema.training.sigterm import (
+    EPOCH_SAMPLES,
+    Sigterm,
+    spare_workers,
+)
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -97,6 +104,12 @@ class EMAHook(Hook):  # type: ignore[misc]
             statistics of the deployed averages are estimated from again at
             the end; the log compares both, and the better ones are kept.
             Defaults to 0, not at all.
+        safe_save (bool): Bring each checkpoint to the disk and move it into
+            place when it is whole; only then ``last_checkpoint`` names it and
+            an old one is removed. Defaults to True.
+        save_on_sigterm (bool): After SIGTERM write a checkpoint at the end of
+            the step, and exit with status 143; ``--resume`` goes on there, in
+            the middle of an epoch too. Defaults to False.
         ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): Compatible option: ``1 - decay``.
@@ -134,6 +147,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
         self._evaluates = self._trained = False
+        self._sigterm = Sigterm(self._log)
+        self._epoch_samples = 0  # of the resumed file
 
     show_options(__init__)
 
@@ -146,15 +161,26 @@ class EMAHook(Hook):  # type: ignore[misc]
         )
         # whoever uses torch's safe_globals() takes ours away when leaving it
         checkpoints.allow_framework_types()
-        path = runners.local_checkpoint(runner)
-        if path is not None:
-            read_structure(path)
+        self._check_file(runner)
         self._model = runners.model_of(runner)
         if self.enabled:
             watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
                 self._check_order(runner)
                 check_monitored(runner, self._life.options, self._log)
+
+    def _check_file(self, runner: Any) -> None:
+        """Look into the local file that will be loaded, if any."""
+        path = runners.local_checkpoint(runner)
+        if path is None:
+            return
+        if not (runner._resume and runners.is_training(runner)):
+            read_structure(path)
+            return
+        chosen = runner._load_from is not None or runner._resume is not True
+        newest = readable(path, runner.work_dir, chosen, self._log)
+        if newest != path:
+            runner._load_from = newest
 
     def before_train(self, runner: Any) -> None:
         """Get ready; every weight is initialised and loaded by now."""
@@ -163,15 +189,58 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._trained = False
         self._model = runners.model_of(runner)
         optimizers = runners.optimizers_of(runner)
-        self._life.start(self._model, runners.facts_of(runner), optimizers)
+        skips = self._watch_iterations(runner)
+        facts = runners.facts_of(runner, skips)
+        self._life.start(self._model, facts, optimizers)
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
         self._logger = loggers[0] if loggers else None
         runners.show_distance(runner)
+        if self._life.options.safe_save:
+            checkpoints.tidy(runner, self._log)
+
+    def _watch_iterations(self, runner: Any) -> int:
+        """Begin in the middle of an epoch, and stop there.
+
+        Returns:
+            How many iterations of the epoch are done already.
+        """
+        samples, self._epoch_samples = self._epoch_samples, 0
+        batch = batch_size_of(runner.train_dataloader) * runner.world_size
+        stops = self._life.options.save_on_sigterm
+
+        def after(done: int) -> None:
+            # every rank asks in every iteration
+            told = stops and self._sigterm.has_come()
+            if told and runners.has_stepped(runner):
+                samples = done * batch
+                checkpoints.save_and_stop(runner, self._sigterm, samples)
+
+        skips: int = samples // batch
+        if skips and not runners.can_skip(runner):
+            self._log.warning(
+                f'EMA: {type(runner.train_loop).__name__} begins the epoch '
+                f'again, of which {skips} iterations are done already.'
+            )
+            skips = 0
+        if stops:
+            self._sigterm.listen()
+            spare_workers(runner.train_dataloader)
+            if runner.val_loop is not None:
+                spare_workers(runner.val_loop.dataloader)
+        if skips or stops:
+            runners.watch_iterations(runner, skips, after)
+        if skips:
+            self._log.info(
+                f'EMA: the first {skips} batches of the epoch are left out: '
+                f'they were trained before the file was written.'
+            )
+        return skips
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
         if self.enabled:
-            checkpoints.keep_files_whole(runner)
+            if self._life.options.safe_save:
+                checkpoints.save_safely(runner)
             self._life.before_epoch()
 
     def before_train_iter(
@@ -262,6 +331,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._life.after_iteration(self._iteration)
         self._life.tell_not_recalibrated()
         self._life.finish()
+        self._sigterm.ignore()
         self._trained = True
 
     def before_val_epoch(self, runner: Any) -> None:
@@ -328,6 +398,9 @@ class EMAHook(Hook):  # type: ignore[misc]
                 rename_history(checkpoint)
             optimizers = runners.optimizers_of(runner)
             self._life.resume(checkpoint, model, optimizers)
+            self._epoch_samples = read_count(
+                checkpoint['meta'], EPOCH_SAMPLES, 0
+            )
         else:
             self._life.fine_tune(checkpoint, model)
 

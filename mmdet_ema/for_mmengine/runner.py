@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import re
-from typing import Any, List, Mapping, Optional, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Tuple
 
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -92,8 +92,13 @@ def schedulers_of(runner: Any) -> List[Any]:
     return [scheduler for group in groups for scheduler in group]
 
 
-def facts_of(runner: Any) -> RunFacts:
-    """Return the training run as planned."""
+def facts_of(runner: Any, skips: int = 0) -> RunFacts:
+    """Return the training run as planned.
+
+    Args:
+        runner: The runner.
+        skips: Iterations of the epoch that are done already.
+    """
     counts = [getattr(w, '_accumulative_counts', 1) for w in _wrappers(runner)]
     loop, loader = runner.train_loop, runner.train_dataloader
     by_epoch = not hasattr(loop, 'dataloader_iterator')
@@ -101,7 +106,7 @@ def facts_of(runner: Any) -> RunFacts:
     if by_epoch:
         # on resume with another batch size the loop's own number is wrong
         epochs = max(loop.max_epochs - runner.epoch, 0)
-        max_iters = runner.iter + epochs * len(loader)
+        max_iters = runner.iter - skips + epochs * len(loader)
     return RunFacts(
         iteration=runner.iter,
         max_iters=max_iters,
@@ -118,6 +123,50 @@ def facts_of(runner: Any) -> RunFacts:
             runner.hooks,
             "Use default_hooks = dict(ema=dict(type='EMAHook')) instead.",
         ),
+    )
+
+
+def can_skip(runner: Any) -> bool:
+    """Return whether an epoch can begin in its middle."""
+    kind = type(runner.train_loop)
+    own = EpochBasedTrainLoop.run_epoch
+    return getattr(kind, 'run_epoch', None) is own
+
+
+def watch_iterations(
+    runner: Any, skips: int, after: Callable[[int], None]
+) -> None:
+    """Be there when an iteration, with all of its hooks, is over.
+
+    Args:
+        runner: The runner.
+        skips: Batches that are left out first: they are trained already.
+        after: Is told how many iterations of the epoch are done; 0 where the
+            loop counts no epochs.
+    """
+    loop = runner.train_loop
+    # one of an earlier training in this process
+    vars(loop).pop('run_iter', None)
+    run, by_epoch = loop.run_iter, not hasattr(loop, 'dataloader_iterator')
+
+    @functools.wraps(run)
+    def run_iter(*args: Any) -> None:
+        nonlocal skips
+        if skips:
+            skips -= 1
+            return
+        run(*args)
+        after(args[0] + 1 if by_epoch else 0)
+
+    loop.run_iter = run_iter
+
+
+def has_stepped(runner: Any) -> bool:
+    """Return whether no gradients wait for a step: no file holds these."""
+    return all(
+        wrapper.should_update()
+        for wrapper in _wrappers(runner)
+        if hasattr(wrapper, 'should_update')
     )
 
 

@@ -116,6 +116,8 @@ class Options:
     deploy: str = MAIN
     restart_epochs: Tuple[int, ...] = _option((), check_epochs)
     recalibrate: int = _option(0, check_count, least=0)
+    safe_save: bool = _option(True, check_flag)
+    save_on_sigterm: bool = _option(False, check_flag)
     ema_type: Any = None
     momentum: Optional[float] = None
     gamma: Optional[float] = None
@@ -143,6 +145,11 @@ class Options:
                 f'begin_iter={self.begin_iter} and begin_epoch='
                 f'{self.begin_epoch} are both given; give the one that the '
                 f'average should start at.'
+            )
+        if self.save_on_sigterm and not self.safe_save:
+            raise OptionError(
+                'save_on_sigterm=True needs safe_save=True: a scheduler does '
+                'not wait until a file is whole. Leave safe_save out.'
             )
         if self.choice is None:
             family = self.ema_type is not None or self.schedule is None

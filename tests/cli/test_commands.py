@@ -1,6 +1,8 @@
 """Finding a framework's tools, and editing configs."""
 
+import argparse
 import copy
+import sys
 
 import pytest
 from mmengine.config import Config
@@ -311,3 +313,26 @@ def test_mmengines_own_hook_is_a_hook():
         choose_weights(cfg, 'raw')
     with pytest.raises(OptionError, match='none of our options'):
         add_ema(cfg, dict(decay=0.9))
+
+
+@pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])
+def test_launcher_goes_to_the_tool(tmp_path, monkeypatch, capsys, launcher):
+    """One rank of several says what was edited, whoever numbers them."""
+    number = dict(pytorch='RANK', slurm='SLURM_PROCID')
+    seen = []
+    monkeypatch.setattr(
+        commands.runpy, 'run_path', lambda *a, **k: seen.append(sys.argv[1:])
+    )
+    config = tmp_path / 'a.py'
+    config.write_text(
+        "default_scope = 'mmdet'\n"
+        "default_hooks = dict(ema=dict(type='EMAHook', decay=0.9))\n"
+    )
+    options = argparse.Namespace(config=str(config), hook=dict(decay=0.8))
+    words = ['--launcher', launcher, '--resume']
+    for rank in '01':
+        name = number.get(launcher, 'OMPI_COMM_WORLD_RANK')
+        monkeypatch.setenv(name, rank)
+        commands.train(options, words)
+    assert [[str(config), *words]] * 2 == seen
+    assert 1 == capsys.readouterr().out.count('instead of decay=0.9')
