@@ -33,6 +33,12 @@ from mmdet_ema.averaging.averages import (
 from mmdet_ema.averaging.distributed import make_equal, world_size
 from mmdet_ema.averaging.model_changes import ModelChanges, parametrized
 from mmdet_ema.averaging.overlap import side_stream
+from mmdet_ema.averaging.shards import (
+    gather,
+    ranks_of,
+    reshard,
+    sharded_modules,
+)
 from mmdet_ema.averaging.tensors import (
     Role,
     count_roles,
@@ -392,6 +398,7 @@ class WeightAverager:
 
     def restore(self) -> None:
         """Put the raw weights back, bit for bit; no-op if they are there."""
+        self._changes.recover()
         name = self._applied
         if name is not None:
             self._sets[name].swap.swap_out()
@@ -478,7 +485,8 @@ class WeightAverager:
     def distance(self, name: str = MAIN) -> float:
         """Return ``||average - raw|| / ||raw||`` over trained parameters.
 
-        The L2 norms run over all elements; 0 for a model without any.
+        The L2 norms run over all elements; 0 for a model without any. All
+        ranks of a sharded model call it.
 
         Args:
             name: Which averages. Defaults to 'ema', the main ones.
@@ -490,7 +498,7 @@ class WeightAverager:
         if self._applied not in (None, name):
             self._refuse_inside('distance')
         self.wait()
-        return self._sets[name].distance()
+        return self._sets[name].distance(self._ranks)
 
     def first_nonfinite(self) -> Optional[str]:
         """Return the first averaged parameter that holds NaN or Inf."""
@@ -526,13 +534,15 @@ class WeightAverager:
     def state_dict(self) -> Dict[str, Any]:
         """Return the state: plain values, and tensors by name.
 
-        Large tensors are the live ones, small ones copies.
+        Large tensors are the live ones, small ones copies. Of a sharded model
+        call it on all ranks: rank 0 gets whole tensors in host memory, which
+        :meth:`load_state_dict` wants on every rank, the others none.
         """
         states = {
             name: {
                 **self.progress(name),
                 'schedule': str(schedule),
-                'averages': own_memory(dict(self.named_averages(name=name))),
+                'averages': own_memory(gather(self.named_averages(name=name))),
             }
             for name, schedule in self.schedules.items()
         }
@@ -585,13 +595,14 @@ class WeightAverager:
         for name, averages in self._sets.items():
             # all are looked at before any is changed
             check_fit(
-                dict(averages.named()), tensors.get(name, {}), strict=False
+                dict(averages.owned()), tensors.get(name, {}), strict=False
             )
         for name, averages in self._sets.items():
             averages.load(
                 tensors.get(name, {}),
                 strict and name in tensors,
                 self.update_buffers,
+                self._ranks,
             )
         self._plan_updates()
         self._progress = {x: progress.get(x, Progress()) for x in self.names}
@@ -683,6 +694,14 @@ class WeightAverager:
         return after, decays
 
     def _select(self) -> None:
+        reshard(sharded_modules(self.model))
+        self._ranks = ranks_of(self.model.named_parameters())
+        if self._ranks and self.posthoc:
+            raise OptionError(
+                'posthoc=True keeps the starting weights, which no rank of a '
+                'sharded model holds; give several averages instead: '
+                'averages=dict(fast=dict(decay=...)).'
+            )
         self.entries = select(self.model, self.update_buffers, self.copied)
         self._sets = {
             name: Averages(self.entries, device)
@@ -700,7 +719,7 @@ class WeightAverager:
         for averages in self._sets.values():
             averages.complete()  # loading one set may have changed roles
         sets = [averages.tensors for averages in self._sets.values()]
-        self._plan = UpdatePlan(self.entries, sets)
+        self._plan = UpdatePlan(self.entries, sets, ranks=self._ranks)
         self._changes = ModelChanges(self.model, self.entries)
         self._stream = side_stream(
             [self.entries[i].raw for i in sets[0]],
@@ -746,7 +765,7 @@ class WeightAverager:
             # names that no file holds, too
             old = dict(sets[name].named(saved=False))
             same = {
-                id(before[i].raw): average
+                id(before[i].raw): before[i].as_in_model(average)
                 for i, average in sets[name].tensors.items()
             }
             for entry in self.entries:
@@ -760,7 +779,7 @@ class WeightAverager:
                 for name, average in old.items()
                 if name in now and now[name].shape == average.shape
             }
-            averages.load(kept, False, self.update_buffers)
+            averages.load(kept, False, self.update_buffers, self._ranks)
         self._replaced += [
             entry.name
             for entry in self.entries

@@ -19,6 +19,7 @@ from typing import (
 import torch
 from torch import Tensor
 
+from mmdet_ema.averaging.shards import Ranks, local_part
 from mmdet_ema.averaging.swap import Swap
 from mmdet_ema.averaging.tensors import Entry, Role, average_dtype, is_finite
 from mmdet_ema.averaging.update import all_finite
@@ -76,7 +77,7 @@ class Averages:
         stored: bool = False,
         saved: bool = True,
     ) -> Iterator[Tuple[str, Tensor]]:
-        """Yield names with the value of their entry.
+        """Yield names with the value of their entry, sharded as the entry.
 
         Args:
             value_of: The value by the number of the entry; None for its
@@ -87,9 +88,18 @@ class Averages:
         value_of = value_of or self.swap.average
         for i, entry in enumerate(self._entries):
             if not stored or i in self.tensors:
-                value = value_of(i)
+                value = entry.as_in_model(value_of(i))
                 for name in entry.saved if saved else entry.names:
                     yield name, value
+
+    def owned(self) -> Iterator[Tuple[str, Tensor]]:
+        """Yield names of the ``state_dict`` with what the model owns."""
+        for entry in self._entries:
+            for name in entry.saved:
+                yield (
+                    name,
+                    entry.raw if entry.sharded is None else entry.sharded,
+                )
 
     @torch.no_grad()
     def load(
@@ -97,6 +107,7 @@ class Averages:
         averages: Mapping[str, Tensor],
         strict: bool,
         update_buffers: bool,
+        ranks: Optional[Ranks] = None,
     ) -> None:
         """Copy averages in by name; nothing changes if one does not fit.
 
@@ -105,17 +116,18 @@ class Averages:
         model's does, the average goes on.
 
         Args:
-            averages: Averages by name.
+            averages: Averages by name, sharded ones whole or as the model's.
             strict: Whether a missing name is an error.
             update_buffers: Whether float buffers are averaged.
+            ranks: The ranks that share tensors. Defaults to none.
 
         Raises:
             CheckpointError: If a shape differs or a name is missing.
         """
-        check_fit(dict(self.named()), averages, strict)
+        check_fit(dict(self.owned()), averages, strict)
         floats = [
             tensor
-            for tensor in averages.values()
+            for tensor in map(local_part, averages.values())
             if tensor.is_floating_point() or tensor.is_complex()
         ]
         all_are_finite = all_finite(floats)
@@ -125,31 +137,46 @@ class Averages:
             if not new:
                 continue
             frozen = entry.role is Role.SHARED and entry.parameters
-            if frozen and not _is_same(entry.raw.detach(), new[-1]):
+            part = entry.part_of(new[-1])
+            same = not frozen or _is_same(entry.raw.detach(), part)
+            if frozen and ranks is not None:
+                same = ranks.all_agree(same)
+            if not same:
                 # frozen after it was trained: its average is another tensor
                 averaged = entry.has_mean
                 entry.role = Role.AVERAGED if averaged else Role.COPIED
-            finite = all_are_finite or all(map(is_finite, new))
+            finite = all_are_finite or all(
+                is_finite(local_part(tensor)) for tensor in new
+            )
             if finite and entry.holds_nonfinite:
                 entry.has_mean, entry.holds_nonfinite = True, False
                 if entry.parameters or update_buffers:
                     entry.role = Role.AVERAGED
             if finite or not entry.has_mean:
-                loaded[i] = new[-1]
+                loaded[i] = part
         self.complete()
         for i, average in self.tensors.items():
             average.copy_(loaded.get(i, self._entries[i].raw.detach()))
 
     @torch.no_grad()
-    def distance(self) -> float:
+    def distance(self, ranks: Optional[Ranks] = None) -> float:
         """Return ``||average - raw|| / ||raw||`` over trained parameters.
 
-        In the L2 norm; 0 where there are none, or they are zero.
+        In the L2 norm; 0 where there are none, or they are zero. Where ranks
+        share tensors they all call it.
         """
+        gap, size = self._squares(sharded=False)
+        if ranks is not None:
+            here = ranks.add_up(self._squares(sharded=True))
+            gap, size = gap + here[0], size + here[1]
+        return math.sqrt(gap / size) if size else 0.0
+
+    def _squares(self, sharded: bool) -> Tuple[float, float]:
         gaps: List[Tensor] = []
         sizes: List[Tensor] = []
         for i in self.tensors:
-            if self._entries[i].parameters:
+            entry = self._entries[i]
+            if entry.parameters and (entry.sharded is not None) == sharded:
                 average = self.swap.average(i).reshape(-1)
                 raw = self.swap.raw(i).reshape(-1).to(average.device)
                 step = max(raw.numel(), 1) if raw.is_cuda else _CHUNK
@@ -158,8 +185,7 @@ class Averages:
                     right = right.to(left.dtype)
                     gaps.append(_squares(left - right))
                     sizes.append(_squares(right))
-        size = _total(sizes)
-        return math.sqrt(_total(gaps) / size) if size else 0.0
+        return _total(gaps), _total(sizes)
 
 
 def check_fit(
