@@ -151,6 +151,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             read_structure(path)
         self._model = runners.model_of(runner)
         if self.enabled:
+            runners.refuse_strategy(runner)
             watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
                 self._check_order(runner)

@@ -21,6 +21,8 @@ from mmengine.runner import (
 from torch import nn
 from torch.optim import Optimizer
 
+from mmdet_ema.averaging.shards import sharded_modules
+from mmdet_ema.errors import OptionError
 from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
 
 # the loops, and what a subclass may not change of them
@@ -70,6 +72,25 @@ def model_of(runner: Any) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model  # type: ignore[no-any-return]
+
+
+def refuse_strategy(runner: Any) -> None:
+    """Refuse what shards a model in a way that is not averaged.
+
+    Raises:
+        OptionError: If it is not FSDP2's.
+    """
+    strategy = getattr(runner, 'strategy', None)
+    kinds = {kind.__name__ for kind in type(strategy).__mro__}
+    for name in ('DeepSpeedStrategy', 'ColossalAIStrategy'):
+        if name in kinds:
+            raise OptionError(
+                f'strategy of type {name}: EMAHook is not asked when it '
+                f'writes and reads files, so that no average would be saved; '
+                f"use strategy=dict(type='FSDP2Strategy') or DDPStrategy."
+            )
+    if isinstance(runner.model, nn.Module):
+        sharded_modules(runner.model)
 
 
 def optimizers_of(runner: Any) -> List[Optimizer]:

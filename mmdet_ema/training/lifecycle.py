@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import MAIN, read_count
 from mmdet_ema.averaging.distributed import add_up
+from mmdet_ema.averaging.shards import gather
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.checkpoint.start import (
@@ -458,12 +459,13 @@ class EMALifecycle:
         meta['writer'] = f'mmdet_ema {__version__}'
         if averager is not None and not self._only_evaluates:
             averager.refresh()
-            raws = dict(averager.named_raws()) if averager.is_applied else {}
+            if averager.is_applied:
+                raws = gather(averager.named_raws())
             for name in averager.names:
                 more[name] = {
                     'schedule': str(averager.schedules[name]),
                     **averager.progress(name),
-                    'state_dict': dict(
+                    'state_dict': gather(
                         averager.named_averages(stored=True, name=name)
                     ),
                 }

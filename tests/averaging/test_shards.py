@@ -1,49 +1,17 @@
 """Sharded models on two and three real ranks: shards are averaged."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from mmdet_ema.averaging import WeightAverager
 from tests import needs, oracle
+from tests.ranks import run_ranks
 
 pytestmark = needs.torch(2, 6, why='fully_shard')
-ROOT = Path(__file__).resolve().parents[2]
 WAYS = ['default', 'kept', 'bfloat16', 'deferred']
 # float32 rounds each of 6 updates to 6e-8 of the magnitude
 TOLERANCE = 1e-6
-
-
-def run_ranks(program, count, folder, *arguments):
-    """Run a program on so many ranks; return what each of them dumped."""
-    command = [sys.executable, '-W', 'ignore', '-m', program]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(count), str(folder), *arguments],
-            cwd=ROOT,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        said = [rank.communicate(timeout=300)[0] for rank in running]
-    finally:
-        for rank in running:
-            rank.kill()
-    codes = [rank.returncode for rank in running]
-    assert [0] * count == codes, '\n'.join(text[-3000:] for text in said)
-    return [
-        torch.load(folder / f'rank{rank}.pt', weights_only=False)
-        for rank in range(count)
-    ]
 
 
 @pytest.fixture(scope='module', params=[2, 3])

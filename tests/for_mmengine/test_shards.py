@@ -1,0 +1,119 @@
+"""``FSDP2Strategy`` on two and three real ranks, against one process."""
+
+import pytest
+import torch
+
+from tests import needs, oracle
+from tests.for_mmengine.toy import same
+from tests.ranks import run_ranks
+
+pytestmark = needs.torch(2, 6, why='fully_shard')
+PROGRAM = 'tests.for_mmengine.shards_program'
+DECAYS = dict(
+    ema=lambda n: oracle.ramp(n, 0.9, 3), fast=lambda n: oracle.ramp(n, 0.5, 1)
+)
+# gradients are summed in another order, and AdamW divides by their size
+CLOSE = dict(rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """The folder of all runs, and what was recorded in each by each rank."""
+    from tests.for_mmengine.shards_program import train
+
+    folder = tmp_path_factory.mktemp('shards')
+    specs = ['whole:3', 'part:2', 'again:3:part/epoch_2.pth']
+    ranks = run_ranks(PROGRAM, 2, folder, *specs)
+    three = run_ranks(PROGRAM, 3, folder, 'three:3:part/epoch_2.pth')
+    found = {name: [rank[name] for rank in ranks] for name in ranks[0]}
+    found['three'] = [rank['three'] for rank in three]
+    found['one'] = [train(folder / 'one', 4)]
+    path = str(folder / 'three' / 'epoch_3.pth')
+    found['last'] = [train(folder / 'last', 4, path)]
+    return folder, found
+
+
+def read(runs, name):
+    """Read a file of a run."""
+    return torch.load(runs[0] / name, weights_only=False)
+
+
+def unlike(left, right):
+    """Names of what is not nearly the same."""
+    assert [*left] == [*right]
+    return [k for k in left if not torch.allclose(left[k], right[k], **CLOSE)]
+
+
+def weights_of(file):
+    """Each set of weights in a file by its name."""
+    fast = file['ema_averages']['fast']['state_dict']
+    return [file['state_dict'], file['ema_state_dict'], fast]
+
+
+def test_file_holds_the_averages_of_the_gathered_weights(runs):
+    """In float64 from the formula, all 12 steps."""
+    _, found = runs
+    file = read(runs, 'whole/epoch_3.pth')
+    for name, sets in (('ema', 0), ('fast', 2)):
+        for key, average in weights_of(file)[sets].items():
+            start, *raws = (
+                raw[key].double().numpy() for raw in found['whole'][0]['raws']
+            )
+            assert 12 == len(raws)
+            if average.is_floating_point() and 'frozen' not in key:
+                expected = oracle.average(start, raws, DECAYS[name])
+                # float32 rounds each update to 6e-8
+                assert oracle.relative_error(average, expected) < 1e-6, key
+
+
+def test_file_is_that_of_one_process(runs):
+    """Keys in their order, kinds, shapes and, nearly, values."""
+    sharded, one = (read(runs, f'{x}/epoch_3.pth') for x in ('whole', 'one'))
+    assert [*sharded] == [*one]
+    for left, right in zip(weights_of(sharded), weights_of(one)):
+        assert [] == unlike(left, right)
+    assert sharded['state_dict']._metadata == one['state_dict']._metadata
+    assert [*sharded['ema_meta']] == [*one['ema_meta']]
+    assert [*sharded['meta']] == [*one['meta']]
+    left, right = (x['optimizer'] for x in (sharded, one))
+    assert left['param_groups'] == right['param_groups']
+    assert [*left['state']] == [*right['state']]
+    for i, values in left['state'].items():
+        assert [] == unlike(values, right['state'][i])
+    tied = ('first.weight', 'tied.weight')
+    left, right = (sharded['state_dict'][name].data_ptr() for name in tied)
+    assert left == right
+
+
+def test_resume_on_as_many_ranks_is_exact(runs):
+    """Three epochs at once equal two and, resumed, one more: bit for bit."""
+    pair = (read(runs, f'{x}/epoch_3.pth') for x in ('whole', 'again'))
+    for left, right in zip(*map(weights_of, pair)):
+        assert [] == same(left, right)
+
+
+def test_resume_on_other_ranks(runs):
+    """Two ranks, then three, then one process without the strategy."""
+    for left, right in (
+        ('three/epoch_3.pth', 'whole/epoch_3.pth'),
+        ('last/epoch_4.pth', 'one/epoch_4.pth'),
+    ):
+        pair = (read(runs, name) for name in (left, right))
+        for one, other in zip(*map(weights_of, pair)):
+            assert [] == unlike(one, other)
+
+
+def test_validations_equal_those_of_one_process(runs):
+    """All sets in turn, on two and on three ranks; what is logged, too."""
+    _, found = runs
+    one = found['one'][0]
+    for rank in (*found['whole'], *found['three']):
+        metrics = rank['metrics'][-1]
+        assert {'score', 'score_raw', 'score_fast'} == metrics.keys()
+        assert len({round(x, 2) for x in metrics.values()}) == 3
+        # it sums what is rounded to 1e-6
+        assert pytest.approx(one['metrics'][2], rel=1e-4) == metrics
+    assert [3] * 2 == [len(rank['metrics']) for rank in found['whole']]
+    for name in ('ema_distance', 'grad_norm'):
+        for rank in found['whole']:
+            assert pytest.approx(one[name][:12], rel=1e-4) == rank[name]
