@@ -30,7 +30,11 @@ from mmdet_ema.averaging.averages import (
     read_progress,
     read_tensors,
 )
-from mmdet_ema.averaging.distributed import make_equal, world_size
+from mmdet_ema.averaging.distributed import (
+    first_difference,
+    make_equal,
+    world_size,
+)
 from mmdet_ema.averaging.model_changes import ModelChanges, parametrized
 from mmdet_ema.averaging.overlap import side_stream
 from mmdet_ema.averaging.shards import (
@@ -366,6 +370,38 @@ class WeightAverager:
                     has_mean = self.entries[i].has_mean
                     (means if has_mean else copies).append(average)
         return make_equal(means, copies)
+
+    def verify_ranks(self) -> None:
+        """Check that parameters and averages are the same on every rank.
+
+        Bit for bit, by a checksum each; call it on all ranks together, after
+        :meth:`synchronize`. What is sharded is left out: no other rank has it.
+
+        Raises:
+            RuntimeError: On every rank, with the name of the first tensor that
+                differs.
+        """
+        self.wait()
+        if world_size() == 1 or self.is_applied:
+            return
+        whole = [
+            (i, e) for i, e in enumerate(self.entries) if e.sharded is None
+        ]
+        named = [(e.name, e.raw) for _, e in whole if e.parameters]
+        for name, averages in self._sets.items():
+            named += [
+                (f'{entry.name} of the averages {name!r}', averages.tensors[i])
+                for i, entry in whole
+                if i in averages.tensors
+            ]
+        found = first_difference(named)
+        if found is not None:
+            raise RuntimeError(
+                f'verify_ranks: {found} is not the same on all ranks after '
+                f'{self.num_steps} steps: they train, and average, different '
+                f'models. Look for what only some of them do, such as a seed, '
+                f'a hook or a file of its own.'
+            )
 
     def apply(self, name: str = MAIN) -> None:
         """Put averages into the model until :meth:`restore`.

@@ -94,6 +94,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         recalibrate (int): Batches of training data that the BatchNorm
             statistics of the deployed averages are estimated from again at
             the end; the better ones are kept. Defaults to 0, not at all.
+        verify_ranks (bool): Before each evaluation of all ranks, compare
+            their weights and averages by checksums; stop with the name of the
+            first one that differs. Defaults to False.
         ema_type (str, optional): An averaging class of mmengine.
         momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
             with its warm-up.

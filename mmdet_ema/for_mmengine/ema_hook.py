@@ -97,6 +97,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             statistics of the deployed averages are estimated from again at
             the end; the log compares both, and the better ones are kept.
             Defaults to 0, not at all.
+        verify_ranks (bool): Before each evaluation of all ranks, compare
+            their weights and averages by checksums; stop with the name of the
+            first one that differs. Defaults to False.
         ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): Compatible option: ``1 - decay``.
@@ -319,6 +322,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Sort out which weights of the checkpoint go where."""
+        if self.enabled:  # some runners load before the run begins
+            runners.refuse_strategy(runner)
         checkpoints.unmake(checkpoint)
         self._model = model = runners.model_of(runner)
         if not runners.is_training(runner) or self._trained:

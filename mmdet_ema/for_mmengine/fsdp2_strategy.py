@@ -14,9 +14,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 import mmengine
 import torch
 import torch.distributed as dist
-from mmengine._strategy import DDPStrategy
+from mmengine._strategy import DDPStrategy, SingleDeviceStrategy
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
+from mmengine.model import revert_sync_batchnorm
 from mmengine.runner.checkpoint import save_checkpoint, weights_to_cpu
 from mmengine.utils import get_git_hash
 from torch import Tensor, nn
@@ -37,15 +38,16 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
     """Shards parameters, gradients and optimizer states over all ranks.
 
     A checkpoint is one file, written by rank 0: the one that a single process
-    writes. It resumes on any number of ranks, or without shards. It is a
-    strategy of ``FlexibleRunner``, and needs torch 2.6.
+    writes. It resumes on any number of ranks, or without shards. A process
+    that was started alone shards nothing. It is a strategy of
+    ``FlexibleRunner``, and needs torch 2.6.
 
     Args:
         shard (Sequence[str]): Names of modules (``'backbone.layers.*'``) that
             are gathered each for itself, when they are called; ``*`` stands
-            for any text. The rest is gathered together. Only modules that are
-            *called*: a detector calls ``bbox_head.loss()``, not
-            ``bbox_head()``. Defaults to ().
+            for any text between two dots. The rest is gathered together. Only
+            modules that are *called*: a detector calls ``bbox_head.loss()``,
+            not ``bbox_head()``. Defaults to ().
         param_dtype (str, optional): dtype of the gathered parameters, such as
             'bfloat16'. What is trained and averaged stays float32.
             Defaults to None, as they are.
@@ -119,11 +121,12 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
         )
 
         if not dist.is_initialized():
-            raise OptionError(
-                'FSDP2Strategy shards over several processes; start them by '
-                "torchrun with launcher='pytorch', or leave the strategy out."
-            )
+            # one process, as a test of the same config: nothing to shard
+            model = SingleDeviceStrategy.convert_model(self, model)
+            return model.to(get_device())
         model = self.convert_model(model.to(get_device()))
+        if get_device() == 'cpu':
+            model = revert_sync_batchnorm(model)  # which needs a GPU
         for tensor in (*model.parameters(), *model.buffers()):
             # as DDP does: no seed has to be the same
             dist.broadcast(tensor.detach(), 0)
@@ -144,16 +147,16 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
         """Return the modules that are sharded apart, the inner ones first."""
         named = [(name, x) for name, x in model.named_modules() if name]
         for pattern in self._shard:
-            if not any(fnmatchcase(name, pattern) for name, _ in named):
+            if not any(_matches(name, pattern) for name, _ in named):
                 raise OptionError(
                     f'shard={[pattern]}: no module of the model has such a '
                     f"name; give names of model.named_modules(), '*' stands "
-                    f'for any text.'
+                    f'for any text between two dots.'
                 )
         return [
             module
             for name, module in reversed(named)
-            if any(fnmatchcase(name, pattern) for pattern in self._shard)
+            if any(_matches(name, pattern) for pattern in self._shard)
         ]
 
     def build_optim_wrapper(
@@ -268,6 +271,14 @@ def _dtype(option: str, name: Optional[str]) -> Optional[torch.dtype]:
         )
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a name matches level by level."""
+    names, patterns = name.split('.'), pattern.split('.')
+    return len(names) == len(patterns) and all(
+        map(fnmatchcase, names, patterns)
+    )
 
 
 def _each(wrapper: Any) -> Iterator[Any]:

@@ -308,13 +308,18 @@ class EMALifecycle:
         return {name: x for name, x in found.items() if math.isfinite(x)}
 
     def synchronize(self) -> None:
-        """Make the averages of buffers equal; call it on all ranks at once."""
+        """Make the averages of buffers equal; call it on all ranks at once.
+
+        Under ``verify_ranks`` all else is compared.
+        """
         if self.averager is not None and not self.averager.synchronize():
             self._warn_once(
                 'EMA: the buffers of the ranks differ in number, shape or '
                 'dtype, so that their averages cannot be made equal: each '
                 'rank evaluates its own, and files hold those of rank 0.'
             )
+        if self.averager is not None and self.options.verify_ranks:
+            self.averager.verify_ranks()
 
     def enter_evaluation(
         self, model: nn.Module, weights: Optional[str] = None

@@ -116,6 +116,7 @@ class Options:
     deploy: str = MAIN
     restart_epochs: Tuple[int, ...] = _option((), check_epochs)
     recalibrate: int = _option(0, check_count, least=0)
+    verify_ranks: bool = _option(False, check_flag)
     ema_type: Any = None
     momentum: Optional[float] = None
     gamma: Optional[float] = None

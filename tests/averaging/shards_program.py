@@ -40,6 +40,7 @@ WAYS = {
         dict(interval=2),
     ),
     'deferred': (dict(), dict()),
+    'hybrid': (dict(), dict()),
 }
 
 
@@ -280,7 +281,11 @@ def main(rank, ranks, folder):
         plan = averager_module.UpdatePlan
         if name == 'deferred':
             averager_module.UpdatePlan = functools.partial(plan, deferred=True)
-        found[name] = average(mesh, shard, options)
+        both = init_device_mesh(
+            'cpu', (1, ranks), mesh_dim_names=('replicate', 'shard')
+        )
+        way_mesh = both if name == 'hybrid' else mesh
+        found[name] = average(way_mesh, shard, options)
         averager_module.UpdatePlan = plan
     state = [found['default']['state']]
     dist.broadcast_object_list(state)

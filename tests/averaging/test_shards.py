@@ -9,7 +9,7 @@ from tests import needs, oracle
 from tests.ranks import run_ranks
 
 pytestmark = needs.torch(2, 6, why='fully_shard')
-WAYS = ['default', 'kept', 'bfloat16', 'deferred']
+WAYS = ['default', 'kept', 'bfloat16', 'deferred', 'hybrid']
 # float32 rounds each of 6 updates to 6e-8 of the magnitude
 TOLERANCE = 1e-6
 

@@ -73,6 +73,7 @@ def gathered(model):
 def train(folder, epochs, resume=None, ranks=1, **options):
     """Train; return what was recorded."""
     recorder = Recorder()
+    counts = 2 if folder.name == 'accumulated' else 1
     runner = FlexibleRunner(
         model=Model(),
         work_dir=str(folder),
@@ -81,6 +82,7 @@ def train(folder, epochs, resume=None, ranks=1, **options):
         optim_wrapper=dict(
             optimizer=dict(type='AdamW', lr=0.01),
             clip_grad=dict(max_norm=0.5),
+            accumulative_counts=counts,
         ),
         param_scheduler=dict(type='ExponentialLR', gamma=0.9, end=9),
         val_dataloader=loader(4, 2, seed=1),
@@ -100,6 +102,18 @@ def train(folder, epochs, resume=None, ranks=1, **options):
     return dict(raws=recorder.raws, metrics=recorder.metrics, **scalars)
 
 
+def refused(folder):
+    """Return what is said of mmengine's strategy for FSDP1."""
+    wrapper = dict(
+        type='MMFullyShardedDataParallel', device_id=torch.device('cpu')
+    )
+    strategy = dict(type='FSDPStrategy', model_wrapper=wrapper)
+    try:
+        train(folder, 1, ranks=2, launcher='pytorch', strategy=strategy)
+    except ValueError as error:
+        return str(error)
+
+
 def main(rank, ranks, folder, *specs):
     """Train with each spec, one after the other; dump what was seen."""
     time.sleep = lambda seconds: None
@@ -117,6 +131,7 @@ def main(rank, ranks, folder, *specs):
             launcher='pytorch',
             strategy=dict(type='FSDP2Strategy', shard=['head']),
         )
+    found['refused'] = refused(folder / 'refused')
     torch.save(found, folder / f'rank{rank}.pt')
     dist.barrier()
 

@@ -1,8 +1,13 @@
 """``FSDP2Strategy`` on two and three real ranks, against one process."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from mmdet_ema.errors import OptionError
+from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
+from mmdet_ema.for_mmengine.runner import refuse_strategy
 from tests import needs, oracle
 from tests.for_mmengine.toy import same
 from tests.ranks import run_ranks
@@ -22,7 +27,7 @@ def runs(tmp_path_factory):
     from tests.for_mmengine.shards_program import train
 
     folder = tmp_path_factory.mktemp('shards')
-    specs = ['whole:3', 'part:2', 'again:3:part/epoch_2.pth']
+    specs = ['whole:3', 'part:2', 'again:3:part/epoch_2.pth', 'accumulated:2']
     ranks = run_ranks(PROGRAM, 2, folder, *specs)
     three = run_ranks(PROGRAM, 3, folder, 'three:3:part/epoch_2.pth')
     found = {name: [rank[name] for rank in ranks] for name in ranks[0]}
@@ -117,3 +122,39 @@ def test_validations_equal_those_of_one_process(runs):
     for name in ('ema_distance', 'grad_norm'):
         for rank in found['whole']:
             assert pytest.approx(one[name][:12], rel=1e-4) == rank[name]
+
+
+def test_micro_batches_are_no_steps(runs):
+    """Of eight iterations two belong to each step."""
+    file = read(runs, 'accumulated/epoch_2.pth')
+    assert 4 == file['ema_meta']['num_steps']
+
+
+def test_fsdp1_is_refused_at_the_start(runs):
+    """On every rank, with what to use instead."""
+    for said in runs[1]['refused']:
+        assert "strategy=dict(type='FSDP2Strategy')" in said
+
+
+def test_deepspeed_is_refused_at_the_start():
+    """Its strategy does not ask hooks when it writes a file."""
+    kind = type('DeepSpeedStrategy', (), {})
+    runner = SimpleNamespace(strategy=kind(), model=None)
+    with pytest.raises(OptionError, match='FSDP2Strategy'):
+        refuse_strategy(runner)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(param_dtype='half'), "param_dtype='half': use one of"),
+        (dict(shard='backbone'), 'shard'),
+        (dict(shard=['nothing.*']), "shard=['nothing.*']"),
+    ],
+)
+def test_option_out_of_range_is_named(tmp_path, options, words):
+    """Before anything is sharded."""
+    options = dict(options, work_dir=str(tmp_path))
+    with pytest.raises(OptionError) as error:
+        FSDP2Strategy(**options)._chosen(torch.nn.Linear(1, 1))
+    assert words in str(error.value)
