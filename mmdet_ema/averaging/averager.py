@@ -799,7 +799,9 @@ class WeightAverager:
         self._select()
         for name, averages in self._sets.items():
             # names that no file holds, too
-            old = dict(sets[name].named(saved=False))
+            old = dict(
+                sets[name].named(saved=False, stored=self._ranks is not None)
+            )
             same = {
                 id(before[i].raw): before[i].as_in_model(average)
                 for i, average in sets[name].tensors.items()
@@ -815,7 +817,7 @@ class WeightAverager:
                 for name, average in old.items()
                 if name in now and now[name].shape == average.shape
             }
-            averages.load(kept, False, self.update_buffers, self._ranks)
+            averages.load(kept, False, self.update_buffers)
         self._replaced += [
             entry.name
             for entry in self.entries

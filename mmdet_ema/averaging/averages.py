@@ -19,7 +19,7 @@ from typing import (
 import torch
 from torch import Tensor
 
-from mmdet_ema.averaging.shards import Ranks, local_part
+from mmdet_ema.averaging.shards import Ranks, is_sharded, local_part
 from mmdet_ema.averaging.swap import Swap
 from mmdet_ema.averaging.tensors import Entry, Role, average_dtype, is_finite
 from mmdet_ema.averaging.update import all_finite
@@ -131,20 +131,18 @@ class Averages:
             if tensor.is_floating_point() or tensor.is_complex()
         ]
         all_are_finite = all_finite(floats)
-        loaded: Dict[int, Tensor] = {}
+        given: Dict[int, List[Tensor]] = {}
         for i, entry in enumerate(self._entries):
             new = [averages[name] for name in entry.names if name in averages]
-            if not new:
-                continue
-            frozen = entry.role is Role.SHARED and entry.parameters
-            part = entry.part_of(new[-1])
-            same = not frozen or _is_same(entry.raw.detach(), part)
-            if frozen and ranks is not None:
-                same = ranks.all_agree(same)
-            if not same:
-                # frozen after it was trained: its average is another tensor
-                averaged = entry.has_mean
-                entry.role = Role.AVERAGED if averaged else Role.COPIED
+            if new:
+                given[i] = new
+        for i in self._trained_before(given, ranks):
+            # frozen after it was trained: its average is another tensor
+            entry = self._entries[i]
+            entry.role = Role.AVERAGED if entry.has_mean else Role.COPIED
+        loaded: Dict[int, Tensor] = {}
+        for i, new in given.items():
+            entry = self._entries[i]
             finite = all_are_finite or all(
                 is_finite(local_part(tensor)) for tensor in new
             )
@@ -153,10 +151,38 @@ class Averages:
                 if entry.parameters or update_buffers:
                     entry.role = Role.AVERAGED
             if finite or not entry.has_mean:
-                loaded[i] = part
+                loaded[i] = entry.part_of(new[-1])
         self.complete()
         for i, average in self.tensors.items():
             average.copy_(loaded.get(i, self._entries[i].raw.detach()))
+
+    def _trained_before(
+        self, given: Mapping[int, Sequence[Tensor]], ranks: Optional[Ranks]
+    ) -> List[int]:
+        """Return the frozen entries whose given average is not what they hold.
+
+        Of parts all ranks have to say the same, as no rank sees a whole.
+        """
+        frozen = [
+            i
+            for i in given
+            if self._entries[i].role is Role.SHARED
+            and self._entries[i].parameters
+        ]
+        differ = [
+            # what is carried over as a part is an average of its own
+            is_sharded(given[i][-1])
+            or not _is_same(
+                self._entries[i].raw.detach(),
+                self._entries[i].part_of(given[i][-1]),
+            )
+            for i in frozen
+        ]
+        whole = not any(is_sharded(given[i][-1]) for i in frozen)
+        if ranks is not None and frozen and whole:
+            flags = ranks.maximum(torch.tensor(differ, dtype=torch.float32))
+            differ = [bool(flag) for flag in flags.tolist()]
+        return [i for i, differs in zip(frozen, differ) if differs]
 
     @torch.no_grad()
     def distance(self, ranks: Optional[Ranks] = None) -> float:

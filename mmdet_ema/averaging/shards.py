@@ -141,7 +141,7 @@ class Ranks:
         self._groups, self._device = groups, device
 
     def maximum(self, flag: Tensor) -> Tensor:
-        """Return the largest value of a scalar over the ranks.
+        """Return the largest values over the ranks, by element.
 
         On a GPU nobody waits: it is one more kernel.
         """

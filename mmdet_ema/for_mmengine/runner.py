@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from mmdet_ema.averaging.shards import sharded_modules
 from mmdet_ema.errors import OptionError
+from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
 from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
 
 # the loops, and what a subclass may not change of them
@@ -89,8 +90,17 @@ def refuse_strategy(runner: Any) -> None:
                 f'writes and reads files, so that no average would be saved; '
                 f"use strategy=dict(type='FSDP2Strategy') or DDPStrategy."
             )
-    if isinstance(runner.model, nn.Module):
-        sharded_modules(runner.model)
+    if not isinstance(runner.model, nn.Module):
+        return
+    if sharded_modules(runner.model) and not isinstance(
+        strategy, FSDP2Strategy
+    ):
+        raise OptionError(
+            f'the model is sharded by fully_shard, and '
+            f'{type(strategy or runner).__name__} writes files on one rank '
+            f'alone; let FlexibleRunner shard it with '
+            f"strategy=dict(type='FSDP2Strategy')."
+        )
 
 
 def optimizers_of(runner: Any) -> List[Optimizer]:

@@ -57,6 +57,10 @@ class Recorder(Hook):
         self, runner, batch_idx, data_batch=None, outputs=None
     ):
         self.raws.append(gathered(runner.model))
+        Recorder.parts = [
+            getattr(x, '_local_tensor', x).detach().clone()
+            for x in runner.model.parameters()
+        ]
 
     def after_val_epoch(self, runner, metrics=None):
         self.metrics.append(dict(metrics))
@@ -70,12 +74,48 @@ def gathered(model):
     }
 
 
-def train(folder, epochs, resume=None, ranks=1, **options):
+class Failing(Score):
+    """Fails on rank 1, in the pass on the main averages."""
+
+    calls = 0
+
+    def process(self, data_batch, data_samples):
+        self.calls += 1
+        if self.calls == 3 and dist.get_rank() == 1:
+            raise RuntimeError('planted')
+        super().process(data_batch, data_samples)
+
+
+def fail(folder, strategy):
+    """Return what each rank says of it, and what differs in its weights."""
+    model = Model()
+    try:
+        train(
+            folder,
+            1,
+            ranks=2,
+            model=model,
+            metric=Failing(),
+            launcher='pytorch',
+            strategy=strategy,
+        )
+    except RuntimeError as error:
+        # it was kept after the last step
+        parts = [x._local_tensor for x in model.parameters()]
+        pairs = zip(parts, Recorder.parts)
+        return str(error), [
+            i for i, x in enumerate(pairs) if not torch.equal(*x)
+        ]
+
+
+def train(
+    folder, epochs, resume=None, ranks=1, model=None, metric=None, **options
+):
     """Train; return what was recorded."""
     recorder = Recorder()
     counts = 2 if folder.name == 'accumulated' else 1
     runner = FlexibleRunner(
-        model=Model(),
+        model=model or Model(),
         work_dir=str(folder),
         train_dataloader=loader(48, BATCH // ranks),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
@@ -87,7 +127,7 @@ def train(folder, epochs, resume=None, ranks=1, **options):
         param_scheduler=dict(type='ExponentialLR', gamma=0.9, end=9),
         val_dataloader=loader(4, 2, seed=1),
         val_cfg=dict(),
-        val_evaluator=Evaluator([Score()]),
+        val_evaluator=Evaluator([metric or Score()]),
         default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
         custom_hooks=[EMA, recorder],
         resume=resume or False,
@@ -132,8 +172,12 @@ def main(rank, ranks, folder, *specs):
             strategy=dict(type='FSDP2Strategy', shard=['head']),
         )
     found['refused'] = refused(folder / 'refused')
+    if specs[0].startswith('whole'):
+        # last of all: where one rank stops, the other is told by gloo
+        found['failed'] = fail(
+            folder / 'failed', dict(type='FSDP2Strategy', shard=['head'])
+        )
     torch.save(found, folder / f'rank{rank}.pt')
-    dist.barrier()
 
 
 if __name__ == '__main__':

@@ -136,6 +136,22 @@ def test_fsdp1_is_refused_at_the_start(runs):
         assert "strategy=dict(type='FSDP2Strategy')" in said
 
 
+def test_exception_on_one_rank_hangs_nobody(runs):
+    """The other one stops when the first has gone; raw weights are back."""
+    (other, left), (planted, right) = runs[1]['failed']
+    assert 'planted' == planted
+    assert 'planted' not in other
+    assert [] == left == right
+
+
+def test_shards_of_ones_own_need_the_strategy():
+    """Others call no hook on most ranks when they write a file."""
+    kind = type('FSDPModule', (torch.nn.Module,), {})
+    runner = SimpleNamespace(model=kind())
+    with pytest.raises(OptionError, match='FSDP2Strategy'):
+        refuse_strategy(runner)
+
+
 def test_deepspeed_is_refused_at_the_start():
     """Its strategy does not ask hooks when it writes a file."""
     kind = type('DeepSpeedStrategy', (), {})
