@@ -139,7 +139,7 @@ class UpdatePlan:
         given = [decay for decay in decays if decay is not None]
         if given and check and (self._sources or self._ranks):
             # a decay of 0 is a copy, which the flag cannot stop
-            if self._can_defer and min(given) > 0:
+            if self._can_defer and min(given) > 0 and self._sources:
                 skip = _nonfinite_flag(self._sources)
                 skip = self._ranks.maximum(skip) if self._ranks else skip
             elif not self._are_finite():

@@ -3,6 +3,7 @@
 Usage: python -m tests.averaging.shards_program RANK RANKS FOLDER
 """
 
+import copy
 import functools
 import os
 import sys
@@ -247,6 +248,21 @@ def thaw(mesh):
     )
 
 
+def little(mesh):
+    """Average a model of which one rank alone has anything but buffers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1, affine=False))
+    fully_shard(model, mesh=mesh)
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    answers = []
+    for value in (1.0, float('nan'), 2.0):
+        for parameter in model.parameters():
+            parameter._local_tensor.detach().fill_(value)
+        averager.update()
+        answers.append(averager.num_skipped)
+    return answers, averager.state_dict()['averages']
+
+
 def refused(mesh):
     """Return the messages of what cannot be averaged."""
     found = {}
@@ -286,8 +302,14 @@ def main(rank, ranks, folder):
         )
         way_mesh = both if name == 'hybrid' else mesh
         found[name] = average(way_mesh, shard, options)
+        if name == 'deferred':
+            found['little'] = little(mesh)
         averager_module.UpdatePlan = plan
-    state = [found['default']['state']]
+    found['given'] = copy.deepcopy(found['default']['state'])
+    if rank == 0:
+        # frozen after it was trained: it differs in the part of one rank
+        found['given']['averages']['frozen.bias'][0] += 1
+    state = [found['given']]
     dist.broadcast_object_list(state)
     model = sharded(mesh)
     other = WeightAverager(model, 'constant', **OPTIONS)

@@ -113,8 +113,11 @@ def test_state_is_that_of_one_process(ranks, way, plain):
 
 
 def test_state_loads_on_shards_and_in_one_process(ranks, plain):
-    """What rank 0 got is what every rank, or one process, goes on from."""
-    state, loaded = ranks[0]['default']['state'], ranks[0]['loaded']
+    """What rank 0 got is what every rank, or one process, goes on from.
+
+    Also of a layer that was frozen after it was trained.
+    """
+    state, loaded = ranks[0]['given'], ranks[0]['loaded']
     plain.load_state_dict(state)
     for other in (loaded, plain.state_dict()):
         for name, given in averages_of(state).items():
@@ -122,6 +125,17 @@ def test_state_loads_on_shards_and_in_one_process(ranks, plain):
             assert given['num_steps'] == there['num_steps']
             for key, value in given['averages'].items():
                 assert torch.equal(value, there['averages'][key]), key
+
+
+def test_rank_that_holds_nothing_agrees_too(ranks):
+    """It has no verdict of its own, and is asked all the same."""
+    for rank in ranks:
+        answers, _ = rank['little']
+        assert [0, 1, 1] == [int(answer) for answer in answers]
+    averages = ranks[0]['little'][1]
+    start = averages['0.weight'].item()
+    assert {'0.weight', '0.bias'} <= averages.keys()
+    assert 1.0 < start < 2.0
 
 
 def test_distance_is_that_of_whole_tensors(ranks):
