@@ -21,6 +21,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.runner.checkpoint import save_checkpoint, weights_to_cpu
 from mmengine.utils import get_git_hash
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet_ema.averaging.shards import (
     as_sharded,
@@ -49,8 +50,11 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
             modules that are *called*: a detector calls ``bbox_head.loss()``,
             not ``bbox_head()``. Defaults to ().
         param_dtype (str, optional): dtype of the gathered parameters, such as
-            'bfloat16'. What is trained and averaged stays float32.
-            Defaults to None, as they are.
+            'bfloat16'. What is trained and averaged stays float32, and so
+            does what BatchNorm computes. Defaults to None, as they are.
+        float32 (Sequence[str]): Names of modules that compute in float32
+            under ``param_dtype``: the losses of most heads need it of their
+            ``'bbox_head'``. Defaults to ().
         reduce_dtype (str, optional): dtype that gradients are reduced in.
             Defaults to None, as ``param_dtype``.
         cpu_offload (bool): Keep parameters, gradients and optimizer states in
@@ -74,6 +78,7 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
         *,
         shard: Sequence[str] = (),
         param_dtype: Optional[str] = None,
+        float32: Sequence[str] = (),
         reduce_dtype: Optional[str] = None,
         cpu_offload: bool = False,
         reshard_after_forward: bool = True,
@@ -87,6 +92,7 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
                 f"update it, or use strategy=dict(type='DDPStrategy')."
             ) from None
         self._shard = check_patterns('shard', shard)
+        self._float32 = check_patterns('float32', float32)
         self._dtypes: Dict[str, Any] = {
             'param_dtype': _dtype('param_dtype', param_dtype),
             'reduce_dtype': _dtype('reduce_dtype', reduce_dtype),
@@ -138,25 +144,47 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
                 CPUOffloadPolicy() if self._cpu_offload else OffloadPolicy()
             ),
         }
-        for module in self._chosen(model):
-            fully_shard(module, **options)
+        single = MixedPrecisionPolicy(torch.float32)
+        kept = self._chosen(model, 'float32', self._float32)
+        for module in kept:
+            fully_shard(module, **{**options, 'mp_policy': single})
+        low = self._dtypes['param_dtype']
+        inside = {id(x) for module in kept for x in module.modules()}
+        norms: List[nn.Module] = [
+            module
+            for module in model.modules()
+            if isinstance(module, _BatchNorm)
+            and module.affine
+            and id(module) not in inside
+        ]
+        if low not in (None, torch.float32) and norms:
+            # torch wants weights in the dtype of the statistics there
+            around = MixedPrecisionPolicy(torch.float32, output_dtype=low)
+            own = {**options, 'mp_policy': around}
+            own['reshard_after_forward'] = False  # there is little of them
+            fully_shard(norms, **own)
+        for module in self._chosen(model, 'shard', self._shard):
+            if all(module is not other for other in kept):
+                fully_shard(module, **options)
         fully_shard(model, **options)
         return model
 
-    def _chosen(self, model: nn.Module) -> List[nn.Module]:
-        """Return the modules that are sharded apart, the inner ones first."""
+    def _chosen(
+        self, model: nn.Module, option: str, patterns: Sequence[str]
+    ) -> List[nn.Module]:
+        """Return the modules of these names, the inner ones first."""
         named = [(name, x) for name, x in model.named_modules() if name]
-        for pattern in self._shard:
+        for pattern in patterns:
             if not any(_matches(name, pattern) for name, _ in named):
                 raise OptionError(
-                    f'shard={[pattern]}: no module of the model has such a '
+                    f'{option}={[pattern]}: no module of the model has such a '
                     f"name; give names of model.named_modules(), '*' stands "
                     f'for any text between two dots.'
                 )
         return [
             module
             for name, module in reversed(named)
-            if any(_matches(name, pattern) for pattern in self._shard)
+            if any(_matches(name, pattern) for pattern in patterns)
         ]
 
     def build_optim_wrapper(

@@ -26,6 +26,9 @@ EMA = dict(
     evaluate='all',
     averages=dict(fast=dict(decay=0.5, tau=1)),
 )
+LOW = dict(
+    param_dtype='bfloat16', float32=['head'], reshard_after_forward=False
+)
 BATCH = 12  # of all ranks together
 
 
@@ -169,7 +172,11 @@ def main(rank, ranks, folder, *specs):
             str(folder / file[0]) if file else None,
             ranks,
             launcher='pytorch',
-            strategy=dict(type='FSDP2Strategy', shard=['head']),
+            strategy=dict(
+                type='FSDP2Strategy',
+                shard=['head'],
+                **(LOW if name == 'low' else {}),
+            ),
         )
     found['refused'] = refused(folder / 'refused')
     if specs[0].startswith('whole'):

@@ -27,7 +27,8 @@ def runs(tmp_path_factory):
     from tests.for_mmengine.shards_program import train
 
     folder = tmp_path_factory.mktemp('shards')
-    specs = ['whole:3', 'part:2', 'again:3:part/epoch_2.pth', 'accumulated:2']
+    specs = ['whole:3', 'part:2', 'again:3:part/epoch_2.pth']
+    specs += ['accumulated:2', 'low:3']
     ranks = run_ranks(PROGRAM, 2, folder, *specs)
     three = run_ranks(PROGRAM, 3, folder, 'three:3:part/epoch_2.pth')
     found = {name: [rank[name] for rank in ranks] for name in ranks[0]}
@@ -55,16 +56,18 @@ def weights_of(file):
     return [file['state_dict'], file['ema_state_dict'], fast]
 
 
-def test_file_holds_the_averages_of_the_gathered_weights(runs):
-    """In float64 from the formula, all 12 steps."""
+@pytest.mark.parametrize('run', ['whole', 'low'])
+def test_file_holds_the_averages_of_the_gathered_weights(runs, run):
+    """In float64 from the formula, all 12 steps; in float32 in any case."""
     _, found = runs
-    file = read(runs, 'whole/epoch_3.pth')
+    file = read(runs, f'{run}/epoch_3.pth')
     for name, sets in (('ema', 0), ('fast', 2)):
         for key, average in weights_of(file)[sets].items():
             start, *raws = (
-                raw[key].double().numpy() for raw in found['whole'][0]['raws']
+                raw[key].double().numpy() for raw in found[run][0]['raws']
             )
             assert 12 == len(raws)
+            assert average.dtype in (torch.float32, torch.int64)
             if average.is_floating_point() and 'frozen' not in key:
                 expected = oracle.average(start, raws, DECAYS[name])
                 # float32 rounds each update to 6e-8
@@ -118,6 +121,11 @@ def test_validations_equal_those_of_one_process(runs):
         assert len({round(x, 2) for x in metrics.values()}) == 3
         # it sums what is rounded to 1e-6
         assert pytest.approx(one['metrics'][2], rel=1e-4) == metrics
+    for rank in found['low']:
+        # bfloat16 has 8 bits
+        assert (
+            pytest.approx(one['metrics'][2], rel=0.05) == (rank['metrics'][-1])
+        )
     assert [3] * 2 == [len(rank['metrics']) for rank in found['whole']]
     for name in ('ema_distance', 'grad_norm'):
         for rank in found['whole']:
@@ -166,11 +174,18 @@ def test_deepspeed_is_refused_at_the_start():
         (dict(param_dtype='half'), "param_dtype='half': use one of"),
         (dict(shard='backbone'), 'shard'),
         (dict(shard=['nothing.*']), "shard=['nothing.*']"),
+        (dict(float32=['head']), "float32=['head']"),
     ],
 )
-def test_option_out_of_range_is_named(tmp_path, options, words):
+def test_option_out_of_range_is_named(tmp_path, monkeypatch, options, words):
     """Before anything is sharded."""
-    options = dict(options, work_dir=str(tmp_path))
+
+    def choose():
+        strategy = FSDP2Strategy(work_dir=str(tmp_path), **options)
+        model = torch.nn.Linear(1, 1)
+        strategy._chosen(model, 'shard', strategy._shard)
+        strategy._chosen(model, 'float32', strategy._float32)
+
     with pytest.raises(OptionError) as error:
-        FSDP2Strategy(**options)._chosen(torch.nn.Linear(1, 1))
+        choose()
     assert words in str(error.value)
