@@ -30,9 +30,19 @@ from mmdet_ema.averaging.averages import (
     read_progress,
     read_tensors,
 )
-from mmdet_ema.averaging.distributed import make_equal, world_size
+from mmdet_ema.averaging.distributed import (
+    first_difference,
+    make_equal,
+    world_size,
+)
 from mmdet_ema.averaging.model_changes import ModelChanges, parametrized
 from mmdet_ema.averaging.overlap import side_stream
+from mmdet_ema.averaging.shards import (
+    gather,
+    ranks_of,
+    reshard,
+    sharded_modules,
+)
 from mmdet_ema.averaging.tensors import (
     Role,
     count_roles,
@@ -361,6 +371,38 @@ class WeightAverager:
                     (means if has_mean else copies).append(average)
         return make_equal(means, copies)
 
+    def verify_ranks(self) -> None:
+        """Check that parameters and averages are the same on every rank.
+
+        Bit for bit, by a checksum each; call it on all ranks together, after
+        :meth:`synchronize`. What is sharded is left out: no other rank has it.
+
+        Raises:
+            RuntimeError: On every rank, with the name of the first tensor that
+                differs.
+        """
+        self.wait()
+        if world_size() == 1 or self.is_applied:
+            return
+        whole = [
+            (i, e) for i, e in enumerate(self.entries) if e.sharded is None
+        ]
+        named = [(e.name, e.raw) for _, e in whole if e.parameters]
+        for name, averages in self._sets.items():
+            named += [
+                (f'{entry.name} of the averages {name!r}', averages.tensors[i])
+                for i, entry in whole
+                if i in averages.tensors
+            ]
+        found = first_difference(named)
+        if found is not None:
+            raise RuntimeError(
+                f'verify_ranks: {found} is not the same on all ranks after '
+                f'{self.num_steps} steps: they train, and average, different '
+                f'models. Look for what only some of them do, such as a seed, '
+                f'a hook or a file of its own.'
+            )
+
     def apply(self, name: str = MAIN) -> None:
         """Put averages into the model until :meth:`restore`.
 
@@ -392,6 +434,7 @@ class WeightAverager:
 
     def restore(self) -> None:
         """Put the raw weights back, bit for bit; no-op if they are there."""
+        self._changes.recover()
         name = self._applied
         if name is not None:
             self._sets[name].swap.swap_out()
@@ -478,7 +521,8 @@ class WeightAverager:
     def distance(self, name: str = MAIN) -> float:
         """Return ``||average - raw|| / ||raw||`` over trained parameters.
 
-        The L2 norms run over all elements; 0 for a model without any.
+        The L2 norms run over all elements; 0 for a model without any. All
+        ranks of a sharded model call it.
 
         Args:
             name: Which averages. Defaults to 'ema', the main ones.
@@ -490,7 +534,7 @@ class WeightAverager:
         if self._applied not in (None, name):
             self._refuse_inside('distance')
         self.wait()
-        return self._sets[name].distance()
+        return self._sets[name].distance(self._ranks)
 
     def first_nonfinite(self) -> Optional[str]:
         """Return the first averaged parameter that holds NaN or Inf."""
@@ -526,13 +570,15 @@ class WeightAverager:
     def state_dict(self) -> Dict[str, Any]:
         """Return the state: plain values, and tensors by name.
 
-        Large tensors are the live ones, small ones copies.
+        Large tensors are the live ones, small ones copies. Of a sharded model
+        call it on all ranks: rank 0 gets whole tensors in host memory, which
+        :meth:`load_state_dict` wants on every rank, the others none.
         """
         states = {
             name: {
                 **self.progress(name),
                 'schedule': str(schedule),
-                'averages': own_memory(dict(self.named_averages(name=name))),
+                'averages': own_memory(gather(self.named_averages(name=name))),
             }
             for name, schedule in self.schedules.items()
         }
@@ -585,13 +631,14 @@ class WeightAverager:
         for name, averages in self._sets.items():
             # all are looked at before any is changed
             check_fit(
-                dict(averages.named()), tensors.get(name, {}), strict=False
+                dict(averages.owned()), tensors.get(name, {}), strict=False
             )
         for name, averages in self._sets.items():
             averages.load(
                 tensors.get(name, {}),
                 strict and name in tensors,
                 self.update_buffers,
+                self._ranks,
             )
         self._plan_updates()
         self._progress = {x: progress.get(x, Progress()) for x in self.names}
@@ -683,6 +730,14 @@ class WeightAverager:
         return after, decays
 
     def _select(self) -> None:
+        reshard(sharded_modules(self.model))
+        self._ranks = ranks_of(self.model.named_parameters())
+        if self._ranks and self.posthoc:
+            raise OptionError(
+                'posthoc=True keeps the starting weights, which no rank of a '
+                'sharded model holds; give several averages instead: '
+                'averages=dict(fast=dict(decay=...)).'
+            )
         self.entries = select(self.model, self.update_buffers, self.copied)
         self._sets = {
             name: Averages(self.entries, device)
@@ -700,7 +755,7 @@ class WeightAverager:
         for averages in self._sets.values():
             averages.complete()  # loading one set may have changed roles
         sets = [averages.tensors for averages in self._sets.values()]
-        self._plan = UpdatePlan(self.entries, sets)
+        self._plan = UpdatePlan(self.entries, sets, ranks=self._ranks)
         self._changes = ModelChanges(self.model, self.entries)
         self._stream = side_stream(
             [self.entries[i].raw for i in sets[0]],
@@ -744,9 +799,11 @@ class WeightAverager:
         self._select()
         for name, averages in self._sets.items():
             # names that no file holds, too
-            old = dict(sets[name].named(saved=False))
+            old = dict(
+                sets[name].named(saved=False, stored=self._ranks is not None)
+            )
             same = {
-                id(before[i].raw): average
+                id(before[i].raw): before[i].as_in_model(average)
                 for i, average in sets[name].tensors.items()
             }
             for entry in self.entries:

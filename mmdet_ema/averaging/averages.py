@@ -19,6 +19,7 @@ from typing import (
 import torch
 from torch import Tensor
 
+from mmdet_ema.averaging.shards import Ranks, is_sharded, local_part
 from mmdet_ema.averaging.swap import Swap
 from mmdet_ema.averaging.tensors import Entry, Role, average_dtype, is_finite
 from mmdet_ema.averaging.update import all_finite
@@ -76,7 +77,7 @@ class Averages:
         stored: bool = False,
         saved: bool = True,
     ) -> Iterator[Tuple[str, Tensor]]:
-        """Yield names with the value of their entry.
+        """Yield names with the value of their entry, sharded as the entry.
 
         Args:
             value_of: The value by the number of the entry; None for its
@@ -87,9 +88,18 @@ class Averages:
         value_of = value_of or self.swap.average
         for i, entry in enumerate(self._entries):
             if not stored or i in self.tensors:
-                value = value_of(i)
+                value = entry.as_in_model(value_of(i))
                 for name in entry.saved if saved else entry.names:
                     yield name, value
+
+    def owned(self) -> Iterator[Tuple[str, Tensor]]:
+        """Yield names of the ``state_dict`` with what the model owns."""
+        for entry in self._entries:
+            for name in entry.saved:
+                yield (
+                    name,
+                    entry.raw if entry.sharded is None else entry.sharded,
+                )
 
     @torch.no_grad()
     def load(
@@ -97,6 +107,7 @@ class Averages:
         averages: Mapping[str, Tensor],
         strict: bool,
         update_buffers: bool,
+        ranks: Optional[Ranks] = None,
     ) -> None:
         """Copy averages in by name; nothing changes if one does not fit.
 
@@ -105,51 +116,93 @@ class Averages:
         model's does, the average goes on.
 
         Args:
-            averages: Averages by name.
+            averages: Averages by name, sharded ones whole or as the model's.
             strict: Whether a missing name is an error.
             update_buffers: Whether float buffers are averaged.
+            ranks: The ranks that share tensors. Defaults to none.
 
         Raises:
             CheckpointError: If a shape differs or a name is missing.
         """
-        check_fit(dict(self.named()), averages, strict)
+        check_fit(dict(self.owned()), averages, strict)
         floats = [
             tensor
-            for tensor in averages.values()
+            for tensor in map(local_part, averages.values())
             if tensor.is_floating_point() or tensor.is_complex()
         ]
         all_are_finite = all_finite(floats)
-        loaded: Dict[int, Tensor] = {}
+        given: Dict[int, List[Tensor]] = {}
         for i, entry in enumerate(self._entries):
             new = [averages[name] for name in entry.names if name in averages]
-            if not new:
-                continue
-            frozen = entry.role is Role.SHARED and entry.parameters
-            if frozen and not _is_same(entry.raw.detach(), new[-1]):
-                # frozen after it was trained: its average is another tensor
-                averaged = entry.has_mean
-                entry.role = Role.AVERAGED if averaged else Role.COPIED
-            finite = all_are_finite or all(map(is_finite, new))
+            if new:
+                given[i] = new
+        for i in self._trained_before(given, ranks):
+            # frozen after it was trained: its average is another tensor
+            entry = self._entries[i]
+            entry.role = Role.AVERAGED if entry.has_mean else Role.COPIED
+        loaded: Dict[int, Tensor] = {}
+        for i, new in given.items():
+            entry = self._entries[i]
+            finite = all_are_finite or all(
+                is_finite(local_part(tensor)) for tensor in new
+            )
             if finite and entry.holds_nonfinite:
                 entry.has_mean, entry.holds_nonfinite = True, False
                 if entry.parameters or update_buffers:
                     entry.role = Role.AVERAGED
             if finite or not entry.has_mean:
-                loaded[i] = new[-1]
+                loaded[i] = entry.part_of(new[-1])
         self.complete()
         for i, average in self.tensors.items():
             average.copy_(loaded.get(i, self._entries[i].raw.detach()))
 
+    def _trained_before(
+        self, given: Mapping[int, Sequence[Tensor]], ranks: Optional[Ranks]
+    ) -> List[int]:
+        """Return the frozen entries whose given average is not what they hold.
+
+        Of parts all ranks have to say the same, as no rank sees a whole.
+        """
+        frozen = [
+            i
+            for i in given
+            if self._entries[i].role is Role.SHARED
+            and self._entries[i].parameters
+        ]
+        differ = [
+            # what is carried over as a part is an average of its own
+            is_sharded(given[i][-1])
+            or not _is_same(
+                self._entries[i].raw.detach(),
+                self._entries[i].part_of(given[i][-1]),
+            )
+            for i in frozen
+        ]
+        whole = not any(is_sharded(given[i][-1]) for i in frozen)
+        if ranks is not None and frozen and whole:
+            flags = ranks.maximum(torch.tensor(differ, dtype=torch.float32))
+            differ = [bool(flag) for flag in flags.tolist()]
+        return [i for i, differs in zip(frozen, differ) if differs]
+
     @torch.no_grad()
-    def distance(self) -> float:
+    def distance(self, ranks: Optional[Ranks] = None) -> float:
         """Return ``||average - raw|| / ||raw||`` over trained parameters.
 
-        In the L2 norm; 0 where there are none, or they are zero.
+        In the L2 norm; 0 where there are none, or they are zero. Where ranks
+        share tensors they all call it.
         """
+        gap, size = self._squares(sharded=False)
+        if ranks is not None:
+            here = ranks.add_up(self._squares(sharded=True))
+            gap, size = gap + here[0], size + here[1]
+        return math.sqrt(gap / size) if size else 0.0
+
+    def _squares(self, sharded: bool) -> Tuple[float, float]:
         gaps: List[Tensor] = []
         sizes: List[Tensor] = []
         for i in self.tensors:
-            if self._entries[i].parameters:
+            entry = self._entries[i]
+            if entry.parameters and (entry.sharded is not None) == sharded:
                 average = self.swap.average(i).reshape(-1)
                 raw = self.swap.raw(i).reshape(-1).to(average.device)
                 step = max(raw.numel(), 1) if raw.is_cuda else _CHUNK
@@ -158,8 +211,7 @@ class Averages:
                     right = right.to(left.dtype)
                     gaps.append(_squares(left - right))
                     sizes.append(_squares(right))
-        size = _total(sizes)
-        return math.sqrt(_total(gaps) / size) if size else 0.0
+        return _total(gaps), _total(sizes)
 
 
 def check_fit(

@@ -10,7 +10,7 @@ whenever it is taken.
 from __future__ import annotations
 
 import zlib
-from typing import List, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,38 @@ def make_equal(means: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
     if means:
         _take_means(means, firsts)
     return True
+
+
+@torch.no_grad()
+def first_difference(named: Sequence[Tuple[str, Tensor]]) -> Optional[str]:
+    """Name the first tensor that is not the same, bit for bit, on all ranks.
+
+    Call it on all ranks; it reads every tensor once, and exchanges one number
+    for each.
+
+    Returns:
+        The name; None if all are the same.
+    """
+    if world_size() == 1 or not named:
+        return None
+    tensors = [tensor for _, tensor in named]
+    if not _alike_on_all_ranks(tensors, 0):
+        return f'{named[0][0]}, or another one, of another shape or dtype'
+    sums = [_checksum(tensor) for tensor in tensors]
+    mine = torch.tensor(sums, device=_device(tensors))
+    # ~x turns the order round, without an overflow
+    both = torch.cat([mine, ~mine])
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    largest, smallest = both[: len(sums)], ~both[len(sums) :]
+    differ = (largest != smallest).tolist()
+    return next((name for (name, _), x in zip(named, differ) if x), None)
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Return the sum of a tensor's words, which wraps around."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = _as_reals(tensor.detach()).contiguous().reshape(-1)
+    return int(flat.view(words[flat.element_size()]).sum(dtype=torch.int64))
 
 
 def _take_means(means: Sequence[Tensor], firsts: Sequence[Tensor]) -> None:

@@ -17,11 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from mmdet_ema.averaging.shards import (
+    local_part,
+    recover,
+    reshard,
+    sharded_modules,
+)
 from mmdet_ema.averaging.tensors import Entry, Role
 
 _END = object()
 _VALUES: Any = dict.values
 _TRAINS = attrgetter('requires_grad')
+_PART: Any = attrgetter('_local_tensor')
 
 
 class ModelChanges:
@@ -34,6 +41,10 @@ class ModelChanges:
 
     def __init__(self, model: nn.Module, entries: Sequence[Entry]):
         self._model, self._entries = model, entries
+        self._wrapped = sharded_modules(model)
+        self.reshard()
+        self._sharded = [e.sharded for e in entries if e.sharded is not None]
+        self._parts = list(map(_PART, self._sharded))
         # modules without any are left out: that halves the cost of a look
         self._owners: List[Dict[str, Any]] = [
             owner
@@ -50,8 +61,20 @@ class ModelChanges:
             and not any(map(_TRAINS, entry.parameters))
             for parameter in entry.parameters
         ]
-        self._frozen_addresses = [p.data_ptr() for p in self._frozen]
+        self._frozen_addresses = _addresses(self._frozen)
         self._remember_layout()
+
+    def reshard(self) -> None:
+        """Let a sharded model forget what a forward pass gathered."""
+        reshard(self._wrapped)
+
+    def recover(self) -> None:
+        """Do so where that pass may have failed half-way."""
+        self.reshard()
+        if self._wrapped and not all(
+            map(is_, self._list_members(), self._members)
+        ):
+            recover(self._wrapped)
 
     def noticed(self) -> bool:
         """Return whether something has changed; cheap enough for each step.
@@ -61,12 +84,14 @@ class ModelChanges:
         (multi-tensor calls would broadcast what does not fit); a frozen
         parameter trains.
         """
+        self.reshard()
         # map() over methods of the class: half the time of a comprehension
         return (
             not all(map(is_, self._list_members(), self._members))
             or list(map(Tensor.data_ptr, self._raws)) != self._addresses
             or list(map(Tensor.size, self._raws)) != self._shapes
             or list(map(Tensor.stride, self._strided)) != self._strides
+            or not all(map(is_, map(_PART, self._sharded), self._parts))
             or self.has_thawed()
         )
 
@@ -85,6 +110,8 @@ class ModelChanges:
             RuntimeError: If a parameter has another shape now, or its memory
                 was freed.
         """
+        if not all(map(is_, map(_PART, self._sharded), self._parts)):
+            return False
         for i, entry in enumerate(self._watched):
             raw, shape = entry.raw, self._shapes[i]
             moved = raw.data_ptr() != self._addresses[i]
@@ -161,9 +188,9 @@ class ModelChanges:
         return (
             self.noticed()
             or _labels(self._model) != self._labels
-            or [p.data_ptr() for p in self._frozen] != self._frozen_addresses
+            or _addresses(self._frozen) != self._frozen_addresses
             or any(  # tied parameters were parted by ``.data``
-                p.data_ptr() != entry.raw.data_ptr()
+                local_part(p).data_ptr() != entry.raw.data_ptr()
                 for entry in self._watched
                 for p in entry.parameters
             )
@@ -236,6 +263,10 @@ def _labels(model: nn.Module) -> List[object]:
         for owner in (module._parameters, module._buffers)
         for name, tensor in owner.items()
     ]
+
+
+def _addresses(parameters: Sequence[Tensor]) -> List[int]:
+    return [local_part(parameter).data_ptr() for parameter in parameters]
 
 
 def _is_buffer(member: object) -> bool:

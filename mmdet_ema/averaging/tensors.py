@@ -17,6 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mmdet_ema.averaging.shards import (
+    as_sharded,
+    is_sharded,
+    local_part,
+    part_of,
+)
 from mmdet_ema.errors import OptionError
 
 # Modules whose buffers have no meaningful mean, by name: torch moves them from
@@ -57,7 +63,8 @@ class Entry:
     """A unique tensor of the model.
 
     Attributes:
-        raw: The live tensor, as the module owns it (any shape and dtype).
+        raw: The live tensor, as the module owns it (any shape and dtype); of
+            a sharded one, what this rank holds.
         role: What is done with it.
         names: Its names, in the order of the ``state_dict``.
         saved: Those of them that are in the ``state_dict``.
@@ -67,6 +74,7 @@ class Entry:
             unit vectors, masks and the like.
         holds_nonfinite: Whether it has no mean because it held NaN or Inf when
             it was selected.
+        sharded: The DTensor that ``raw`` is a part of; None if it is whole.
     """
 
     raw: Tensor
@@ -76,11 +84,22 @@ class Entry:
     parameters: Tuple[nn.Parameter, ...] = ()
     has_mean: bool = True
     holds_nonfinite: bool = False
+    sharded: Optional[Tensor] = None
 
     @property
     def name(self) -> str:
         """First name, for messages."""
         return self.names[0]
+
+    def as_in_model(self, part: Tensor) -> Tensor:
+        """Return a tensor like ``raw`` as the model would own it."""
+        return part if self.sharded is None else as_sharded(part, self.sharded)
+
+    def part_of(self, given: Tensor) -> Tensor:
+        """Return this rank's part of a tensor, which may be whole."""
+        if self.sharded is None or is_sharded(given):
+            return local_part(given)
+        return part_of(given, self.sharded)
 
 
 def select(
@@ -224,7 +243,8 @@ def _make_entry(
             )
     tensors = [tensor for _, tensor, _ in group]
     # of several owners, one that trains: it follows its own ``.data``
-    raw = next((t for t in tensors if t.requires_grad), tensors[0])
+    owner = next((t for t in tensors if t.requires_grad), tensors[0])
+    raw = local_part(owner)
     owners = {id(t): t for t in tensors if isinstance(t, nn.Parameter)}
     entry = Entry(
         raw,
@@ -233,6 +253,7 @@ def _make_entry(
         tuple(name for name, _, saved in group if saved),
         tuple(owners.values()),
         has_mean,
+        sharded=owner if raw is not owner else None,
     )
     frozen = owners and not any(p.requires_grad for p in owners.values())
     # nothing can write into a tensor that overlaps itself (``expand``)
@@ -241,7 +262,7 @@ def _make_entry(
         return entry
     if not (raw.is_floating_point() or raw.is_complex()):
         entry.has_mean = False
-    elif has_mean:
+    elif has_mean and entry.sharded is None:  # a rank sees only its part
         entry.holds_nonfinite = not is_finite(raw.detach())
         entry.has_mean = not entry.holds_nonfinite
     if entry.has_mean and (owners or update_buffers):
@@ -304,6 +325,7 @@ def _span(tensor: Tensor) -> Tuple[int, int, int]:
 
 
 def _identity(tensor: Tensor) -> object:
+    tensor = local_part(tensor)
     if is_lazy(tensor) or not tensor.numel() or not tensor.data_ptr():
         return id(tensor)
     where = tensor.device, tensor.dtype, tensor.data_ptr()
@@ -311,6 +333,7 @@ def _identity(tensor: Tensor) -> object:
 
 
 def _storage(tensor: Tensor) -> object:
+    tensor = local_part(tensor)
     if is_lazy(tensor) or not tensor.data_ptr():
         return id(tensor)
     # torch before 2.0 has no untyped_storage()

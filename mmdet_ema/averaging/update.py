@@ -34,6 +34,7 @@ from typing import (
 import torch
 from torch import Tensor
 
+from mmdet_ema.averaging.shards import Ranks
 from mmdet_ema.averaging.tensors import Entry, Role, is_finite
 
 Rule = Callable[[Tensor, Tensor, int], None]
@@ -52,6 +53,8 @@ class UpdatePlan:
             views of one tensor, in place of what was there.
         deferred: Whether the verdict on a step may stay on the device; None
             for where that is faster.
+        ranks: The ranks that share tensors, and agree on the verdict.
+            Defaults to none.
     """
 
     def __init__(
@@ -59,7 +62,9 @@ class UpdatePlan:
         entries: Sequence[Entry],
         sets: Sequence[Dict[int, Tensor]],
         deferred: Optional[bool] = None,
+        ranks: Optional[Ranks] = None,
     ):
+        self._ranks = ranks
         self._entries, self._sets = entries, sets
         owned = [
             i for i in sets[0] if entries[i].raw.numel() and sets[0][i].numel()
@@ -132,11 +137,12 @@ class UpdatePlan:
         """
         skip = None
         given = [decay for decay in decays if decay is not None]
-        if given and check and self._sources:
+        if given and check and (self._sources or self._ranks):
             # a decay of 0 is a copy, which the flag cannot stop
-            if self._can_defer and min(given) > 0:
+            if self._can_defer and min(given) > 0 and self._sources:
                 skip = _nonfinite_flag(self._sources)
-            elif not all_finite(self._sources):
+                skip = self._ranks.maximum(skip) if self._ranks else skip
+            elif not self._are_finite():
                 return False
         for k, decay in enumerate(decays):
             if decay is not None:
@@ -164,7 +170,7 @@ class UpdatePlan:
         Returns:
             Whether the step was finite.
         """
-        if check and not all_finite(self._sources):
+        if check and not self._are_finite():
             return False
         for i in (*self._weights, *self._buffers):
             raw = self._entries[i].raw.detach()
@@ -172,6 +178,11 @@ class UpdatePlan:
                 for averages in self._sets:
                     rule(averages[i], raw.to(averages[i]), step)
         return self.run([None] * len(self._sets), check) is True
+
+    def _are_finite(self) -> bool:
+        """Return whether the weights are finite, those of other ranks too."""
+        finite = all_finite(self._sources)
+        return self._ranks.all_agree(finite) if self._ranks else finite
 
     def _update_direct(
         self, i: int, decays: Sequence[Optional[float]], check: bool

@@ -111,6 +111,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         save_on_sigterm (bool): After SIGTERM write a checkpoint at the end of
             the step, and exit with status 143; a resume goes on there, in
             the middle of an epoch too. Defaults to False.
+        verify_ranks (bool): Before each evaluation of all ranks, compare
+            their weights and averages by checksums; stop with the name of the
+            first one that differs. Defaults to False.
         ema_type (str, optional): An averaging class of mmengine.
         momentum (float, optional): ``1 - decay``. Alone it means mmcv's hook,
             with its warm-up.

@@ -110,6 +110,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         save_on_sigterm (bool): After SIGTERM write a checkpoint at the end of
             the step, and exit with status 143; ``--resume`` goes on there, in
             the middle of an epoch too. Defaults to False.
+        verify_ranks (bool): Before each evaluation of all ranks, compare
+            their weights and averages by checksums; stop with the name of the
+            first one that differs. Defaults to False.
         ema_type (str, optional): Compatible option: name of an averaging
             class, for its numbers and mmengine's defaults.
         momentum (float, optional): Compatible option: ``1 - decay``.
@@ -164,6 +167,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._check_file(runner)
         self._model = runners.model_of(runner)
         if self.enabled:
+            runners.refuse_strategy(runner)
             watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
                 self._check_order(runner)
@@ -388,6 +392,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Sort out which weights of the checkpoint go where."""
+        if self.enabled:  # some runners load before the run begins
+            runners.refuse_strategy(runner)
         checkpoints.unmake(checkpoint)
         self._model = model = runners.model_of(runner)
         if not runners.is_training(runner) or self._trained:

@@ -7,12 +7,18 @@ import inspect
 from typing import Any, Callable, Iterator
 
 from mmengine.hooks.ema_hook import EMAHook as MMEngineEMAHook
-from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, Registry
+from mmengine.registry import (
+    HOOKS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    STRATEGIES,
+    Registry,
+)
 
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine.bias_warmup_hook import BiasWarmupHook
 from mmdet_ema.for_mmengine.checkpoints import allow_framework_types
 from mmdet_ema.for_mmengine.ema_hook import EMAHook
+from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
 from mmdet_ema.for_mmengine.optimizer_constructor import (
     EMAOptimizerConstructor,
 )
@@ -41,6 +47,7 @@ def register() -> None:
     OPTIM_WRAPPER_CONSTRUCTORS.register_module(
         module=EMAOptimizerConstructor, force=True
     )
+    STRATEGIES.register_module(module=FSDP2Strategy, force=True)
     allow_framework_types()
 
 

@@ -21,6 +21,9 @@ from mmengine.runner import (
 from torch import nn
 from torch.optim import Optimizer
 
+from mmdet_ema.averaging.shards import sharded_modules
+from mmdet_ema.errors import OptionError
+from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
 from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
 
 # the loops, and what a subclass may not change of them
@@ -70,6 +73,34 @@ def model_of(runner: Any) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model  # type: ignore[no-any-return]
+
+
+def refuse_strategy(runner: Any) -> None:
+    """Refuse what shards a model in a way that is not averaged.
+
+    Raises:
+        OptionError: If it is not FSDP2's.
+    """
+    strategy = getattr(runner, 'strategy', None)
+    kinds = {kind.__name__ for kind in type(strategy).__mro__}
+    for name in ('DeepSpeedStrategy', 'ColossalAIStrategy'):
+        if name in kinds:
+            raise OptionError(
+                f'strategy of type {name}: EMAHook is not asked when it '
+                f'writes and reads files, so that no average would be saved; '
+                f"use strategy=dict(type='FSDP2Strategy') or DDPStrategy."
+            )
+    if not isinstance(runner.model, nn.Module):
+        return
+    if sharded_modules(runner.model) and not isinstance(
+        strategy, FSDP2Strategy
+    ):
+        raise OptionError(
+            f'the model is sharded by fully_shard, and '
+            f'{type(strategy or runner).__name__} writes files on one rank '
+            f'alone; let FlexibleRunner shard it with '
+            f"strategy=dict(type='FSDP2Strategy')."
+        )
 
 
 def optimizers_of(runner: Any) -> List[Optimizer]:

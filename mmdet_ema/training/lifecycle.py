@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import MAIN, read_count
 from mmdet_ema.averaging.distributed import add_up
+from mmdet_ema.averaging.shards import gather
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
 from mmdet_ema.checkpoint.start import (
@@ -307,13 +308,18 @@ class EMALifecycle:
         return {name: x for name, x in found.items() if math.isfinite(x)}
 
     def synchronize(self) -> None:
-        """Make the averages of buffers equal; call it on all ranks at once."""
+        """Make the averages of buffers equal; call it on all ranks at once.
+
+        Under ``verify_ranks`` all else is compared.
+        """
         if self.averager is not None and not self.averager.synchronize():
             self._warn_once(
                 'EMA: the buffers of the ranks differ in number, shape or '
                 'dtype, so that their averages cannot be made equal: each '
                 'rank evaluates its own, and files hold those of rank 0.'
             )
+        if self.averager is not None and self.options.verify_ranks:
+            self.averager.verify_ranks()
 
     def enter_evaluation(
         self, model: nn.Module, weights: Optional[str] = None
@@ -458,12 +464,13 @@ class EMALifecycle:
         meta['writer'] = f'mmdet_ema {__version__}'
         if averager is not None and not self._only_evaluates:
             averager.refresh()
-            raws = dict(averager.named_raws()) if averager.is_applied else {}
+            if averager.is_applied:
+                raws = gather(averager.named_raws())
             for name in averager.names:
                 more[name] = {
                     'schedule': str(averager.schedules[name]),
                     **averager.progress(name),
-                    'state_dict': dict(
+                    'state_dict': gather(
                         averager.named_averages(stored=True, name=name)
                     ),
                 }

@@ -118,6 +118,7 @@ class Options:
     recalibrate: int = _option(0, check_count, least=0)
     safe_save: bool = _option(True, check_flag)
     save_on_sigterm: bool = _option(False, check_flag)
+    verify_ranks: bool = _option(False, check_flag)
     ema_type: Any = None
     momentum: Optional[float] = None
     gamma: Optional[float] = None

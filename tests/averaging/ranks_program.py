@@ -75,6 +75,29 @@ def average(decay, overlap):
     }
 
 
+def verify(rank):
+    """Return what is said without a difference, and with planted ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    averager = WeightAverager(model, 'constant', decay=0.9)
+    model[1].running_mean.fill_(rank)  # buffers may differ, averages not
+    averager.update()
+    averager.synchronize()
+    found, before = [], len(CALLS)
+    averages = dict(averager.named_averages())
+    for plant in (None, model[2].bias, averages['1.running_mean']):
+        words = torch.zeros(2, dtype=torch.int32)
+        if plant is not None:
+            words = plant.data.view(torch.int32)
+        words[-1] += int(rank == 1)  # the lowest bit of the last element
+        try:
+            found.append(averager.verify_ranks())
+        except RuntimeError as error:
+            found.append(str(error))
+        words[-1] -= int(rank == 1)
+    return found, len(CALLS) - before
+
+
 def main(rank, folder):
     """Go through all scenarios; dump what was seen."""
     # where torch chooses it does not say 'gloo' afterwards
@@ -96,6 +119,7 @@ def main(rank, folder):
     odd = torch.full((2 + (rank == 2),), float(rank))
     found['odd'] = make_equal([odd, torch.ones(1)], []), odd
     found['nothing'] = make_equal([], [])
+    found['verified'] = verify(rank)
     torch.save(found, folder / f'rank{rank}.pt')
     dist.barrier()
 

@@ -109,3 +109,13 @@ def test_tensors_of_other_shapes_are_left_alone(ranks):
         assert not equal
         assert {float(i)} == set(tensor.tolist())
         assert rank['nothing']
+
+
+def test_planted_difference_is_named(ranks):
+    """One bit of one element, on one of three ranks: all of them say so."""
+    for rank in ranks:
+        (nothing, raw, average), calls = rank['verified']
+        assert nothing is None
+        assert '2.bias is not the same on all ranks after 1 steps' in raw
+        assert "1.running_mean of the averages 'ema' is not the" in average
+        assert 2 * 3 == calls

@@ -507,8 +507,8 @@ def test_without_a_gate():
 def on_device(monkeypatch):
     """Let averagers keep their verdict on the device, here the host."""
 
-    def deferred(entries, sets):
-        return UpdatePlan(entries, sets, deferred=True)
+    def deferred(entries, sets, **options):
+        return UpdatePlan(entries, sets, deferred=True, **options)
 
     monkeypatch.setattr(averager_module, 'UpdatePlan', deferred)
 

@@ -61,6 +61,14 @@ class Model(toy.ToyModel):
         self.low = nn.Parameter(torch.ones(4))
 
 
+class Plant(Hook):
+    """Changes a weight on one rank."""
+
+    def before_train_iter(self, runner, batch_idx=0, data_batch=None):
+        if runner.iter == 1 and dist.get_rank() == 1:
+            runner.model.module.head.bias.data[0] += 1
+
+
 def train_with_mmcv(words, hooks, folder, resume=None):
     by_epoch = 'iters' not in words
     runner = dict(max_epochs=3 if resume else 2)
@@ -153,6 +161,9 @@ def main(folder, *specs):
         if priority:
             hook['priority'] = priority[0]
         hooks = [] if 'plain' in words else [hook]
+        if 'verify' in words:
+            hook['verify_ranks'] = True
+            hooks.append(Plant())
         if 'recalibrate' in words:
             hook['recalibrate'] = 9  # all batches that there are
             hooks.append(Spoil())
@@ -161,7 +172,13 @@ def main(folder, *specs):
         # what resumes does so in the folder of the run before
         work_dir = Path(folder, spec.replace(',resumed', ''))
         resume = work_dir / 'epoch_2.pth' if 'resumed' in words else None
-        start, records, seen = train(words, hooks, work_dir, resume)
+        try:
+            start, records, seen = train(words, hooks, work_dir, resume)
+        except RuntimeError as error:
+            if 'verify' not in words:
+                raise
+            torch.save(str(error), work_dir / f'rank{dist.get_rank()}.pt')
+            continue
         calls = len(CALLS) - before
         dump = dict(start=start, records=records, seen=seen, calls=calls)
         dump['starts'] = [*STARTS]

@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     """Train with every spec on two ranks; return the folder of all."""
     path = tmp_path_factory.mktemp('ranks')
     without = sorted({plain(spec) for spec in SPECS})
-    specs = [*SPECS, *without, 'epochs,recalibrate', *POSTHOC]
+    specs = [*SPECS, *without, 'epochs,recalibrate', *POSTHOC, 'epochs,verify']
     program = ['-m', 'tests.contract.ranks_program', str(path), *specs]
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -192,6 +192,12 @@ def test_starting_weights_are_kept_by_one_rank(folder):
     )
     error = oracle.relative_error(state['state_dict'][key].double(), expected)
     assert error < TOLERANCE
+
+
+def test_verify_ranks_names_a_planted_difference(folder):
+    """Before the first evaluation both ranks stop, and neither hangs."""
+    for said in dumped(folder / 'epochs,verify'):
+        assert 'head.bias is not the same on all ranks after 4 steps' in said
 
 
 def test_file_of_two_ranks_resumes_in_one_process(folder, tmp_path):

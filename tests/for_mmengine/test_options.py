@@ -41,7 +41,7 @@ def test_defaults():
     expected = dict(interval=1, begin_iter=0, begin_epoch=0, enabled=True)
     expected.update(update_buffers=True, copied=(), device=None, overlap=False)
     expected.update(evaluate='ema', nonfinite='skip')
-    expected.update(strict_load=False, scale_decay=False)
+    expected.update(strict_load=False, scale_decay=False, verify_ranks=False)
     assert Options(choice=options.choice, **expected) == options
     assert (0, (), None) == (
         options.choice.phase,

@@ -1,0 +1,73 @@
+"""mmdet's tools on RTMDet, sharded over two real ranks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests import needs
+from tests.e2e.conftest import environment, load
+
+pytestmark = needs.torch(2, 6, why='fully_shard')
+SHARDED = """
+runner_type = 'FlexibleRunner'
+strategy = dict(type='FSDP2Strategy', shard=['backbone.stage*', 'neck'])
+train_cfg = dict(max_epochs=2)
+_base_.custom_hooks[0].update(evaluate='both', decay=0.9, tau=2)
+custom_imports = dict(imports=['mmdet_ema', 'tests.e2e.confidence'])
+val_evaluator = dict(_delete_=True, type='Confidence')
+test_evaluator = val_evaluator
+"""
+
+
+@pytest.fixture(scope='module')
+def sharded(tools):
+    """A finished training on two ranks: its config and work folder."""
+    config, folder = tools.config('sharded', SHARDED), tools.folder / 'sharded'
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    command = tools.command('train', config, folder, '--launcher', 'pytorch')
+    done = subprocess.run(
+        [*launch, '--nproc-per-node=2', *command[1:]],
+        cwd=tools.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return config, folder, done.stdout
+
+
+def test_one_process_tests_to_the_last_validation(tools, sharded):
+    """The same config, without a launcher: the same metric from the file.
+
+    Of the averages: raw BatchNorm statistics are those of each rank.
+    """
+    config, folder, _ = sharded
+    (path,) = folder.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    last = [line for line in lines if 'digits/mAP' in line][-1]
+    metrics = tools.test(config, folder / 'epoch_2.pth', 'sharded')
+    assert last['digits/mAP'] != last['digits/mAP_raw']
+    # sums of float32 in another order
+    expected = pytest.approx(last['digits/mAP'], rel=1e-4)
+    assert expected == metrics['digits/mAP']
+
+
+def test_file_is_whole(tools, sharded, trained):
+    """The names, kinds and shapes of a file of one process."""
+    files = load(sharded[1] / 'epoch_2.pth'), load(trained[1] / 'epoch_2.pth')
+    for part in ('state_dict', 'ema_state_dict'):
+        left, right = (
+            {k: (x.dtype, x.shape) for k, x in file[part].items()}
+            for file in files
+        )
+        assert [*left.items()] == [*right.items()]
+    assert not any(
+        torch.equal(x, files[0]['ema_state_dict'][f'module.{k}'])
+        for k, x in files[0]['state_dict'].items()
+        if k.endswith('conv.weight')
+    )
