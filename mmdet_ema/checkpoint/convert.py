@@ -140,10 +140,14 @@ def _without_foreign(contents: Contents, to: str) -> Any:
 
 
 def _kept(contents: Contents, lost: List[str]) -> List[str]:
+    words = 'weights '
+    gone = [x[len(words) :].split(', ') for x in lost if x.startswith(words)]
+    without_n = any(x.startswith('n, ') for x in lost)
     kept = []
     for name, weights in contents.sets.items():
-        if not any(x.startswith('weights ') and name in x for x in lost):
-            n = '' if weights.updates is None else f' (n = {weights.updates})'
-            n = '' if any(x.startswith('n,') for x in lost) else n
-            kept.append(name + n)
+        if not any(name in names for names in gone):
+            n = weights.updates
+            kept.append(
+                name if n is None or without_n else f'{name} (n = {n})'
+            )
     return kept

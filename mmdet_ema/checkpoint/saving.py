@@ -48,6 +48,9 @@ def save(
     Raises:
         CheckpointError: If there is such a file, or no such folder.
     """
+    # equal texts as one object: pickle writes these in another way, and a
+    # recipe has to give the same bytes
+    content = _plain(content, '', [], {})
     return _write(
         lambda file: torch.save(content, file), path, force, add_hash
     )
@@ -131,17 +134,20 @@ def plain(content: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
 
 
 def _plain(
-    value: Any, name: str, lost: List[str], done: Dict[int, Any]
+    value: Any, name: str, lost: List[str], done: Dict[Any, Any]
 ) -> Any:
+    if type(value) is str:
+        return done.setdefault(value, value)
     if id(value) in done:
         return done[id(value)]
     result: Any = value
     if isinstance(value, Mapping):
         # dicts of other classes (configs) are dicts as well
         result = OrderedDict() if type(value) is OrderedDict else {}
-        if type(value) is OrderedDict:  # its _metadata
-            result.__dict__.update(value.__dict__)
         done[id(value)] = result
+        if type(value) is OrderedDict:  # its _metadata
+            own = _plain(value.__dict__, name, lost, done)
+            result.__dict__.update(own)
         for key, item in value.items():
             inner = f'{name}.{key}' if name else str(key)
             if foreign(key):
@@ -149,7 +155,7 @@ def _plain(
                 continue
             kept = _plain(item, inner, lost, done)
             if kept is not _LOST:
-                result[key] = kept
+                result[_plain(key, inner, lost, done)] = kept
     elif type(value) in (list, tuple):
         items = [
             _plain(x, f'{name}.{i}', lost, done) for i, x in enumerate(value)

@@ -140,17 +140,19 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
 
 def test_a_recipe_repeats_the_same_bytes(tmp_path):
     """Read from the file itself, or from YAML, in another place."""
-    for command in (
-        lambda out, **more: extract(OURS, out, weights='raw', **more),
-        lambda out, **more: convert(OURS, out, 'timm', **more),
-        lambda out, **more: convert(OURS, out, 'averaged-model', **more),
-        lambda out, **more: extract(OURS, out, safetensors=True, **more),
+    for command, options in (
+        (extract, dict(weights='raw')),
+        (extract, dict(weights='ema', dtype='float16')),
+        (extract, dict(safetensors=True)),
+        (convert, dict(to='timm')),
+        (convert, dict(to='averaged-model')),
     ):
         first, second = str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')
-        command(first, force=True)
+        command(OURS, first, force=True, **options)
         recipe = recipes.read(first)
         assert recipes.check_inputs(recipe) == [OURS]
-        command(second, force=True, recipe=recipe)
+        options = recipe['options']
+        command(OURS, second, force=True, recipe=recipe, **options)
         assert Path(first).read_bytes() == Path(second).read_bytes()
 
 

@@ -75,18 +75,17 @@ def _read_buffers(content: Content, path: str) -> Contents:
     metadata = getattr(content[WEIGHTS], '_metadata', None)
     for weights in sets.values():
         weights.metadata = metadata
-    averaged = any(name.endswith(_STATISTICS[0]) for name in content[WEIGHTS])
-    buffers = any(
-        str(key).startswith('ema_') and str(key).endswith(_STATISTICS)
-        for key in content[WEIGHTS]
-    )
-    name = 'mmdet2' if buffers or not averaged else 'mmcv1'
+    # only mmdet's hooks average these
+    names = [x for x in map(str, content[WEIGHTS]) if x.endswith(_STATISTICS)]
+    averaged = any(name.startswith('ema_') for name in names)
+    name = 'mmdet2' if averaged or not names else 'mmcv1'
     deployed = 'ema' if 'taken as the averages' in said else 'raw'
-    version = meta.get('mmcv_version') or meta.get('mmdet_version') or ''
+    version = meta.get('mmcv_version')
+    written = f' (mmcv {version})' if isinstance(version, str) else ''
     return Contents(
         path,
         name,
-        f"mmcv's or mmdet's EMA hook (mmcv {version})".replace(' (mmcv )', ''),
+        f"mmcv's or mmdet's EMA hook{written}",
         sets,
         deployed,
         meta,
@@ -113,19 +112,17 @@ def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
         if whole_state or not name.endswith(_STATISTICS):
             buffer = 'ema_' + name.replace('.', '_')
             by_buffer.setdefault(buffer, []).append(name)
-    left = [n for n in plain.tensors if not n.endswith(_STATISTICS)]
-    for buffer, names in by_buffer.items():
-        if len(names) > 1:
-            lost.append(
-                f'averages of {", ".join(names)}, whose buffers have one name'
-            )
-            for name in names:
-                state[name] = raw.tensors[name]
-        else:
-            state[buffer] = held.tensors[names[0]]
-    if not whole_state:
-        for name in set(plain.tensors) - set(left):
+        else:  # that hook leaves them as they are in the model
             state[name] = raw.tensors[name]
+    for buffer, names in by_buffer.items():
+        if len(names) == 1:
+            state[buffer] = held.tensors[names[0]]
+            continue
+        state.update((name, raw.tensors[name]) for name in names)
+        lost.append(
+            f'averages of {", ".join(names)}, whose buffers have one name'
+        )
+    if not whole_state:
         lost.append('averages of BatchNorm statistics')
     meta = dict(contents.meta)
     if average.updates is None:
