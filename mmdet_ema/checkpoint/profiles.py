@@ -1,0 +1,413 @@
+"""What an average is made of: its profile over the steps, and how to make it.
+
+After N steps an average is ``sum over t of p(t) w(t)``: p is its *profile*,
+``w(0)`` what it started from, ``w(t)`` the weights after step t. A decay of
+d(t) gives ``p(t) = (1 - d(t)) * d(t + 1) * ... * d(N)``, and the product of
+all decays for ``w(0)``. An average of averages has the average of their
+profiles, so what files hold can be combined into what another schedule would
+have given: the *coefficients* are those whose profile is nearest to it.
+
+Profiles are exact, step by step: float64 tensors of shape (steps + 1,) that
+sum up to 1.
+
+Sources: post-hoc EMA, Karras et al. 2024, arXiv:2312.02696; SWA,
+arXiv:1803.05407; WSM, arXiv:2507.17634; BEMA, arXiv:2508.00180.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from mmdet_ema.checks import check_choice, check_number
+from mmdet_ema.errors import OptionError, show
+from mmdet_ema.schedules import (
+    Schedule,
+    check_decay,
+    constant,
+    exponential,
+    parse_schedule,
+)
+
+LARGEST_ERROR = 0.1
+"""Of a profile, relative to the one that was asked for."""
+LARGEST_SUM = 3.0
+"""Of the absolute coefficients: they amplify what differs in the files."""
+WSM: Dict[str, Callable[[float], float]] = {
+    '1-sqrt': lambda u: 1 - math.sqrt(u),
+    'cosine': lambda u: (1 + math.cos(math.pi * u)) / 2,
+    'linear': lambda u: 1 - u,
+}
+"""Decays of a learning rate, from 1 to 0, that a merge can stand for."""
+# rows of a QR decomposition at once
+_ROWS = 2**16
+# singular values below are rounding of the profiles themselves
+_RCOND = 1e-11
+
+
+def decays_of(schedule: Schedule, steps: int) -> Tensor:
+    """Return d(1), ..., d(steps).
+
+    Raises:
+        OptionError: If one of them is not in [0, 1].
+    """
+    numbers = range(1, steps + 1)
+    try:
+        decays = torch.tensor(
+            [*map(schedule.function, numbers)], dtype=torch.float64
+        )
+        right = bool(((decays >= 0) & (decays <= 1)).all())
+    except Exception:  # a callable of the user may return anything
+        right = False
+    if not right:  # it is said for which n
+        checked = [check_decay(schedule, n) for n in numbers]
+        decays = torch.tensor(checked, dtype=torch.float64)
+    return decays
+
+
+def profile_of(
+    decays: Tensor, interval: int = 1, averaged: Optional[int] = None
+) -> Tensor:
+    """Return the profile of an average of these decays.
+
+    Args:
+        decays: Those of its steps, from the first on.
+        interval: Steps between its updates; the decay of an update is the
+            product of those since the last one. Defaults to 1.
+        averaged: The last step that was averaged. Defaults to the last one.
+    """
+    steps = len(decays)
+    averaged = steps if averaged is None else averaged
+    profile = decays.new_zeros(steps + 1)
+    updates = -(-averaged // interval)
+    # the first update may follow fewer steps than an interval
+    padded = decays.new_ones(updates * interval)
+    padded[len(padded) - averaged :] = decays[:averaged]
+    each = padded.view(updates, interval).prod(1)
+    # what all later updates leave of each
+    left = each.flip(0).cumprod(0).flip(0)
+    profile[0] = left[0] if updates else 1.0
+    after = torch.cat([left[1:], left.new_ones(1)])[:updates]
+    last = averaged - interval * torch.arange(updates).flip(0)
+    profile[last] = (1 - each) * after
+    return profile
+
+
+def placed(profile: Tensor, at: int, total: int) -> Tensor:
+    """Return a profile of an average that ends at a step of a longer run.
+
+    Args:
+        profile: Its profile; where it has fewer steps than ``at``, it started
+            later, from the weights of that moment.
+        at: The step of the run that is its last.
+        total: Steps of the run.
+    """
+    longer = profile.new_zeros(total + 1)
+    longer[at + 1 - len(profile) : at + 1] = profile
+    return longer
+
+
+def raw(step: int, total: int) -> Tensor:
+    """Return the profile of the weights after a step; 0 for the start."""
+    profile = torch.zeros(total + 1, dtype=torch.float64)
+    profile[step] = 1
+    return profile
+
+
+def swa(last: int, total: int) -> Tensor:
+    """Return the profile of the mean of the weights of the last steps."""
+    profile = torch.zeros(total + 1, dtype=torch.float64)
+    profile[total + 1 - last :] = 1 / last
+    return profile
+
+
+def power(sigma_rel: float, total: int) -> Tensor:
+    """Return the profile of a power average, ``p(t) ~ t**gamma``.
+
+    ``d(t) = (1 - 1 / t)**(gamma + 1)``; the standard deviation of t under the
+    profile is ``sigma_rel`` of the run, whatever its length.
+    """
+    gamma = power_exponent(sigma_rel)
+    t = torch.arange(1, total + 1, dtype=torch.float64)
+    return profile_of((1 - 1 / t) ** (gamma + 1))
+
+
+def power_exponent(sigma_rel: float) -> float:
+    """Return the gamma that has this relative standard deviation.
+
+    ``sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 * (gamma + 3))``, which
+    falls from 0.2886 at gamma = 0.
+    """
+    sigma_rel = check_number(
+        'sigma_rel', sigma_rel, 0, 1 / math.sqrt(12), low_open=True
+    )
+    low, high = 0.0, 1 / sigma_rel
+    for _ in range(100):
+        gamma = (low + high) / 2
+        found = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))
+        low, high = (gamma, high) if found > sigma_rel**2 else (low, gamma)
+    return (low + high) / 2
+
+
+def wsm_coefficients(decay: str, steps: Sequence[int]) -> Tuple[float, ...]:
+    """Return what files of raw weights count in a merge, WSM.
+
+    The merge stands for a learning rate that decays from the first file on by
+    the factor f, to 0 one spacing after the last: the weights that changed
+    before file i count ``f(i)``, so the file counts ``f(i) - f(i + 1)``.
+    Under 'linear', all count the same.
+
+    Args:
+        decay: One of :data:`WSM`.
+        steps: The step of each file, rising.
+    """
+    factor, count = WSM[decay], len(steps)
+    if count == 1:
+        return (1.0,)
+    span = (steps[-1] - steps[0]) * count / (count - 1)
+    factors = [factor((step - steps[0]) / span) for step in steps] + [0.0]
+    return tuple(a - b for a, b in zip(factors, factors[1:]))
+
+
+def bema_share(
+    steps: int, eta: float, rho: float = 10.0, gamma: float = 1.0
+) -> float:
+    """Return how much of ``w(steps) - w(0)`` BEMA adds to an average."""
+    return float((rho + gamma * steps) ** -eta)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What an average of files should be; made by :func:`parse_profile`.
+
+    Attributes:
+        text: What it was written as.
+        kind: What it is, the word before the colon.
+        value: What stands after it, read.
+    """
+
+    text: str
+    kind: str
+    value: Any = None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it is asked of all steps, not of the files alone."""
+        return self.kind in ('ema', 'power', 'schedule', 'swa')
+
+    def target(self, steps: int) -> Tensor:
+        """Return the profile after so many steps of a run.
+
+        Raises:
+            OptionError: If it asks for more steps than there are.
+        """
+        if self.kind == 'power':
+            return power(self.value, steps)
+        if self.kind == 'swa':
+            last = self.value
+            if isinstance(last, float):
+                last = max(round(last * steps), 1)
+            if last > steps:
+                raise OptionError(
+                    f'{self.text}: the files end at step {steps}; ask for '
+                    f'at most as many, or for a share, as swa:25%.'
+                )
+            return swa(last, steps)
+        return profile_of(decays_of(self.value, steps))
+
+
+_FORMS = (
+    "'mean', 'ema:0.9995', 'ema:0.9999/2000' (with the tau of a ramp), "
+    "'swa:25%', 'swa:5000' (steps), 'power:0.05', 'lawa:5' (files), "
+    "'wsm:cosine', 'bema:0.2', 'soup:greedy', or a schedule, as "
+    "'inverse(decay=0.999)'"
+)
+
+
+def parse_profile(text: str) -> Profile:
+    """Read a profile as it is written on the command line.
+
+    Raises:
+        OptionError: If it is not known, or its value is out of range.
+    """
+    kind, _, given = text.partition(':')
+    if '(' in text:
+        return Profile(text, 'schedule', parse_schedule(text))
+    if text in ('mean', 'soup:greedy'):
+        return Profile(text, kind)
+    read = _READ.get(kind)
+    if read is None or not given:
+        raise OptionError(f'profile={show(text)} is not known; use {_FORMS}.')
+    try:
+        return Profile(text, kind, read(given))
+    except OptionError as error:
+        raise OptionError(f'profile={show(text)}: {error}') from None
+    except (ValueError, TypeError):
+        raise OptionError(
+            f'profile={show(text)} cannot be read; use {_FORMS}.'
+        ) from None
+
+
+def _read_ema(given: str) -> Schedule:
+    decay, slash, tau = given.partition('/')
+    if slash:
+        return exponential(float(decay), float(tau))
+    return constant(float(decay))
+
+
+def _read_swa(given: str) -> float:
+    if not given.endswith('%'):
+        return _read_count(given)
+    share = check_number('swa', float(given[:-1]), 0, 100, low_open=True)
+    return share / 100
+
+
+def _read_count(given: str) -> int:
+    count = int(given)
+    if count < 1:
+        raise ValueError(given)
+    return count
+
+
+def _read_power(given: str) -> float:
+    power_exponent(float(given))
+    return float(given)
+
+
+_READ: Dict[str, Callable[[str], Any]] = {
+    'bema': lambda x: check_number('eta', float(x), 0, 1, low_open=True),
+    'ema': _read_ema,
+    'lawa': _read_count,
+    'power': _read_power,
+    'swa': _read_swa,
+    'wsm': lambda x: check_choice('decay', x, WSM),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Coefficients, and what they are worth.
+
+    Attributes:
+        coefficients: One a basis; they sum up to 1.
+        error: Of their profile, relative to the one that was asked for (in
+            the L2 norm). It is not an error of a metric.
+    """
+
+    coefficients: Tuple[float, ...]
+    error: float
+
+    @property
+    def absolute_sum(self) -> float:
+        """Sum of the absolute coefficients, 1 where none is negative."""
+        return math.fsum(map(abs, self.coefficients))
+
+    @property
+    def problem(self) -> str:
+        """Why they should not be used, or nothing."""
+        said = f'error of the profile {self.error:.1%}'
+        if self.error > LARGEST_ERROR:
+            return f'{said}, above {LARGEST_ERROR:.0%}'
+        if self.absolute_sum > LARGEST_SUM:
+            return (
+                f'{said}, but the absolute coefficients sum up to '
+                f'{self.absolute_sum:.3g}, above {LARGEST_SUM:g}'
+            )
+        return ''
+
+
+def fit(
+    bases: Sequence[Tensor], target: Tensor, nonnegative: bool = False
+) -> Fit:
+    """Return the coefficients whose profile is nearest to a target.
+
+    Least squares, under the condition that they sum up to 1.
+
+    Args:
+        bases: Profiles of what there is.
+        target: The profile that is asked for, of the same steps.
+        nonnegative: Whether no coefficient may be negative.
+    """
+    triangle = target.new_zeros(0, len(bases) + 1)
+    # R of a QR has the lengths and angles of the columns: a few rows of it
+    # stand for a million steps
+    for first in range(0, len(target), _ROWS):
+        rows = slice(first, first + _ROWS)
+        block = torch.stack([*(x[rows] for x in bases), target[rows]], 1)
+        triangle = torch.linalg.qr(torch.cat([triangle, block]), mode='r').R
+    length = triangle[:, -1].norm()
+    points = (triangle[:, :-1] - triangle[:, -1:]) / length
+    solve = _nearest_in_hull if nonnegative else _nearest_in_plane
+    found = solve(points)
+    # what rounding leaves is no reason to read a file
+    found = torch.where(found.abs() > 1e-12, found, torch.zeros_like(found))
+    error = float((points @ found).norm())
+    return Fit(tuple(found.tolist()), error)
+
+
+def _nearest_in_plane(points: Tensor) -> Tensor:
+    """Return c with sum 1 for which ``points @ c`` is nearest to 0.
+
+    Of several, the one whose coefficients are the most equal.
+    """
+    count = points.shape[1]
+    equal = points.new_full((count,), 1 / count)
+    # directions that leave the sum as it is
+    all_ones = points.new_ones(count, 1)
+    free: Tensor = torch.linalg.qr(all_ones, mode='complete').Q[:, 1:]
+    if not free.shape[1]:
+        return equal
+    found: Tensor = torch.linalg.lstsq(
+        points @ free, -(points @ equal)[:, None], _RCOND, driver='gelsd'
+    ).solution[:, 0]
+    return equal + free @ found
+
+
+def _nearest_in_hull(points: Tensor) -> Tensor:
+    """Return c >= 0 with sum 1 for which ``points @ c`` is nearest to 0.
+
+    Wolfe 1976, "Finding the nearest point in a polytope".
+    """
+    squares = (points * points).sum(0)
+    weights = torch.zeros_like(squares)
+    weights[squares.argmin()] = 1
+    for _ in range(10 * len(squares)):
+        here = points @ weights
+        gains = here @ points
+        nearest = int(gains.argmin())
+        if gains[nearest] >= here @ here - 1e-12 or weights[nearest] > 0:
+            break
+        chosen = weights > 0
+        chosen[nearest] = True
+        while True:
+            wanted = torch.zeros_like(weights)
+            wanted[chosen] = _nearest_in_plane(points[:, chosen])
+            leaving = chosen & (wanted <= 0)
+            if not leaving.any():
+                break
+            # go towards it, until the first one has become 0
+            ratios = weights[leaving] / (weights[leaving] - wanted[leaving])
+            step = ratios.min()
+            weights = weights + step * (wanted - weights)
+            out = leaving.nonzero()[:, 0][ratios.argmin()]
+            weights[out] = 0
+            chosen[out] = False
+        weights = wanted
+    return weights / weights.sum()
+
+
+def check_fit(found: Fit, what: str, remedy: str) -> None:
+    """Refuse coefficients that are not worth using.
+
+    Raises:
+        OptionError: If they are not.
+    """
+    if found.problem:
+        raise OptionError(
+            f'{show(what)} cannot be made of these files: {found.problem}. '
+            f'{remedy}'
+        )
