@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.checks import check_choice, check_number
-from mmdet_ema.errors import OptionError, show
+from mmdet_ema.errors import CheckpointError, OptionError, show
 from mmdet_ema.schedules import (
     Schedule,
     check_decay,
@@ -36,7 +36,7 @@ from mmdet_ema.schedules import (
 LARGEST_ERROR = 0.1
 """Of a profile, relative to the one that was asked for."""
 LARGEST_SUM = 3.0
-"""Of the absolute coefficients: they amplify what differs in the files."""
+"""Of the absolute coefficients, which amplify what differs in the files."""
 WSM: Dict[str, Callable[[float], float]] = {
     '1-sqrt': lambda u: 1 - math.sqrt(u),
     'cosine': lambda u: (1 + math.cos(math.pi * u)) / 2,
@@ -118,22 +118,28 @@ def raw(step: int, total: int) -> Tensor:
     return profile
 
 
-def swa(last: int, total: int) -> Tensor:
+def swa(
+    last: int, total: int, interval: int = 1, averaged: Optional[int] = None
+) -> Tensor:
     """Return the profile of the mean of the weights of the last steps."""
+    averaged = total if averaged is None else averaged
     profile = torch.zeros(total + 1, dtype=torch.float64)
-    profile[total + 1 - last :] = 1 / last
+    # a step at least
+    first = min(max(total - last, 0), averaged - 1)
+    steps = torch.arange(averaged, first, -interval)
+    profile[steps] = 1 / len(steps)
     return profile
 
 
-def power(sigma_rel: float, total: int) -> Tensor:
-    """Return the profile of a power average, ``p(t) ~ t**gamma``.
+def power_decays(sigma_rel: float, steps: int) -> Tensor:
+    """Return the decays of a power average, of profile ``p(t) ~ t**gamma``.
 
     ``d(t) = (1 - 1 / t)**(gamma + 1)``; the standard deviation of t under the
     profile is ``sigma_rel`` of the run, whatever its length.
     """
-    gamma = power_exponent(sigma_rel)
-    t = torch.arange(1, total + 1, dtype=torch.float64)
-    return profile_of((1 - 1 / t) ** (gamma + 1))
+    t = torch.arange(1, steps + 1, dtype=torch.float64)
+    decays: Tensor = (1 - 1 / t) ** (power_exponent(sigma_rel) + 1)
+    return decays
 
 
 def power_exponent(sigma_rel: float) -> float:
@@ -199,14 +205,20 @@ class Profile:
         """Whether it is asked of all steps, not of the files alone."""
         return self.kind in ('ema', 'power', 'schedule', 'swa')
 
-    def target(self, steps: int) -> Tensor:
+    def target(
+        self, steps: int, interval: int = 1, averaged: Optional[int] = None
+    ) -> Tensor:
         """Return the profile after so many steps of a run.
+
+        Args:
+            steps: The steps.
+            interval: Steps between the updates of the run: between them
+                nothing is averaged. Defaults to 1.
+            averaged: The step of the last update. Defaults to the last one.
 
         Raises:
             OptionError: If it asks for more steps than there are.
         """
-        if self.kind == 'power':
-            return power(self.value, steps)
         if self.kind == 'swa':
             last = self.value
             if isinstance(last, float):
@@ -216,8 +228,12 @@ class Profile:
                     f'{self.text}: the files end at step {steps}; ask for '
                     f'at most as many, or for a share, as swa:25%.'
                 )
-            return swa(last, steps)
-        return profile_of(decays_of(self.value, steps))
+            return swa(last, steps, interval, averaged)
+        if self.kind == 'power':
+            decays = power_decays(self.value, steps)
+        else:
+            decays = decays_of(self.value, steps)
+        return profile_of(decays, interval, averaged)
 
 
 _FORMS = (
@@ -312,7 +328,7 @@ class Fit:
         said = f'error of the profile {self.error:.1%}'
         if self.error > LARGEST_ERROR:
             return f'{said}, above {LARGEST_ERROR:.0%}'
-        if self.absolute_sum > LARGEST_SUM:
+        if self.absolute_sum > LARGEST_SUM + 1e-6:
             return (
                 f'{said}, but the absolute coefficients sum up to '
                 f'{self.absolute_sum:.3g}, above {LARGEST_SUM:g}'
@@ -321,16 +337,20 @@ class Fit:
 
 
 def fit(
-    bases: Sequence[Tensor], target: Tensor, nonnegative: bool = False
+    bases: Sequence[Tensor],
+    target: Tensor,
+    largest_sum: float = LARGEST_SUM,
 ) -> Fit:
     """Return the coefficients whose profile is nearest to a target.
 
-    Least squares, under the condition that they sum up to 1.
+    Least squares, under the conditions that the coefficients sum up to 1 and
+    their absolute values to no more than ``largest_sum``.
 
     Args:
         bases: Profiles of what there is.
         target: The profile that is asked for, of the same steps.
-        nonnegative: Whether no coefficient may be negative.
+        largest_sum: At least 1, under which no coefficient is negative.
+            Defaults to 3.
     """
     triangle = target.new_zeros(0, len(bases) + 1)
     # R of a QR has the lengths and angles of the columns: a few rows of it
@@ -341,8 +361,9 @@ def fit(
         triangle = torch.linalg.qr(torch.cat([triangle, block]), mode='r').R
     length = triangle[:, -1].norm()
     points = (triangle[:, :-1] - triangle[:, -1:]) / length
-    solve = _nearest_in_hull if nonnegative else _nearest_in_plane
-    found = solve(points)
+    found = _nearest_in_plane(points)
+    if float(found.abs().sum()) > largest_sum + 1e-9:
+        found = _nearest_in_hull(points, largest_sum)
     # what rounding leaves is no reason to read a file
     found = torch.where(found.abs() > 1e-12, found, torch.zeros_like(found))
     error = float((points @ found).norm())
@@ -367,47 +388,49 @@ def _nearest_in_plane(points: Tensor) -> Tensor:
     return equal + free @ found
 
 
-def _nearest_in_hull(points: Tensor) -> Tensor:
-    """Return c >= 0 with sum 1 for which ``points @ c`` is nearest to 0.
+def _nearest_in_hull(points: Tensor, largest_sum: float) -> Tensor:
+    """Return c with sum 1 and bounded ``|c|``, ``points @ c`` nearest to 0.
 
-    Wolfe 1976, "Finding the nearest point in a polytope".
+    Such c are the mixtures of corners ``(1 + s) e_i - s e_j``, with s half of
+    what the sum may be above 1. Wolfe 1976, "Finding the nearest point in a
+    polytope", goes from corner to corner.
     """
-    squares = (points * points).sum(0)
-    weights = torch.zeros_like(squares)
-    weights[squares.argmin()] = 1
-    for _ in range(10 * len(squares)):
-        here = points @ weights
-        gains = here @ points
-        nearest = int(gains.argmin())
-        if gains[nearest] >= here @ here - 1e-12 or weights[nearest] > 0:
+    above = (largest_sum - 1) / 2
+    one = torch.eye(points.shape[1], dtype=points.dtype)
+    corners = one[:, points.norm(dim=0).argmin()][:, None]
+    weights = corners.new_ones(1)
+    for _ in range(20 * len(one)):
+        here = points @ (corners @ weights)
+        slopes = here @ points
+        best, worst = slopes.argmin(), slopes.argmax()
+        corner = (1 + above) * one[:, best] - above * one[:, worst]
+        if slopes @ corner >= here @ here - 1e-13:
             break
-        chosen = weights > 0
-        chosen[nearest] = True
+        corners = torch.cat([corners, corner[:, None]], 1)
+        weights = torch.cat([weights, weights.new_zeros(1)])
         while True:
-            wanted = torch.zeros_like(weights)
-            wanted[chosen] = _nearest_in_plane(points[:, chosen])
-            leaving = chosen & (wanted <= 0)
+            wanted = _nearest_in_plane(points @ corners)
+            leaving = wanted <= 0
             if not leaving.any():
                 break
             # go towards it, until the first one has become 0
-            ratios = weights[leaving] / (weights[leaving] - wanted[leaving])
-            step = ratios.min()
-            weights = weights + step * (wanted - weights)
-            out = leaving.nonzero()[:, 0][ratios.argmin()]
-            weights[out] = 0
-            chosen[out] = False
+            away = weights[leaving] / (weights[leaving] - wanted[leaving])
+            weights = weights + away.min() * (wanted - weights)
+            kept = torch.ones_like(leaving)
+            kept[leaving.nonzero()[:, 0][away.argmin()]] = False
+            corners, weights = corners[:, kept], weights[kept]
         weights = wanted
-    return weights / weights.sum()
+    return corners @ (weights / weights.sum())
 
 
 def check_fit(found: Fit, what: str, remedy: str) -> None:
     """Refuse coefficients that are not worth using.
 
     Raises:
-        OptionError: If they are not.
+        CheckpointError: If they are not.
     """
     if found.problem:
-        raise OptionError(
+        raise CheckpointError(
             f'{show(what)} cannot be made of these files: {found.problem}. '
             f'{remedy}'
         )

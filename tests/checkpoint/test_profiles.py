@@ -5,6 +5,7 @@ it gives the profile.
 """
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -84,17 +85,22 @@ def test_placed():
     assert [0, 0, 0, 0.25, 0.25, 0.5, 0, 0] == profile.tolist()
 
 
+def power_profile(sigma, steps):
+    return profiles.profile_of(profiles.power_decays(sigma, steps))
+
+
 @pytest.mark.parametrize('sigma', [0.01, 0.05, 0.1, 0.25])
 def test_power(sigma):
     """The standard deviation of t is its share of the run."""
-    profile, t = profiles.power(sigma, 20_000).numpy(), np.arange(20_001)
+    profile = power_profile(sigma, 20_000).numpy()
+    t = np.arange(20_001)
     middle = (profile * t).sum()
     deviation = ((profile * (t - middle) ** 2).sum()) ** 0.5
     # steps are discrete: their spacing is 5e-5 of the run
     assert deviation / 20_000 == pytest.approx(sigma, rel=1e-3)
     gamma = profiles.power_exponent(sigma)
     rule = by_recurrence(lambda n: (1 - 1 / n) ** (gamma + 1), 100)
-    np.testing.assert_allclose(profiles.power(sigma, 100), rule, rtol=1e-11)
+    np.testing.assert_allclose(power_profile(sigma, 100), rule, rtol=1e-11)
 
 
 FILES = range(1_000, 12_001, 1_000)
@@ -110,7 +116,7 @@ def of_files(schedule):
 
 def powers(*sigmas):
     return [
-        profiles.placed(profiles.power(sigma, n), n, 12_000)
+        profiles.placed(power_profile(sigma, n), n, 12_000)
         for sigma, n in itertools.product(sigmas, FILES)
     ]
 
@@ -144,7 +150,7 @@ BASES = {
 def test_what_a_run_allows(bases, profile, error):
     """The errors of a run of 12,000 steps that leaves 12 files."""
     target = profiles.parse_profile(profile).target(12_000)
-    fit = profiles.fit(BASES[bases], target)
+    fit = profiles.fit(BASES[bases], target, math.inf)
     # the digits that are known
     assert fit.error == pytest.approx(error, abs=5e-4, rel=0.03)
     assert sum(fit.coefficients) == pytest.approx(1, abs=1e-12)
@@ -153,41 +159,46 @@ def test_what_a_run_allows(bases, profile, error):
     assert fit.error == pytest.approx(checked, abs=1e-12)
     refused = error > 0.1 or fit.absolute_sum > 3
     assert bool(fit.problem) == refused
+    bounded = profiles.fit(BASES[bases], target)
+    assert bounded.absolute_sum <= 3 + 1e-9
+    assert (bounded == fit) == (fit.absolute_sum <= 3)
 
 
 def test_refused_by_the_sum():
     """A window far above those of the bases takes large differences."""
     steps = 12_000
     target = profiles.parse_profile('ema:0.9999/2000').target(steps)
-    fit = profiles.fit(BASES['two powers'], target)
+    fit = profiles.fit(BASES['two powers'], target, math.inf)
     assert fit.error < 0.1
     assert fit.absolute_sum > 5
     assert 'absolute coefficients sum up to 6.7, above 3' in fit.problem
 
 
+@pytest.mark.parametrize('largest', [1, 1.2, 3])
 @pytest.mark.parametrize('bases', BASES)
-def test_nonnegative(bases):
-    """No coefficient is negative, and none on the edge would be better."""
-    target = profiles.parse_profile('ema:0.9995/1000').target(12_000)
+def test_bounded(bases, largest):
+    """Nothing that the bound allows is nearer."""
+    target = profiles.parse_profile('ema:0.9999/3000').target(12_000)
     columns = BASES[bases]
-    fit = profiles.fit(columns, target, nonnegative=True)
-    weights = torch.tensor(fit.coefficients, dtype=torch.float64)
-    assert weights.min() >= 0
-    assert weights.sum() == pytest.approx(1, abs=1e-12)
-    # Karush-Kuhn-Tucker: towards any basis the distance does not fall, and
-    # towards one that is used it stays
+    fit = profiles.fit(columns, target, largest)
+    found = torch.tensor(fit.coefficients, dtype=torch.float64)
+    assert found.sum() == pytest.approx(1, abs=1e-12)
+    assert found.abs().sum() <= largest + 1e-9
+    if largest == 1:
+        assert found.min() >= 0
+    # the distance falls towards no corner of what is allowed, so, as both
+    # are convex, towards nothing in it
     matrix = torch.stack(columns, 1)
-    rest = matrix @ weights - target
-    slopes = matrix.T @ rest
-    slopes = (slopes - slopes @ weights) / target.norm() ** 2
-    assert slopes.min() > -1e-7
-    assert slopes[weights > 0].abs().max() < 1e-7
+    slopes = matrix.T @ (matrix @ found - target) / target.norm() ** 2
+    above = (largest - 1) / 2
+    corner = (1 + above) * slopes.min() - above * slopes.max()
+    assert corner - slopes @ found > -1e-9
 
 
 def test_of_one_basis():
     """It counts 1, whatever the target."""
-    for nonnegative in (False, True):
-        fit = profiles.fit([START], MAIN[3], nonnegative)
+    for largest in (1, 3):
+        fit = profiles.fit([START], MAIN[3], largest)
         assert (1.0,) == fit.coefficients
 
 
@@ -224,6 +235,11 @@ def test_swa():
         assert [0] * 7 + [0.5, 0.5] == profile.tolist()
     last = profiles.parse_profile('swa:1%').target(8)
     assert 1 == last[-1]
+    # steps 2, 5 and 8 were averaged
+    every_third = profiles.parse_profile('swa:5').target(9, 3, 8)
+    assert [0] * 5 + [0.5, 0, 0, 0.5, 0] == every_third.tolist()
+    last = profiles.parse_profile('swa:1').target(9, 3, 8)
+    assert 1 == last[8]
 
 
 @pytest.mark.parametrize(
