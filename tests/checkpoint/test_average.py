@@ -1,0 +1,589 @@
+"""Averages of files: those that a run would have tracked, and plain ones.
+
+A toy walks at random for 500 steps and leaves ten files. The oracle averages
+every weight that it has had, in NumPy float64.
+"""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mmdet_ema import CheckpointError, OptionError, WeightAverager
+from mmdet_ema.checkpoint import profiles
+from mmdet_ema.checkpoint.average import Run, average, read_files
+from mmdet_ema.checkpoint.format import pack
+from mmdet_ema.checkpoint.profiles import parse_profile
+from mmdet_ema.checkpoint.start import START, fingerprint
+from tests import oracle
+
+STEPS, EVERY = 500, 50
+# what float32 rounds in each of 500 updates, times the sum of |c|, and room
+ROUNDING = 2e-6
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.tied = nn.Linear(3, 3)
+        self.tied.weight = self.first.weight
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.low = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        mask = torch.tensor([0.0, -torch.inf])
+        self.register_buffer('mask', mask)
+
+
+class Walk:
+    """A run without a framework: its files, and all weights that it had."""
+
+    def __init__(self, folder, seed=0, steps=STEPS, every=EVERY, **options):
+        torch.manual_seed(seed)
+        self.folder, self.model = folder, Toy()
+        self.draw = torch.Generator().manual_seed(seed)
+        folder.mkdir(exist_ok=True)
+        self.averager = WeightAverager(self.model, **options)
+        self.states = [self._state()]
+        if self.averager.posthoc:
+            start = self.averager.starting_weights()
+            torch.save({'state_dict': start}, folder / 'ema_start.pt')
+            self.start = fingerprint(start)
+        self.files = []
+        for step in range(1, steps + 1):
+            self._step()
+            self.averager.update()
+            self.states.append(self._state())
+            if step % every == 0:
+                self.files.append(self._save(folder / f'iter_{step}.pth'))
+
+    def _state(self):
+        return {k: x.clone() for k, x in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def _step(self):
+        def noise(tensor):
+            return torch.randn(tensor.shape, generator=self.draw) * 0.01
+
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter += noise(parameter).to(parameter.dtype)
+        self.model.norm.running_mean += noise(self.model.norm.running_mean)
+        # a variance that is soon near 0, and never below
+        variance = self.model.norm.running_var
+        variance.copy_((variance * 0.9 + noise(variance)).abs())
+        self.model.norm.num_batches_tracked += 1
+
+    def _save(self, path, **meta):
+        averager = self.averager
+        more = {
+            name: {
+                'schedule': str(averager.schedules[name]),
+                **averager.progress(name),
+                'state_dict': dict(
+                    averager.named_averages(stored=True, name=name)
+                ),
+            }
+            for name in averager.names
+        }
+        main = more.pop('ema')
+        averages = main.pop('state_dict')
+        meta = {**main, 'interval': averager.interval, **meta}
+        if averager.posthoc:
+            meta[START] = self.start
+        checkpoint = {'state_dict': self.model.state_dict(), 'meta': {}}
+        steps = averager.num_steps
+        pack(checkpoint, averages, {}, steps, meta, more)
+        torch.save(checkpoint, path)
+        return str(path)
+
+    def values(self, key):
+        """All values of a tensor in float64, that at the start first."""
+        return np.stack([x[key].double().numpy() for x in self.states])
+
+    def check(self, combination, expected_of, error=0.0, profile=None):
+        """Compare with an oracle; by Cauchy-Schwarz within the error."""
+        found = combination.state_dict()
+        for key in PARAMETERS:
+            values = self.values(key)
+            expected = expected_of(values)
+            room = ROUNDING * np.abs(values).max()
+            # sum of (p - q)(w - v), for any v as both profiles sum up to 1
+            spread = np.sqrt(((values - expected) ** 2).sum(0))
+            norm = 0.0 if profile is None else float(profile.norm())
+            allowed = room + error * norm * spread
+            away = np.abs(found[key].double().numpy() - expected)
+            assert (away <= allowed).all(), (key, (away / allowed).max())
+        last = self.states[-1]
+        for key in ('norm.num_batches_tracked', 'frozen.weight', 'mask'):
+            assert torch.equal(found[key], last[key])
+        assert found['tied.weight'] is found['first.weight']
+        assert list(found) == list(last)
+        return found
+
+
+PARAMETERS = ('first.weight', 'first.bias', 'norm.weight')
+MAIN = dict(decay=0.999, tau=50)
+
+
+@pytest.fixture(scope='module')
+def walk(tmp_path_factory):
+    """A run with posthoc=True, and a mean of all steps."""
+    averages = dict(swa=dict(schedule='mean'))
+    folder = tmp_path_factory.mktemp('walk')
+    return Walk(folder, averages=averages, posthoc=True, **MAIN)
+
+
+def tracked(decay_of):
+    def expected(values):
+        return oracle.average(values[0], values[1:], decay_of)
+
+    return expected
+
+
+EXACT = {
+    'ema:0.999/50': tracked(lambda n: oracle.ramp(n, 0.999, 50)),
+    'ema:0.99/12.5': tracked(lambda n: oracle.ramp(n, 0.99, 12.5)),
+    'exponential(decay=0.999, tau=50)': tracked(
+        lambda n: oracle.ramp(n, 0.999, 50)
+    ),
+    'mean()': tracked(lambda n: (n - 1) / n),
+    # of the means at two files
+    'swa:400': lambda values: values[101:].mean(0),
+    'swa:80%': lambda values: values[101:].mean(0),
+    'mean': None,
+}
+
+
+@pytest.mark.parametrize('text', [x for x in EXACT if x != 'mean'])
+def test_tracked_in_the_run(walk, text):
+    """What the run could have tracked, to the rounding of float32."""
+    files = read_files(walk.files)
+    made = average(files, parse_profile(text))
+    assert made.fit.error < 1e-9
+    walk.check(made, EXACT[text])
+
+
+WITHIN = {
+    'ema:0.995': tracked(lambda n: 0.995),
+    'ema:0.995/25': tracked(lambda n: oracle.ramp(n, 0.995, 25)),
+    'inverse(decay=0.997)': tracked(lambda n: min(0.997, (1 + n) / (10 + n))),
+    'swa:300': lambda values: values[201:].mean(0),
+    'half_life(half_life=150)': tracked(lambda n: 2 ** (-1 / 150)),
+}
+
+
+@pytest.mark.parametrize('text', WITHIN)
+def test_within_the_error(walk, text):
+    """Other windows, as near as the error that is shown."""
+    profile = parse_profile(text)
+    made = average(read_files(walk.files), profile)
+    assert 0 <= made.fit.error < 0.1
+    assert made.absolute_sum <= 3 + 1e-9
+    walk.check(made, WITHIN[text], made.fit.error, profile.target(STEPS))
+
+
+def test_every_profile_of_every_step(tmp_path):
+    """Raw weights of every step and the start give any profile, exactly."""
+    run = Walk(tmp_path, steps=12, every=1, posthoc=True, decay=0.9)
+    for text, expected in {
+        'ema:0.8': tracked(lambda n: 0.8),
+        'ema:0.7/3': tracked(lambda n: oracle.ramp(n, 0.7, 3)),
+        'swa:25%': lambda values: values[10:].mean(0),
+        'power:0.2': tracked(
+            lambda n: (1 - 1 / n) ** (profiles.power_exponent(0.2) + 1)
+        ),
+    }.items():
+        made = average(read_files(run.files), parse_profile(text))
+        assert made.fit.error < 1e-9
+        run.check(made, expected)
+
+
+@pytest.mark.parametrize('phase', [0, 3])
+def test_interval(tmp_path, phase):
+    """A window is made of what was averaged, every k-th step."""
+    run = Walk(tmp_path, posthoc=True, interval=7, phase=phase, **MAIN)
+
+    def expected(values):
+        mean, decay = values[0], 1.0
+        for n, value in enumerate(values[1:], 1):
+            decay *= oracle.ramp(n, 0.995, 50)
+            if n % 7 == phase:
+                mean, decay = decay * mean + (1 - decay) * value, 1.0
+        return mean
+
+    files, profile = read_files(run.files), parse_profile('ema:0.995/50')
+    made = average(files, profile)
+    assert 0 < made.fit.error < 0.1
+    run.check(made, expected, made.fit.error, Run(files).target(profile))
+    exact = average(files, parse_profile('ema:0.999/50'))
+    assert exact.fit.error < 1e-9
+
+
+def test_variance_is_never_negative(walk):
+    """Running statistics have coefficients of their own, none below 0."""
+    made = average(read_files(walk.files), parse_profile('ema:0.9993/50'))
+    lowest = min(made.terms, key=lambda term: term.coefficient)
+    assert lowest.coefficient < 0
+    lowest.tensors['norm.running_var'] = torch.full((3,), 100.0)
+    assert min(term.statistics for term in made.terms) >= 0
+    total = sum(term.statistics for term in made.terms)
+    assert total == pytest.approx(1, abs=1e-12)
+    found = made.state_dict()
+    assert (found['norm.running_var'] >= 0).all()
+    for key in ('norm.running_mean', 'norm.running_var'):
+        parts = [term.tensors[key].double() for term in made.terms]
+        counts = [term.statistics for term in made.terms]
+        expected = sum(c * x for c, x in zip(counts, parts))
+        torch.testing.assert_close(found[key].double(), expected)
+    # with the coefficients of the parameters it would be
+    naive = sum(
+        term.coefficient * term.tensors['norm.running_var'].double()
+        for term in made.terms
+    )
+    assert (naive < 0).any()
+
+
+def test_mean(walk):
+    """Every file counts the same: the averages that it deploys, or others."""
+    files = read_files(walk.files)
+    for weights, name in ((None, 'ema'), ('raw', 'raw'), ('swa', 'swa')):
+        made = average(files, parse_profile('mean'), weights=weights)
+        key = 'first.weight'
+        parts = [x.sets[name].tensors[key].double().numpy() for x in files]
+        found = made.state_dict()[key]
+        np.testing.assert_allclose(found, np.mean(parts, 0), rtol=3e-7)
+
+
+def test_mean_of_low_precision(walk):
+    """An average of bfloat16 is float32; a mean of raw weights is bfloat16."""
+    files = read_files(walk.files)
+    for weights, dtype in ((None, torch.float32), ('raw', torch.bfloat16)):
+        made = average(files, parse_profile('mean'), weights=weights)
+        assert made.state_dict()['low'].dtype == dtype
+
+
+@pytest.mark.parametrize('last', [1, 4])
+def test_lawa(walk, last):
+    """The mean of the raw weights of the last files."""
+    made = average(read_files(walk.files), parse_profile(f'lawa:{last}'))
+    steps = range(STEPS, 0, -EVERY)[:last]
+    walk.check(made, lambda values: values[list(steps)].mean(0))
+
+
+@pytest.mark.parametrize('decay', profiles.WSM)
+def test_wsm(walk, decay):
+    """Raw weights count as a decay of the learning rate would have it."""
+    made = average(read_files(walk.files[::-1]), parse_profile(f'wsm:{decay}'))
+    steps = [*range(EVERY, STEPS + 1, EVERY)]
+    counts = profiles.wsm_coefficients(decay, steps)
+    walk.check(
+        made, lambda values: np.tensordot(counts, values[steps], axes=1)
+    )
+    assert made.absolute_sum == pytest.approx(1)
+
+
+def test_bema(walk):
+    """The average, and a share of the way from the start to the end."""
+    made = average(read_files(walk.files[-1:]), parse_profile('bema:0.2'))
+    share = (10 + STEPS) ** -0.2
+    track = EXACT['ema:0.999/50']
+    walk.check(
+        made,
+        lambda values: track(values) + share * (values[-1] - values[0]),
+    )
+    assert made.absolute_sum == pytest.approx(1 + 2 * share)
+    assert (made.state_dict()['norm.running_var'] >= 0).all()
+
+
+def test_coefficients(walk):
+    """Each file counts what it is told, in the order given."""
+    files = read_files([walk.files[i] for i in (9, 0, 4)])
+    made = average(files, coefficients=[1.5, -0.3, -0.2], weights='raw')
+    walk.check(
+        made,
+        lambda values: (
+            1.5 * values[500] - 0.3 * values[50] - 0.2 * values[250]
+        ),
+    )
+    statistics = [term.statistics for term in made.terms]
+    assert [1, 0, 0] == statistics
+
+
+def test_greedy_soup(walk):
+    """A file is in the mean if that does not make the metric worse."""
+    files = read_files(walk.files[::3])  # steps 50, 200, 350, 500
+    value = {50: 3.0, 200: 1.0, 350: 2.0, 500: -1.0}
+    key, seen = 'norm.weight', []
+    parts = {
+        step: x.sets['raw'].tensors[key].double()
+        for step, x in zip(value, files)
+    }
+
+    def evaluate(state):
+        """Find out what was mixed; the mean of some values is a bonus."""
+        for count in range(1, 5):
+            for chosen in itertools.combinations(value, count):
+                mean = sum(parts[x] for x in chosen) / count
+                if torch.allclose(state[key].double(), mean, atol=1e-6):
+                    seen.append(chosen)
+                    return max(value[x] for x in chosen) + sum(
+                        value[x] > 1.5 for x in chosen
+                    )
+        raise AssertionError('not a mean of files')
+
+    profile = parse_profile('soup:greedy')
+    options = dict(weights='raw', evaluate=evaluate)
+    made = average(files, profile, **options)
+    assert [(50,), (200,), (350,), (500,)] == seen[:4]
+    # best first: 50, then 350 (4 > 5 - 1), 200 and 500 change nothing
+    assert [(50, 350), (50, 200, 350), (50, 200, 350, 500)] == seen[4:]
+    assert [0.25] * 4 == [term.coefficient for term in made.terms]
+    assert 'soup of 4 of 4: 5.0000' in made.notes
+    made = average(files, profile, greater=False, **options)
+    assert ['iter_500.pth'] == [
+        term.contents.path.rpartition('/')[2] for term in made.terms
+    ]
+    assert 'soup of 1 of 4: -1.0000' in made.notes
+
+
+def test_one_value_twice(walk, tmp_path):
+    """A best file holds what another one holds, and is left out."""
+    copy = tmp_path / 'best.pth'
+    copy.write_bytes(Path(walk.files[-1]).read_bytes())
+    (tmp_path / 'ema_start.pt').write_bytes(
+        (walk.folder / 'ema_start.pt').read_bytes()
+    )
+    files = read_files([*walk.files, str(copy)])
+    made = average(files, parse_profile('lawa:2'))
+    assert f'{copy} holds the same as {walk.files[-1]}' in made.notes[0]
+    steps = [STEPS - EVERY, STEPS]
+    walk.check(made, lambda values: values[steps].mean(0))
+
+
+REFUSED = [
+    ('ema:0.5', 'error of the profile .*, above 10%. Windows between'),
+    ('lawa:11', 'lawa:11 needs 11 files of a run, 10 are given'),
+    ('swa:501', 'swa:501: the files end at step 500; ask for at most'),
+    ('soup:greedy', 'soup:greedy chooses by a metric: give --config CONFIG'),
+]
+
+
+@pytest.mark.parametrize(('text', 'match'), REFUSED, ids=str)
+def test_refused(walk, text, match):
+    """What these files cannot give, in one line."""
+    files = read_files(walk.files)
+    with pytest.raises((CheckpointError, OptionError), match=match) as error:
+        average(files, parse_profile(text))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('given', 'match'),
+    [
+        ({}, 'give either a profile or coefficients'),
+        (dict(coefficients=[1]), '1 coefficients are given for 2 files'),
+        (dict(coefficients=[1, 1]), 'sum up to 2; they must sum up to 1'),
+        (dict(coefficients=[3, -2]), r'coefficients sum up to 5, above 3'),
+        (
+            dict(profile=parse_profile('ema:0.9'), weights='raw'),
+            "weights='raw' has no effect on ema:0.9; leave it out",
+        ),
+        (
+            dict(coefficients=[0.5, 0.5], start='x'),
+            "start='x' has no effect on coefficients",
+        ),
+        (
+            dict(profile=parse_profile('mean'), weights='fast'),
+            "no weights named 'fast'; there is: raw, ema",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_options(walk, given, match):
+    """One line, before anything is read."""
+    files = read_files(walk.files[:2])
+    with pytest.raises(ValueError, match=match) as error:
+        average(files, **given)
+    assert '\n' not in str(error.value)
+
+
+def changed(path, tmp_path, change):
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / 'changed.pth')
+    return str(tmp_path / 'changed.pth')
+
+
+def test_other_model(walk, tmp_path):
+    """Other names or shapes are refused, whatever is asked for."""
+    for change, match in (
+        (
+            lambda x: [
+                half.pop(prefix + 'low')
+                for half, prefix in (
+                    (x['state_dict'], ''),
+                    (x['ema_state_dict'], 'module.'),
+                    *(
+                        (y['state_dict'], '')
+                        for y in x['ema_averages'].values()
+                    ),
+                )
+            ],
+            r'low has none there, and shape \(3,\) here',
+        ),
+        (
+            lambda x: x['state_dict'].update(low=torch.ones(4)),
+            r'low has shape \(4,\) there, and shape \(3,\) here',
+        ),
+    ):
+        other = changed(walk.files[1], tmp_path, change)
+        with pytest.raises(CheckpointError, match=match):
+            read_files([walk.files[0], other])
+
+
+def test_other_runs(walk, tmp_path):
+    """Files of another run are refused, but for a mean; it is said how."""
+    other = Walk(tmp_path / 'other', seed=1, posthoc=True, every=25, **MAIN)
+    mixed = read_files([walk.files[3], other.files[-1]])
+    for text in ('ema:0.995', 'lawa:2', 'wsm:cosine', 'bema:0.2'):
+        match = 'cannot be combined by steps: their averages started from'
+        with pytest.raises(CheckpointError, match=match):
+            average(mixed, parse_profile(text))
+    average(mixed, parse_profile('mean')).state_dict()
+    average(mixed, coefficients=[0.5, 0.5]).state_dict()
+    # of the same step: they do not say what they started from
+    one, two = (
+        Walk(tmp_path / str(seed), seed, steps=4, every=4, decay=0.9)
+        for seed in (3, 4)
+    )
+    files = read_files([*one.files, *two.files])
+    with pytest.raises(CheckpointError, match='both of step 4, and differ'):
+        average(files, parse_profile('lawa:2'))
+
+
+def test_one_run_is_taken_for_granted(tmp_path):
+    """Without a start in the files it is said that nothing tells it."""
+    run = Walk(tmp_path, steps=20, every=10, decay=0.9)
+    made = average(read_files(run.files), parse_profile('lawa:2'))
+    assert (
+        'nothing in the files says that they are of one run' in made.notes[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ('change', 'match'),
+    [
+        (
+            lambda x: x['ema_meta'].update(schedule='constant(decay=0.9)'),
+            r"ema is by exponential\(.*\) every 1 steps in '.*', and by "
+            r"constant\(decay=0\.9\) every 1 steps in '.*': it was changed",
+        ),
+        (
+            lambda x: x['ema_meta'].update(num_updates=7),
+            'ema has counted 7 updates in 150 steps, which interval=1 does',
+        ),
+        (
+            lambda x: x['ema_meta'].update(restarted=2),
+            'their averages were restarted between them',
+        ),
+    ],
+    ids=['schedule', 'counters', 'restarted'],
+)
+def test_changed_in_the_run(walk, tmp_path, change, match):
+    """What was changed on the way is refused: the profile is not known."""
+    other = changed(walk.files[2], tmp_path, change)
+    files = read_files([walk.files[0], other])
+    with pytest.raises(CheckpointError, match=match):
+        average(files, parse_profile('ema:0.999/50'))
+
+
+def test_schedule_that_is_not_known(walk, tmp_path):
+    """A callable of one's own is not used, with a line; a mean is."""
+
+    def change(content):
+        content['ema_meta'].update(schedule='my.schedule()')
+        content['ema_averages'] = {}
+
+    files = read_files([changed(walk.files[0], tmp_path, change)])
+    with pytest.raises(CheckpointError, match='cannot be made of these files'):
+        average(files, parse_profile('ema:0.999/50'))
+    raw = average(files, parse_profile('constant(decay=0)'))
+    said = ' '.join(raw.notes)
+    assert 'ema: the files do not say which schedule made it' in said
+    assert 1 == len(raw.terms)
+
+
+def test_start(walk, tmp_path):
+    """Starting weights are of the run, or not used; those given must be."""
+    path = tmp_path / 'iter_500.pth'
+    path.write_bytes(Path(walk.files[-1]).read_bytes())
+    files, start = read_files([str(path)]), tmp_path / 'ema_start.pt'
+    profile = parse_profile('ema:0.999/50')
+    made = average(files, profile)
+    assert 'with the starting weights is not there' in made.notes[0]
+    with pytest.raises(CheckpointError, match='needs starting weights'):
+        average(files, parse_profile('bema:0.2'))
+    torch.save({'state_dict': walk.states[1]}, start)
+    made = average(files, profile)
+    assert 'does not have the starting weights of' in made.notes[0]
+    with pytest.raises(CheckpointError, match='leave --start out'):
+        average(files, profile, start=str(start))
+    right = str(walk.folder / 'ema_start.pt')
+    assert [] == average(files, profile, start=right).notes
+
+
+def test_files_without_steps(walk, tmp_path):
+    """Plain files go by their iteration, or by the order given."""
+    paths = []
+    for i in (2, 0, 1):
+        path = str(tmp_path / f'{i}.pth')
+        state = walk.states[EVERY * (i + 1)]
+        torch.save({'state_dict': state, 'meta': dict(iter=i)}, path)
+        paths.append(path)
+    made = average(read_files(paths), parse_profile('lawa:2'))
+    steps = [2 * EVERY, 3 * EVERY]
+    key = 'first.weight'
+    expected = walk.values(key)[steps].mean(0)
+    np.testing.assert_allclose(made.state_dict()[key], expected, rtol=3e-7)
+    assert (
+        walk.states[150]['norm.num_batches_tracked']
+        == (made.state_dict()['norm.num_batches_tracked'])
+    )
+    with pytest.raises(CheckpointError, match='does not say how many steps'):
+        average(read_files(paths), parse_profile('ema:0.9'))
+    for path in paths:
+        torch.save(torch.load(path, weights_only=True)['state_dict'], path)
+    made = average(read_files(paths), parse_profile('lawa:2'))
+    assert 'they are taken in the order given' in made.notes[0]
+    expected = walk.values(key)[[EVERY, 2 * EVERY]].mean(0)
+    np.testing.assert_allclose(made.state_dict()[key], expected, rtol=3e-7)
+
+
+def test_not_finite(walk, tmp_path):
+    """A file with NaN is named; a mask of -inf is no such thing."""
+
+    def change(content):
+        content['state_dict']['first.bias'][0] = torch.nan
+
+    bad = changed(walk.files[1], tmp_path, change)
+    made = average(read_files([walk.files[0], bad]), parse_profile('mean'))
+    said = re.escape(bad) + "' holds NaN or Inf in first.bias of ema"
+    with pytest.raises(CheckpointError, match=said):
+        made.state_dict()
+
+
+def test_at_the_start_of_a_run(tmp_path):
+    """Where all sets are the same, tensors are not taken for copied ones."""
+    run = Walk(tmp_path, steps=2, every=1, schedule='annealing')
+    first = read_files(run.files[:1])  # an update that copies
+    made = average(
+        [first[0], *read_files(run.files[1:])],
+        coefficients=[0.5, 0.5],
+        weights='raw',
+    )
+    run.check(made, lambda values: values[1:].mean(0))
