@@ -371,6 +371,7 @@ class Run:
 
     def __init__(self, files: Sequence[Contents], start: Optional[str] = None):
         self.notes: List[str] = []
+        _check_one_run(files, self.notes)
         at = _places(files, self.notes)
         self.files: List[Contents] = []
         self.at: List[int] = []
@@ -381,7 +382,6 @@ class Run:
                 self.files.append(files[i])
                 self.at.append(at[i])
         self.steps = self.at[-1]
-        _check_one_run(self.files, self.notes)
         self.sources: List[Source] = []
         self._start = _find_start(self.files[-1], start, self.notes)
         self._decays: Dict[str, Tensor] = {}
