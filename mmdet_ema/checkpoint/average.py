@@ -37,21 +37,15 @@ from mmdet_ema.checkpoint.contents import (
     Contents,
     read_contents,
 )
+from mmdet_ema.checkpoint.extract import meta_for_use
 from mmdet_ema.checkpoint.format import META, WEIGHTS
 from mmdet_ema.checkpoint.profiles import Fit, Profile
-from mmdet_ema.checkpoint.saving import plain
 from mmdet_ema.checkpoint.start import START, fingerprint, start_name
 from mmdet_ema.errors import CheckpointError, OptionError, show
 
 Evaluate = Callable[[Mapping[str, Tensor]], float]
 
 COMMAND = 'average'
-# what tools ask a file for: classes, and the config of the model
-_META = (
-    *('CLASSES', 'PALETTE', 'cfg', 'config', 'dataset_meta', 'env_info'),
-    *('epoch', 'exp_name', 'experiment_name', 'iter', 'seed', 'time'),
-    *('mmcv_version', 'mmdet_version', 'mmdet3d_version', 'mmengine_version'),
-)
 _OTHER = (
     'To combine files of different runs use --profile mean or soup:greedy, '
     'or --coefficients.'
@@ -238,9 +232,8 @@ def deployable(
         state: The weights.
         made: Their recipe.
     """
-    before = combination.lead[0].meta
-    meta = {key: before[key] for key in _META if key in before}
-    content, _ = plain({'meta': meta, WEIGHTS: state})
+    meta, _ = meta_for_use(combination.lead[0])
+    content = {'meta': meta, WEIGHTS: state}
     # pickle writes an object that is there twice once: a recipe that was read
     # is to be written as one that was made
     recipe.add(content, json.loads(json.dumps(made)))

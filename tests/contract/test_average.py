@@ -114,7 +114,6 @@ def test_a_file_that_deploys(run, tmp_path, capsys):
     model = ToyModel()
     content = torch.load(out, map_location='cpu', weights_only=True)
     model.load_state_dict(content['state_dict'])
-    assert 4 * EPOCHS == content['meta']['iter']
     with pytest.raises(SystemExit, match='0'):
         main(['average', '--recipe', str(out), '-o', str(again)])
     assert out.read_bytes() == again.read_bytes()
