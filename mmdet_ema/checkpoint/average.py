@@ -9,6 +9,7 @@ coefficients at once.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -28,20 +29,29 @@ from typing import (
 import torch
 from torch import Tensor
 
-from mmdet_ema.checkpoint import profiles
+from mmdet_ema.averaging.averages import MAIN
+from mmdet_ema.checkpoint import profiles, recipe
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
     Contents,
     read_contents,
 )
-from mmdet_ema.checkpoint.format import META
+from mmdet_ema.checkpoint.format import META, WEIGHTS
 from mmdet_ema.checkpoint.profiles import Fit, Profile
+from mmdet_ema.checkpoint.saving import plain
 from mmdet_ema.checkpoint.start import START, fingerprint, start_name
 from mmdet_ema.errors import CheckpointError, OptionError, show
 
 Evaluate = Callable[[Mapping[str, Tensor]], float]
 
+COMMAND = 'average'
+# what tools ask a file for: classes, and the config of the model
+_META = (
+    *('CLASSES', 'PALETTE', 'cfg', 'config', 'dataset_meta', 'env_info'),
+    *('epoch', 'exp_name', 'experiment_name', 'iter', 'seed', 'time'),
+    *('mmcv_version', 'mmdet_version', 'mmdet3d_version', 'mmengine_version'),
+)
 _OTHER = (
     'To combine files of different runs use --profile mean or soup:greedy, '
     'or --coefficients.'
@@ -161,6 +171,81 @@ class Combination:
             result.view(-1)[here] = total.to(dtype)
         return result
 
+    def recipe(self, options: Mapping[str, Any]) -> Dict[str, Any]:
+        """Return the recipe of a file with this combination.
+
+        Args:
+            options: What it was made by, and what is done to it afterwards.
+        """
+        files = [term.contents for term in self.terms] + [self.lead[0]]
+        paths = list(dict.fromkeys(contents.path for contents in files))
+        made = recipe.make(
+            COMMAND,
+            paths,
+            {
+                **options,
+                'lead': [paths.index(self.lead[0].path), self.lead[1]],
+                # as text: torch 1.13 reads no float by weights_only=True
+                'terms': [
+                    [paths.index(contents.path), name, *map(repr, counts)]
+                    for contents, name, *counts in self.terms
+                ],
+            },
+        )
+        # what it is, for whoever reads the file
+        made['holds'] = {'role': AVERAGE, 'name': MAIN}
+        return made
+
+    @staticmethod
+    def of_recipe(
+        made: Mapping[str, Any], *, unsafe: bool = False
+    ) -> Combination:
+        """Return the combination of a recipe: the same to the last bit.
+
+        Args:
+            made: The recipe, as ``recipe.read`` returns it.
+            unsafe: Whether to run code that a file asks for.
+
+        Raises:
+            CheckpointError: If a file has changed, or it is no such recipe.
+        """
+        options = made['options']
+        paths = recipe.check_inputs(made)
+        files = read_files(paths, unsafe=unsafe)
+        try:
+            terms = [
+                Term(files[i], files[i].choose(str(name)), float(c), float(s))
+                for i, name, c, s in options['terms']
+            ]
+            i, name = options['lead']
+            return Combination(terms, (files[i], files[i].choose(str(name))))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f'the recipe has no terms that can be repeated ({error}); '
+                f'give one that mmdet-ema average made.'
+            ) from None
+
+
+def deployable(
+    combination: Combination,
+    state: Mapping[str, Tensor],
+    made: Mapping[str, Any],
+) -> Dict[str, Any]:
+    """Return what a framework's own tools load: weights, and ``meta``.
+
+    Args:
+        combination: What the weights were made of.
+        state: The weights.
+        made: Their recipe.
+    """
+    before = combination.lead[0].meta
+    meta = {key: before[key] for key in _META if key in before}
+    content, _ = plain({'meta': meta, WEIGHTS: state})
+    # pickle writes an object that is there twice once: a recipe that was read
+    # is to be written as one that was made
+    recipe.add(content, json.loads(json.dumps(made)))
+    return content
+
 
 def average(
     files: Sequence[Contents],
@@ -170,7 +255,6 @@ def average(
     weights: Optional[str] = None,
     start: Optional[str] = None,
     evaluate: Optional[Evaluate] = None,
-    greater: bool = True,
 ) -> Combination:
     """Return the combination of files that a profile asks for.
 
@@ -183,8 +267,8 @@ def average(
             raw ones, if all have them.
         start: The file with the starting weights. Defaults to
             ``ema_start.pt`` beside the files.
-        evaluate: Returns a metric of weights, for 'soup:greedy'.
-        greater: Whether higher is better.
+        evaluate: Returns a score of weights for 'soup:greedy', higher for
+            better ones.
 
     Raises:
         CheckpointError: If the files do not allow it.
@@ -212,7 +296,7 @@ def average(
     if profile.kind == 'mean':
         return _weighted(files, [1 / len(files)] * len(files), weights)
     if profile.kind == 'soup':
-        return _greedy_soup(files, weights, evaluate, greater)
+        return _greedy_soup(files, weights, evaluate)
     run = Run(files, start)
     if profile.kind == 'bema':
         return run.bema(profile)
@@ -354,8 +438,9 @@ class Run:
         """Return what the run would have tracked, at its own interval."""
         last = self.files[-1]
         interval = max(weights.interval for weights in last.sets.values())
-        averaged = max(self.steps - _lag(last), 0)
-        return profile.target(self.steps, interval, averaged)
+        done = [weights.averaged_steps or 0 for weights in last.sets.values()]
+        # raw weights alone can be averaged up to the last step
+        return profile.target(self.steps, interval, max(done) or None)
 
     def fit(self, what: str, target: Tensor) -> Combination:
         """Return the combination that is nearest to a profile.
@@ -441,7 +526,9 @@ class Run:
         schedule, steps = weights.build_schedule(), weights.steps
         if weights.role != AVERAGE or schedule is None or steps is None:
             return None
-        averaged = max(steps - _lag(contents), 0)
+        averaged = weights.averaged_steps
+        if averaged is None:
+            averaged = steps
         if weights.updates != -(-averaged // weights.interval):
             raise CheckpointError(
                 f'{contents.path!r}: {name} has counted {weights.updates} '
@@ -481,14 +568,6 @@ def _places(files: Sequence[Contents], notes: List[str]) -> List[int]:
         'order given, as if evenly spaced'
     )
     return [*range(1, len(files) + 1)]
-
-
-def _lag(contents: Contents) -> int:
-    """Return the steps since the last update, under an interval."""
-    meta = contents.rest.get(META, {})
-    steps, averaged = meta.get('num_steps'), meta.get('averaged_steps')
-    right = isinstance(steps, int) and isinstance(averaged, int)
-    return steps - averaged if right else 0
 
 
 def _weighted(
@@ -541,7 +620,6 @@ def _greedy_soup(
     files: Sequence[Contents],
     weights: Optional[str],
     evaluate: Optional[Evaluate],
-    greater: bool,
 ) -> Combination:
     """Take a file into the mean if that does not make it worse, best first.
 
@@ -555,8 +633,7 @@ def _greedy_soup(
 
     def score(chosen: Sequence[Contents]) -> float:
         each = [1 / len(chosen)] * len(chosen)
-        found = evaluate(_weighted(chosen, each, weights).state_dict())
-        return found if greater else -found
+        return evaluate(_weighted(chosen, each, weights).state_dict())
 
     scores = [score([contents]) for contents in files]
     # equal ones stay in order
@@ -566,14 +643,13 @@ def _greedy_soup(
         found = score([*chosen, files[i]])
         if found >= best:
             chosen, best = [*chosen, files[i]], found
-    sign = 1 if greater else -1
     combination = _weighted(chosen, [1 / len(chosen)] * len(chosen), weights)
     combination.notes += [
-        f'{contents.path}: {sign * value:.4f}'
+        f'{contents.path}: {value:.4f}'
         for contents, value in zip(files, scores)
     ]
     combination.notes.append(
-        f'soup of {len(chosen)} of {len(files)}: {sign * best:.4f}'
+        f'soup of {len(chosen)} of {len(files)}: {best:.4f}'
     )
     return combination
 

@@ -11,9 +11,12 @@ import argparse
 import sys
 from typing import Any, Callable, Dict
 
+from mmdet_ema.cli import average
 from mmdet_ema.errors import CheckpointError, OptionError
 
-COMMANDS: Dict[str, Callable[[argparse.Namespace], int]] = {}
+COMMANDS: Dict[str, Callable[[argparse.Namespace], int]] = {
+    'average': average.run,
+}
 """By name: runs the command, and returns the exit status."""
 
 STYLE: Dict[str, Any] = dict(
@@ -23,6 +26,7 @@ STYLE: Dict[str, Any] = dict(
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of the toolbox to the subparsers of ``mmdet-ema``."""
+    average.add_parser(commands, add_output, add_unsafe, STYLE)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
