@@ -10,7 +10,19 @@ import contextlib
 import io
 import os
 import tempfile
-from typing import Any, Dict, Iterator, Mapping, Optional
+import time
+from dataclasses import dataclass, field
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from mmengine.config import Config
 from mmengine.hooks import EMAHook as MMEngineEMAHook
@@ -18,13 +30,26 @@ from mmengine.hooks import LoggerHook
 from mmengine.runner import Runner
 from torch import Tensor
 
-from mmdet_ema.errors import CheckpointError, OptionError, show
+from mmdet_ema.checkpoint.average import Run
+from mmdet_ema.checkpoint.contents import RAW, Contents
+from mmdet_ema.checkpoint.windows import (
+    Window,
+    averages_of,
+    how_to_reach,
+    make_windows,
+)
+from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean, show
 from mmdet_ema.for_mmengine.ema_hook import EMAHook
 from mmdet_ema.for_mmengine.evaluation import evaluate_apart
-from mmdet_ema.for_mmengine.runner import model_of, pass_forward
+from mmdet_ema.for_mmengine.runner import (
+    choose_by,
+    model_of,
+    pass_forward,
+)
 from mmdet_ema.training.recalibrate import (
     batch_statistics,
     first_batches,
+    is_better,
     layers_to_estimate,
 )
 
@@ -186,3 +211,162 @@ def _quiet() -> Iterator[None]:
     """Keep what metrics and data sets print off the table."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
+
+
+@dataclass
+class Row:
+    """Weights that were evaluated.
+
+    Attributes:
+        name: ``'raw'``, the name of an average in the last file, or
+            ``'window'``.
+        window: The length in steps, None if it is not known.
+        metrics: Of these weights.
+        recalibrated: Of the same with statistics of training data; empty
+            where that was not asked for.
+        made: How a window was made; None for what is in the last file.
+    """
+
+    name: str
+    window: Optional[float]
+    metrics: Dict[str, float]
+    recalibrated: Dict[str, float] = field(default_factory=dict)
+    made: Optional[Window] = None
+
+
+@dataclass
+class Tuned:
+    """What :func:`tune` found.
+
+    Attributes:
+        rows: Raw weights, averages of the last file, windows.
+        metric: The metric that is compared.
+        greater: Whether higher is better.
+        refused: Windows that the files do not allow.
+        next_time: What to record to reach them.
+        best: The best row.
+        is_recalibrated: Whether it is so with statistics of training data.
+        weights: Its weights.
+        run: The files.
+    """
+
+    rows: List[Row]
+    metric: str
+    greater: bool
+    refused: List[Window]
+    next_time: List[str]
+    best: Row
+    is_recalibrated: bool
+    weights: Dict[str, Tensor]
+    run: Run
+
+
+def tune(
+    runner: Any,
+    run: Run,
+    wanted: Sequence[float],
+    *,
+    metric: Optional[str] = None,
+    recalibrate: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Tuned:
+    """Evaluate the windows that the files of a run allow.
+
+    Call it on all ranks; each makes the same weights.
+
+    Args:
+        runner: One that :func:`runner_of` made, of the run's config.
+        run: The files.
+        wanted: Windows in steps.
+        metric: The metric that is compared. Defaults to that of the config's
+            ``save_best``, else the first one.
+        recalibrate: Batches of training data from which BatchNorm statistics
+            are estimated again; all weights are evaluated with them, too.
+            Defaults to 0, not at all.
+        tell: Gets a line after each evaluation, with the time that is left.
+
+    Raises:
+        OptionError: If a window is out of range, or there is no such metric.
+        CheckpointError: If the weights do not fit the model.
+    """
+    made, refused = make_windows(run, wanted)
+    last = run.files[-1]
+    lengths = averages_of(run)
+    rows = [
+        Row(name, lengths.get(name), {})
+        for name in last.sets
+        if name == RAW or name in lengths
+    ]
+    rows.sort(key=lambda row: row.name != RAW)
+    rows += [Row('window', x.steps, {}, made=x) for x in made]
+    if not rows:
+        raise CheckpointError(
+            f'{last.path!r} holds no raw weights and no averages; give the '
+            f'work_dir of a run with EMAHook.'
+        )
+    start, best = time.monotonic(), None
+    for number, row in enumerate(rows, 1):
+        state = _weights_of(last, row)
+        choices = [(False, state)]
+        row.metrics = evaluate_weights(runner, state)
+        if recalibrate:
+            state = recalibrated(runner, state, recalibrate)
+            row.recalibrated = evaluate_weights(runner, state)
+            choices.append((True, state))
+        if number == 1:
+            metric, greater = _choose(runner, row.metrics, metric)
+        assert metric is not None
+        for is_recalibrated, weights in choices:
+            found = row.recalibrated if is_recalibrated else row.metrics
+            value = found[metric]
+            if best is None or is_better(best[0], value, greater):
+                best = value, row, is_recalibrated, weights
+        seconds = (time.monotonic() - start) / number * (len(rows) - number)
+        tell(
+            f'{number}/{len(rows)} {describe(row)}: {metric} '
+            f'{row.metrics[metric]:.4f}, {duration(seconds)} left'
+        )
+    assert best is not None
+    assert metric is not None
+    return Tuned(
+        *(rows, metric, greater, refused, how_to_reach(run, made, refused)),
+        *(best[1], best[2], best[3], run),
+    )
+
+
+def describe(row: Row) -> str:
+    """Return the name of a row."""
+    if row.made is None:
+        return row.name
+    return f'window {row.made.steps:g}'
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time in minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f'{minutes} min {rest} s' if minutes else f'{rest} s'
+
+
+def _weights_of(last: Contents, row: Row) -> Dict[str, Tensor]:
+    if row.made is not None:
+        return row.made.combination.state_dict()
+    return dict(last.sets[row.name].tensors)
+
+
+def _choose(
+    runner: Any, metrics: Mapping[str, float], name: Optional[str]
+) -> Tuple[str, bool]:
+    """Return the metric that is compared, and if higher is better."""
+    if not metrics:
+        raise OptionError(
+            'the validation of the config gives no numbers to compare; give '
+            'it an evaluator.'
+        )
+    if name is None:
+        return choose_by(runner, metrics)
+    if name not in metrics:
+        raise OptionError(
+            f'metric={show(name)} is not one of the validation; use one of '
+            f'{", ".join(metrics)}.{did_you_mean(name, [*metrics])}'
+        )
+    return name, 'loss' not in name.lower()
