@@ -192,19 +192,18 @@ class Combination:
 
     @staticmethod
     def of_recipe(
-        made: Mapping[str, Any], *, unsafe: bool = False
+        options: Mapping[str, Any], paths: Sequence[str], unsafe: bool = False
     ) -> Combination:
         """Return the combination of a recipe: the same to the last bit.
 
         Args:
-            made: The recipe, as ``recipe.read`` returns it.
+            options: Those of the recipe.
+            paths: Its files, as ``recipe.check_inputs`` returns them.
             unsafe: Whether to run code that a file asks for.
 
         Raises:
-            CheckpointError: If a file has changed, or it is no such recipe.
+            CheckpointError: If it is no such recipe.
         """
-        options = made['options']
-        paths = recipe.check_inputs(made)
         files = read_files(paths, unsafe=unsafe)
         try:
             terms = [

@@ -216,7 +216,7 @@ def recipe_of(
         OptionError: If neither a file nor a recipe is given, or options
             contradict a recipe.
     """
-    files = getattr(options, 'files', None) or [options.file]
+    files = options.files if 'files' in options else [options.file]
     files = [x for x in files if x is not None]
     if options.recipe is None:
         if not files:
