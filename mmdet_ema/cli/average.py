@@ -144,7 +144,11 @@ def run(options: argparse.Namespace) -> int:
         with _runner_of(said['recalibrate'], '--recalibrate') as runner:
             from mmdet_ema.for_mmengine.tune import recalibrated
 
-            state = recalibrated(runner, state, said['batches'])
+            found = recalibrated(runner, state, said['batches'])
+        for name, value in found.items():
+            # the rest is as it was, but of the dtypes of the model
+            if name.rpartition('.')[2].startswith('running_'):
+                state[name] = value
     content = deployable(combination, state, made)
     path = saving.save(content, options.out, force=options.force)
     toolbox.say(options, f'{path}: written')

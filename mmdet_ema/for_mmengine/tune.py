@@ -103,6 +103,8 @@ def runner_of(
         cfg.visualizer.vis_backends = []
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
+        # mmengine keeps one visualizer for a name, and a name for a second
+        cfg.experiment_name = os.path.basename(folder)
         with _quiet():
             runner = Runner.from_cfg(cfg)
         runner._hooks = [
