@@ -11,11 +11,12 @@ import argparse
 import sys
 from typing import Any, Callable, Dict
 
-from mmdet_ema.cli import average
+from mmdet_ema.cli import average, tune
 from mmdet_ema.errors import CheckpointError, OptionError
 
 COMMANDS: Dict[str, Callable[[argparse.Namespace], int]] = {
     'average': average.run,
+    'tune': tune.run,
 }
 """By name: runs the command, and returns the exit status."""
 
@@ -27,6 +28,7 @@ STYLE: Dict[str, Any] = dict(
 def add_commands(commands: Any) -> None:
     """Add the parsers of the toolbox to the subparsers of ``mmdet-ema``."""
     average.add_parser(commands, add_output, add_unsafe, STYLE)
+    tune.add_parser(commands, STYLE)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
