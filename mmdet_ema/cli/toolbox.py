@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from mmdet_ema.cli import average
+from mmdet_ema.cli import average, tune
 from mmdet_ema.errors import CheckpointError, OptionError
 
 STYLE: Dict[str, Any] = dict(
@@ -149,6 +149,7 @@ def add_commands(commands: Any) -> None:
     add_unsafe(diff)
 
     average.add_parser(commands, add_output, add_unsafe, STYLE)
+    tune.add_parser(commands, STYLE)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -360,5 +361,6 @@ COMMANDS: Dict[str, Callable[[argparse.Namespace], int]] = {
     'diff': _run_diff,
     'extract': _run_extract,
     'inspect': _run_inspect,
+    'tune': tune.run,
 }
 """By name: runs the command, and returns the exit status."""

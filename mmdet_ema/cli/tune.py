@@ -1,4 +1,4 @@
-"""``mmdet-ema tune``: the best window of a run, by the config's evaluator."""
+"""``mmdet-ema tune``: parser, table, picture and file."""
 
 from __future__ import annotations
 
@@ -6,39 +6,124 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Union
 
-from mmdet_ema.checkpoint import recipe, saving
-from mmdet_ema.checkpoint.average import Run, read_files
-from mmdet_ema.checkpoint.windows import files_of, spread
 from mmdet_ema.cli import plot
 from mmdet_ema.errors import OptionError
-from mmdet_ema.frameworks import has_mmcv1
+from mmdet_ema.frameworks import has_mmcv1, has_mmengine
+
+_HELP = """\
+Choose the window of the average after the training. Windows are made of the
+files of one run (its averages, raw and starting weights), and each is tested
+by the validation of CONFIG, in one process. EMAHook(posthoc=True) and a few
+files are what it takes. Raw weights and the averages of the last file stand
+beside, and the best of all can be written as a file that deploys.
+
+examples:
+  mmdet-ema tune CONFIG work_dirs/a -o best.pth
+  mmdet-ema tune CONFIG work_dirs/a --windows 500,1000,2000,4000
+  mmdet-ema tune CONFIG work_dirs/a --metric coco/bbox_mAP_50
+  mmdet-ema tune CONFIG work_dirs/a -o best.pth --recalibrate 50
+  torchrun --nproc_per_node 2 -m mmdet_ema tune CONFIG work_dirs/a \\
+      --launcher pytorch"""
 
 
-def tune(options: argparse.Namespace) -> int:
-    """Evaluate windows, print a table, draw it, write the best weights."""
-    if has_mmcv1():
+def add_parser(commands: Any, style: Dict[str, Any]) -> None:
+    """Add the parser of the command."""
+    parser = commands.add_parser(
+        'tune',
+        help='choose the window of the average after the training',
+        description='Test averages of other windows, made of files.',
+        epilog=_HELP,
+        **style,
+    )
+    parser.add_argument('config', metavar='CONFIG', help='that of the run')
+    parser.add_argument('work_dir', metavar='WORK_DIR', help='that of the run')
+    parser.add_argument(
+        '-o', '--out', metavar='OUT', help='file to write the best weights to'
+    )
+    parser.add_argument(
+        '--force', action='store_true', help='replace a file of that name'
+    )
+    parser.add_argument(
+        '--windows',
+        metavar='N',
+        default='12',
+        help='how many, between 0.1 %% of the run and half of it; or a list '
+        'of lengths in steps; by default %(default)s',
+    )
+    parser.add_argument(
+        '--metric',
+        metavar='NAME',
+        help='which metric; by default that of save_best, or the first one',
+    )
+    parser.add_argument(
+        '--recalibrate',
+        metavar='N',
+        type=int,
+        default=0,
+        help='test each again with BatchNorm statistics of so many batches '
+        'of training data',
+    )
+    parser.add_argument(
+        '--plot',
+        metavar='FILE',
+        type=plot.picture,
+        help='picture to write; by default tune.png in WORK_DIR',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        metavar='KEY=VALUE',
+        nargs='+',
+        help='changes to the config',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=('none', 'pytorch', 'slurm', 'mpi'),
+        default='none',
+        help='as of tools/test.py',
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Test windows, print a table, draw it, write the best weights.
+
+    Raises:
+        CheckpointError: If the files do not allow it.
+        OptionError: If an option is wrong.
+    """
+    if has_mmcv1() or not has_mmengine():
         raise OptionError(
-            'tune evaluates with mmengine (mmdet 3), and mmcv 1.x goes first '
-            'here; make windows with mmdet-ema average, and test each by '
-            "mmdet 2's tools/test.py."
+            'tune tests with mmengine (mmdet 3), which is not what is '
+            'installed here; under mmcv 1.x make windows with mmdet-ema '
+            'average, and test each by tools/test.py.'
         )
+    if options.recalibrate < 0:
+        raise OptionError(
+            f'--recalibrate {options.recalibrate} is out of range; use a '
+            f'number of batches.'
+        )
+    from mmdet_ema.checkpoint import saving
+    from mmdet_ema.checkpoint.average import Run, read_files
+    from mmdet_ema.checkpoint.windows import files_of, spread
     from mmdet_ema.for_mmengine import tune as evaluation
 
     picture = options.plot or Path(options.work_dir, 'tune.png')
     if options.out:
         saving.check_free(options.out, options.force)
-    run = Run(read_files(files_of(options.work_dir)))
-    wanted = _windows(options.windows, run.steps)
+    files = Run(read_files(files_of(options.work_dir)))
+    lengths = _windows(options.windows)
+    wanted = (
+        lengths if isinstance(lengths, list) else spread(lengths, files.steps)
+    )
     is_main = os.environ.get('RANK', '0') == '0'
 
     def tell(line: str) -> None:
         if is_main:
             print(f'mmdet-ema: {line}', file=sys.stderr, flush=True)
 
-    tell(f'{len(run.files)} files, the last one after {run.steps} steps')
-    for note in run.notes:
+    tell(f'{len(files.files)} files, the last one after {files.steps} steps')
+    for note in files.notes:
         tell(note)
     changes = _changes(options.cfg_options)
     with evaluation.runner_of(
@@ -46,7 +131,7 @@ def tune(options: argparse.Namespace) -> int:
     ) as runner:
         found = evaluation.tune(
             runner,
-            run,
+            files,
             wanted,
             metric=options.metric,
             recalibrate=options.recalibrate,
@@ -62,14 +147,14 @@ def tune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _windows(given: str, steps: int) -> List[float]:
-    """Read a number of windows (at most 100), or a list of lengths."""
+def _windows(given: str) -> Union[int, List[float]]:
+    """Read how many windows, or a list of their lengths."""
     try:
         numbers = [float(x) for x in given.split(',')]
     except ValueError:
         numbers = []
     if len(numbers) == 1 and numbers[0] in range(1, 101):
-        return [*map(float, spread(int(numbers[0]), steps))]
+        return int(numbers[0])
     if len(numbers) > 1:
         return sorted({*numbers})
     raise OptionError(
@@ -99,16 +184,16 @@ def table(found: Any) -> str:
     head += ['recalibrated'] if both else []
     lines = [head]
     for row in found.rows:
-        line = [row.name, '-', '-', '-', f'{row.metrics[found.metric]:.4f}']
-        if row.window is not None:
-            line[1] = f'{row.window:.4g}'
-        if row.made is not None:
-            fit = row.made.combination.fit
+        line = [row.name, '-', '-', '-', f'{row.value(found.metric):.4f}']
+        if row.length is not None:
+            line[1] = f'{row.length:.4g}'
+        if row.schedule is not None:
+            fit = row.combination.fit
             line[2:4] = [f'{fit.error:.1%}', f'{fit.absolute_sum:.2f}']
         elif row.name == found.run.files[-1].deployed:
             line[0] = f'{row.name} (deployed)'
         if both:
-            line.append(f'{row.recalibrated[found.metric]:.4f}')
+            line.append(f'{row.value(found.metric, True):.4f}')
         line[0] = f'* {line[0]}' if row is found.best else f'  {line[0]}'
         lines.append(line)
     sizes = [max(map(len, column)) for column in zip(*lines)]
@@ -139,25 +224,28 @@ def _draw(found: Any, path: Path) -> None:
         ) from None
     figure = Figure(figsize=(7, 3.6), layout='constrained')
     axes = figure.subplots()
-    windows = [row for row in found.rows if row.made is not None]
-    sets = {'metrics': 'windows', 'recalibrated': 'recalibrated'}
-    for part, label in sets.items():
-        values = [getattr(row, part).get(found.metric) for row in windows]
-        if windows and None not in values:
-            lengths = [row.window for row in windows]
-            axes.plot(lengths, values, 'o-', label=label, markersize=4)
+    windows = [row for row in found.rows if row.schedule is not None]
+    lengths = [row.length for row in windows]
+    for again in {False, bool(found.rows[0].recalibrated)}:
+        axes.plot(
+            lengths,
+            [row.value(found.metric, again) for row in windows],
+            's-' if again else 'o-',
+            label='windows, recalibrated' if again else 'windows',
+            color='tab:cyan' if again else 'tab:blue',
+            markersize=4,
+        )
     colors = iter(('orange', 'green', 'red', 'purple', 'brown', 'gray'))
     for row in found.rows:
-        if row.made is None:
+        if row.schedule is None:
             color = f'tab:{next(colors, "gray")}'
-            value = row.metrics[found.metric]
+            value = row.value(found.metric)
             axes.axhline(value, ls='--', color=color, label=row.name)
-            if row.window is not None:
-                axes.plot([row.window], [value], 's', color=color)
-    best = found.best.recalibrated if found.is_recalibrated else None
-    if found.best.window is not None:
-        value = (best or found.best.metrics)[found.metric]
-        axes.plot([found.best.window], [value], 'k*', ms=12, label='best')
+            if row.length is not None:
+                axes.plot([row.length], [value], 's', color=color)
+    if found.best.length is not None:
+        value = found.best.value(found.metric, found.is_recalibrated)
+        axes.plot([found.best.length], [value], 'k*', ms=12, label='best')
     axes.set_xscale('log')
     axes.set(xlabel='window in steps', ylabel=found.metric)
     axes.grid(alpha=0.3)
@@ -166,33 +254,28 @@ def _draw(found: Any, path: Path) -> None:
 
 
 def _write(found: Any, options: argparse.Namespace) -> str:
-    """Write the best weights as a file that deploys."""
-    last = found.run.files[-1]
-    meta, _ = saving.plain(last.meta)
-    content: Dict[str, Any] = {'meta': meta, 'state_dict': found.weights}
-    best = found.best
-    made: Dict[str, Any] = {'weights': best.name}
-    inputs = [last.path]
-    if best.made is not None:
-        combination = best.made.combination
-        made = {
-            'profile': str(best.made.schedule),
-            'error': combination.fit.error,
-            'terms': [
-                {
-                    'path': term.contents.path,
-                    'weights': term.name,
-                    'coefficient': term.coefficient,
-                    'statistics': term.statistics,
-                }
-                for term in combination.terms
-            ],
-        }
-        inputs = [*dict.fromkeys(x['path'] for x in made['terms'])]
+    """Write the best weights as a file that deploys.
+
+    Its recipe is one of ``mmdet-ema average``, which can repeat it.
+    """
+    from mmdet_ema.checkpoint import saving
+    from mmdet_ema.checkpoint.average import deployable
+
+    best, recalibrate = found.best, None
     if found.is_recalibrated:
-        made['recalibrate'] = options.recalibrate
-        made['config'] = options.config
-    chosen = best.recalibrated if found.is_recalibrated else best.metrics
-    made['metric'] = {found.metric: chosen[found.metric]}
-    recipe.add(content, recipe.make('tune', inputs, made))
+        batches = options.recalibrate
+        recalibrate = dict(config=options.config, batches=batches)
+    value = best.value(found.metric, found.is_recalibrated)
+    said = {
+        'profile': str(best.schedule or best.name),
+        'coefficients': None,
+        'recalibrate': recalibrate,
+        # as text: torch 1.13 reads no float by weights_only=True
+        'chosen_by': f'{found.metric} {value!r}',
+        'cfg_options': options.cfg_options or [],
+    }
+    made = best.combination.recipe(said)
+    if best.name == 'raw':
+        made['holds'] = {'role': 'raw', 'name': 'raw'}
+    content = deployable(best.combination, found.weights, made)
     return saving.save(content, options.out, force=options.force)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import tempfile
 import time
@@ -27,11 +28,12 @@ from typing import (
 from mmengine.config import Config
 from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.hooks import LoggerHook
-from mmengine.runner import Runner
+from mmengine.runner import Runner, set_random_seed
 from torch import Tensor
 
-from mmdet_ema.checkpoint.average import Run
-from mmdet_ema.checkpoint.contents import RAW, Contents
+from mmdet_ema.checkpoint.average import Combination, Run, average
+from mmdet_ema.checkpoint.contents import RAW
+from mmdet_ema.checkpoint.profiles import Profile
 from mmdet_ema.checkpoint.windows import (
     Window,
     averages_of,
@@ -46,6 +48,8 @@ from mmdet_ema.for_mmengine.runner import (
     model_of,
     pass_forward,
 )
+from mmdet_ema.schedules import Schedule
+from mmdet_ema.training.no_trace import same_randomness
 from mmdet_ema.training.recalibrate import (
     batch_statistics,
     first_batches,
@@ -163,10 +167,16 @@ def recalibrated(
             f'recalibrate={batches} has no effect: the model has no BatchNorm '
             f'layer that is trained; leave it out.'
         )
-    with _quiet():
+    with _quiet(), same_randomness():
+        dataset = runner.train_dataloader.dataset
+        # a loader of its own: some samplers yield nothing the second time
+        loader = runner.build_dataloader(
+            {**runner.cfg.train_dataloader, 'dataset': dataset}, runner.seed
+        )
+        set_random_seed(runner.seed)
         found = batch_statistics(
             model,
-            first_batches(runner.train_dataloader, batches),
+            first_batches(loader, batches),
             lambda batch: pass_forward(runner, batch),
         )
     buffers = dict(model.named_buffers())
@@ -222,18 +232,32 @@ class Row:
     Attributes:
         name: ``'raw'``, the name of an average in the last file, or
             ``'window'``.
-        window: The length in steps, None if it is not known.
+        length: Of the window in steps, None if it is not known.
+        combination: How they are made of files.
+        schedule: The average that a window stands for; None for what is in
+            the last file.
         metrics: Of these weights.
         recalibrated: Of the same with statistics of training data; empty
             where that was not asked for.
-        made: How a window was made; None for what is in the last file.
     """
 
     name: str
-    window: Optional[float]
-    metrics: Dict[str, float]
+    length: Optional[float]
+    combination: Combination
+    schedule: Optional[Schedule] = None
+    metrics: Dict[str, float] = field(default_factory=dict)
     recalibrated: Dict[str, float] = field(default_factory=dict)
-    made: Optional[Window] = None
+
+    @property
+    def title(self) -> str:
+        """Its name, with the length of a window."""
+        named = self.schedule is None
+        return self.name if named else f'window {self.length:g}'
+
+    def value(self, metric: str, recalibrated: bool = False) -> float:
+        """Return a metric; NaN where nothing was found, as by COCO."""
+        found = self.recalibrated if recalibrated else self.metrics
+        return found.get(metric, math.nan)
 
 
 @dataclass
@@ -292,55 +316,58 @@ def tune(
         CheckpointError: If the weights do not fit the model.
     """
     made, refused = make_windows(run, wanted)
-    last = run.files[-1]
-    lengths = averages_of(run)
-    rows = [
-        Row(name, lengths.get(name), {})
-        for name in last.sets
-        if name == RAW or name in lengths
-    ]
-    rows.sort(key=lambda row: row.name != RAW)
-    rows += [Row('window', x.steps, {}, made=x) for x in made]
-    if not rows:
-        raise CheckpointError(
-            f'{last.path!r} holds no raw weights and no averages; give the '
-            f'work_dir of a run with EMAHook.'
-        )
-    start, best = time.monotonic(), None
+    rows = _in_last_file(run)
+    rows += [Row('window', x.steps, x.combination, x.schedule) for x in made]
+    start, greater = time.monotonic(), True
+    best: Optional[Tuple[float, Row, bool, Dict[str, Tensor]]] = None
+    chosen = ''
     for number, row in enumerate(rows, 1):
-        state = _weights_of(last, row)
+        state = row.combination.state_dict()
         choices = [(False, state)]
         row.metrics = evaluate_weights(runner, state)
         if recalibrate:
             state = recalibrated(runner, state, recalibrate)
             row.recalibrated = evaluate_weights(runner, state)
             choices.append((True, state))
-        if number == 1:
-            metric, greater = _choose(runner, row.metrics, metric)
-        assert metric is not None
+        if row.metrics and not chosen:
+            chosen, greater = _choose(runner, row.metrics, metric)
         for is_recalibrated, weights in choices:
-            found = row.recalibrated if is_recalibrated else row.metrics
-            value = found[metric]
+            value = row.value(chosen, is_recalibrated)
             if best is None or is_better(best[0], value, greater):
                 best = value, row, is_recalibrated, weights
         seconds = (time.monotonic() - start) / number * (len(rows) - number)
         tell(
-            f'{number}/{len(rows)} {describe(row)}: {metric} '
-            f'{row.metrics[metric]:.4f}, {duration(seconds)} left'
+            f'{number}/{len(rows)} {row.title}: {chosen} '
+            f'{row.value(chosen):.4f}, {duration(seconds)} left'
         )
-    assert best is not None
-    assert metric is not None
+    if not chosen or best is None:
+        raise OptionError(
+            'the validation of the config gave no numbers to compare; give '
+            'it an evaluator, and files of a model that finds something.'
+        )
     return Tuned(
-        *(rows, metric, greater, refused, how_to_reach(run, made, refused)),
+        *(rows, chosen, greater, refused, how_to_reach(run, made, refused)),
         *(best[1], best[2], best[3], run),
     )
 
 
-def describe(row: Row) -> str:
-    """Return the name of a row."""
-    if row.made is None:
-        return row.name
-    return f'window {row.made.steps:g}'
+def _in_last_file(run: Run) -> List[Row]:
+    """Return raw weights and averages of the last file."""
+    last, lengths, mean = (
+        run.files[-1],
+        averages_of(run),
+        Profile('mean', 'mean'),
+    )
+    names = [name for name in (RAW, *lengths) if name in last.sets]
+    if not names:
+        raise CheckpointError(
+            f'{last.path!r} holds no raw weights and no averages; give the '
+            f'work_dir of a run with EMAHook.'
+        )
+    return [
+        Row(name, lengths.get(name), average([last], mean, weights=name))
+        for name in names
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -349,21 +376,10 @@ def duration(seconds: float) -> str:
     return f'{minutes} min {rest} s' if minutes else f'{rest} s'
 
 
-def _weights_of(last: Contents, row: Row) -> Dict[str, Tensor]:
-    if row.made is not None:
-        return row.made.combination.state_dict()
-    return dict(last.sets[row.name].tensors)
-
-
 def _choose(
     runner: Any, metrics: Mapping[str, float], name: Optional[str]
 ) -> Tuple[str, bool]:
     """Return the metric that is compared, and if higher is better."""
-    if not metrics:
-        raise OptionError(
-            'the validation of the config gives no numbers to compare; give '
-            'it an evaluator.'
-        )
     if name is None:
         return choose_by(runner, metrics)
     if name not in metrics:
