@@ -200,7 +200,7 @@ def _combine(options: argparse.Namespace) -> Combination:
     if options.config is None:
         return combine()
     with _runner_of(options.config, '--profile soup:greedy') as runner:
-        return combine(evaluate=_score_by(runner, options.metric))
+        return combine(evaluate=_score_by(runner, options))
 
 
 def _runner_of(config: str, what: str) -> ContextManager[Any]:
@@ -216,13 +216,18 @@ def _runner_of(config: str, what: str) -> ContextManager[Any]:
 
 
 def _score_by(
-    runner: Any, metric: Optional[str]
+    runner: Any, options: argparse.Namespace
 ) -> Callable[[Mapping[str, Any]], float]:
     """Return what makes a score of weights, higher for better ones."""
+    from mmdet_ema.cli.toolbox import say
     from mmdet_ema.for_mmengine.runner import choose_by
     from mmdet_ema.for_mmengine.tune import evaluate_weights
 
+    metric: Optional[str] = options.metric
+    told = False
+
     def score(state: Mapping[str, Any]) -> float:
+        nonlocal told
         found = evaluate_weights(runner, state)
         if metric is not None and metric not in found:
             near = did_you_mean(metric, found)
@@ -235,6 +240,10 @@ def _score_by(
         name, greater = choose_by(runner, found)
         if metric is not None and metric != name:
             name, greater = metric, 'loss' not in metric.lower()
+        if not told:
+            sign = '' if greater else ', negative, as lower is better'
+            say(options, f'scores are {name}{sign}')
+            told = True
         return found[name] if greater else -found[name]
 
     return score
