@@ -38,7 +38,7 @@ from mmdet_ema.checkpoint.contents import (
     read_contents,
 )
 from mmdet_ema.checkpoint.extract import meta_for_use
-from mmdet_ema.checkpoint.format import META, WEIGHTS
+from mmdet_ema.checkpoint.format import CHANGED, META, WEIGHTS
 from mmdet_ema.checkpoint.profiles import Fit, Profile
 from mmdet_ema.checkpoint.start import START, fingerprint, start_name
 from mmdet_ema.errors import CheckpointError, OptionError, show
@@ -409,7 +409,15 @@ class Run:
                     f'many steps its averages have seen; the mean of its last '
                     f'files is --profile lawa:K. {_OTHER}'
                 )
-            for name in contents.sets:
+            changed = contents.rest.get(META, {}).get(CHANGED, 0)
+            if changed:
+                self.notes.append(
+                    f'{contents.path}: a decay was changed after step '
+                    f'{changed}: its averages are not used'
+                )
+            for name, weights in contents.sets.items():
+                if changed and weights.role == AVERAGE:
+                    continue
                 profile = self._profile_of(contents, name, at)
                 if profile is None:
                     silent.add(name)
@@ -680,7 +688,7 @@ def _check_one_run(files: Sequence[Contents], notes: List[str]) -> None:
                 )
         for name, weights in contents.sets.items():
             schedule = weights.build_schedule()
-            if schedule is None:
+            if schedule is None or CHANGED in meta:
                 continue
             found = f'{schedule} every {weights.interval} steps'
             known, path = made_by.setdefault(name, (found, contents.path))

@@ -142,3 +142,37 @@ def test_added_on_resume(tmp_path):
     profile = late.profile.tolist()
     assert [0] * 4 == profile[:4]
     assert profile[4:7] == [0.5**8, 0.5**8, 0.5**7]
+
+
+def test_changed_on_resume(tmp_path):
+    """A decay that was changed in the run is known from its files."""
+    Run(tmp_path, KEEPS, epochs=1).train()
+    path = tmp_path / 'epoch_1.pth'
+    spec = dict(KEEPS, decay=0.95)
+    run = Run(tmp_path, spec, epochs=2, resume=path).train()
+    assert 4 == run.load().meta['changed_at']
+    path = tmp_path / 'epoch_2.pth'
+    run = Run(tmp_path, spec, epochs=3, resume=path).train()
+    assert 4 == run.load().meta['changed_at']
+    files = Files(read_files([str(run.load(n).path) for n in (1, 2, 3)]))
+    averages = [x for x in files.look() if x.name in ('ema', 'posthoc')]
+    assert {str(tmp_path / 'epoch_1.pth')} == {
+        x.contents.path for x in averages
+    }
+    said = ' '.join(files.notes)
+    assert 2 == said.count('a decay was changed after step 4: its averages')
+    made = average(files.files, parse_profile('lawa:2'))
+    assert 2 == len(made.terms)
+
+
+def test_not_changed_on_resume(tmp_path):
+    """The same decays are no change, whatever else is."""
+    spec = dict(KEEPS, averages=dict(more=dict(decay=0.8)))
+    Run(tmp_path, spec, epochs=1).train()
+    path = tmp_path / 'epoch_1.pth'
+    run = Run(tmp_path, dict(KEEPS), epochs=2, batch=2, resume=path).train()
+    assert 'changed_at' not in run.load().meta
+    scaled = dict(KEEPS, scale_decay=True)
+    path = tmp_path / 'epoch_2.pth'
+    run = Run(tmp_path, scaled, epochs=3, batch=4, resume=path).train()
+    assert 12 == run.load().meta['changed_at']
