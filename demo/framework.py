@@ -41,7 +41,7 @@ class Framework(ABC):
         """Test the last checkpoint.
 
         Args:
-            weights: Which weights, 'ema' or 'raw'.
+            weights: Which weights: 'ema', 'raw' or the name of an average.
 
         Returns:
             The mAP.

@@ -13,7 +13,7 @@ from framework import ROOT, Framework
 
 
 class Mmdet2(Framework):
-    """ATSS; its ``tools/test.py`` runs no hook, so raw weights get a file."""
+    """ATSS; its ``tools/test.py`` runs no hook, so each set gets a file."""
 
     config = ROOT / 'configs' / 'atss_mmdet2' / 'atss_digits_1xb8-10e.py'
     work_dir = ROOT / 'work_dirs' / 'demo_mmcv1'
@@ -36,9 +36,7 @@ class Mmdet2(Framework):
     def test(self, weights: str) -> float:
         """Test the last checkpoint; return the mAP."""
         out = self.test_folder(weights)
-        file = self.last_checkpoint()
-        if weights == 'raw':
-            file = self._raw_file()
+        file = self._file_of(weights)
         self.run_tool(
             *('test', f'test_{weights}', file),
             *('--work-dir', out, '--eval', 'bbox'),
@@ -47,10 +45,10 @@ class Mmdet2(Framework):
         (path,) = out.glob('eval_*.json')
         return float(json.loads(path.read_text())['metric'][self.metric])
 
-    def _raw_file(self) -> Path:
-        file = self.work_dir / 'raw.pth'
-        script = ROOT / 'demo' / 'raw_weights.py'
-        self.run(script, 'raw_weights', self.last_checkpoint(), file)
+    def _file_of(self, weights: str) -> Path:
+        file = self.work_dir / f'{weights}.pth'
+        script = ROOT / 'demo' / 'one_set.py'
+        self.run(script, 'one_set', self.last_checkpoint(), weights, file)
         return file
 
     def detections(

@@ -136,8 +136,8 @@ def test_raw_weights_of_a_file_can_be_tested(tools, trained):
     config, work_dir, _ = trained
     raw = tools.folder / 'raw.pth'
     file = work_dir / f'epoch_{EPOCHS}.pth'
-    script = ROOT / 'demo' / 'raw_weights.py'
-    subprocess.run([sys.executable, script, file, raw], check=True)
+    script = ROOT / 'demo' / 'one_set.py'
+    subprocess.run([sys.executable, script, file, 'raw', raw], check=True)
     metrics, printed = tools.test(config, raw, 'raw')
     expected = validation(work_dir, '_raw')
     assert 'unexpected key' not in printed
