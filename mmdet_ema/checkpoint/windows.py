@@ -69,7 +69,20 @@ def suited_schedule(steps: float, planned: int) -> Schedule:
     return exponential(round(1 - 1 / steps, 12), round(max(tau, 1e-3), 6))
 
 
-def spread(count: int, planned: int) -> List[int]:
+def check_length(steps: float, planned: int) -> None:
+    """Refuse a window that is longer than the run, or below a step.
+
+    Raises:
+        OptionError: If it is.
+    """
+    if not 1 <= steps <= planned:
+        raise OptionError(
+            f'a window of {steps:g} steps is not allowed: the files end at '
+            f'step {planned}; use 1 to {planned}.'
+        )
+
+
+def spread(count: int, planned: int) -> Sequence[float]:
     """Return so many windows, evenly spread on a scale of factors."""
     least = max(planned * _SHORTEST, 2)
     factor = max(planned * _LONGEST / least, 1)
@@ -91,11 +104,7 @@ def make_windows(
     """
     found: List[Window] = []
     for steps in wanted:
-        if not 1 <= steps <= run.steps:
-            raise OptionError(
-                f'a window of {steps:g} steps is not allowed: the files end '
-                f'at step {run.steps}; use 1 to {run.steps}.'
-            )
+        check_length(steps, run.steps)
         schedule = suited_schedule(steps, run.steps)
         profile = profile_of(decays_of(schedule, run.steps))
         found.append(Window(steps, schedule, run.nearest(profile)))

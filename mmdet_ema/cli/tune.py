@@ -6,11 +6,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 from mmdet_ema.cli import plot
 from mmdet_ema.errors import OptionError
-from mmdet_ema.frameworks import has_mmcv1, has_mmengine
+from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
 
 _HELP = """\
 Choose the window of the average after the training. Windows are made of the
@@ -105,17 +105,24 @@ def run(options: argparse.Namespace) -> int:
         )
     from mmdet_ema.checkpoint import saving
     from mmdet_ema.checkpoint.average import Run, read_files
-    from mmdet_ema.checkpoint.windows import files_of, spread
+    from mmdet_ema.checkpoint.windows import check_length, files_of, spread
     from mmdet_ema.for_mmengine import tune as evaluation
 
     picture = options.plot or Path(options.work_dir, 'tune.png')
+    can_draw = has_package('matplotlib')
+    if options.plot and not can_draw:
+        raise OptionError(
+            'a picture needs matplotlib, which is not installed: '
+            'pip install matplotlib'
+        )
     if options.out:
         saving.check_free(options.out, options.force)
-    files = Run(read_files(files_of(options.work_dir)))
     lengths = _windows(options.windows)
-    wanted = (
-        lengths if isinstance(lengths, list) else spread(lengths, files.steps)
-    )
+    files = Run(read_files(files_of(options.work_dir)))
+    if isinstance(lengths, int):
+        lengths = spread(lengths, files.steps)
+    for length in lengths:
+        check_length(length, files.steps)
     is_main = os.environ.get('RANK', '0') == '0'
 
     def tell(line: str) -> None:
@@ -132,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
         found = evaluation.tune(
             runner,
             files,
-            wanted,
+            lengths,
             metric=options.metric,
             recalibrate=options.recalibrate,
             tell=tell,
@@ -140,14 +147,15 @@ def run(options: argparse.Namespace) -> int:
     if not is_main:
         return 0
     print(table(found))
-    _draw(found, picture)
-    print(f'picture: {picture}')
     if options.out:
         print(f'weights: {_write(found, options)}')
+    if can_draw:
+        _draw(found, picture)
+        print(f'picture: {picture}')
     return 0
 
 
-def _windows(given: str) -> Union[int, List[float]]:
+def _windows(given: str) -> Union[int, Sequence[float]]:
     """Read how many windows, or a list of their lengths."""
     try:
         numbers = [float(x) for x in given.split(',')]
@@ -215,13 +223,8 @@ def table(found: Any) -> str:
 
 def _draw(found: Any, path: Path) -> None:
     """Draw the metric against the window, raw and averages beside."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OptionError(
-            'a picture needs matplotlib, which is not installed: '
-            'pip install matplotlib'
-        ) from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 3.6), layout='constrained')
     axes = figure.subplots()
     windows = [row for row in found.rows if row.schedule is not None]

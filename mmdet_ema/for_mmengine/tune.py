@@ -25,7 +25,9 @@ from typing import (
     Tuple,
 )
 
+import torch.distributed as dist
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.hooks import LoggerHook
 from mmengine.runner import Runner, set_random_seed
@@ -105,16 +107,26 @@ def runner_of(
     if cfg.get('visualizer'):
         # no run appears at a tracking service
         cfg.visualizer.vis_backends = []
+    # mmengine would choose each rank's GPU
+    if launcher != 'none' and get_device() == 'cpu':
+        dist.init_process_group('gloo')
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
         # mmengine keeps one visualizer for a name, and a name for a second
         cfg.experiment_name = os.path.basename(folder)
         with _quiet():
-            runner = Runner.from_cfg(cfg)
+            runner = _Unwrapped.from_cfg(cfg)
         runner._hooks = [
             hook for hook in runner.hooks if not isinstance(hook, _LEFT_OUT)
         ]
         yield runner
+
+
+class _Unwrapped(Runner):  # type: ignore[misc]
+    """Wraps no model: there are no gradients that ranks have to agree on."""
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: Any) -> Any:
+        return model.to(get_device())
 
 
 def evaluate_weights(

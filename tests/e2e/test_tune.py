@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
+from mmdet_ema.cli.main import main
 from tests.e2e.conftest import cli, environment, load
 
 pytestmark = pytest.mark.e2e
 
 SETTINGS = """
 custom_imports = dict(imports=['mmdet_ema', 'tests.e2e.confidence'])
-val_evaluator = dict(_delete_=True, type='Confidence')
+val_evaluator = dict(_delete_=True, type='Confidence', scale=100)
 test_evaluator = val_evaluator
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=-1))
 _base_.custom_hooks[0] = dict(
@@ -44,12 +45,12 @@ def tuned(tools, run):
 def rows(text):
     """The metrics of a table by what they are of."""
     found = {}
-    for line in text.splitlines():
+    table, _, _ = text.partition('* the best one')
+    for line in table.splitlines():
         cells = line.lstrip('* ').replace(' (deployed)', '').split()
-        if line[:2] in ('* ', '  ') and len(cells) >= 5:
+        if line[:2] in ('* ', '  '):
             name = cells[0] if cells[0] != 'window' else f'window {cells[1]}'
             found[name] = [float(x) for x in cells[4:]]
-    found.pop('weights', None)
     return found
 
 
@@ -57,9 +58,9 @@ def test_table(tools, run, tuned):
     """It has what mmdet's own tool finds, for each set of the last file."""
     config, work_dir = run
     text, _ = tuned
-    found = rows(text.replace('window   ', 'window '))
+    found = rows(text)
     last = work_dir / 'epoch_4.pth'
-    for name in ('raw', 'ema', 'fast'):
+    for name in ('raw', 'fast'):
         option = f'custom_hooks.0.evaluate={name}'
         metrics = tools.test(config, last, f'tune_{name}', option)
         assert f'{metrics[METRIC]:.4f}' == f'{found[name][0]:.4f}'
@@ -97,7 +98,6 @@ def test_two_ranks(tools, run, tuned):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
     words = ['--nproc_per_node', '2', '-m', 'mmdet_ema', 'tune', *run]
     words += ['--windows', '1.5,2,4,6', '--launcher', 'pytorch']
-    words += ['--cfg-options', 'env_cfg.dist_cfg.backend=gloo']
     done = subprocess.run(
         [*command, *map(str, words)],
         cwd=tools.folder,
@@ -110,7 +110,7 @@ def test_two_ranks(tools, run, tuned):
     # scores are added up in another order
     assert alone.keys() == rows(done.stdout).keys()
     for name, values in rows(done.stdout).items():
-        assert values == pytest.approx(alone[name], abs=1.01e-4)
+        assert values == pytest.approx(alone[name], abs=2e-4)
     assert 1 == done.stdout.count('the best one')
 
 
@@ -133,21 +133,25 @@ def test_recalibrate(tools, run):
         (['{config}', '{folder}/digits'], 1, 'holds no epoch_N.pth'),
         (['{config}', '{run}', '--windows', 'few'], 2, '--windows few'),
         (['{config}', '{run}', '--windows', '2,99'], 2, 'use 1 to 16'),
-        (['{config}', '{run}', '--metric', 'map'], 2, 'use one of digits/mAP'),
+        (['{config}', '{run}', '--recalibrate', '-1'], 2, 'out of range'),
         (['{config}', '{run}', '-o', '{config}'], 1, 'exists already'),
+        (['{config}', '{run}', '--cfg-options', 'a'], 2, 'is no KEY=VALUE'),
         (
             ['{config}', '{run}', '--cfg-options', 'val_cfg=None'],
             2,
             'has no val_cfg',
         ),
+        (['{config}', '{run}', '--metric', 'map'], 2, 'use one of digits/mAP'),
     ],
 )
-def test_refusals(tools, run, words, status, said):
+def test_refusals(tools, run, words, status, said, capsys):
     """One line says what is wrong, and what to do."""
     config, work_dir = run
     names = dict(config=config, run=work_dir, folder=tools.folder)
     words = [word.format(**names) for word in words]
-    text = cli(tools, 'tune', *words, status=status)
-    (line,) = [x for x in text.splitlines() if 'error: ' in x]
+    with pytest.raises(SystemExit) as error:
+        main(['tune', *words])
+    assert status == error.value.code
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [x for x in lines if 'error: ' in x]
     assert said in line
-    assert 'Traceback' not in text
