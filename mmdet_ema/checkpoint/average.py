@@ -479,6 +479,8 @@ class Run:
             'below the spacing of the files: train with posthoc=True, give '
             'all files of the run and ema_start.pt.'
         )
+        if self.notes:
+            remedy += f' ({"; ".join(self.notes)}.)'
         profiles.check_fit(combination.fit, what, remedy)
         return combination
 

@@ -452,7 +452,8 @@ def test_schedule_that_is_not_known(walk, tmp_path):
         content['ema_averages'] = {}
 
     files = read_files([changed(walk.files[0], tmp_path, change)])
-    with pytest.raises(CheckpointError, match='cannot be made of these files'):
+    match = 'cannot be made of these .*ema: the files do not say which sched'
+    with pytest.raises(CheckpointError, match=match):
         average(files, parse_profile('ema:0.999/50'))
     raw = average(files, parse_profile('constant(decay=0)'))
     said = ' '.join(raw.notes)
