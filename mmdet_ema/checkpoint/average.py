@@ -182,6 +182,8 @@ class Combination:
         """
         files = [term.contents for term in self.terms] + [self.lead[0]]
         paths = list(dict.fromkeys(contents.path for contents in files))
+        if self.fit is not None:  # for people
+            options = {**options, 'error': f'{self.fit.error:.4g}'}
         made = recipe.make(
             COMMAND,
             paths,

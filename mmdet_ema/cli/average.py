@@ -151,7 +151,8 @@ def run(options: argparse.Namespace) -> int:
                 state[name] = value
     content = deployable(combination, state, made)
     path = saving.save(content, options.out, force=options.force)
-    toolbox.say(options, f'{path}: written')
+    if path != saving.STDOUT:
+        toolbox.say(options, f'{path}: written')
     return 0
 
 

@@ -57,6 +57,7 @@ def test_recipe(walk, tmp_path, capsys):
     made = recipe.read(str(out))
     assert 'average' == made['command']
     assert 'ema:0.9985/50' == made['options']['profile']
+    assert 0 < float(made['options']['error']) < 0.1
     names = [x['path'] for x in made['inputs']]
     assert {*names} <= {*walk.files, f'{walk.folder}/ema_start.pt'}
     (tmp_path / 'r.json').write_text(json.dumps(made))
