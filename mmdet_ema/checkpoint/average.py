@@ -55,7 +55,7 @@ _OTHER = (
 _LONGEST = 10**7
 # elements that are summed up at once
 _CHUNK = 2**20
-# buffers that must not get a negative coefficient: a variance is one of them
+# buffers that have coefficients of their own where a variance needs them
 _STATISTICS = ('running_', 'moving_')
 
 
@@ -66,7 +66,7 @@ class Term(NamedTuple):
         contents: The file.
         name: The set.
         coefficient: What it counts.
-        statistics: What its running statistics count; not negative.
+        statistics: What its running statistics count.
     """
 
     contents: Contents
@@ -90,7 +90,7 @@ class Combination:
             the newest file.
         fit: What the coefficients are worth; None where they are exact.
         statistics: The same of those of the running statistics, where these
-            have coefficients of their own.
+            have coefficients of their own, none negative.
         notes: Sentences that a user should read.
     """
 
@@ -495,20 +495,23 @@ class Run:
                 f'schedule made their averages. {_OTHER}'
             )
         bases = [source.profile for source in sources]
-        found = statistics = profiles.fit(bases, target)
-        own = None
-        if min(found.coefficients) < 0:
-            own = statistics = profiles.fit(bases, target, 1)
-        terms = [
-            Term(source.contents, source.name, c, s)
-            for source, c, s in zip(
-                sources, found.coefficients, statistics.coefficients
-            )
-            if c or s
-        ]
+        found = profiles.fit(bases, target)
+
+        def terms(statistics: Fit) -> List[Term]:
+            each = found.coefficients, statistics.coefficients
+            return [
+                Term(source.contents, source.name, c, s)
+                for source, c, s in zip(sources, *each)
+                if c or s
+            ]
+
         last = self.files[-1]
-        lead = last, last.deployed
-        return Combination(terms, lead, found, own, [*self.notes])
+        made = Combination(terms(found), (last, last.deployed), found)
+        made.notes += self.notes
+        if not _are_sound(made):
+            made.statistics = profiles.fit(bases, target, 1)
+            made.terms = terms(made.statistics)
+        return made
 
     def bema(self, profile: Profile) -> Combination:
         """Return the last average with less lag, BEMA.
@@ -684,6 +687,32 @@ def _greedy_soup(
         f'soup of {len(chosen)} of {len(files)}: {best:.4f}'
     )
     return combination
+
+
+def _are_sound(combination: Combination) -> bool:
+    """Return whether variances are sound under the coefficients.
+
+    Where some are negative a variance may get below 0, or near it, which no
+    average of variances is: it is at least the least one. Coefficients that
+    are not negative fit a profile far worse, and are for such cases.
+    """
+    terms, fit = combination.terms, combination.fit
+    if fit is None or all(term.coefficient >= 0 for term in terms):
+        return True
+    # what is exact may be far below its parts, but for rounding
+    share = 1e-3 if fit.error < 1e-6 else 0.5
+    for key in terms[0].tensors:
+        name = key.rpartition('.')[2]
+        if not name.startswith(_STATISTICS) or name.endswith('mean'):
+            continue
+        parts = [x.tensors[key].double() for x in terms if key in x.tensors]
+        if len(parts) < len(terms):
+            return False
+        total = sum(x.coefficient * part for x, part in zip(terms, parts))
+        least = torch.stack(parts).amin(0)
+        if not bool((total >= share * least).all()):
+            return False
+    return True
 
 
 def _check_same(first: Contents, other: Contents) -> None:

@@ -272,8 +272,8 @@ def _lines(combination: Combination) -> Iterator[str]:
         said = f'error of the profile {combination.fit.error:.2%}, {said}'
     if combination.statistics is not None:
         said += (
-            f'; running statistics have their own, none negative: error '
-            f'{combination.statistics.error:.2%}'
+            f'; running statistics have their own, none negative, as a '
+            f'variance would be: error {combination.statistics.error:.2%}'
         )
     yield said
     yield from combination.notes

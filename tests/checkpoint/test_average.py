@@ -56,7 +56,11 @@ def test_tracked_in_the_run(walk, text):
     files = read_files(walk.files)
     made = average(files, parse_profile(text))
     assert made.fit.error < 1e-9
-    walk.check(made, EXACT[text])
+    found = walk.check(made, EXACT[text])
+    # buffers, too
+    for key in ('norm.running_mean', 'norm.running_var'):
+        expected = EXACT[text](walk.values(key))
+        np.testing.assert_allclose(found[key], expected, rtol=1e-5, atol=2e-7)
 
 
 WITHIN = {
@@ -115,28 +119,34 @@ def test_interval(tmp_path, phase):
     assert exact.fit.error < 1e-9
 
 
-def test_variance_is_never_negative(walk):
-    """Running statistics have coefficients of their own, none below 0."""
-    made = average(read_files(walk.files), parse_profile('ema:0.9993/50'))
-    lowest = min(made.terms, key=lambda term: term.coefficient)
+@pytest.mark.parametrize('level', [1.0, 100.0], ids=['sound', 'negative'])
+def test_variance_is_never_negative(walk, level):
+    """Running statistics have coefficients of their own, where it would be."""
+    files, profile = read_files(walk.files), parse_profile('ema:0.9993/50')
+    key = 'norm.running_var'
+    for contents in files:
+        for weights in contents.sets.values():
+            weights.tensors[key] = torch.ones(3)
+    start = average(files, profile)
+    lowest = min(start.terms, key=lambda term: term.coefficient)
     assert lowest.coefficient < 0
-    lowest.tensors['norm.running_var'] = torch.full((3,), 100.0)
-    assert min(term.statistics for term in made.terms) >= 0
-    total = sum(term.statistics for term in made.terms)
-    assert total == pytest.approx(1, abs=1e-12)
+    lowest.tensors[key] = torch.full((3,), level)
+    made = average(files, profile)
+    signed = sum(x.coefficient * x.tensors[key].double() for x in made.terms)
+    assert (signed < 0).all() == (level > 1) == (made.statistics is not None)
     found = made.state_dict()
-    assert (found['norm.running_var'] >= 0).all()
-    for key in ('norm.running_mean', 'norm.running_var'):
-        parts = [term.tensors[key].double() for term in made.terms]
+    for name in ('norm.running_mean', key):
+        parts = [term.tensors[name].double() for term in made.terms]
         counts = [term.statistics for term in made.terms]
         expected = sum(c * x for c, x in zip(counts, parts))
-        torch.testing.assert_close(found[key].double(), expected)
-    # with the coefficients of the parameters it would be
-    naive = sum(
-        term.coefficient * term.tensors['norm.running_var'].double()
-        for term in made.terms
-    )
-    assert (naive < 0).any()
+        torch.testing.assert_close(found[name].double(), expected)
+    counts = [term.statistics for term in made.terms]
+    assert sum(counts) == pytest.approx(1, abs=1e-12)
+    if made.statistics is None:
+        assert counts == [term.coefficient for term in made.terms]
+    else:
+        assert min(counts) >= 0
+        assert (found[key] > 0).all()
 
 
 def test_mean(walk):
