@@ -1,8 +1,8 @@
 """The whole path: data, training, two tests, a table and a picture.
 
 The tools of the installed mmdet do the work, 3 or 2: ``tools/train.py`` trains
-with ``EMAHook``, ``tools/test.py`` tests the last checkpoint with the EMA
-weights, then with the raw ones. Everything is written below ``work_dirs``.
+with ``EMAHook`` and two averages, ``tools/test.py`` tests the last checkpoint
+with each set of weights. Everything is written below ``work_dirs``.
 
 Usage: python demo/run.py
 """
@@ -23,6 +23,7 @@ from framework import ROOT, Framework
 from mmdet_ema.cli import plot
 
 DATA = ROOT / 'data' / 'digits'
+SETS = ('raw', 'fast', 'ema')
 
 
 def main() -> None:
@@ -58,9 +59,9 @@ def _demo(framework: Framework) -> None:
     _train(framework)
     test = _test(framework)
     metrics, decay, _ = plot.read_curves(list(plot.read_lines(folder)))
+    ends = {name: f'_{name}' for name in SETS if name != 'ema'}
     curves = {
-        'ema': metrics[framework.metric],
-        'raw': metrics[f'{framework.metric}_raw'],
+        name: metrics[framework.metric + ends.get(name, '')] for name in SETS
     }
     plot.draw(folder, pictures[0], framework.metric)
     found = {x: framework.detections(x, scenes.SCORE) for x in ('raw', 'ema')}
@@ -85,23 +86,27 @@ def _train(framework: Framework) -> None:
 
 
 def _test(framework: Framework) -> dict[str, float]:
-    """Test both sets of weights of the last checkpoint."""
+    """Test each set of weights of the last checkpoint."""
     scores = {}
-    for weights in ('ema', 'raw'):
+    for weights in SETS:
         _say(f'testing the {weights} weights')
         scores[weights] = framework.test(weights)
     return scores
 
 
 def _table(curves: dict[str, Any], test: dict[str, float]) -> str:
-    """Return mAP of raw and EMA at every validation and at the end."""
-    rows = ['            raw mAP   EMA mAP']
-    rows += [
-        f'epoch {epoch:>4}    {curves["raw"][epoch]:7.3f}   {ema:7.3f}'
-        for epoch, ema in sorted(curves['ema'].items())
+    """Return the mAP of each set at every validation and at the end."""
+    rows = {
+        f'epoch {epoch:>4}': {x: curves[x][epoch] for x in SETS}
+        for epoch in sorted(curves['ema'])
+    }
+    rows['test.py'] = test
+    lines = ['mAP       ' + ''.join(f'{x:>9}' for x in SETS)]
+    lines += [
+        f'{head:<10}' + ''.join(f'{row[x]:9.3f}' for x in SETS)
+        for head, row in rows.items()
     ]
-    rows.append(f'test.py       {test["raw"]:7.3f}   {test["ema"]:7.3f}')
-    return '\n'.join(rows)
+    return '\n'.join(lines)
 
 
 def _say(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 import cv2
 import numpy as np
@@ -18,7 +18,7 @@ SCENES = 5
 SCORE = 0.3
 IOU = 0.5  # of a box that is right
 
-Found = dict[str, npt.NDArray[np.float64]]
+Found = Dict[str, npt.NDArray[np.float64]]
 """Boxes (N, 5) of left, top, right, bottom and label, by file name."""
 
 

@@ -13,7 +13,7 @@ from framework import ROOT, Framework
 
 
 class Mmdet2(Framework):
-    """ATSS; its ``tools/test.py`` runs no hook, so raw weights get a file."""
+    """ATSS; its ``tools/test.py`` runs no hook: ours tells it what to load."""
 
     config = ROOT / 'configs' / 'atss_mmdet2' / 'atss_digits_1xb8-10e.py'
     work_dir = ROOT / 'work_dirs' / 'demo_mmcv1'
@@ -36,22 +36,14 @@ class Mmdet2(Framework):
     def test(self, weights: str) -> float:
         """Test the last checkpoint; return the mAP."""
         out = self.test_folder(weights)
-        file = self.last_checkpoint()
-        if weights == 'raw':
-            file = self._raw_file()
-        self.run_tool(
-            *('test', f'test_{weights}', file),
+        self.run(
+            *('-m', f'test_{weights}', 'mmdet_ema', 'test', self.config),
+            *(self.last_checkpoint(), '--weights', weights),
             *('--work-dir', out, '--eval', 'bbox'),
             *('--out', out / 'found.pkl'),
         )
         (path,) = out.glob('eval_*.json')
         return float(json.loads(path.read_text())['metric'][self.metric])
-
-    def _raw_file(self) -> Path:
-        file = self.work_dir / 'raw.pth'
-        script = ROOT / 'demo' / 'raw_weights.py'
-        self.run(script, 'raw_weights', self.last_checkpoint(), file)
-        return file
 
     def detections(
         self, weights: str, score: float

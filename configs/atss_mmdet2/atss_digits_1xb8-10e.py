@@ -3,7 +3,12 @@
 custom_imports = dict(imports=['mmdet_ema'], allow_failed_imports=False)
 custom_hooks = [
     dict(
-        type='EMAHook', decay=0.99, tau=50, evaluate='both', priority='NORMAL'
+        type='EMAHook',
+        decay=0.99,
+        tau=50,
+        averages=dict(fast=dict(decay=0.9, tau=5)),
+        evaluate='all',
+        priority='NORMAL',
     )
 ]
 

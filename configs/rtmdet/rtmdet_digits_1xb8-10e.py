@@ -53,7 +53,12 @@ randomness = dict(seed=0)
 # A `custom_hooks` list here would drop the other hooks of the base config (its
 # PipelineSwitchHook), so the list of the base config is edited in place.
 _base_.custom_hooks[0] = dict(
-    type='EMAHook', decay=0.99, tau=50, evaluate='both', priority=49
+    type='EMAHook',
+    decay=0.99,
+    tau=50,
+    averages=dict(fast=dict(decay=0.9, tau=5)),
+    evaluate='all',
+    priority=49,
 )
 _base_.custom_hooks[1].update(
     switch_epoch=8, switch_pipeline=train_pipeline_stage2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from typing import (
     Any,
     Dict,
@@ -195,11 +194,11 @@ class WeightAverager:
         self._places: List[Any] = []
         self.trained: List[nn.Parameter] = []
         self._select()
+        for pattern in unmatched(self.entries, self.copied):
+            raise OptionError(no_match(pattern))
         self._plan_updates()
         self._starting: Optional[Dict[str, Tensor]] = None
         self._keep_starting_weights()
-        for pattern in unmatched(self.entries, self.copied):
-            warnings.warn(no_match(pattern), stacklevel=2)
 
     @property
     def names(self) -> Tuple[str, ...]:

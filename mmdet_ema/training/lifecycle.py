@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from typing import (
     Any,
     Callable,
@@ -529,12 +528,9 @@ class EMALifecycle:
         plan, options = self._plan, self.options
         planned = plan.planned if plan else part.steps if part else 0
         schedules = options.schedules_for(planned)
-        with warnings.catch_warnings():
-            # the report says so, in the run's log
-            warnings.filterwarnings('ignore', 'copied=')
-            self.averager = averager = WeightAverager(
-                model, **options.of_the_averager(schedules)
-            )
+        self.averager = averager = WeightAverager(
+            model, **options.of_the_averager(schedules)
+        )
         averager.announces_steps = TELLS_OF_STEPS
         if plan is not None:
             averager.schedules.update(plan.schedules)

@@ -10,8 +10,6 @@ from mmdet_ema.averaging.averages import MAIN, POSTHOC
 from mmdet_ema.averaging.tensors import (
     Entry,
     count_roles,
-    no_match,
-    unmatched,
 )
 from mmdet_ema.errors import show
 from mmdet_ema.schedules import (
@@ -179,7 +177,6 @@ def _doubts(plan: Plan, entries: Sequence[Entry]) -> Iterator[str]:
     ]
     if changed:
         yield f'changed since the checkpoint: {"; ".join(changed)}.'
-    yield from map(no_match, unmatched(entries, options.copied))
     fixed = options.choice.rule is None and not options.fits_the_run
     if plan.kappa != 1 and fixed:
         limit, kappa = plan.unscaled.limit, plan.kappa

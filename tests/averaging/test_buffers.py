@@ -230,8 +230,8 @@ def test_named_parameter_may_hold_inf():
 
 
 def test_pattern_that_matches_nothing():
-    """It is warned of, with what names look like."""
-    with pytest.warns(UserWarning, match=r"copied=\['head\.\*'\]: no para"):
+    """It is refused, with what names look like."""
+    with pytest.raises(OptionError, match=r"copied=\['head\.\*'\]: no para"):
         WeightAverager(nn.Linear(2, 2), copied=['weight', 'head.*'])
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mmdet_ema.checkpoint import start as start_file
+from mmdet_ema.training import lifecycle
 from tests.collectives import CALLS, count_collectives
 from tests.conftest import MMCV1
 from tests.contract.toy import (
@@ -32,6 +34,25 @@ else:
     from mmengine.runner import FlexibleRunner
 
 
+# what posthoc=True did with the file of the starting weights
+STARTS = []
+
+
+def watch_start_files():
+    write, is_there = start_file.write_whole, lifecycle.is_there
+
+    def write_and_keep(path, content):
+        STARTS.append('written')
+        write(path, content)
+
+    def look_and_keep(path, found):
+        STARTS.append('found' if is_there(path, found) else 'not found')
+        return STARTS[-1] == 'found'
+
+    start_file.write_whole = write_and_keep
+    lifecycle.is_there = look_and_keep
+
+
 class Model(toy.ToyModel):
     """gloo reduces no bfloat16."""
 
@@ -40,9 +61,9 @@ class Model(toy.ToyModel):
         self.low = nn.Parameter(torch.ones(4))
 
 
-def train_with_mmcv(words, hooks, folder):
+def train_with_mmcv(words, hooks, folder, resume=None):
     by_epoch = 'iters' not in words
-    runner = dict(max_epochs=2)
+    runner = dict(max_epochs=3 if resume else 2)
     if 'runner' in words:
         runner = dict(type='IterBasedRunner', max_iters=8)
     model = Model()
@@ -61,7 +82,7 @@ def train_with_mmcv(words, hooks, folder):
             rule='greater',
         ),
         checkpoint=dict(interval=1, by_epoch=by_epoch),
-    ).train()
+    ).train(resume)
     return run.recorder.start, run.records, run.recorder.seen
 
 
@@ -77,7 +98,7 @@ class Seen(Hook):
             self.states.append((steps, state_of(runner.model.module)))
 
 
-def train_with_mmengine(words, hooks, folder):
+def train_with_mmengine(words, hooks, folder, resume=None):
     wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
     seen, data = Seen(), toy.loader(32)
     if 'flexible' not in words:
@@ -89,6 +110,9 @@ def train_with_mmengine(words, hooks, folder):
             train_dataloader=data,
             launcher='pytorch',
             cfg=dict(model_wrapper_cfg=wrapper),
+            load_from=resume and str(resume),
+            resume=resume is not None,
+            max_epochs=3 if resume else 2,
         )
         seen.optimizer = run.optimizer
         run.train()
@@ -118,10 +142,12 @@ def main(folder, *specs):
     """Train with each spec, one after the other."""
     time.sleep = lambda seconds: None
     count_collectives()
+    watch_start_files()
     dist.init_process_group('gloo')
     train = train_with_mmcv if MMCV1 else train_with_mmengine
     for spec in specs:
         words, before = spec.split(','), len(CALLS)
+        STARTS.clear()
         hook = dict(EMA, evaluate='both' if 'both' in words else 'ema')
         priority = [word for word in words if word.isupper()]
         if priority:
@@ -130,11 +156,18 @@ def main(folder, *specs):
         if 'recalibrate' in words:
             hook['recalibrate'] = 9  # all batches that there are
             hooks.append(Spoil())
-        work_dir = Path(folder, spec)
-        start, records, seen = train(words, hooks, work_dir)
+        if 'posthoc' in words:
+            hook.update(decay=0.99, tau=8, posthoc=True)
+        # what resumes does so in the folder of the run before
+        work_dir = Path(folder, spec.replace(',resumed', ''))
+        resume = work_dir / 'epoch_2.pth' if 'resumed' in words else None
+        start, records, seen = train(words, hooks, work_dir, resume)
         calls = len(CALLS) - before
         dump = dict(start=start, records=records, seen=seen, calls=calls)
-        torch.save(dump, work_dir / f'rank{dist.get_rank()}.pt')
+        dump['starts'] = [*STARTS]
+        dumps = Path(folder, spec)
+        dumps.mkdir(exist_ok=True)
+        torch.save(dump, dumps / f'rank{dist.get_rank()}.pt')
     dist.barrier()
 
 

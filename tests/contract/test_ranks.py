@@ -37,12 +37,15 @@ if MMCV1:
     ]
 
 
+POSTHOC = ['epochs,posthoc', 'epochs,posthoc,resumed']
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """Train with every spec on two ranks; return the folder of all."""
     path = tmp_path_factory.mktemp('ranks')
     without = sorted({plain(spec) for spec in SPECS})
-    specs = [*SPECS, *without, 'epochs,recalibrate']
+    specs = [*SPECS, *without, 'epochs,recalibrate', *POSTHOC]
     program = ['-m', 'tests.contract.ranks_program', str(path), *specs]
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -165,6 +168,30 @@ def test_recalibrated_on_two_ranks(folder):
     shards = [toy.ToyData(16, rank).inputs for rank in range(2)]
     inputs = np.concatenate(shards) if MMCV1 else toy.ToyData(32, 0).inputs
     assert_estimated(weights, inputs)
+
+
+def test_starting_weights_are_kept_by_one_rank(folder):
+    """Rank 0 writes them once, finds them on resume, and the sum goes on."""
+    first, resumed = (dumped(folder / spec) for spec in POSTHOC)
+    assert [['written'], []] == [rank['starts'] for rank in first]
+    assert [['found'], []] == [rank['starts'] for rank in resumed]
+    work_dir = folder / POSTHOC[0]
+    kept = torch.load(work_dir / 'ema_start.pt')['state_dict']
+    assert [] == same(first[0]['start'], kept)
+    second, third = (Saved(work_dir / f'epoch_{n}.pth') for n in (2, 3))
+    assert second.meta['start'] == third.meta['start']
+    state = third.part['ema_averages']['posthoc']
+    assert 12 == state['num_steps']
+    key = 'head.weight'
+    records = [*first[0]['records'], *resumed[0]['records']]
+    expected = oracle.average(
+        kept[key].double().numpy(),
+        [record[key].double().numpy() for record in records],
+        # a tenth of the window of 100 steps
+        lambda n: oracle.ramp(n, 0.9, 2),
+    )
+    error = oracle.relative_error(state['state_dict'][key].double(), expected)
+    assert error < TOLERANCE
 
 
 def test_file_of_two_ranks_resumes_in_one_process(folder, tmp_path):

@@ -1,5 +1,7 @@
 """Several averages in one run: files, evaluations, and what is resumed."""
 
+from itertools import zip_longest
+
 import pytest
 import torch
 
@@ -16,9 +18,20 @@ def fast(n):
     return oracle.ramp(n, 0.5, 2)
 
 
+# beside the main one: eight in all
+SEVEN = dict(
+    MORE,
+    slow=dict(decay=0.99, tau=4),
+    mean=dict(schedule='mean'),
+    tf=dict(schedule='inverse'),
+    power=dict(schedule=dict(type='power', power=0.75)),
+    half=dict(schedule=dict(type='half_life', half_life=2)),
+)
+
+
 def alone(folder, name, **options):
     """A run whose main average is the one of that name."""
-    spec = EMA if name == 'ema' else dict(type='EMAHook', **MORE[name])
+    spec = EMA if name == 'ema' else dict(type='EMAHook', **SEVEN[name])
     return Run(folder, spec, **options).train()
 
 
@@ -28,12 +41,19 @@ def more_of(saved):
     return {name: dict(state) for name, state in states.items()}
 
 
-def test_each_is_what_a_run_alone_has(tmp_path):
-    """Files and evaluations, bit for bit; the training is the same."""
-    run = Run(tmp_path / 'all', dict(SEVERAL, evaluate='all')).train()
-    saved, order = run.load(), ['raw', 'fast', 'flat', 'ema']
-    assert [steps for steps, _ in run.seen] == [4] * 4 + [8] * 4
-    for name in ('ema', *MORE):
+def test_each_of_eight_is_what_a_run_alone_has(tmp_path):
+    """Files and what is evaluated, bit for bit.
+
+    The training is that of a run without an EMA hook.
+    """
+    spec = dict(EMA, averages=SEVEN, evaluate='all')
+    run = Run(tmp_path / 'all', spec).train()
+    plain = Run(tmp_path / 'plain').train()
+    for left, right in zip_longest(plain.records, run.records):
+        assert [] == same(left, right)
+    saved, order = run.load(), ['raw', *SEVEN, 'ema']
+    assert [steps for steps, _ in run.seen] == [4] * 9 + [8] * 9
+    for name in ('ema', *SEVEN):
         other = alone(tmp_path / name, name)
         expected = other.load()
         assert [] == same(other.records[-1], run.records[-1])
@@ -46,7 +66,7 @@ def test_each_is_what_a_run_alone_has(tmp_path):
         names = found.keys()
         assert [] == same(found, {k: expected.averages[k] for k in names})
         for step, (_, seen) in enumerate(other.seen):
-            mine = run.seen[4 * step + order.index(name)][1]
+            mine = run.seen[9 * step + order.index(name)][1]
             assert [] == same(mine, seen)
     assert {} == run.wrong(saved, ramp)
 

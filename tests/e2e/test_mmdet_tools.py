@@ -1,5 +1,6 @@
 """mmdet's ``tools/train.py``, ``--resume`` and ``tools/test.py``."""
 
+import itertools
 import json
 import os
 import pickle
@@ -84,32 +85,30 @@ def test_killed_training_resumes_exactly(tools, trained):
 
 
 def test_test_tool_uses_the_weights_it_is_told(tools, trained):
-    """'both' gives each set of weights the metrics that it has alone."""
+    """'all' gives each set of weights the metrics that it has alone."""
     config, work_dir, _ = trained
     file = work_dir / 'epoch_4.pth'
     found = {
         weights: tools.test(
             config, file, weights, f'custom_hooks.0.evaluate={weights}'
         )
-        for weights in ('ema', 'raw', 'both')
+        for weights in (*ENDS, 'all')
     }
     score = {
         name: {k: v for k, v in metrics.items() if 'mAP' in k}
         for name, metrics in found.items()
     }
-    expected = {**score['ema']}
-    expected.update({f'{k}_raw': v for k, v in score['raw'].items()})
-    assert score['both'] == expected
-    boxes = {
-        name: predictions(tools.folder / f'test_{name}')
-        for name in ('ema', 'raw')
+    assert score['all'] == {
+        k + end: v
+        for name, end in ENDS.items()
+        for k, v in score[name].items()
     }
-    both = tools.folder / 'test_both'
-    assert torch.equal(predictions(both, 'out'), boxes['ema'])
-    assert torch.equal(predictions(both, 'out_raw'), boxes['raw'])
-    assert boxes['ema'].shape != boxes['raw'].shape or not torch.equal(
-        boxes['ema'], boxes['raw']
-    )
+    boxes = {name: predictions(tools.folder / f'test_{name}') for name in ENDS}
+    for name, end in ENDS.items():
+        found = predictions(tools.folder / 'test_all', f'out{end}')
+        assert torch.equal(found, boxes[name])
+    for left, right in itertools.combinations(boxes.values(), 2):
+        assert left.shape != right.shape or not torch.equal(left, right)
 
 
 def predictions(folder, name='out'):

@@ -322,7 +322,6 @@ def test_nothing_changed():
     [
         (dict(done=9, begin_iter=5), 'begin_iter has no effect: the average'),
         (dict(done=9, begin_epoch=1), 'begin_epoch has no effect: the av'),
-        (dict(copied=['x.*']), "copied=['x.*']: no parameter or buffer"),
     ],
 )
 def test_other_warnings(options, expected):
