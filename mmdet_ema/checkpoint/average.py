@@ -37,25 +37,22 @@ from mmdet_ema.checkpoint.contents import (
     Contents,
     read_contents,
 )
-from mmdet_ema.checkpoint.format import META, WEIGHTS
+from mmdet_ema.checkpoint.extract import meta_for_use
+from mmdet_ema.checkpoint.format import CHANGED, META, WEIGHTS
 from mmdet_ema.checkpoint.profiles import Fit, Profile
-from mmdet_ema.checkpoint.saving import plain
 from mmdet_ema.checkpoint.start import START, fingerprint, start_name
 from mmdet_ema.errors import CheckpointError, OptionError, show
+from mmdet_ema.schedules import Schedule
 
 Evaluate = Callable[[Mapping[str, Tensor]], float]
 
 COMMAND = 'average'
-# what tools ask a file for: classes, and the config of the model
-_META = (
-    *('CLASSES', 'PALETTE', 'cfg', 'config', 'dataset_meta', 'env_info'),
-    *('epoch', 'exp_name', 'experiment_name', 'iter', 'seed', 'time'),
-    *('mmcv_version', 'mmdet_version', 'mmdet3d_version', 'mmengine_version'),
-)
 _OTHER = (
     'To combine files of different runs use --profile mean or soup:greedy, '
     'or --coefficients.'
 )
+# of a profile, in steps: 80 MB a basis
+_LONGEST = 10**7
 # elements that are summed up at once
 _CHUNK = 2**20
 # buffers that must not get a negative coefficient: a variance is one of them
@@ -116,6 +113,12 @@ class Combination:
         """
         contents, name = self.lead
         lead = contents.sets[name].tensors
+        whole = contents.sets[contents.deployed].tensors
+        used = [(term.contents, term.name) for term in self.terms]
+        for other, which in (self.lead, *used):
+            where = f'{which} of {other.path!r}'
+            tensors = other.sets[which].tensors
+            _check_shapes(whole, tensors, f'{contents.path!r}', where)
         copied = _copied(contents)
         tied: Dict[Tuple[int, ...], List[str]] = {}
         for key, tensor in lead.items():
@@ -198,19 +201,18 @@ class Combination:
 
     @staticmethod
     def of_recipe(
-        made: Mapping[str, Any], *, unsafe: bool = False
+        options: Mapping[str, Any], paths: Sequence[str], unsafe: bool = False
     ) -> Combination:
         """Return the combination of a recipe: the same to the last bit.
 
         Args:
-            made: The recipe, as ``recipe.read`` returns it.
+            options: Those of the recipe.
+            paths: Its files, as ``recipe.check_inputs`` returns them.
             unsafe: Whether to run code that a file asks for.
 
         Raises:
-            CheckpointError: If a file has changed, or it is no such recipe.
+            CheckpointError: If it is no such recipe.
         """
-        options = made['options']
-        paths = recipe.check_inputs(made)
         files = read_files(paths, unsafe=unsafe)
         try:
             terms = [
@@ -238,9 +240,8 @@ def deployable(
         state: The weights.
         made: Their recipe.
     """
-    before = combination.lead[0].meta
-    meta = {key: before[key] for key in _META if key in before}
-    content, _ = plain({'meta': meta, WEIGHTS: state})
+    meta, _ = meta_for_use(combination.lead[0])
+    content = {'meta': meta, WEIGHTS: state}
     # pickle writes an object that is there twice once: a recipe that was read
     # is to be written as one that was made
     recipe.add(content, json.loads(json.dumps(made)))
@@ -371,6 +372,7 @@ class Run:
 
     def __init__(self, files: Sequence[Contents], start: Optional[str] = None):
         self.notes: List[str] = []
+        _check_one_run(files, self.notes)
         at = _places(files, self.notes)
         self.files: List[Contents] = []
         self.at: List[int] = []
@@ -381,7 +383,6 @@ class Run:
                 self.files.append(files[i])
                 self.at.append(at[i])
         self.steps = self.at[-1]
-        _check_one_run(self.files, self.notes)
         self.sources: List[Source] = []
         self._start = _find_start(self.files[-1], start, self.notes)
         self._decays: Dict[str, Tensor] = {}
@@ -409,6 +410,7 @@ class Run:
         """
         if self.sources:
             return self.sources
+        self._check_length()
         silent = set()
         for contents, at in zip(self.files, self.at):
             if steps_of(contents) is None:
@@ -417,7 +419,15 @@ class Run:
                     f'many steps its averages have seen; the mean of its last '
                     f'files is --profile lawa:K. {_OTHER}'
                 )
-            for name in contents.sets:
+            changed = contents.rest.get(META, {}).get(CHANGED, 0)
+            if changed:
+                self.notes.append(
+                    f'{contents.path}: a decay was changed after step '
+                    f'{changed}: its averages are not used'
+                )
+            for name, weights in contents.sets.items():
+                if changed and weights.role == AVERAGE:
+                    continue
                 profile = self._profile_of(contents, name, at)
                 if profile is None:
                     silent.add(name)
@@ -436,11 +446,21 @@ class Run:
 
     def target(self, profile: Profile) -> Tensor:
         """Return what the run would have tracked, at its own interval."""
+        self._check_length()
         last = self.files[-1]
-        interval = max(weights.interval for weights in last.sets.values())
+        intervals = [weights.interval for weights in last.sets.values()]
+        interval = max(1, *intervals)
         done = [weights.averaged_steps or 0 for weights in last.sets.values()]
         # raw weights alone can be averaged up to the last step
         return profile.target(self.steps, interval, max(done) or None)
+
+    def _check_length(self) -> None:
+        if self.steps > _LONGEST:
+            raise CheckpointError(
+                f'{self.files[-1].path!r} says that its averages have seen '
+                f'{self.steps:,} steps; a profile is made of at most '
+                f'{_LONGEST:,}. {_OTHER}'
+            )
 
     def fit(self, what: str, target: Tensor) -> Combination:
         """Return the combination that is nearest to a profile.
@@ -459,6 +479,8 @@ class Run:
             'below the spacing of the files: train with posthoc=True, give '
             'all files of the run and ema_start.pt.'
         )
+        if self.notes:
+            remedy += f' ({"; ".join(self.notes)}.)'
         profiles.check_fit(combination.fit, what, remedy)
         return combination
 
@@ -523,25 +545,33 @@ class Run:
         weights = contents.sets[name]
         if weights.role == RAW:
             return profiles.raw(at, self.steps)
-        schedule, steps = weights.build_schedule(), weights.steps
+        schedule, steps = _schedule_of(contents, name), weights.steps
         if weights.role != AVERAGE or schedule is None or steps is None:
             return None
-        averaged = weights.averaged_steps
+        averaged, interval = weights.averaged_steps, weights.interval
         if averaged is None:
             averaged = steps
-        if weights.updates != -(-averaged // weights.interval):
+        if interval < 1 or weights.updates != -(-averaged // interval):
             raise CheckpointError(
                 f'{contents.path!r}: {name} has counted {weights.updates} '
-                f'updates in {averaged} steps, which interval='
-                f'{weights.interval} does not give: it was changed in the '
-                f'run. {_OTHER}'
+                f'updates in {averaged} steps, which interval={interval} '
+                f'does not give: it was changed in the run. {_OTHER}'
             )
         text = str(schedule)
         if len(self._decays.get(text, ())) < steps:
             self._decays[text] = profiles.decays_of(schedule, self.steps)
         decays = self._decays[text][:steps]
-        profile = profiles.profile_of(decays, weights.interval, averaged)
+        profile = profiles.profile_of(decays, interval, averaged)
         return profiles.placed(profile, at, self.steps)
+
+
+def _schedule_of(contents: Contents, name: str) -> Optional[Schedule]:
+    try:
+        return contents.sets[name].build_schedule()
+    except OptionError as error:
+        raise CheckpointError(
+            f'{contents.path!r}: the schedule of {name} is damaged: {error}'
+        ) from None
 
 
 def steps_of(contents: Contents) -> Optional[int]:
@@ -658,15 +688,24 @@ def _check_same(first: Contents, other: Contents) -> None:
     """Check that two files have tensors of the same names and shapes."""
     here = first.sets[first.deployed].tensors
     there = other.sets[other.deployed].tensors
-    for name in [*here, *there]:
+    _check_shapes(here, there, f'{first.path!r}', f'{other.path!r}')
+
+
+def _check_shapes(
+    here: Mapping[str, Tensor],
+    there: Mapping[str, Tensor],
+    first: str,
+    other: str,
+) -> None:
+    for name in dict.fromkeys([*here, *there]):
         shapes = [
             tuple(x[name].shape) if name in x else None for x in (here, there)
         ]
         if shapes[0] != shapes[1]:
             said = ['none' if x is None else f'shape {x}' for x in shapes]
             raise CheckpointError(
-                f'{other.path!r} is of another model than {first.path!r}: '
-                f'{name} has {said[1]} there, and {said[0]} here.'
+                f'{other} is of another model than {first}: {name} has '
+                f'{said[1]} there, and {said[0]} here.'
             )
 
 
@@ -681,14 +720,15 @@ def _check_one_run(files: Sequence[Contents], notes: List[str]) -> None:
             (START, 'started from other weights'),
             ('restarted', 'were restarted between them'),
         ):
-            if meta.get(key) != before.get(key):
+            # as text, because tensors cannot be compared
+            if str(meta.get(key)) != str(before.get(key)):
                 raise CheckpointError(
                     f'{first.path!r} and {contents.path!r} cannot be '
                     f'combined by steps: their averages {said}. {_OTHER}'
                 )
         for name, weights in contents.sets.items():
-            schedule = weights.build_schedule()
-            if schedule is None:
+            schedule = _schedule_of(contents, name)
+            if schedule is None or CHANGED in meta:
                 continue
             found = f'{schedule} every {weights.interval} steps'
             known, path = made_by.setdefault(name, (found, contents.path))
@@ -715,6 +755,7 @@ def _find_start(
     """
     meta = contents.rest.get(META, {})
     wanted, given = meta.get(START), path is not None
+    wanted = wanted if isinstance(wanted, str) else None
     if path is None:
         restarted = meta.get('restarted')
         name = start_name(restarted if isinstance(restarted, int) else 0)

@@ -158,7 +158,7 @@ def read_contents(
     content = read_file(path, check=check, unsafe=unsafe)
     with one_line(path):
         for form in FORMATS.values():
-            if form.recognise(content):
+            if form.recognise(content, path):
                 contents = form.read(content, path)
                 _check(contents)
                 return contents
@@ -185,6 +185,12 @@ def _check(contents: Contents) -> None:
                 )
 
 
+def holds(contents: Contents, name: str) -> Dict[str, Any]:
+    """Return what a file with one set of weights says of it in its recipe."""
+    weights = contents.sets[name]
+    return {'name': name, 'role': weights.role, 'updates': weights.updates}
+
+
 def parse_schedule(text: Any) -> Dict[str, Any]:
     """Return ``dict(type=name, **options)`` of a schedule's text.
 
@@ -196,9 +202,10 @@ def parse_schedule(text: Any) -> Dict[str, Any]:
     """
     try:
         call: Any = ast.parse(str(text)[:1000], mode='eval').body
-        name = ast.unparse(call.func) if hasattr(ast, 'unparse') else None
-        if name is None:  # Python 3.8
-            name = call.func.id
+        name, part = '', call.func
+        while isinstance(part, ast.Attribute):
+            name, part = f'.{part.attr}{name}', part.value
+        name = part.id + name
         options = {x.arg: ast.literal_eval(x.value) for x in call.keywords}
         return {'type': name, **options}
     except (AttributeError, MemoryError, RecursionError, SyntaxError):

@@ -27,9 +27,13 @@ from mmdet_ema.checkpoint.files import (
     look,
     one_line,
 )
+from mmdet_ema.checkpoint.recipe import KEY
 
-SAFETENSORS = '__safetensors_metadata__'
-"""Key of a file's metadata beside its tensors, if it is of safetensors."""
+# metadata of a safetensors file, as JSON
+TIED = 'mmdet_ema_tied'
+"""Further names of tensors, each with the one that is in the file."""
+META = 'mmdet_ema_meta'
+"""``meta``, as a file of torch has it."""
 
 # what training scripts put into files besides plain values
 _DATA = {
@@ -88,26 +92,11 @@ def read_file(
         if path.endswith('.safetensors') or start[8:] == b'{':
             return _read_safetensors(path)
         if unsafe or is_unsafe_chosen():
-            look(path, Look, check)  # its checksums
+            if start[:4] == b'PK\3\4':
+                look(path, _Blind, check)  # its checksums
             return _load(path)
         found = look(path, _Reader, check)
         return _fill(found, path)
-
-
-def stand_ins(value: Any, name: str = '') -> List[str]:
-    """Return the names of objects in a value that could not be read."""
-    if isinstance(value, StandIn):
-        return [name]
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    return [
-        found
-        for key, item in items
-        for found in stand_ins(item, f'{name}.{key}' if name else str(key))
-    ]
 
 
 def _load(path: str) -> Mapping[str, Any]:
@@ -119,6 +108,13 @@ def _load(path: str) -> Mapping[str, Any]:
             f'holds a {type(content).__name__}, not a dict with weights.'
         )
     return content
+
+
+class _Blind(Look):
+    """Does not look, for files that may run what they want."""
+
+    def load(self) -> Any:
+        return {}
 
 
 class _Dtype(StandIn):
@@ -270,13 +266,21 @@ def _read_safetensors(path: str) -> Mapping[str, Any]:
         )
     header = json.loads(bytes(data[8 : 8 + length]).decode('utf-8'))
     metadata = header.pop('__metadata__', {})
-    if not isinstance(metadata, dict):
-        raise ValueError('its metadata is no dict')
-    content: Dict[str, Any] = {}
-    for name, entry in header.items():
-        content[name] = _entry(data, entry, 8 + length, size, name)
-    content[SAFETENSORS] = {str(k): str(x) for k, x in metadata.items()}
-    return content
+    weights = {
+        name: _entry(data, entry, 8 + length, size, name)
+        for name, entry in header.items()
+    }
+    # safetensors' save_model() notes them one by one
+    for name, other in {
+        **metadata,
+        **json.loads(metadata.get(TIED, '{}')),
+    }.items():
+        if name not in weights and other in weights:
+            weights[name] = weights[other]
+    meta = dict(json.loads(metadata.get(META, '{}')))
+    if KEY in metadata:
+        meta[KEY] = dict(json.loads(metadata[KEY]))
+    return {'state_dict': weights, 'meta': meta}
 
 
 def _entry(data: Any, entry: Any, start: int, size: int, name: str) -> Tensor:

@@ -83,6 +83,7 @@ def profile_of(
     steps = len(decays)
     averaged = steps if averaged is None else averaged
     profile = decays.new_zeros(steps + 1)
+    interval = min(interval, max(averaged, 1))
     updates = -(-averaged // interval)
     # the first update may follow fewer steps than an interval
     padded = decays.new_ones(updates * interval)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
     ContextManager,
     Dict,
+    Iterator,
     List,
     Mapping,
     Optional,
-    TextIO,
-    Tuple,
 )
 
 from mmdet_ema.errors import (
-    CheckpointError,
     OptionError,
     did_you_mean,
     show,
@@ -29,6 +26,10 @@ from mmdet_ema.frameworks import has_mmcv1, has_mmengine
 if TYPE_CHECKING:
     from mmdet_ema.checkpoint.average import Combination
 
+_OWN = (
+    *('profile', 'coefficients', 'weights', 'start', 'config', 'metric'),
+    *('recalibrate', 'batches'),
+)
 # coefficients that nobody wants to read
 _SMALL = 1e-4
 _HELP = """\
@@ -120,58 +121,41 @@ def run(options: argparse.Namespace) -> int:
         CheckpointError: If the files do not allow it.
         OptionError: If an option is wrong.
     """
-    _check(options)
-    from mmdet_ema.checkpoint import recipe, saving
+    from mmdet_ema.checkpoint import saving
     from mmdet_ema.checkpoint.average import Combination, deployable
+    from mmdet_ema.cli import toolbox
 
+    own = {name: getattr(options, name) for name in _OWN}
+    files, said, made = toolbox.recipe_of(options, own)
+    if made is None:
+        _check(options)
     saving.check_free(options.out, options.force)
-    if options.recipe:
-        made = recipe.read(options.recipe)
-        if made['command'] != 'average':
-            raise CheckpointError(
-                f'{options.recipe!r} was made by mmdet-ema '
-                f'{made["command"]}; repeat it by that command.'
-            )
-        combination = Combination.of_recipe(made, unsafe=options.unsafe)
-        recalibrate = made['options'].get('recalibrate')
+    if made is None:
+        combination = _combine(options)
+        if said['recalibrate'] and said['batches'] is None:
+            said['batches'] = 100
+        made = combination.recipe(said)
     else:
-        combination, said = _combine(options)
-        recalibrate = None
-        if options.recalibrate:
-            batches = 100 if options.batches is None else options.batches
-            recalibrate = dict(config=options.recalibrate, batches=batches)
-        made = combination.recipe({**said, 'recalibrate': recalibrate})
-    _tell(combination, sys.stderr if options.out == '-' else sys.stdout)
+        combination = Combination.of_recipe(said, files, options.unsafe)
+    for line in _lines(combination):
+        toolbox.say(options, line)
     state = combination.state_dict()
-    if recalibrate:
-        state = _recalibrated(state, recalibrate)
+    if said.get('recalibrate'):
+        with _runner_of(said['recalibrate'], '--recalibrate') as runner:
+            from mmdet_ema.for_mmengine.tune import recalibrated
+
+            found = recalibrated(runner, state, said['batches'])
+        for name, value in found.items():
+            # the rest is as it was, but of the dtypes of the model
+            if name.rpartition('.')[2].startswith('running_'):
+                state[name] = value
     content = deployable(combination, state, made)
     path = saving.save(content, options.out, force=options.force)
-    if path != '-':
-        print(f'{path}: written')
+    toolbox.say(options, f'{path}: written')
     return 0
 
 
 def _check(options: argparse.Namespace) -> None:
-    given = [
-        f'--{name}'
-        for name in (
-            *('profile', 'coefficients', 'weights', 'start', 'config'),
-            *('metric', 'recalibrate', 'batches'),
-        )
-        if getattr(options, name) is not None
-    ]
-    if options.recipe:
-        if options.files or given:
-            extra = ', '.join(['FILE'] * bool(options.files) + given)
-            raise OptionError(
-                f'--recipe says what is made; leave {extra} out.'
-            )
-        return
-    if not options.files:
-        raise OptionError(
-            'no files are given: name the checkpoints, or a --recipe.'
-        )
     if options.profile is None and options.coefficients is None:
         raise OptionError(
             'what is to be made? Give --profile, as --profile mean, or '
@@ -195,10 +179,7 @@ def _check(options: argparse.Namespace) -> None:
             )
 
 
-def _combine(
-    options: argparse.Namespace,
-) -> Tuple[Combination, Dict[str, Any]]:
-    """Return the combination, and what was asked for."""
+def _combine(options: argparse.Namespace) -> Combination:
     from mmdet_ema.checkpoint import average
     from mmdet_ema.checkpoint.profiles import parse_profile
 
@@ -216,14 +197,10 @@ def _combine(
         weights=options.weights,
         start=options.start,
     )
-    said = {
-        'profile': options.profile,
-        'coefficients': options.coefficients,
-    }
-    if profile is None or profile.kind != 'soup' or options.config is None:
-        return combine(), said
+    if options.config is None:
+        return combine()
     with _runner_of(options.config, '--profile soup:greedy') as runner:
-        return combine(evaluate=_score_by(runner, options.metric)), said
+        return combine(evaluate=_score_by(runner, options))
 
 
 def _runner_of(config: str, what: str) -> ContextManager[Any]:
@@ -239,13 +216,18 @@ def _runner_of(config: str, what: str) -> ContextManager[Any]:
 
 
 def _score_by(
-    runner: Any, metric: Optional[str]
+    runner: Any, options: argparse.Namespace
 ) -> Callable[[Mapping[str, Any]], float]:
     """Return what makes a score of weights, higher for better ones."""
+    from mmdet_ema.cli.toolbox import say
     from mmdet_ema.for_mmengine.runner import choose_by
     from mmdet_ema.for_mmengine.tune import evaluate_weights
 
+    metric: Optional[str] = options.metric
+    told = False
+
     def score(state: Mapping[str, Any]) -> float:
+        nonlocal told
         found = evaluate_weights(runner, state)
         if metric is not None and metric not in found:
             near = did_you_mean(metric, found)
@@ -258,22 +240,17 @@ def _score_by(
         name, greater = choose_by(runner, found)
         if metric is not None and metric != name:
             name, greater = metric, 'loss' not in metric.lower()
+        if not told:
+            sign = '' if greater else ', negative, as lower is better'
+            say(options, f'scores are {name}{sign}')
+            told = True
         return found[name] if greater else -found[name]
 
     return score
 
 
-def _recalibrated(
-    state: Mapping[str, Any], how: Mapping[str, Any]
-) -> Dict[str, Any]:
-    from mmdet_ema.for_mmengine.tune import recalibrated
-
-    with _runner_of(how['config'], '--recalibrate') as runner:
-        return recalibrated(runner, state, how['batches'])
-
-
-def _tell(combination: Combination, file: TextIO) -> None:
-    """Print what each file counts, and what that is worth."""
+def _lines(combination: Combination) -> Iterator[str]:
+    """Yield what each file counts, and what that is worth."""
     own = combination.statistics is not None
     rows = [('coefficient', *(['statistics'] if own else []), 'weights', '')]
     small = 0
@@ -286,9 +263,9 @@ def _tell(combination: Combination, file: TextIO) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         line = '  '.join(x.rjust(n) for x, n in zip(row[:-1], widths))
-        print(f'{line}  {row[-1]}'.rstrip(), file=file)
+        yield f'{line}  {row[-1]}'.rstrip()
     if small:
-        print(f'and {small} more, each below {_SMALL:g}', file=file)
+        yield f'and {small} more, each below {_SMALL:g}'
     said = f'sum of absolute coefficients {combination.absolute_sum:.3f}'
     if combination.fit is not None:
         said = f'error of the profile {combination.fit.error:.2%}, {said}'
@@ -297,8 +274,8 @@ def _tell(combination: Combination, file: TextIO) -> None:
             f'; running statistics have their own, none negative: error '
             f'{combination.statistics.error:.2%}'
         )
-    for line in (said, *combination.notes):
-        print(line, file=file)
+    yield said
+    yield from combination.notes
 
 
 def _numbers(text: str) -> List[float]:

@@ -112,6 +112,8 @@ def runner_of(
         dist.init_process_group('gloo')
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
+        # mmengine keeps one visualizer for a name, and a name for a second
+        cfg.experiment_name = os.path.basename(folder)
         with _quiet():
             runner = _Unwrapped.from_cfg(cfg)
         runner._hooks = [

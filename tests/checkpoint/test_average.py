@@ -4,6 +4,7 @@ A toy walks at random for 500 steps and leaves ten files. The oracle averages
 every weight that it has had, in NumPy float64.
 """
 
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -393,6 +394,56 @@ def test_changed_in_the_run(walk, tmp_path, change, match):
         average(files, parse_profile('ema:0.999/50'))
 
 
+def set_meta(content, **values):
+    content['ema_meta'].update(values)
+
+
+ANYTHING = [-1, 0, 3, 10**12, 1.5, 'x', None, [], True, torch.ones(2)]
+SCHEDULES = [
+    'constant(decay=2)',
+    'constant(decay=nan)',
+    'cosine(total_steps=1000000000000)',
+    'power(power=inf)',
+    'exponential(decay=0.9, tau=1e-300, kappa=0)',
+    'mean(' * 1000,
+]
+
+
+@pytest.mark.parametrize(
+    'key',
+    [
+        *('averaged_steps', 'changed_at', 'interval', 'num_steps'),
+        *('num_updates', 'restarted', 'schedule', 'start'),
+    ],
+)
+def test_damaged_counters(walk, tmp_path, key):
+    """Whatever a file says of its averages, one line at the worst."""
+    for value in [*ANYTHING, *(SCHEDULES if key == 'schedule' else [])]:
+        change = functools.partial(set_meta, **{key: value})
+        path = changed(walk.files[2], tmp_path, change)
+        for paths in ([path], [walk.files[0], path]):
+            for text in ('ema:0.999/50', 'bema:0.2', 'lawa:1'):
+                said = ''
+                try:
+                    average(read_files(paths), parse_profile(text))
+                except (CheckpointError, OptionError) as error:
+                    said = str(error)
+                assert '\n' not in said
+
+
+def test_other_names_in_one_file(walk, tmp_path):
+    """Raw weights and averages of other tensors are refused."""
+
+    def change(content):
+        del content['ema_state_dict']['module.low']
+
+    path = changed(walk.files[2], tmp_path, change)
+    made = average(read_files([path]), parse_profile('lawa:1'))
+    match = "raw of '.*' is of another model than '.*': low has none there"
+    with pytest.raises(CheckpointError, match=match):
+        made.state_dict()
+
+
 def test_schedule_that_is_not_known(walk, tmp_path):
     """A callable of one's own is not used, with a line; a mean is."""
 
@@ -401,7 +452,8 @@ def test_schedule_that_is_not_known(walk, tmp_path):
         content['ema_averages'] = {}
 
     files = read_files([changed(walk.files[0], tmp_path, change)])
-    with pytest.raises(CheckpointError, match='cannot be made of these files'):
+    match = 'cannot be made of these .*ema: the files do not say which sched'
+    with pytest.raises(CheckpointError, match=match):
         average(files, parse_profile('ema:0.999/50'))
     raw = average(files, parse_profile('constant(decay=0)'))
     said = ' '.join(raw.notes)
@@ -450,7 +502,7 @@ def test_files_without_steps(walk, tmp_path):
     for path in paths:
         torch.save(torch.load(path, weights_only=True)['state_dict'], path)
     made = average(read_files(paths), parse_profile('lawa:2'))
-    assert 'they are taken in the order given' in made.notes[0]
+    assert 'they are taken in the order given' in ' '.join(made.notes)
     expected = walk.values(key)[[EVERY, 2 * EVERY]].mean(0)
     np.testing.assert_allclose(made.state_dict()[key], expected, rtol=3e-7)
 

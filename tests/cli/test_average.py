@@ -65,6 +65,13 @@ def test_recipe(walk, tmp_path, capsys):
     for source in (out, tmp_path / 'r.json', tmp_path / 'r.yaml'):
         assert 0 == run('--recipe', source, '-o', again, '--force')
         assert out.read_bytes() == again.read_bytes()
+    paths = [x['path'] for x in made['inputs']]
+    assert 0 == run(*paths, '--recipe', out, '-o', again, '--force')
+    assert out.read_bytes() == again.read_bytes()
+    assert 2 == run('--recipe', out, '-o', again, '--force', '--start', 'x')
+    assert '--recipe says all options; leave out --start' in (
+        capsys.readouterr().err
+    )
     made['inputs'][0]['sha256'] = 'f' * 64
     (tmp_path / 'r.json').write_text(json.dumps(made))
     capsys.readouterr()
@@ -119,7 +126,6 @@ def test_damaged_recipe(walk, tmp_path, capsys, change):
             2,
             '--batches 0 is out of range; use at least 1',
         ),
-        (['--recipe', 'r.json', '--weights', 'raw'], 2, 'leave FILE, --weigh'),
     ],
     ids=str,
 )
@@ -137,7 +143,7 @@ def test_no_files(tmp_path, capsys):
     """No file, one that is not there, one that is there already."""
     out = tmp_path / 'out.pth'
     assert 2 == run('-o', out, '--profile', 'mean')
-    assert 'no files are given' in capsys.readouterr().err
+    assert 'give a FILE, or --recipe' in capsys.readouterr().err
     assert 1 == run(tmp_path / 'x.pth', '-o', out, '--profile', 'mean')
     assert 'there is no file' in capsys.readouterr().err
     out.write_text('mine')
