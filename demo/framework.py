@@ -71,11 +71,11 @@ class Framework(ABC):
         """
         self.run(_tool(name), log_name, self.config, *arguments)
 
-    def run(self, script: Path, log_name: str, *arguments: object) -> None:
+    def run(self, script: object, log_name: str, *arguments: object) -> None:
         """Run a program of Python; end the demo if that fails.
 
         Args:
-            script: The program.
+            script: The program, or '-m'.
             log_name: What its log is called.
             *arguments: Its arguments.
         """
@@ -94,7 +94,7 @@ class Framework(ABC):
             )
         if done.returncode:
             tail = '\n'.join(log.read_text().splitlines()[-15:])
-            sys.exit(f'{tail}\n\n{script.name} failed; the whole log: {log}')
+            sys.exit(f'{tail}\n\n{log_name} failed; the whole log: {log}')
 
     def test_folder(self, weights: str) -> Path:
         """Return an empty folder for a test.

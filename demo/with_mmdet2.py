@@ -13,7 +13,7 @@ from framework import ROOT, Framework
 
 
 class Mmdet2(Framework):
-    """ATSS; its ``tools/test.py`` runs no hook, so each set gets a file."""
+    """ATSS; its ``tools/test.py`` runs no hook: ours tells it what to load."""
 
     config = ROOT / 'configs' / 'atss_mmdet2' / 'atss_digits_1xb8-10e.py'
     work_dir = ROOT / 'work_dirs' / 'demo_mmcv1'
@@ -36,20 +36,14 @@ class Mmdet2(Framework):
     def test(self, weights: str) -> float:
         """Test the last checkpoint; return the mAP."""
         out = self.test_folder(weights)
-        file = self._file_of(weights)
-        self.run_tool(
-            *('test', f'test_{weights}', file),
+        self.run(
+            *('-m', f'test_{weights}', 'mmdet_ema', 'test', self.config),
+            *(self.last_checkpoint(), '--weights', weights),
             *('--work-dir', out, '--eval', 'bbox'),
             *('--out', out / 'found.pkl'),
         )
         (path,) = out.glob('eval_*.json')
         return float(json.loads(path.read_text())['metric'][self.metric])
-
-    def _file_of(self, weights: str) -> Path:
-        file = self.work_dir / f'{weights}.pth'
-        script = ROOT / 'demo' / 'one_set.py'
-        self.run(script, 'one_set', self.last_checkpoint(), weights, file)
-        return file
 
     def detections(
         self, weights: str, score: float

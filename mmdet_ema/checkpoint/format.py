@@ -251,6 +251,26 @@ def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
     checkpoint[WEIGHTS] = replaced
 
 
+def put_set(
+    checkpoint: MutableMapping[str, Any], part: EMAPart, name: str
+) -> None:
+    """Make ``state_dict`` hold ``'raw'`` weights, or the averages of a name.
+
+    Raises:
+        CheckpointError: If the file has no such weights.
+    """
+    if name == 'raw':
+        put_raw(checkpoint, part)
+    elif name in part.more:
+        # tensors that are not averaged are in ``state_dict`` alone
+        checkpoint[WEIGHTS].update(part.more[name][WEIGHTS])
+    elif name != part.deployed:
+        names = ', '.join(['raw', part.deployed, *part.more])
+        raise CheckpointError(
+            f'the checkpoint has no weights named {name!r}; it has {names}.'
+        )
+
+
 def plain_name(name: str, names: Mapping[str, Any]) -> str:
     """Strip the prefix of a wrapper, as the framework does when it loads."""
     if name in names or not name.startswith(PREFIX):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from mmdet_ema.checkpoint.files import read_structure
-from mmdet_ema.checkpoint.format import put_raw, unpack
+from mmdet_ema.checkpoint.format import put_set, unpack
 from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean, show
 from mmdet_ema.frameworks import (
     has_mmcv1,
@@ -58,7 +58,7 @@ def train(options: argparse.Namespace, rest: List[str]) -> None:
 
 
 def test(options: argparse.Namespace, rest: List[str]) -> None:
-    """Run ``tools/test.py`` with EMA weights, raw weights or both."""
+    """Run ``tools/test.py`` with one or several sets of weights."""
     path, weights = options.checkpoint, options.weights
     if '://' not in path:
         if not os.path.isfile(path):
@@ -77,11 +77,17 @@ def test(options: argparse.Namespace, rest: List[str]) -> None:
         run()
         return
     # the tool of mmdet 2 builds no hook and tests one set of weights
-    sets = ('raw', 'ema') if weights == 'both' else (weights or 'ema',)
-    for name in sets:
-        full = 'raw' if name == 'raw' else 'EMA'
+    if weights == 'all':
+        raise OptionError(
+            "--weights 'all' needs the hook's list of averages, which mmdet "
+            '2 does not build in a test; name them, as in --weights raw,ema.'
+        )
+    sets = ['raw', 'ema'] if weights == 'both' else weights or ['ema']
+    for name in [sets] if isinstance(sets, str) else sets:
+        full = 'EMA' if name == 'ema' else name
         print(f'mmdet-ema: testing the {full} weights', flush=True)
-        with _loading(path, raw=name == 'raw'):
+        # without the option, a file of any writer is tested as it is
+        with _loading(path, name if weights else None):
             run()
 
 
@@ -296,7 +302,7 @@ def _flag(name: str, value: Any) -> str:
     return f'--{name}' if value is True else f'--{name} {value}'
 
 
-def choose_weights(cfg: Any, weights: Optional[str]) -> str:
+def choose_weights(cfg: Any, weights: Any) -> str:
     """Make a config test these weights; None for those that it says."""
     add_ema(cfg, {})
     for hook in _ema_hooks(cfg) if weights else ():
@@ -325,8 +331,8 @@ def _kind(hook: Any) -> str:
 
 
 @contextlib.contextmanager
-def _loading(path: str, raw: bool) -> Iterator[None]:
-    """Let the tool of mmdet 2 load a file's averages, or its raw weights.
+def _loading(path: str, name: Optional[str]) -> Iterator[None]:
+    """Let the tool of mmdet 2 load one set of weights of a file.
 
     A file of another architecture is refused: mmcv would leave out what does
     not fit, and the tool would test random weights.
@@ -339,23 +345,24 @@ def _loading(path: str, raw: bool) -> Iterator[None]:
 
     load = mmcv.runner.load_checkpoint
 
-    def take_raw(checkpoint: Any) -> None:
+    def take(checkpoint: Any, name: str) -> None:
         take_message(checkpoint)
         found = convert_buffers(checkpoint)
         if found is not None:
             print('\n'.join([found.line, *found.warnings]), flush=True)
         part = unpack(checkpoint)
-        if part is None:
+        if part is not None:
+            put_set(checkpoint, part, name)
+        elif name != 'ema':
             raise CheckpointError(
-                'the checkpoint holds one set of weights and no EMA part, so '
-                'there are no raw weights to test; leave out --weights.'
+                f'the checkpoint holds one set of weights and no EMA part, so '
+                f'there are no {name} weights to test; leave out --weights.'
             )
-        put_raw(checkpoint, part)
 
     def load_and_check(model: Any, file: Any, *args: Any, **kw: Any) -> Any:
         def prepare(checkpoint: Any) -> None:
-            if raw:
-                take_raw(checkpoint)
+            if name is not None:
+                take(checkpoint, name)
             lacking = check_architecture(checkpoint, model)
             if lacking:
                 print(f'mmdet-ema: {lacking}', flush=True)

@@ -37,12 +37,13 @@ examples:
 _TEST = """\
 Every other option goes to the framework's tools/test.py as it is: --work-dir,
 --out, --tta, --cfg-options, ... (mmdet 2: --eval bbox). CONFIG and CHECKPOINT
-come first. Under mmdet 2, 'both' runs the tool twice.
+come first. Under mmdet 2, the tool runs once for each set of weights.
 
 examples:
   mmdet-ema test CONFIG work_dirs/a/epoch_12.pth
   mmdet-ema test CONFIG work_dirs/a/epoch_12.pth --weights raw
-  mmdet-ema test CONFIG work_dirs/a/epoch_12.pth --weights both"""
+  mmdet-ema test CONFIG work_dirs/a/epoch_12.pth --weights both
+  mmdet-ema test CONFIG work_dirs/a/epoch_12.pth --weights ema,fast"""
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -87,6 +88,12 @@ def main(argv: Optional[List[str]] = None) -> None:
         sys.exit(2)
 
 
+def _names(text: str) -> Any:
+    """Return a name, or a list of names; whoever knows them checks them."""
+    names = text.split(',')
+    return names if len(names) > 1 else text
+
+
 def _parser() -> argparse.ArgumentParser:
     style: Dict[str, Any] = dict(
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -120,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument('--schedule', help='name of a schedule')
     train.add_argument(
-        '--evaluate', help='weights to validate: ema, raw or both'
+        '--evaluate',
+        type=_names,
+        help='weights to validate: names (ema,raw), both or all',
     )
     train.add_argument('--device', help='cpu: averages in host memory')
     train.add_argument(
@@ -146,8 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument('checkpoint', metavar='CHECKPOINT', help='a .pth file')
     test.add_argument(
         '--weights',
-        choices=('ema', 'raw', 'both'),
-        help='which weights; by default what the config says, or ema',
+        metavar='NAME[,NAME]',
+        type=_names,
+        help='ema, raw, an average of the config, both or all; by default '
+        'what the config says, or ema',
     )
     draw = commands.add_parser(
         'plot',

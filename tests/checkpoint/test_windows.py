@@ -50,8 +50,32 @@ def test_windows(walk):
             window.combination.fit.error,
             target,
         )
+        state = window.combination.state_dict()
+        assert (state['norm.running_var'] > 0).all()
     for window in refused:
         assert 'error of the profile' in window.problem
+
+
+def test_running_statistics(walk):
+    """They have the coefficients of the weights, but for no variance."""
+    made, _ = windows.make_windows(run_of(walk), LENGTHS)
+    signed = [
+        x
+        for x in made
+        if any(term.statistics < 0 for term in x.combination.terms)
+    ]
+    # the variance of this walk is near 0 now and then
+    assert 0 < len(signed) < len(made)
+    for window in signed:
+        values = walk.values('norm.running_mean')
+        expected = tracked(window.steps)(values)
+        found = window.combination.state_dict()['norm.running_mean']
+        away = np.abs(found.double().numpy() - expected).max()
+        room = np.sqrt(((values - expected) ** 2).sum(0)).max()
+        target = windows.profile_of(windows.decays_of(window.schedule, STEPS))
+        # Cauchy-Schwarz, and what float32 rounds in 500 updates
+        error = window.combination.fit.error * float(target.norm())
+        assert away < error * room + 2e-6 * np.abs(values).max()
 
 
 def test_next_time(walk):

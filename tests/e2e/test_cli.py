@@ -72,7 +72,7 @@ def test_dumped_config_is_tested_by_the_framework_alone(tools, trained):
     assert 'coco/bbox_mAP' in metrics
 
 
-@pytest.mark.parametrize('weights', ['ema', 'raw', 'both'])
+@pytest.mark.parametrize('weights', ['ema', 'raw', 'raw,ema'])
 def test_weights_are_chosen(tools, trained, weights):
     """``--weights`` tests what it says, on an untouched config."""
     config, work_dir, _ = trained
@@ -83,12 +83,12 @@ def test_weights_are_chosen(tools, trained, weights):
     sets = {
         'ema': 'evaluating the averages (n=4)',
         'raw': 'evaluating the raw weights (n=4)',
-        'both': 'evaluating the averages and the raw weights (n=4)',
+        'raw,ema': 'evaluating the averages and the raw weights (n=4)',
     }
     assert sets[weights] in log
     (path,) = out.glob('*/*.json')
     names = set(json.loads(path.read_text()))
-    assert ('coco/bbox_mAP_raw' in names) == (weights == 'both')
+    assert ('coco/bbox_mAP_raw' in names) == (weights == 'raw,ema')
 
 
 def test_file_without_raw_weights_is_one_clear_line(tools, trained):

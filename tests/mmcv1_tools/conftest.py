@@ -37,7 +37,8 @@ custom_imports = dict(
     imports=['mmdet_ema', 'tests.mmcv1_tools.recorder'],
     allow_failed_imports=False)
 custom_hooks = [
-    dict(type='EMAHook', decay=0.9, tau=5, evaluate='both'),
+    dict(type='EMAHook', decay=0.9, tau=5, evaluate='all',
+         averages=dict(fast=dict(decay=0.5))),
     dict(type='RecorderHook', priority='VERY_LOW')]
 """
 

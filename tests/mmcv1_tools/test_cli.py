@@ -25,8 +25,8 @@ def test_untouched_config_equals_one_with_the_hook(tools, trained):
     assert [] == differing(load(work_dir / name), load(trained[1] / name))
 
 
-@pytest.mark.parametrize(('weights', 'end'), [('ema', ''), ('raw', '_raw')])
-def test_weights_are_chosen(tools, trained, weights, end):
+@pytest.mark.parametrize('weights', ['ema', 'raw', 'fast'])
+def test_weights_are_chosen(tools, trained, weights):
     """``--weights`` gives the metrics that the training saw."""
     _, work_dir, _ = trained
     config, out = tools.config('plain', NO_HOOK), tools.folder / weights
@@ -36,6 +36,7 @@ def test_weights_are_chosen(tools, trained, weights, end):
     assert 'unexpected key' not in printed
     (path,) = out.glob('eval_*.json')
     metrics = json.loads(path.read_text())['metric']
+    end = '' if weights == 'ema' else f'_{weights}'
     expected = validation(work_dir, end)
     assert expected == {name: metrics[name] for name in expected}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.e2e.conftest import ROOT, environment
+from tests.e2e.conftest import environment
 from tests.mmcv1_tools.conftest import EPOCHS, RECORD, STEPS, differing, load
 
 pytestmark = pytest.mark.e2e
@@ -129,19 +129,6 @@ def validation(work_dir, end=''):
     (line,) = [x for x in lines if x.get('mode') == 'val'][-1:]
     names = ('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75')
     return {name: line[name + end] for name in names}
-
-
-def test_raw_weights_of_a_file_can_be_tested(tools, trained):
-    """A file of the raw weights gets the raw metrics of the validation."""
-    config, work_dir, _ = trained
-    raw = tools.folder / 'raw.pth'
-    file = work_dir / f'epoch_{EPOCHS}.pth'
-    script = ROOT / 'demo' / 'one_set.py'
-    subprocess.run([sys.executable, script, file, 'raw', raw], check=True)
-    metrics, printed = tools.test(config, raw, 'raw')
-    expected = validation(work_dir, '_raw')
-    assert 'unexpected key' not in printed
-    assert {name: metrics[name] for name in expected} == expected
 
 
 def test_training_reports_and_logs(trained):
