@@ -39,6 +39,7 @@ WORDS = {
         'over': "pick over `'auto'`",
         'cost': 'time, memory',
         'mean': 'mean',
+        'of': '{}: {}',
     },
     'zh_cn': {
         'weights': '权重',
@@ -58,6 +59,7 @@ WORDS = {
         'over': "选择比 `'auto'`",
         'cost': '时间，内存',
         'mean': '平均',
+        'of': '{}：{}',
     },
 }
 
@@ -126,7 +128,7 @@ def tune_table(
     head = [words['seed'], words['pick']]
     for part in PARTS:
         head += [
-            f'{words[part]}: {words["pick"]}',
+            words['of'].format(words[part], words['pick']),
             words['best'],
             words['over'],
         ]

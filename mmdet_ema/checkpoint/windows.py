@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
-
-import torch
 
 from mmdet_ema.averaging.averages import POSTHOC
 from mmdet_ema.checkpoint.average import Combination, Run
@@ -109,31 +107,11 @@ def make_windows(
         check_length(steps, run.steps)
         schedule = suited_schedule(steps, run.steps)
         profile = profile_of(decays_of(schedule, run.steps))
-        combination = _with_signed_statistics(run.nearest(profile))
-        found.append(Window(steps, schedule, combination))
+        found.append(Window(steps, schedule, run.nearest(profile)))
     return (
         [x for x in found if not x.problem],
         [x for x in found if x.problem],
     )
-
-
-def _with_signed_statistics(combination: Combination) -> Combination:
-    """Give running statistics the coefficients of the weights, if they can.
-
-    Coefficients that are not negative fit a window far worse, which cost a
-    detector up to 0.01 mAP. They are for a variance that would be none.
-    """
-    if combination.statistics is None:
-        return combination
-    signed = [x._replace(statistics=x.coefficient) for x in combination.terms]
-    tensors = combination.terms[0].tensors
-    for name in (x for x in tensors if x.endswith('running_var')):
-        parts = [x.tensors[name].double() for x in signed]
-        total = sum(x.coefficient * p for x, p in zip(signed, parts))
-        # no average is below the least that it is made of
-        if not bool((total > 0.5 * torch.stack(parts).amin(0)).all()):
-            return combination
-    return replace(combination, terms=signed, statistics=None)
 
 
 def averages_of(run: Run) -> Dict[str, Optional[float]]:
