@@ -93,8 +93,8 @@ MAY_IMPORT = {
     'optimizers': [*TOP, 'averaging'],
     'training': [*TOP, 'averaging', 'checkpoint', 'optimizers'],
 }
-# random generators are put back in training/
-ALSO = {'training': {'numpy'}}
+# random generators are put back in training/; a recipe may be YAML
+ALSO = {'training': {'numpy'}, 'checkpoint': {'yaml'}}
 FOLDERS = [*MAY_IMPORT, 'for_mmengine', 'for_mmcv1', 'cli']
 
 

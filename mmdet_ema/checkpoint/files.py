@@ -8,16 +8,28 @@ checksum.
 from __future__ import annotations
 
 import _compat_pickle
+import contextlib
 import importlib
 import io
 import os
 import pickle
+import struct
 import sys
 import tarfile
 import zipfile
 import zlib
 from collections import OrderedDict
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Tuple,
+    Type,
+    Union,
+)
 
 import torch
 from torch import Tensor
@@ -83,23 +95,28 @@ def read_structure(path: str) -> Mapping[str, Any]:
         CheckpointError: If the file is missing, damaged or not a checkpoint,
             or if reading it could run code.
     """
-    if not os.path.isfile(path):
-        raise CheckpointError(f'there is no file {path!r}; {_WRITE}.')
-    try:
+    with one_line(path):
         if path.endswith('.safetensors'):
-            raise _RefusedError(
+            raise RefusedError(
                 'is a file of safetensors, which the framework does not '
                 'read; save its tensors with torch.save.'
             )
-        with open(path, 'rb') as file:
-            is_zip = file.read(4) == b'PK\3\4'
-        content = _look_into_zip(path) if is_zip else _look_into_old(path)
-        if not isinstance(content, Mapping):
-            raise _RefusedError(
-                f'holds a {type(content).__name__}, not a dict with a '
-                f'state_dict; {_WRITE}.'
-            )
-    except _RefusedError as refused:
+        found = look(path, Look)
+    return found.content
+
+
+@contextlib.contextmanager
+def one_line(path: str) -> Iterator[None]:
+    """Turn whatever damaged bytes raise in the body into one line.
+
+    Raises:
+        CheckpointError: Instead of any exception in the body.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f'there is no file {path!r}; {_WRITE}.')
+    try:
+        yield
+    except RefusedError as refused:
         raise CheckpointError(f'{path!r} {refused}') from None
     except Exception as error:  # damaged bytes can raise anything
         cause = (str(error).strip().splitlines() or [''])[0][:200]
@@ -108,7 +125,44 @@ def read_structure(path: str) -> Mapping[str, Any]:
             f'{path!r} ({os.path.getsize(path)} bytes) is damaged, or is no '
             f'checkpoint ({cause}); {_WRITE}.'
         ) from None
-    return content
+
+
+class Found(NamedTuple):
+    """What was found in a file.
+
+    Attributes:
+        content: The checkpoint, with its tensors on the ``meta`` device.
+        tensors: Each with its storage, and where it starts in that.
+        records: Where the bytes of a storage are, by its key: the offset in
+            the file, or the bytes themselves where they are compressed.
+    """
+
+    content: Mapping[str, Any]
+    tensors: List[Tuple[Tensor, Storage, int]]
+    records: Dict[str, Union[int, bytes]]
+
+
+def look(path: str, kind: Type[Look], check: bool = True) -> Found:
+    """Look into a file that torch wrote.
+
+    Args:
+        path: The file.
+        kind: Reads the pickle.
+        check: Whether to compare every record with its CRC-32.
+
+    Raises:
+        Exception: Of any kind if the file is damaged; :func:`one_line`.
+    """
+    with open(path, 'rb') as file:
+        is_zip = file.read(4) == b'PK\3\4'
+    find = _look_into_zip if is_zip else _look_into_old
+    found = find(path, kind, check)
+    if not isinstance(found.content, Mapping):
+        raise RefusedError(
+            f'holds a {type(found.content).__name__}, not a dict with a '
+            f'state_dict; {_WRITE}.'
+        )
+    return found
 
 
 def write_whole(path: str, content: bytes) -> None:
@@ -163,13 +217,13 @@ def _moment_of(path: Any) -> Any:
     return status.st_ino, status.st_mtime_ns
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """The rest of a sentence about a file."""
 
 
-def _look_into_zip(path: str) -> Any:
+def _look_into_zip(path: str, kind: Type[Look], check: bool) -> Found:
     if not zipfile.is_zipfile(path):
-        raise _RefusedError(
+        raise RefusedError(
             f'({os.path.getsize(path)} bytes) is cut off or no checkpoint: '
             f'its writer was stopped, or the copy is not complete; take an '
             f'earlier checkpoint.'
@@ -178,7 +232,7 @@ def _look_into_zip(path: str) -> Any:
     # looked at is what torch will read
     reader = torch._C.PyTorchFileReader(path)
     if 'constants.pkl' in reader.get_all_records():
-        raise _RefusedError(
+        raise RefusedError(
             f'is a TorchScript archive, which holds a program; {_WRITE}.'
         )
     pickled = reader.get_record('data.pkl')
@@ -189,72 +243,98 @@ def _look_into_zip(path: str) -> Any:
         # torch can leave out all checksums (set_crc32_options)
         if any(info.CRC for info in records.values()):
             is_same = zlib.crc32(pickled) == records[structure].CRC
-            bad = archive.testzip() if is_same else structure
-    content: Any = {}
-    named = bad
-    if bad != structure and not _is_unsafe_chosen():
-        look = _Look(io.BytesIO(pickled))
-        content = look.load()
-        for tensor, storage in look.tensors:
-            record = f'{root}/data/{storage.key}'
-            held = records[record].file_size if record in records else 0
-            if held < storage.nbytes:
-                raise _RefusedError(
-                    f'is damaged: it holds {held} of the {storage.nbytes} '
-                    f'bytes of {_name_of(tensor, content)}. Take another '
-                    f'checkpoint.'
-                )
-            if record == named:
-                named = _name_of(tensor, content)
-    if bad is not None:
-        raise _RefusedError(
-            f'is damaged: {named} is not what was written. Take another '
-            f'checkpoint.'
-        )
-    return content
+            bad = structure if not is_same else None
+            if is_same and check:
+                bad = archive.testzip()
+        found, named = Found({}, [], {}), bad
+        if bad != structure and not is_unsafe_chosen():
+            reading = kind(io.BytesIO(pickled))
+            found = Found(reading.load(), reading.tensors, {})
+            for tensor, storage, _ in found.tensors:
+                record = f'{root}/data/{storage.key}'
+                held = records[record].file_size if record in records else 0
+                if held < storage.nbytes:
+                    raise RefusedError(
+                        f'is damaged: it holds {held} of the '
+                        f'{storage.nbytes} bytes of '
+                        f'{_name_of(tensor, found.content)}. Take another '
+                        f'checkpoint.'
+                    )
+                if record == named:
+                    named = _name_of(tensor, found.content)
+        if bad is not None:
+            raise RefusedError(
+                f'is damaged: {named} is not what was written. Take another '
+                f'checkpoint.'
+            )
+        keys = {storage.key for _, storage, _ in found.tensors}
+        for key in keys if kind.needs_records else ():
+            info = records.get(f'{root}/data/{key}')
+            if info is not None:
+                found.records[key] = _place_of(archive, info)
+    return found
 
 
-def _look_into_old(path: str) -> Any:
+def _place_of(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo
+) -> Union[int, bytes]:
+    """Return the offset of a record, or what is in it if it is compressed."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        return archive.read(info)
+    with archive.open(info):  # checks the header that stands before it
+        pass
+    file: Any = archive.fp
+    file.seek(info.header_offset + 26)
+    name, extra = struct.unpack('<HH', file.read(4))
+    return int(info.header_offset + 30 + name + extra)
+
+
+def _look_into_old(path: str, kind: Type[Look], check: bool) -> Found:
     """Look into a file of torch before 1.6: five pickles, then the data."""
     with open(path, 'rb') as file:
-        if _is_unsafe_chosen():
-            return {}
+        if is_unsafe_chosen():
+            return Found({}, [], {})
         # torch would find a tar archive in a file that is one, too
-        if _Look(file).load() != _LEGACY or tarfile.is_tarfile(path):
+        if Look(file).load() != _LEGACY or tarfile.is_tarfile(path):
             raise ValueError('it has another format')
         for _ in ('protocol', 'system'):
-            _Look(file).load()
-        look = _Look(file)
-        content = look.load()
-        stored = {storage.key: (t, storage) for t, storage in look.tensors}
-        for key in _Look(file).load():
+            Look(file).load()
+        reading = kind(file)
+        found = Found(reading.load(), reading.tensors, {})
+        stored = {x.key: (tensor, x) for tensor, x, _ in found.tensors}
+        for key in Look(file).load():
             tensor, storage = stored[key]
             numel = int.from_bytes(file.read(8), 'little')
+            found.records[key] = file.tell()
             end = file.seek(storage.nbytes, os.SEEK_CUR)
             if numel != storage.numel or end > os.path.getsize(path):
-                raise _RefusedError(
-                    f'is cut off or damaged at {_name_of(tensor, content)}; '
-                    f'take another checkpoint.'
+                raise RefusedError(
+                    f'is cut off or damaged at '
+                    f'{_name_of(tensor, found.content)}; take another '
+                    f'checkpoint.'
                 )
-    return content
+    return found
 
 
-class _Storage(NamedTuple):
+class Storage(NamedTuple):
+    """Memory that tensors of a file lie in."""
+
     key: str
     dtype: torch.dtype
     numel: int
     nbytes: int
 
 
-class _StandIn:
+class StandIn:
     """Takes the place of an object, and whatever is done to build it."""
 
-    def __new__(cls, *args: Any) -> _StandIn:
+    def __new__(cls, *args: Any) -> StandIn:
+        """Refuse what would be run to build the object."""
         # a set would ask for their hash, a defaultdict would call them
         for _, value in _walk(args):
             kind = value if isinstance(value, type) else type(value)
             if issubclass(kind, _Instance):
-                raise _RefusedError(_would_run(cls.__name__))
+                raise RefusedError(_would_run(cls.__name__))
         return object.__new__(cls)
 
     def __init__(self, *args: Any):
@@ -270,28 +350,32 @@ class _Instance:
 
     def __init__(self, *args: Any):
         # pickle calls the class, instead of its __new__ alone
-        raise _RefusedError(_would_run(type(self).__name__))
+        raise RefusedError(_would_run(type(self).__name__))
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict:
-            raise _RefusedError(_would_run(type(self).__name__))
+            raise RefusedError(_would_run(type(self).__name__))
 
 
-class _Look(pickle.Unpickler):
+class Look(pickle.Unpickler):
     """Reads a pickle and builds dicts, lists, plain values, meta tensors."""
+
+    needs_records = False
 
     def __init__(self, file: Any):
         super().__init__(file, encoding='utf-8')
-        self.tensors: List[Tuple[Tensor, _Storage]] = []
+        self.tensors: List[Tuple[Tensor, Storage, int]] = []
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Storage:
+        """Return what the file says of a storage."""
         kind, dtype, key, _, numel = pid[:5]
         if kind != 'storage' or not isinstance(dtype, torch.dtype):
-            raise _RefusedError(_would_run(f'a persistent {kind}'))
+            raise RefusedError(_would_run(f'a persistent {kind}'))
         size = torch.empty((), dtype=dtype).element_size()
-        return _Storage(str(key), dtype, int(numel), int(numel) * size)
+        return Storage(str(key), dtype, int(numel), int(numel) * size)
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return a function of ours in the place of what is asked for."""
         # torch writes names of Python 2
         module, name = _compat_pickle.NAME_MAPPING.get(
             (module, name),
@@ -325,31 +409,44 @@ class _Look(pickle.Unpickler):
             if isinstance(value, (torch.dtype, torch.qscheme)):
                 return value
         if name in _SHARDED:
-            raise _RefusedError(
+            raise RefusedError(
                 f'holds a sharded or nested tensor ({full}); save the whole '
                 f'tensors (full_tensor()) and give that file.'
             )
-        if full in _known():
+        if full in self.known():
             try:
                 getattr(importlib.import_module(module), name)
             except (ImportError, AttributeError):
-                raise _RefusedError(
+                raise RefusedError(
                     f'needs {full}, which is not installed here; read it '
                     f'where it was written.'
                 ) from None
-            return type(full, (_StandIn,), {})
+            return type(full, (StandIn,), {})
         if not LOADS_SAFELY and _is_harmless(module, name):
             return type(full, (_Instance,), {})
-        raise _RefusedError(_would_run(full))
+        raise RefusedError(_would_run(full))
+
+    @staticmethod
+    def known() -> List[str]:
+        """Return what torch reads besides tensors."""
+        if not LOADS_SAFELY:
+            return _KNOWN.split()
+        allowed = (
+            x[1]
+            if isinstance(x, tuple)
+            else f'{x.__module__}.{x.__qualname__}'
+            for x in torch.serialization.get_safe_globals()
+        )
+        return [*_KNOWN.split(), *allowed]
 
     def _statistic(self, owner: Any, name: Any) -> Any:
         """Be ``getattr`` for the statistics of a history, and no more."""
         if getattr(owner, '__name__', '') == HISTORY and name in STATISTICS:
-            return _StandIn()
-        raise _RefusedError(_would_run('builtins.getattr'))
+            return StandIn()
+        raise RefusedError(_would_run('builtins.getattr'))
 
     def _tensor(
-        self, storage: _Storage, start: int, size: Any, stride: Any, *more: Any
+        self, storage: Storage, start: int, size: Any, stride: Any, *more: Any
     ) -> Tensor:
         # v3 stores untyped bytes, and the dtype apart
         dtypes = [x for x in more if isinstance(x, torch.dtype)]
@@ -360,7 +457,7 @@ class _Look(pickle.Unpickler):
             raise ValueError(
                 f'a tensor of shape {tuple(size)} is larger than its storage'
             )
-        self.tensors.append((tensor, storage))
+        self.tensors.append((tensor, storage, start))
         return tensor
 
 
@@ -379,16 +476,6 @@ def _sparse(layout: Any, data: Any) -> Tensor:
     return torch.empty(data[place], dtype=dtype, device='meta')
 
 
-def _known() -> List[str]:
-    if not LOADS_SAFELY:
-        return _KNOWN.split()
-    allowed = (
-        x[1] if isinstance(x, tuple) else f'{x.__module__}.{x.__qualname__}'
-        for x in torch.serialization.get_safe_globals()
-    )
-    return [*_KNOWN.split(), *allowed]
-
-
 def _is_harmless(module: str, name: str) -> bool:
     """Return whether pickle makes an instance without running its class.
 
@@ -405,7 +492,8 @@ def _is_harmless(module: str, name: str) -> bool:
     )
 
 
-def _is_unsafe_chosen() -> bool:
+def is_unsafe_chosen() -> bool:
+    """Return whether the user lets every file run code."""
     # as torch reads it; before 2.6 it does not know the variable
     return os.environ.get(UNSAFE, '').lower() in ('1', 'y', 'yes', 'true')
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type
 
+from mmdet_ema.cli import toolbox
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import load_hook
 from mmdet_ema.version import __version__
@@ -18,7 +19,8 @@ _DESCRIPTION = """\
 Train and test OpenMMLab detectors with an exponential moving average (EMA) of
 their weights, through the framework's own tools.
 
-exit status: 0 done; 2 wrong usage or input; otherwise that of the tool"""
+exit status: 0 done; 2 wrong usage or input; otherwise that of the tool.
+Commands for files: 0 done; 1 refused, or the files differ; 2 wrong usage"""
 
 _TRAIN = """\
 Every other option goes to the framework's tools/train.py as it is: --work-dir,
@@ -51,6 +53,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     runs_tool = options.command in ('train', 'test')
     if rest and not runs_tool:
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
+    if options.command in toolbox.COMMANDS:
+        sys.exit(toolbox.run(options))
     if options.command == 'train':
         own = ('command', 'config')
         hook = {k: x for k, x in vars(options).items() if k not in own}
@@ -203,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         default='mmdet_ema_demo.png',
         help='picture to write; by default %(default)s',
     )
+    toolbox.add_commands(commands)
     commands.add_parser(
         'env',
         help='print what a bug report needs',

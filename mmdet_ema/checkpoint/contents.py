@@ -1,0 +1,287 @@
+"""What is in a checkpoint of any project: sets of weights, and their roles.
+
+:func:`read_contents` asks the formats of :mod:`mmdet_ema.checkpoint.formats`
+one after the other. Tensors are mapped from the file: nothing is in memory
+before somebody looks at it.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Optional
+
+from torch import Tensor
+
+from mmdet_ema.checkpoint.files import one_line
+from mmdet_ema.checkpoint.mapped import read_file
+from mmdet_ema.errors import CheckpointError
+from mmdet_ema.schedules import (
+    SCHEDULES,
+    Schedule,
+    build_schedule,
+    to_the_power,
+)
+
+RAW, AVERAGE, UNKNOWN = 'raw', 'average', 'unknown'
+KAPPA = 'kappa'
+
+
+@dataclass
+class Weights:
+    """One set of weights.
+
+    Attributes:
+        tensors: By plain name, without a wrapper's prefix. Names that share
+            one tensor in the file have the same object.
+        role: ``'raw'``, ``'average'`` or ``'unknown'``.
+        updates: n, the updates that an average has seen; None if unknown.
+        schedule: ``dict(type=name, **options)`` of an average, as far as the
+            file tells; empty if it does not.
+        steps: Steps of the optimizer that were counted: more than updates
+            with an interval above 1. None if unknown.
+        averaged_steps: The step of the last update; None if unknown.
+        interval: Steps between updates.
+        skipped: Steps that were left out because they were not finite.
+        evidence: How the role is known, in a sentence.
+        metadata: ``_metadata`` of a ``state_dict``: versions of modules.
+    """
+
+    tensors: Dict[str, Tensor]
+    role: str = UNKNOWN
+    updates: Optional[int] = None
+    schedule: Dict[str, Any] = field(default_factory=dict)
+    steps: Optional[int] = None
+    averaged_steps: Optional[int] = None
+    interval: int = 1
+    skipped: int = 0
+    evidence: str = ''
+    metadata: Optional[Dict[str, Any]] = None
+
+    def build_schedule(self) -> Optional[Schedule]:
+        """Return the schedule, None if the file does not tell it.
+
+        Raises:
+            OptionError: If its options are out of range.
+        """
+        options = dict(self.schedule)
+        kappa = options.pop(KAPPA, 1)
+        if options.get('type') not in SCHEDULES:
+            return None
+        schedule = build_schedule(options)
+        return schedule if kappa == 1 else to_the_power(schedule, kappa)
+
+
+@dataclass
+class Contents:
+    """What is in a checkpoint.
+
+    Attributes:
+        path: The file.
+        format: Name of its format, one of ``formats.FORMATS``.
+        writer: What wrote it, as far as that is known.
+        sets: Sets of weights by name: ``'raw'``, ``'ema'``, further averages
+            by their own; ``'weights'`` where the role is not known.
+        deployed: Name of the set that the framework's own tools load.
+        meta: ``meta`` of the file: plain values about the run.
+        rest: What else was in it (optimizer, histories, ...).
+        notes: Sentences on what a user should know of it.
+    """
+
+    path: str
+    format: str
+    writer: str
+    sets: Dict[str, Weights]
+    deployed: str
+    meta: Dict[str, Any] = field(default_factory=dict)
+    rest: Dict[str, Any] = field(default_factory=dict)
+    notes: List[str] = field(default_factory=list)
+
+    @property
+    def raw(self) -> Optional[Weights]:
+        """The raw weights, None if they are not in the file."""
+        return self.sets.get('raw')
+
+    @property
+    def average(self) -> Optional[str]:
+        """Name of the main average: the deployed one, else ``'ema'``."""
+        names = [k for k, x in self.sets.items() if x.role == AVERAGE]
+        for name in (self.deployed, 'ema', *names):
+            if name in names:
+                return name
+        return None
+
+    def choose(self, name: Optional[str] = None) -> str:
+        """Return the name of a set; by default the average, or the only one.
+
+        Raises:
+            CheckpointError: If there is no such set.
+        """
+        if name is None:
+            return self.average or self.deployed
+        if name in self.sets:
+            return name
+        known = ', '.join(self.sets)
+        what = f'no weights named {name!r}'
+        if set(self.sets) == {'weights'} and name in ('ema', 'raw'):
+            what = 'one set of weights, and does not tell whether they are'
+            what += f' the averages: it cannot be asked for {name!r}'
+        raise CheckpointError(
+            f'{self.path!r} ({self.format}) has {what}; there is: {known}.'
+        )
+
+
+def read_contents(
+    path: str, *, unsafe: bool = False, check: bool = True
+) -> Contents:
+    """Read a checkpoint of any of the known formats.
+
+    Args:
+        path: A local file.
+        unsafe: Whether to run code that the file asks for. Defaults to False.
+        check: Whether to compare every record with its checksum, which reads
+            the whole file. Defaults to True.
+
+    Returns:
+        The sets of weights; their tensors are mapped from the file and must
+        not be changed.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, of no known format,
+            or could run code.
+    """
+    from mmdet_ema.checkpoint.formats import FORMATS
+
+    path = os.fspath(path)
+    content = read_file(path, check=check, unsafe=unsafe)
+    with one_line(path):
+        for form in FORMATS.values():
+            if form.recognise(content):
+                contents = form.read(content, path)
+                _check(contents)
+                return contents
+    keys = ', '.join(str(key)[:40] for key in list(content)[:6])
+    raise CheckpointError(
+        f'{path!r} has no weights in a place that is known (its keys: '
+        f'{keys or "none"}); give a checkpoint with a state_dict.'
+    )
+
+
+def _check(contents: Contents) -> None:
+    for name, weights in contents.sets.items():
+        if not weights.tensors:
+            raise CheckpointError(
+                f'{contents.path!r} ({contents.format}) has no tensors in '
+                f'its weights {name!r}; take another checkpoint.'
+            )
+        for key, tensor in weights.tensors.items():
+            if tensor.device.type == 'meta':
+                raise CheckpointError(
+                    f'{contents.path!r} holds {key} as a sparse or quantized '
+                    f'tensor, which is no weight that can be averaged; save '
+                    f'it dense.'
+                )
+
+
+def parse_schedule(text: Any) -> Dict[str, Any]:
+    """Return ``dict(type=name, **options)`` of a schedule's text.
+
+    Empty if it is not the text of a schedule with plain options.
+
+    Example:
+        >>> parse_schedule('constant(decay=0.9)')
+        {'type': 'constant', 'decay': 0.9}
+    """
+    try:
+        call: Any = ast.parse(str(text)[:1000], mode='eval').body
+        name = ast.unparse(call.func) if hasattr(ast, 'unparse') else None
+        if name is None:  # Python 3.8
+            name = call.func.id
+        options = {x.arg: ast.literal_eval(x.value) for x in call.keywords}
+        return {'type': name, **options}
+    except (AttributeError, MemoryError, RecursionError, SyntaxError):
+        return {}
+    except (TypeError, ValueError):
+        return {}
+
+
+def as_count(value: Any) -> Optional[int]:
+    """Return a counter of a file as an int; None if it is no whole number."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.device.type == 'meta':
+            return None
+        value = value.item()
+    if isinstance(value, float) and math.isfinite(value) and value % 1 == 0:
+        value = int(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and value >= 0 else None
+
+
+def weights_of(
+    half: Any, prefix: str = '', what: str = 'state_dict', **known: Any
+) -> Weights:
+    """Return a set of weights from a dict of a file.
+
+    Args:
+        half: Tensors by name; what else is in it is left out.
+        prefix: What names begin with; others are left out. Wrappers of
+            DistributedDataParallel, ``torch.compile`` and of activation
+            checkpointing are stripped in any case.
+        what: What to call the dict in an error.
+        **known: Other fields of :class:`Weights`.
+
+    Raises:
+        CheckpointError: If it is no dict, a name is no text, or two names are
+            one without what wrappers add.
+    """
+    if not isinstance(half, Mapping):
+        raise CheckpointError(
+            f'{what} of the checkpoint is a {type(half).__name__}, not a dict '
+            f'of weights; the file is damaged. Take another checkpoint.'
+        )
+    names = {}
+    for name, value in half.items():
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f'{what} of the checkpoint has the name {name!r:.80}, which '
+                f'is no text; the file is damaged. Take another checkpoint.'
+            )
+        if name.startswith(prefix) and isinstance(value, Tensor):
+            names[name] = name[len(prefix) :]
+    plain = _unwrapped(list(names.values()))
+    tensors: Dict[str, Tensor] = {}
+    one: Dict[Any, Tensor] = {}
+    for name, short in zip(names, plain):
+        value = half[name]
+        if short in tensors:
+            raise CheckpointError(
+                f'{what} of the checkpoint has two tensors named {short!r} '
+                f'without what wrappers add; rename one.'
+            )
+        key: Any = id(value)
+        if value.numel() and value.device.type == 'cpu':
+            memory = (value.data_ptr(), value.dtype)
+            key = (*memory, tuple(value.shape), value.stride())
+        tensors[short] = one.setdefault(key, value)
+    metadata = getattr(half, '_metadata', None)
+    if not isinstance(metadata, dict) or prefix:
+        metadata = None
+    return Weights(tensors, metadata=metadata, **known)
+
+
+_WRAPPERS = ('_orig_mod', '_checkpoint_wrapped_module', '_fsdp_wrapped_module')
+
+
+def _unwrapped(names: List[str]) -> List[str]:
+    """Strip what wrappers add to names."""
+    if any(wrapper in name for wrapper in _WRAPPERS for name in names):
+        names = [
+            '.'.join(x for x in name.split('.') if x not in _WRAPPERS)
+            for name in names
+        ]
+    # a model may have a part of that name
+    while names and all(name.startswith('module.') for name in names):
+        names = [name[len('module.') :] for name in names]
+    return names

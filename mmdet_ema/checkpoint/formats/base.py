@@ -1,0 +1,78 @@
+"""What a format is, and what several of them share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+
+from mmdet_ema.checkpoint.contents import Contents, Weights
+from mmdet_ema.errors import CheckpointError
+
+Content = Mapping[str, Any]
+Written = Tuple[Dict[str, Any], List[str]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of checkpoints.
+
+    Attributes:
+        name: As ``--to`` takes it.
+        writer: What writes it, for people.
+        recognise: Whether what was read from a file has this format.
+        read: Makes sense of it; the path says what some formats leave to the
+            name of the file.
+        write: Returns what is to be saved, and a sentence on each thing that
+            is lost; None where the format is only read.
+    """
+
+    name: str
+    writer: str
+    recognise: Callable[[Content], bool]
+    read: Callable[[Content, str], Contents]
+    write: Optional[Callable[[Contents], Written]] = None
+
+
+def state_dict(weights: Weights, prefix: str = '') -> Dict[str, Any]:
+    """Return the weights as a module's ``state_dict`` has them."""
+    state: Any = OrderedDict(
+        (prefix + name, tensor) for name, tensor in weights.tensors.items()
+    )
+    if weights.metadata is not None and not prefix:
+        state._metadata = weights.metadata
+    return state  # type: ignore[no-any-return]
+
+
+def meta_of(content: Content) -> Dict[str, Any]:
+    """Return ``meta`` of a checkpoint of OpenMMLab; a copy."""
+    meta = content.get('meta')
+    return dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def rest_of(content: Content, *known: str) -> Dict[str, Any]:
+    """Return what is not among the known keys."""
+    return {str(k): x for k, x in content.items() if k not in known}
+
+
+def both(contents: Contents) -> Tuple[Weights, Weights]:
+    """Return raw weights and main average, for a file that needs both.
+
+    Raises:
+        CheckpointError: If one is not in the file, or of other tensors.
+    """
+    name = contents.average
+    if contents.raw is None or name is None:
+        found = ', '.join(contents.sets)
+        raise CheckpointError(
+            f'{contents.path!r} ({contents.format}) has only: {found}; this '
+            f'format needs raw weights and averages. To keep one set of '
+            f'weights use extract.'
+        )
+    return contents.raw, contents.sets[name]
+
+
+def lost_sets(contents: Contents, *kept: Optional[str]) -> List[str]:
+    """Say which sets of weights a file does not hold."""
+    lost = [name for name in contents.sets if name not in kept]
+    return [f'weights {", ".join(lost)}'] if lost else []

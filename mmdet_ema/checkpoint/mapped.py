@@ -1,0 +1,299 @@
+"""Read a file without a framework: its tensors are mapped, not copied.
+
+Nothing in a file is run or built, on any version of torch: a pickle is read by
+:class:`~mmdet_ema.checkpoint.files.Look`, whose tensors get their bytes from
+the file when somebody looks at them. NumPy's scalars and arrays become numbers
+and lists; other objects are kept as stand-ins, which cannot be saved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+from typing import Any, Dict, List, Mapping, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from mmdet_ema.checkpoint.files import (
+    Found,
+    Look,
+    RefusedError,
+    StandIn,
+    is_unsafe_chosen,
+    look,
+    one_line,
+)
+
+SAFETENSORS = '__safetensors_metadata__'
+"""Key of a file's metadata beside its tensors, if it is of safetensors."""
+
+# what training scripts put into files besides plain values
+_DATA = {
+    *('argparse.Namespace', 'addict.addict.Dict'),
+    *(f'builtins.{x}' for x in ('frozenset', 'range', 'set', 'slice')),
+    *('collections.defaultdict', 'collections.deque'),
+    *(f'datetime.{x}' for x in ('date', 'datetime', 'time', 'timedelta')),
+    *('datetime.timezone', 'decimal.Decimal', 'fractions.Fraction'),
+    *(f'mmcv.utils.config.{x}' for x in ('Config', 'ConfigDict')),
+    *(f'mmengine.config.config.{x}' for x in ('Config', 'ConfigDict')),
+    *(f'pathlib.{x}Path' for x in ('', 'Posix', 'Windows')),
+    *('pathlib.PurePath', 'pathlib.PurePosixPath', 'uuid.UUID'),
+}
+_MODULES_OF_YOLO = ('models.', 'ultralytics.', 'utils.')
+_CODES = {
+    **{'b1': '?', 'i1': 'b', 'i2': 'h', 'i4': 'i', 'i8': 'q'},
+    **{'u1': 'B', 'u2': 'H', 'u4': 'I', 'u8': 'Q'},
+    **{'f2': 'e', 'f4': 'f', 'f8': 'd'},
+}
+# safetensors' names of dtypes; torch before 2.1 has no 8-bit floats
+DTYPES: Dict[str, torch.dtype] = {
+    name: getattr(torch, dtype)
+    for name, dtype in {
+        'BOOL': 'bool',
+        **{'U8': 'uint8', 'I8': 'int8', 'I16': 'int16', 'I32': 'int32'},
+        **{'I64': 'int64', 'F16': 'float16', 'BF16': 'bfloat16'},
+        **{'F32': 'float32', 'F64': 'float64'},
+        **{'F8_E4M3': 'float8_e4m3fn', 'F8_E5M2': 'float8_e5m2'},
+        **{'U16': 'uint16', 'U32': 'uint32', 'U64': 'uint64'},
+        'C64': 'complex64',
+    }.items()
+    if hasattr(torch, dtype)
+}
+_LONGEST_HEADER = 100_000_000  # that safetensors itself reads
+
+
+def read_file(
+    path: str, *, check: bool = True, unsafe: bool = False
+) -> Mapping[str, Any]:
+    """Return what is in a local file; its tensors are mapped from it.
+
+    Args:
+        path: A file that torch or safetensors wrote.
+        check: Whether to compare every record with its CRC-32, which reads
+            the whole file. Defaults to True.
+        unsafe: Whether to run what the file asks for, by ``torch.load``.
+            Defaults to False.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or not a checkpoint,
+            or if reading it could run code.
+    """
+    with one_line(path):
+        with open(path, 'rb') as file:
+            start = file.read(9)
+        if path.endswith('.safetensors') or start[8:] == b'{':
+            return _read_safetensors(path)
+        if unsafe or is_unsafe_chosen():
+            look(path, Look, check)  # its checksums
+            return _load(path)
+        found = look(path, _Reader, check)
+        return _fill(found, path)
+
+
+def stand_ins(value: Any, name: str = '') -> List[str]:
+    """Return the names of objects in a value that could not be read."""
+    if isinstance(value, StandIn):
+        return [name]
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    return [
+        found
+        for key, item in items
+        for found in stand_ins(item, f'{name}.{key}' if name else str(key))
+    ]
+
+
+def _load(path: str) -> Mapping[str, Any]:
+    """Let torch read a file, and run what is in it."""
+    options: Dict[str, Any] = dict(map_location='cpu', weights_only=False)
+    content = torch.load(path, **options)
+    if not isinstance(content, Mapping):
+        raise RefusedError(
+            f'holds a {type(content).__name__}, not a dict with weights.'
+        )
+    return content
+
+
+class _Dtype(StandIn):
+    """A ``numpy.dtype``: kind, size and order of bytes."""
+
+    kind, order = '', '<'
+
+    def __init__(self, kind: str = '', *args: Any):
+        self.kind = kind
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = '>' if state[1] == '>' else '<'
+
+    def read(self, data: bytes) -> List[Any]:
+        code = _CODES[self.kind]
+        count = len(data) // struct.calcsize(code)
+        return [*struct.unpack(f'{self.order}{count}{code}', data)]
+
+
+class _Array(StandIn):
+    """A ``numpy.ndarray``: nested lists in the end."""
+
+    value: Any = None
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        if isinstance(dtype, _Dtype) and dtype.kind in _CODES:
+            if not isinstance(data, bytes) or (fortran and len(shape) > 1):
+                return
+            flat = dtype.read(data)
+            if len(flat) != math.prod(shape):
+                raise ValueError('an array is not of the size that it says')
+            for size in reversed(shape[1:]):
+                if not size:
+                    return
+                starts = range(0, len(flat), size)
+                flat = [flat[i : i + size] for i in starts]
+            self.value = flat if shape else flat[0]
+
+
+class _Reader(Look):
+    """Builds what can be saved again; classes need not be installed."""
+
+    needs_records = True
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f'{module}.{name}'
+        if full == 'numpy.dtype':
+            return _Dtype
+        if module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+            if name == 'scalar':
+                return _scalar
+            if name == '_reconstruct':
+                return _Array
+        if full in _DATA or full in self.known():
+            return type(full, (StandIn,), {})
+        if module.startswith(_MODULES_OF_YOLO):
+            raise RefusedError(
+                f'is a pickle of the classes of YOLOv5 or ultralytics '
+                f'({full}), which only their own code reads; in their '
+                f'environment run ck = torch.load(FILE, weights_only=False); '
+                f"torch.save({{'state_dict': (ck['ema'] or ck['model'])"
+                f".float().state_dict()}}, 'weights.pth') and give that file."
+            )
+        return super().find_class(module, name)
+
+
+def _scalar(dtype: Any, data: Any = b'') -> Any:
+    if isinstance(dtype, _Dtype) and dtype.kind in _CODES:
+        (number,) = dtype.read(data)
+        return number
+    return StandIn()
+
+
+def _fill(found: Found, path: str) -> Mapping[str, Any]:
+    """Give the tensors of what was found their bytes, in place."""
+    data = _map(path)
+    bases: Dict[str, Tensor] = {}
+    filled: Dict[int, Tensor] = {}
+    for tensor, storage, start in found.tensors:
+        if storage.key not in bases:
+            record = found.records[storage.key]
+            bases[storage.key] = _bytes_at(data, record, storage.nbytes)
+        base = bases[storage.key]
+        size = tensor.element_size()
+        flat = base[: len(base) // size * size].view(tensor.dtype)
+        strides = tuple(tensor.stride())
+        filled[id(tensor)] = flat.as_strided(
+            tuple(tensor.shape), strides, start
+        )
+    content: Mapping[str, Any] = _replaced(found.content, filled, {})
+    return content
+
+
+def _replaced(
+    value: Any, filled: Mapping[int, Tensor], seen: Dict[int, Any]
+) -> Any:
+    if isinstance(value, Tensor):
+        return filled.get(id(value), value)
+    if isinstance(value, _Array):
+        return value if value.value is None else value.value
+    if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+        return seen.get(id(value), value)
+    seen[id(value)] = value
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _replaced(item, filled, seen)
+    elif isinstance(value, list):
+        value[:] = [_replaced(item, filled, seen) for item in value]
+    else:
+        result = tuple(_replaced(item, filled, seen) for item in value)
+        seen[id(value)] = result
+        return result
+    return value
+
+
+def _map(path: str) -> Any:
+    """Map a file; what is written there stays in memory."""
+    with open(path, 'rb') as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _bytes_at(data: Any, record: Union[int, bytes], nbytes: int) -> Tensor:
+    """Return bytes as a tensor with a storage of its own."""
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    if isinstance(record, int):
+        if record % 8 == 0:
+            return torch.frombuffer(
+                data, dtype=torch.uint8, count=nbytes, offset=record
+            )
+        # numbers that stand at odd addresses cannot be computed with
+        record = data[record : record + nbytes]
+    return torch.frombuffer(
+        bytearray(record), dtype=torch.uint8, count=nbytes
+    ).clone()
+
+
+def _read_safetensors(path: str) -> Mapping[str, Any]:
+    size = os.path.getsize(path)
+    data = _map(path)
+    length = int.from_bytes(data[:8], 'little')
+    if length > min(size - 8, _LONGEST_HEADER):
+        raise RefusedError(
+            f'({size} bytes) is cut off or damaged; take another file.'
+        )
+    header = json.loads(bytes(data[8 : 8 + length]).decode('utf-8'))
+    metadata = header.pop('__metadata__', {})
+    if not isinstance(metadata, dict):
+        raise ValueError('its metadata is no dict')
+    content: Dict[str, Any] = {}
+    for name, entry in header.items():
+        content[name] = _entry(data, entry, 8 + length, size, name)
+    content[SAFETENSORS] = {str(k): str(x) for k, x in metadata.items()}
+    return content
+
+
+def _entry(data: Any, entry: Any, start: int, size: int, name: str) -> Tensor:
+    if entry['dtype'] not in DTYPES:
+        raise RefusedError(
+            f'holds {name[:200]!r} as {entry["dtype"]!r:.40}, which this '
+            f'torch does not know; use a newer one.'
+        )
+    dtype = DTYPES[entry['dtype']]
+    shape: Tuple[int, ...] = tuple(map(int, entry['shape']))
+    first, last = map(int, entry['data_offsets'])
+    width = torch.empty((), dtype=dtype).element_size()
+    wanted = math.prod(shape) * width
+    inside = 0 <= first <= last <= size - start
+    if min(shape, default=0) < 0 or last - first != wanted or not inside:
+        raise RefusedError(
+            f'is cut off or damaged at {name[:200]}; take another file.'
+        )
+    flat = _bytes_at(data, start + first, wanted)
+    return flat.view(dtype).view(shape)

@@ -1,0 +1,153 @@
+"""The recipe of a file: from what, and how, it was made.
+
+It is in the file itself, without dates or names of machines: the same recipe
+makes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Dict, List, Mapping, MutableMapping, Sequence
+
+from mmdet_ema.errors import CheckpointError
+from mmdet_ema.version import __version__
+
+KEY = 'mmdet_ema_recipe'
+"""Where it is: in ``meta``, or in the metadata of a safetensors file."""
+
+
+def make(
+    command: str, inputs: Sequence[str], options: Mapping[str, Any]
+) -> Dict[str, Any]:
+    """Return the recipe of a file that is about to be made.
+
+    Args:
+        command: Name of the command.
+        inputs: Paths of the files that it reads, as they were given.
+        options: What else decides what is made: plain values only.
+    """
+    return {
+        'command': command,
+        'version': __version__,
+        'inputs': [{'path': x, 'sha256': sha256_of(x)} for x in inputs],
+        'options': json.loads(json.dumps(dict(options))),
+    }
+
+
+def add(content: MutableMapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Put a recipe into what is to be saved, in place.
+
+    Into ``meta`` where there is one; into an attribute of a flat
+    ``state_dict``, as no name more may be in it; else beside the other keys.
+    """
+    meta = content.get('meta')
+    if isinstance(meta, dict):
+        meta[KEY] = dict(recipe)
+    elif hasattr(content, '__dict__'):  # an OrderedDict
+        setattr(content, KEY, dict(recipe))
+    else:
+        content[KEY] = dict(recipe)
+
+
+def find(content: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the recipe in what was read from a file; empty without one."""
+    meta = content.get('meta')
+    found: Any = meta.get(KEY) if isinstance(meta, Mapping) else None
+    found = found or getattr(content, KEY, None) or content.get(KEY)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def read(path: str) -> Dict[str, Any]:
+    """Return the recipe of a file that was made, or of a YAML or JSON file.
+
+    Raises:
+        CheckpointError: If there is none in it.
+    """
+    if path.endswith(('.yaml', '.yml', '.json')):
+        recipe: Any = _read_text(path)
+    else:
+        from mmdet_ema.checkpoint.mapped import SAFETENSORS, read_file
+
+        content = read_file(path, check=False)
+        recipe = find(content)
+        metadata = content.get(SAFETENSORS, {})
+        if not recipe and KEY in metadata:
+            recipe = json.loads(metadata[KEY])
+    return _checked(recipe, path)
+
+
+def check_inputs(recipe: Mapping[str, Any]) -> List[str]:
+    """Return the paths of a recipe's inputs, which must be as they were.
+
+    Raises:
+        CheckpointError: If one is missing or has changed.
+    """
+    paths = []
+    for entry in recipe['inputs']:
+        path = str(entry['path'])
+        found = sha256_of(path)
+        if found != entry['sha256']:
+            raise CheckpointError(
+                f'{path!r} is not the file that the recipe was made with '
+                f'(sha256 {found[:8]}, not {str(entry["sha256"])[:8]}); give '
+                f'that file under this path.'
+            )
+        paths.append(path)
+    return paths
+
+
+def sha256_of(path: str) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        CheckpointError: If there is no such file.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, 'rb') as file:
+            for block in iter(lambda: file.read(2**20), b''):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(
+            f'{path!r} cannot be read ({error.strerror}).'
+        ) from None
+    return digest.hexdigest()
+
+
+def _read_text(path: str) -> Any:
+    try:
+        with open(path, encoding='utf-8') as file:
+            text = file.read()
+        if path.endswith('.json'):
+            return json.loads(text)
+        import yaml  # type: ignore[import-untyped, unused-ignore]
+
+        return yaml.safe_load(text)
+    except ImportError:
+        raise CheckpointError(
+            f'{path!r} needs PyYAML (pip install pyyaml), or save the recipe '
+            f'as .json.'
+        ) from None
+    except Exception as error:  # a parser may raise anything
+        cause = (str(error).splitlines() or [''])[0][:200]
+        raise CheckpointError(
+            f'{path!r} is no recipe ({cause}); give one that '
+            f'`mmdet-ema inspect FILE --recipe` printed.'
+        ) from None
+
+
+def _checked(recipe: Any, path: str) -> Dict[str, Any]:
+    kinds = {'command': str, 'version': str, 'inputs': list, 'options': dict}
+    right = isinstance(recipe, dict) and all(
+        isinstance(recipe.get(key), kind) for key, kind in kinds.items()
+    )
+    if not right or not all(
+        isinstance(x, dict) and {'path', 'sha256'} <= {*x}
+        for x in recipe['inputs']
+    ):
+        raise CheckpointError(
+            f'{path!r} has no recipe of mmdet-ema in it; give a file that '
+            f'extract, convert or average made.'
+        )
+    return recipe  # type: ignore[no-any-return]

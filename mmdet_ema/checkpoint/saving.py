@@ -1,0 +1,211 @@
+"""Write a file that the toolbox made: whole or not at all, and streamed.
+
+Tensors go from the file that they are mapped from to the new one; no copy of
+the weights is made in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import OrderedDict
+from typing import Any, BinaryIO, Callable, Dict, List, Mapping, Tuple
+
+import torch
+from torch import Tensor
+
+from mmdet_ema.checkpoint.mapped import DTYPES
+from mmdet_ema.checkpoint.recipe import sha256_of
+from mmdet_ema.checkpoint.weights_only import foreign
+from mmdet_ema.errors import CheckpointError
+
+STDOUT = '-'
+TIED = 'mmdet_ema_tied'
+"""Metadata of a safetensors file: further names of tensors, as JSON."""
+_BLOCK = 2**24
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def save(
+    content: Any,
+    path: str,
+    *,
+    force: bool = False,
+    add_hash: bool = False,
+) -> str:
+    """Write what ``torch.load(weights_only=True)`` reads.
+
+    Args:
+        content: Plain values and tensors; see :func:`plain`.
+        path: The file, or ``'-'`` for the standard output.
+        force: Whether to replace a file of that name. Defaults to False.
+        add_hash: Whether to end the name with the first 8 digits of the
+            file's SHA-256, as ``torch.hub`` and ``publish_model.py`` do.
+            Defaults to False.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        CheckpointError: If there is such a file, or no such folder.
+    """
+    return _write(
+        lambda file: torch.save(content, file), path, force, add_hash
+    )
+
+
+def save_safetensors(
+    tensors: Mapping[str, Tensor],
+    path: str,
+    metadata: Mapping[str, str],
+    *,
+    force: bool = False,
+    add_hash: bool = False,
+) -> str:
+    """Write a file of safetensors.
+
+    That format knows no tied tensors: each is written once, under its first
+    name, and the metadata has the other ones.
+
+    Args:
+        tensors: Tensors by name.
+        path: As in :func:`save`.
+        metadata: Text by name.
+        force: As in :func:`save`.
+        add_hash: As in :func:`save`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        CheckpointError: As :func:`save`; also if a dtype has no name there.
+    """
+    first: Dict[int, str] = {}
+    tied: Dict[str, str] = {}
+    header: Dict[str, Any] = {'__metadata__': dict(metadata)}
+    written: List[Tensor] = []
+    end = 0
+    for name, tensor in tensors.items():
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+            continue
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(
+                f'{name} is of {tensor.dtype}, which safetensors does not '
+                f'know; use --dtype, or write a .pth file.'
+            )
+        first[id(tensor)] = name
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            'dtype': _NAMES[tensor.dtype],
+            'shape': list(tensor.shape),
+            'data_offsets': [start, end],
+        }
+        written.append(tensor)
+    if tied:
+        header['__metadata__'][TIED] = json.dumps(tied)
+    text = json.dumps(header, ensure_ascii=False).encode('utf-8')
+    text += b' ' * (-len(text) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for tensor in written:
+            flat = tensor.detach().reshape(-1).contiguous()
+            if flat.numel():
+                values: Any = flat.view(torch.uint8).numpy()
+                data = memoryview(values)
+                for start in range(0, len(data), _BLOCK):
+                    file.write(data[start : start + _BLOCK])
+
+    return _write(write, path, force, add_hash)
+
+
+def plain(content: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+    """Return what can be saved of a content, and the names of what cannot.
+
+    Objects that were not read, and of classes that ``weights_only=True`` does
+    not know, are left out.
+    """
+    lost: List[str] = []
+    kept = _plain(content, '', lost)
+    return kept, lost
+
+
+def _plain(value: Any, name: str, lost: List[str]) -> Any:
+    if isinstance(value, Mapping):
+        # dicts of other classes (configs) are dicts as well
+        result: Any = OrderedDict() if type(value) is OrderedDict else {}
+        if hasattr(value, '__dict__') and type(value) is OrderedDict:
+            for key, item in value.__dict__.items():
+                setattr(result, key, item)
+        for key, item in value.items():
+            inner = f'{name}.{key}' if name else str(key)
+            if foreign(key):
+                lost.append(inner)
+                continue
+            item = _plain(item, inner, lost)
+            if item is not _LOST:
+                result[key] = item
+        return result
+    if type(value) in (list, tuple):
+        items = [_plain(x, f'{name}.{i}', lost) for i, x in enumerate(value)]
+        # an index would name another entry if one were left out
+        if any(item is _LOST for item in items):
+            return _LOST
+        return type(value)(items)
+    if foreign(value) or getattr(value, 'is_meta', False):
+        lost.append(name)
+        return _LOST
+    return value
+
+
+_LOST = object()
+
+
+def _write(
+    write: Callable[[BinaryIO], None], path: str, force: bool, add_hash: bool
+) -> str:
+    if path == STDOUT:
+        write(sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return path
+    check_free(path, force)
+    target = os.path.realpath(path)
+    temporary = f'{target}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+        if add_hash:
+            root, end = os.path.splitext(path)
+            path = f'{root}-{sha256_of(temporary)[:8]}{end}'
+            check_free(path, force)
+            target = os.path.realpath(path)
+        os.replace(temporary, target)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    return path
+
+
+def check_free(path: str, force: bool) -> None:
+    """Refuse a path that cannot be written, or that would replace a file.
+
+    Raises:
+        CheckpointError: If so.
+    """
+    if path == STDOUT:
+        return
+    folder = os.path.dirname(path) or '.'
+    if not os.path.isdir(folder):
+        raise CheckpointError(
+            f'{path!r} cannot be written: there is no folder {folder!r}; '
+            f'make it.'
+        )
+    if os.path.isdir(path):
+        raise CheckpointError(f'{path!r} is a folder; name a file in it.')
+    if os.path.exists(path) and not force:
+        raise CheckpointError(
+            f'{path!r} exists already; use --force to replace it, or write '
+            f'to another path.'
+        )
