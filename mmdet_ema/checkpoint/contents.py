@@ -158,7 +158,7 @@ def read_contents(
     content = read_file(path, check=check, unsafe=unsafe)
     with one_line(path):
         for form in FORMATS.values():
-            if form.recognise(content):
+            if form.recognise(content, path):
                 contents = form.read(content, path)
                 _check(contents)
                 return contents
@@ -183,6 +183,12 @@ def _check(contents: Contents) -> None:
                     f'tensor, which is no weight that can be averaged; save '
                     f'it dense.'
                 )
+
+
+def holds(contents: Contents, name: str) -> Dict[str, Any]:
+    """Return what a file with one set of weights says of it in its recipe."""
+    weights = contents.sets[name]
+    return {'name': name, 'role': weights.role, 'updates': weights.updates}
 
 
 def parse_schedule(text: Any) -> Dict[str, Any]:

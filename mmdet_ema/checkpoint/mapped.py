@@ -27,9 +27,13 @@ from mmdet_ema.checkpoint.files import (
     look,
     one_line,
 )
+from mmdet_ema.checkpoint.recipe import KEY
 
-SAFETENSORS = '__safetensors_metadata__'
-"""Key of a file's metadata beside its tensors, if it is of safetensors."""
+# metadata of a safetensors file, as JSON
+TIED = 'mmdet_ema_tied'
+"""Further names of tensors, each with the one that is in the file."""
+META = 'mmdet_ema_meta'
+"""``meta``, as a file of torch has it."""
 
 # what training scripts put into files besides plain values
 _DATA = {
@@ -270,13 +274,16 @@ def _read_safetensors(path: str) -> Mapping[str, Any]:
         )
     header = json.loads(bytes(data[8 : 8 + length]).decode('utf-8'))
     metadata = header.pop('__metadata__', {})
-    if not isinstance(metadata, dict):
-        raise ValueError('its metadata is no dict')
-    content: Dict[str, Any] = {}
-    for name, entry in header.items():
-        content[name] = _entry(data, entry, 8 + length, size, name)
-    content[SAFETENSORS] = {str(k): str(x) for k, x in metadata.items()}
-    return content
+    weights = {
+        name: _entry(data, entry, 8 + length, size, name)
+        for name, entry in header.items()
+    }
+    for name, other in json.loads(metadata.get(TIED, '{}')).items():
+        weights[name] = weights[other]
+    meta = dict(json.loads(metadata.get(META, '{}')))
+    if KEY in metadata:
+        meta[KEY] = dict(json.loads(metadata[KEY]))
+    return {'state_dict': weights, 'meta': meta}
 
 
 def _entry(data: Any, entry: Any, start: int, size: int, name: str) -> Tensor:

@@ -157,7 +157,7 @@ def convert_buffers(
         return None
     weights = checkpoint[WEIGHTS]
     check_names(weights, WEIGHTS)
-    groups = _names_by_buffer(weights)
+    groups = names_by_buffer(weights)
     if not groups:
         return None
     # of tied names the hooks swap each one; the first buffer holds what was
@@ -201,7 +201,8 @@ def convert_buffers(
     return Converted(line, warnings)
 
 
-def _names_by_buffer(weights: Mapping[str, Any]) -> Dict[str, List[str]]:
+def names_by_buffer(weights: Mapping[str, Any]) -> Dict[str, List[str]]:
+    """Return the names whose averages, or raw weights, a buffer may hold."""
     # names that differ in "." and "_" only collide in one buffer
     buffers = {k for k in weights if k.startswith('ema_') and '.' not in k}
     groups: Dict[str, List[str]] = {}

@@ -67,33 +67,39 @@ def read(path: str) -> Dict[str, Any]:
     if path.endswith(('.yaml', '.yml', '.json')):
         recipe: Any = _read_text(path)
     else:
-        from mmdet_ema.checkpoint.mapped import SAFETENSORS, read_file
+        from mmdet_ema.checkpoint.mapped import read_file
 
-        content = read_file(path, check=False)
-        recipe = find(content)
-        metadata = content.get(SAFETENSORS, {})
-        if not recipe and KEY in metadata:
-            recipe = json.loads(metadata[KEY])
+        recipe = find(read_file(path, check=False))
     return _checked(recipe, path)
 
 
-def check_inputs(recipe: Mapping[str, Any]) -> List[str]:
+def check_inputs(
+    recipe: Mapping[str, Any], paths: Sequence[str] = ()
+) -> List[str]:
     """Return the paths of a recipe's inputs, which must be as they were.
+
+    Args:
+        recipe: The recipe.
+        paths: Where the inputs are now. Defaults to the paths in it.
 
     Raises:
         CheckpointError: If one is missing or has changed.
     """
-    paths = []
-    for entry in recipe['inputs']:
-        path = str(entry['path'])
+    entries = recipe['inputs']
+    paths = list(paths) or [str(entry['path']) for entry in entries]
+    if len(paths) != len(entries):
+        raise CheckpointError(
+            f'the recipe is of {len(entries)} files, {len(paths)} are given; '
+            f'give none, or all in their order.'
+        )
+    for path, entry in zip(paths, entries):
         found = sha256_of(path)
         if found != entry['sha256']:
             raise CheckpointError(
                 f'{path!r} is not the file that the recipe was made with '
                 f'(sha256 {found[:8]}, not {str(entry["sha256"])[:8]}); give '
-                f'that file under this path.'
+                f'that file.'
             )
-        paths.append(path)
     return paths
 
 

@@ -15,14 +15,12 @@ from typing import Any, BinaryIO, Callable, Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor
 
-from mmdet_ema.checkpoint.mapped import DTYPES
+from mmdet_ema.checkpoint.mapped import DTYPES, TIED
 from mmdet_ema.checkpoint.recipe import sha256_of
 from mmdet_ema.checkpoint.weights_only import foreign
 from mmdet_ema.errors import CheckpointError
 
 STDOUT = '-'
-TIED = 'mmdet_ema_tied'
-"""Metadata of a safetensors file: further names of tensors, as JSON."""
 _BLOCK = 2**24
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

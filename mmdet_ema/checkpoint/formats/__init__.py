@@ -1,17 +1,39 @@
 """Formats of checkpoints: one object each, asked in order.
 
-To add one: a module with ``FORMAT``, and its name in :data:`FORMATS`.
+To add one of another project: a row of ``others.LAYOUTS``, or a module with
+a ``Format`` where a row cannot say it.
 """
 
 from typing import Dict
 
-from mmdet_ema.checkpoint.formats import mmdet_ema, mmengine, plain
+from mmdet_ema.checkpoint.formats import (
+    mmcv1,
+    mmdet_ema,
+    mmengine,
+    others,
+    plain,
+)
 from mmdet_ema.checkpoint.formats.base import Format
 
 FORMATS: Dict[str, Format] = {
     form.name: form
-    for form in (mmdet_ema.FORMAT, mmengine.FORMAT, plain.FORMAT)
+    for form in (
+        mmdet_ema.FORMAT,
+        mmengine.FORMAT,
+        *mmcv1.FORMATS,
+        *others.FORMATS,
+        plain.FORMAT,
+    )
 }
 """By name; the first that recognises a file reads it."""
+ALIASES = {
+    'd-fine': 'rtdetr',
+    'deim': 'rtdetr',
+    'deit': 'torchvision',
+    'detectron2': 'd2go',
+    'mmpretrain': 'mmengine',
+    'torch': 'averaged-model',
+}
+"""Other names of formats."""
 
-__all__ = ['FORMATS', 'Format']
+__all__ = ['ALIASES', 'FORMATS', 'Format']

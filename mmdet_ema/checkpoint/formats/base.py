@@ -6,6 +6,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
+from torch import Tensor
+
 from mmdet_ema.checkpoint.contents import Contents, Weights
 from mmdet_ema.errors import CheckpointError
 
@@ -23,15 +25,57 @@ class Format:
         recognise: Whether what was read from a file has this format.
         read: Makes sense of it; the path says what some formats leave to the
             name of the file.
-        write: Returns what is to be saved, and a sentence on each thing that
-            is lost; None where the format is only read.
+        write: Returns what is to be saved under a path, and words on each
+            thing that is lost; None where the format is only read.
+        write_second: Returns path and content of a second file, for what is
+            written to a path; None where there is one file.
     """
 
     name: str
     writer: str
-    recognise: Callable[[Content], bool]
+    recognise: Callable[[Content, str], bool]
     read: Callable[[Content, str], Contents]
-    write: Optional[Callable[[Contents], Written]] = None
+    write: Optional[Callable[[Contents, str], Written]] = None
+    write_second: Optional[
+        Callable[[Contents, str], Tuple[str, Dict[str, Any]]]
+    ] = None
+
+
+def is_weights(value: Any) -> bool:
+    """Return whether a value is a dict with tensors in it."""
+    return isinstance(value, Mapping) and any(
+        isinstance(x, Tensor) for x in value.values()
+    )
+
+
+def complete(average: Weights, raw: Weights) -> List[str]:
+    """Give averages the names that only the raw weights have, in place.
+
+    Names of one raw tensor are names of one average; what was not averaged
+    has its raw weights. Returns a sentence on the latter.
+    """
+    known = {
+        id(tensor): average.tensors[name]
+        for name, tensor in raw.tensors.items()
+        if name in average.tensors
+    }
+    missing, tensors = [], {}
+    for name, tensor in raw.tensors.items():
+        if name in average.tensors:
+            tensors[name] = average.tensors[name]
+        elif id(tensor) in known:
+            tensors[name] = known[id(tensor)]
+        else:
+            tensors[name] = tensor
+            missing.append(name)
+    average.tensors = {**tensors, **average.tensors}
+    if not missing:
+        return []
+    return [
+        f'{len(missing)} tensors have no average there and keep their raw '
+        f'weights: {", ".join(missing[:3])}'
+        f'{", ..." if len(missing) > 3 else ""}.'
+    ]
 
 
 def state_dict(weights: Weights, prefix: str = '') -> Dict[str, Any]:

@@ -36,7 +36,7 @@ def _has_message(content: Content) -> bool:
     return isinstance(messages, dict) and MESSAGE in messages
 
 
-def _recognise(content: Content) -> bool:
+def _recognise(content: Content, path: str) -> bool:
     return META in content or _has_message(content)
 
 
@@ -97,7 +97,7 @@ def _kappa(meta: Mapping[str, Any]) -> Dict[str, float]:
     return {} if kappa == 1 else {KAPPA: kappa}
 
 
-def _write(contents: Contents) -> Written:
+def _write(contents: Contents, out: str) -> Written:
     raw, main = both(contents)
     deployed = contents.average or MAIN
     before = contents.rest.get(META)

@@ -29,7 +29,7 @@ from mmdet_ema.checkpoint.formats.base import (
 )
 
 
-def _recognise(content: Content) -> bool:
+def _recognise(content: Content, path: str) -> bool:
     return EMA in content
 
 
@@ -66,7 +66,7 @@ def _read(content: Content, path: str) -> Contents:
     )
 
 
-def _write(contents: Contents) -> Written:
+def _write(contents: Contents, out: str) -> Written:
     raw, main = both(contents)
     updates = main.updates or 0
     ema: Dict[str, Any] = OrderedDict({STEPS: torch.tensor(updates)})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional
-
-from torch import Tensor
+from typing import Any, Dict, Optional
 
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
@@ -18,6 +16,7 @@ from mmdet_ema.checkpoint.formats.base import (
     Content,
     Format,
     Written,
+    is_weights,
     lost_sets,
     meta_of,
     rest_of,
@@ -28,19 +27,12 @@ from mmdet_ema.checkpoint.recipe import KEY
 _PLACES = (WEIGHTS, 'model', 'model_state_dict', 'network', 'weights')
 
 
-def is_weights(value: Any) -> bool:
-    """Return whether a value is a dict with tensors by name."""
-    return isinstance(value, Mapping) and any(
-        isinstance(x, Tensor) for x in value.values()
-    )
-
-
 def _place(content: Content) -> Optional[str]:
     found = [key for key in _PLACES if is_weights(content.get(key))]
     return found[0] if found else None
 
 
-def _recognise(content: Content) -> bool:
+def _recognise(content: Content, path: str) -> bool:
     return _place(content) is not None or is_weights(content)
 
 
@@ -63,7 +55,7 @@ def _read(content: Content, path: str) -> Contents:
     return Contents(path, FORMAT.name, what, {name: weights}, name, meta, rest)
 
 
-def _write(contents: Contents) -> Written:
+def _write(contents: Contents, out: str) -> Written:
     name = contents.choose()
     content: Dict[str, Any] = {
         'meta': dict(contents.meta),

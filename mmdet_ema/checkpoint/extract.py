@@ -1,0 +1,162 @@
+"""Take one set of weights out of a checkpoint: to deploy, to fine-tune."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import Tensor
+
+from mmdet_ema.averaging.averages import own_memory
+from mmdet_ema.checkpoint import recipe as recipes
+from mmdet_ema.checkpoint import saving
+from mmdet_ema.checkpoint.contents import (
+    Contents,
+    Weights,
+    holds,
+    read_contents,
+)
+from mmdet_ema.checkpoint.format import WEIGHTS
+from mmdet_ema.checkpoint.formats.base import state_dict
+from mmdet_ema.checkpoint.mapped import META
+from mmdet_ema.errors import CheckpointError, OptionError
+
+# what OpenMMLab's tools need to build and show a model
+_META = ('CLASSES', 'PALETTE', 'dataset_meta', 'cfg', 'config')
+_DTYPES = ('float16', 'bfloat16', 'float32', 'float64')
+
+
+@dataclass
+class Extracted:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        name: Name of the weights.
+        role: Their role: ``'raw'``, ``'average'`` or ``'unknown'``.
+        tensors: How many there are, each name once.
+        lost: What could not be kept, for people.
+        notes: What to know of the file that was read.
+    """
+
+    path: str
+    name: str
+    role: str
+    tensors: int
+    lost: List[str]
+    notes: List[str]
+
+
+def extract(
+    path: str,
+    out: str,
+    *,
+    weights: Optional[str] = None,
+    dtype: Optional[str] = None,
+    add_hash: bool = False,
+    safetensors: bool = False,
+    force: bool = False,
+    unsafe: bool = False,
+    recipe: Optional[Dict[str, Any]] = None,
+) -> Extracted:
+    """Write a file with one set of weights, and what is needed to use them.
+
+    It has ``state_dict`` and ``meta`` (class names and colours of the data
+    set, and the config of the model): ``init_detector``, ``tools/test.py``
+    and ``load_from`` take it. Optimizer and histories are left out.
+
+    Args:
+        path: The file to read.
+        out: The file to write; ``'-'`` for the standard output.
+        weights: ``'ema'``, ``'raw'`` or the name of an average. Defaults to
+            the average that the file deploys; where it holds one set only, to
+            that.
+        dtype: What floating-point tensors become. Defaults to what they are.
+        add_hash: Whether to name it ``OUT-<8 digits of its SHA-256>.pth``.
+            Defaults to False.
+        safetensors: Whether to write safetensors; also by the name of the
+            file. Defaults to False.
+        force: Whether to replace a file. Defaults to False.
+        unsafe: Whether to run code that the file asks for. Defaults to False.
+        recipe: Goes into the file. Defaults to that of this call.
+
+    Raises:
+        CheckpointError: If the file cannot be read or has no such weights.
+        OptionError: If an option is wrong.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise OptionError(
+            f'--dtype {dtype!r} is not known; use one of {", ".join(_DTYPES)}.'
+        )
+    saving.check_free(out, force or add_hash)
+    contents = read_contents(path, unsafe=unsafe)
+    name = contents.choose(weights)
+    chosen = contents.sets[name]
+    safetensors = safetensors or out.endswith('.safetensors')
+    if recipe is None:
+        options = {'weights': weights, 'dtype': dtype}
+        options['safetensors'] = safetensors  # type: ignore[assignment]
+        recipe = recipes.make('extract', [path], options)
+    recipe = {**recipe, 'holds': holds(contents, name)}
+    wanted = None if dtype is None else getattr(torch, dtype)
+    chosen = Weights(_cast(chosen.tensors, wanted), metadata=chosen.metadata)
+    meta, unread = _meta_for_use(contents)
+    place = dict(force=force, add_hash=add_hash)
+    if safetensors:
+        metadata = {'format': 'pt', recipes.KEY: json.dumps(recipe)}
+        if meta:
+            metadata[META] = _as_json(meta)
+        written = saving.save_safetensors(
+            chosen.tensors, out, metadata, **place
+        )
+    else:
+        content = {'meta': meta, WEIGHTS: state_dict(chosen)}
+        recipes.add(content, recipe)
+        written = saving.save(content, out, **place)
+    lost = [f'{x} of meta, which only its own code reads' for x in unread]
+    return Extracted(
+        *(written, name, contents.sets[name].role, len(chosen.tensors)),
+        *(lost, list(contents.notes)),
+    )
+
+
+def _meta_for_use(contents: Contents) -> Any:
+    meta = {k: contents.meta[k] for k in _META if k in contents.meta}
+    return saving.plain(meta)
+
+
+def _as_json(meta: Dict[str, Any]) -> str:
+    try:
+        return json.dumps(meta)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'the meta of the file cannot be kept in safetensors ({error}); '
+            f'write a .pth file.'
+        ) from None
+
+
+def _cast(
+    tensors: Dict[str, Tensor], dtype: Optional[torch.dtype]
+) -> Dict[str, Tensor]:
+    """Return tensors with storages of their own, ties kept."""
+    done: Dict[int, Tensor] = {}
+    result: Dict[str, Tensor] = OrderedDict()
+    for name, tensor in tensors.items():
+        if id(tensor) not in done:
+            new = tensor
+            if dtype is not None and tensor.is_floating_point():
+                new = tensor.to(dtype)
+                lost = torch.isfinite(tensor).all() and not (
+                    torch.isfinite(new).all()
+                )
+                if lost:
+                    raise CheckpointError(
+                        f'{name} has values that {dtype} cannot hold; use '
+                        f'--dtype bfloat16, or leave it as it is.'
+                    )
+            done[id(tensor)] = new
+        result[name] = done[id(tensor)]
+    return own_memory(result)

@@ -1,0 +1,259 @@
+"""Files of the EMA hooks of mmcv 1.x and mmdet 2, and BEVDet's pair of files.
+
+One flat ``state_dict``: beside ``a.b.c`` a buffer ``ema_a_b_c``; a file that
+was saved by epoch has the averages in the plain names, one saved by iteration
+the raw weights. mmcv's hook averages parameters, mmdet's whole state dicts.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from typing import Any, Dict, List, Optional, Tuple
+
+from mmdet_ema.checkpoint import bevdet, mmcv1
+from mmdet_ema.checkpoint.contents import (
+    AVERAGE,
+    RAW,
+    Contents,
+    as_count,
+    weights_of,
+)
+from mmdet_ema.checkpoint.format import EMA, PREFIX, STEPS, WEIGHTS
+from mmdet_ema.checkpoint.formats.base import (
+    Content,
+    Format,
+    Written,
+    both,
+    complete,
+    is_weights,
+    lost_sets,
+    meta_of,
+    rest_of,
+    state_dict,
+)
+from mmdet_ema.checkpoint.mapped import read_file
+from mmdet_ema.errors import CheckpointError
+
+_SECOND = re.compile(r'(?P<start>.*(?:epoch|iter)_\d+)_ema(?P<end>\.\w+)$')
+_FIRST = re.compile(r'(?P<start>.*(?:epoch|iter)_\d+)(?P<end>\.\w+)$')
+_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+
+
+def _has_buffers(content: Content, path: str) -> bool:
+    weights: Any = content.get(WEIGHTS)
+    if not is_weights(weights):
+        return False
+    named = {k: x for k, x in weights.items() if isinstance(k, str)}
+    return bool(mmcv1.names_by_buffer(named))
+
+
+def _read_buffers(content: Content, path: str) -> Contents:
+    whole = dict(content)
+    found = mmcv1.convert_buffers(whole, filename=path)
+    if found is None:
+        raise ValueError('it has no buffers of averages')
+    said = found.line.partition('its plain keys')[2]
+    said = f'its plain keys{said}'.rstrip('.')
+    if found.warnings:
+        said = f'assumed: {said}'
+    meta = meta_of(content)
+    steps = as_count(whole[EMA].pop(STEPS)) if 'iter' in meta else None
+    sets = {
+        'raw': weights_of(whole[EMA], PREFIX, EMA, role=RAW, evidence=said),
+        'ema': weights_of(
+            whole[WEIGHTS],
+            role=AVERAGE,
+            evidence=said,
+            updates=steps,
+            steps=steps,
+        ),
+    }
+    metadata = getattr(content[WEIGHTS], '_metadata', None)
+    for weights in sets.values():
+        weights.metadata = metadata
+    averaged = any(name.endswith(_STATISTICS[0]) for name in content[WEIGHTS])
+    buffers = any(
+        str(key).startswith('ema_') and str(key).endswith(_STATISTICS)
+        for key in content[WEIGHTS]
+    )
+    name = 'mmdet2' if buffers or not averaged else 'mmcv1'
+    deployed = 'ema' if 'taken as the averages' in said else 'raw'
+    version = meta.get('mmcv_version') or meta.get('mmdet_version') or ''
+    return Contents(
+        path,
+        name,
+        f"mmcv's or mmdet's EMA hook (mmcv {version})".replace(' (mmcv )', ''),
+        sets,
+        deployed,
+        meta,
+        rest_of(content, WEIGHTS, 'meta'),
+        [w.replace('EMA: ', '', 1) for w in found.warnings],
+    )
+
+
+def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
+    raw, average = both(contents)
+    lost = lost_sets(contents, 'raw', contents.average)
+    if average.schedule:
+        lost.append('the schedule')
+    # the path that is written decides the roles, as it does for the reader
+    swapped = '_iter_' not in f'_{os.path.basename(out)}'
+    plain, held = (average, raw) if swapped else (raw, average)
+    state: Any = state_dict(plain)
+    by_buffer: Dict[str, List[str]] = {}
+    for name in plain.tensors:
+        if whole_state or not name.endswith(_STATISTICS):
+            buffer = 'ema_' + name.replace('.', '_')
+            by_buffer.setdefault(buffer, []).append(name)
+    left = [n for n in plain.tensors if not n.endswith(_STATISTICS)]
+    for buffer, names in by_buffer.items():
+        if len(names) > 1:
+            lost.append(
+                f'averages of {", ".join(names)}, whose buffers have one name'
+            )
+            for name in names:
+                state[name] = raw.tensors[name]
+        else:
+            state[buffer] = held.tensors[names[0]]
+    if not whole_state:
+        for name in set(plain.tensors) - set(left):
+            state[name] = raw.tensors[name]
+        lost.append('averages of BatchNorm statistics')
+    meta = dict(contents.meta)
+    if average.updates is None:
+        lost.append('n, which is written as 0')
+    if 'iter' not in meta or contents.format not in ('mmcv1', 'mmdet2'):
+        meta['iter'] = average.updates or 0
+        meta.setdefault('epoch', 0)
+    return {'meta': meta, WEIGHTS: state, **contents.rest}, lost
+
+
+def _second_of(path: str) -> Optional[str]:
+    """Return the path of the averages beside a raw file of BEVDet's."""
+    match = _FIRST.match(path)
+    return f'{match["start"]}_ema{match["end"]}' if match else None
+
+
+def _first_of(path: str) -> Optional[str]:
+    match = _SECOND.match(path)
+    return f'{match["start"]}{match["end"]}' if match else None
+
+
+def _is_pair(content: Content, path: str) -> bool:
+    if not is_weights(content.get(WEIGHTS)):
+        return False
+    if bevdet.is_second_file(content):
+        return True
+    beside = _second_of(path)
+    if 'meta' not in content or beside is None or not os.path.isfile(beside):
+        return False
+    return bevdet.is_second_file(read_file(beside, check=False))
+
+
+def _read_pair(content: Content, path: str) -> Contents:
+    if bevdet.is_second_file(content):
+        second, first_path = content, _first_of(path)
+        first: Content = {}
+        if first_path is not None and os.path.isfile(first_path):
+            first = read_file(first_path)
+            if not is_weights(first.get(WEIGHTS)):
+                first = {}
+    else:
+        beside = _second_of(path)
+        assert beside is not None
+        first, second = content, read_file(beside)
+    said = 'BEVDet writes averages and updates into a second file, *_ema'
+    count = as_count(second[bevdet.UPDATES])
+    average = weights_of(
+        second[WEIGHTS],
+        role=AVERAGE,
+        evidence=said,
+        updates=count,
+        steps=count,
+    )
+    notes = ["n starts at the hook's init_updates, which is not in the file."]
+    sets = {'ema': average}
+    if first:
+        raw = weights_of(first[WEIGHTS], role=RAW, evidence=said)
+        notes += complete(average, raw)
+        sets = {'raw': raw, 'ema': average}
+        theirs = second.get('epoch'), second.get('iter')
+        meta = meta_of(first)
+        for unit, number in zip(('epoch', 'iter'), theirs):
+            ours = meta.get(unit)
+            if not isinstance(number, int) or not isinstance(ours, int):
+                continue
+            if not -1 <= number - ours <= 1:
+                notes.append(
+                    f'the files are of {unit} {ours} and {number}: raw '
+                    f'weights and averages of different moments.'
+                )
+    else:
+        notes.append('the raw weights are in the file beside: it is not there')
+    return Contents(
+        path,
+        'bevdet',
+        "BEVDet's MEGVIIEMAHook",
+        sets,
+        'raw' if first is content else 'ema',
+        meta_of(first),
+        rest_of(first, WEIGHTS, 'meta'),
+        notes,
+    )
+
+
+def _write_first(contents: Contents, out: str) -> Written:
+    raw, average = both(contents)
+    lost = lost_sets(contents, 'raw', contents.average)
+    if average.updates is None:
+        lost.append('n, which is written as 0')
+    if average.schedule:
+        lost.append('the schedule')
+    content = {'meta': dict(contents.meta), WEIGHTS: state_dict(raw)}
+    return {**content, **contents.rest}, lost
+
+
+def _write_second(contents: Contents, out: str) -> Tuple[str, Dict[str, Any]]:
+    path = _second_of(out)
+    if path is None:
+        raise CheckpointError(
+            f"{out!r} is no name of BEVDet's pair of files; write to "
+            f'epoch_N.pth or iter_N.pth: the averages go to epoch_N_ema.pth '
+            f'beside it.'
+        )
+    _, average = both(contents)
+    unit = 'iter' if 'iter_' in os.path.basename(out) else 'epoch'
+    number = int(re.findall(r'\d+', os.path.basename(out))[-1])
+    return path, {
+        unit: number,
+        WEIGHTS: state_dict(average),
+        bevdet.UPDATES: average.updates or 0,
+    }
+
+
+FORMATS = [
+    Format(
+        'bevdet',
+        "BEVDet's MEGVIIEMAHook: two files",
+        _is_pair,
+        _read_pair,
+        _write_first,
+        _write_second,
+    ),
+    Format(
+        'mmdet2',
+        "mmdet 2's EMA hooks",
+        _has_buffers,
+        _read_buffers,
+        functools.partial(_write_buffers, whole_state=True),
+    ),
+    Format(
+        'mmcv1',
+        "mmcv 1.x's EMAHook",
+        lambda content, path: False,  # the one above reads both
+        _read_buffers,
+        functools.partial(_write_buffers, whole_state=False),
+    ),
+]

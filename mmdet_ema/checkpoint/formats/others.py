@@ -1,0 +1,306 @@
+"""Other projects: which key holds what, under which prefix, and where n is.
+
+A row of :data:`LAYOUTS` is a format. Keys are given as a path: ``('ema',
+'module')`` is ``content['ema']['module']``, ``()`` the content itself.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import torch
+from torch import nn
+
+from mmdet_ema.checkpoint.contents import (
+    AVERAGE,
+    RAW,
+    Contents,
+    Weights,
+    as_count,
+    weights_of,
+)
+from mmdet_ema.checkpoint.formats.base import (
+    Content,
+    Format,
+    Written,
+    both,
+    complete,
+    is_weights,
+    lost_sets,
+    rest_of,
+    state_dict,
+)
+from mmdet_ema.errors import CheckpointError
+
+Path = Tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a project keeps what.
+
+    Attributes:
+        name: As ``--to`` takes it.
+        writer: What writes it, for people.
+        average: Path of the averages.
+        evidence: Why these are the averages.
+        raw: Path of the raw weights; None where they are not kept.
+        count: Path of n; None where it is not kept.
+        prefix: What the names of averages begin with.
+        raw_prefix: What those of raw weights begin with.
+        also: Keys that must be there too, with what a new file has in them.
+        deployed: Which weights the project's own tools load.
+        tensor_count: Whether n is a tensor, as that of a module.
+        notes: Sentences on what a user should know.
+    """
+
+    name: str
+    writer: str
+    average: Path
+    evidence: str
+    raw: Optional[Path] = None
+    count: Optional[Path] = None
+    prefix: str = ''
+    raw_prefix: str = ''
+    also: Mapping[str, Any] = field(default_factory=dict)
+    deployed: str = 'raw'
+    tensor_count: bool = False
+    notes: Tuple[str, ...] = ()
+
+    def recognise(self, content: Content, path: str) -> bool:
+        """Return whether everything is where this project keeps it."""
+        weights = _at(content, self.average)
+        if not is_weights(weights):
+            return False
+        if self.prefix and not any(_begins(k, self.prefix) for k in weights):
+            return False
+        if self.raw is not None:
+            raw = _at(content, self.raw)
+            if self.raw and not is_weights(raw):
+                return False
+        counted = self.count is None or _at(content, self.count) is not None
+        return counted and all(key in content for key in self.also)
+
+    def read(self, content: Content, path: str) -> Contents:
+        """Return what is in a file."""
+        count = None if self.count is None else _at(content, self.count)
+        count = as_count(count)
+        average = weights_of(
+            _at(content, self.average),
+            self.prefix,
+            _text(self.average),
+            role=AVERAGE,
+            evidence=self.evidence,
+            updates=count,
+            steps=count,
+        )
+        sets, notes = {'ema': average}, list(self.notes)
+        if self.raw is not None:
+            raw = weights_of(
+                _at(content, self.raw),
+                self.raw_prefix,
+                _text(self.raw),
+                role=RAW,
+                evidence=self.evidence,
+            )
+            if raw.tensors:
+                sets = {'raw': raw, 'ema': average}
+                notes += complete(average, raw)
+        used = {x[0] for x in (self.average, self.raw, self.count) if x}
+        rest = rest_of(content, *used) if self.average else {}
+        deployed = self.deployed if self.deployed in sets else 'ema'
+        return Contents(
+            *(path, self.name, self.writer, sets, deployed), {}, rest, notes
+        )
+
+    def write(self, contents: Contents, out: str) -> Written:
+        """Return what this project would have written."""
+        raw = None
+        if self.raw is None:
+            name = contents.average
+            if name is None:
+                raise CheckpointError(
+                    f'{contents.path!r} ({contents.format}) has no averages, '
+                    f'which is what a file of {self.writer} holds; it has: '
+                    f'{", ".join(contents.sets)}.'
+                )
+            average = contents.sets[name]
+        else:
+            raw, average = both(contents)
+        content: Dict[str, Any] = {} if self.average else OrderedDict()
+        # what is in the file stays, if it came from such a file
+        content.update({**self.also, **contents.rest})
+        if raw is not None and self.raw is not None:
+            _put(content, self.raw, state_dict(raw, self.raw_prefix))
+        if self.count is not None:
+            n: Any = average.updates or 0
+            n = torch.tensor(n) if self.tensor_count else n
+            _put(content, self.count[:-1], {self.count[-1]: n})
+        _put(content, self.average, state_dict(average, self.prefix))
+        return content, self._lost(contents, average)
+
+    def _lost(self, contents: Contents, average: Weights) -> List[str]:
+        kept = [contents.average, None if self.raw is None else 'raw']
+        lost = lost_sets(contents, *kept)
+        if self.count is None and average.updates is not None:
+            lost.append(f'n, which is {average.updates}')
+        if self.count is not None and average.updates is None:
+            lost.append('n, which is written as 0')
+        if average.schedule:
+            lost.append('the schedule')
+        if contents.meta:
+            lost.append(f'meta ({", ".join(contents.meta)})')
+        return lost
+
+
+LAYOUTS = (
+    Layout(
+        'lightning',
+        "Lightning's WeightAveraging",
+        average=('state_dict',),
+        raw=('current_model_state',),
+        count=('averaging_state', 'n_averaged'),
+        evidence='Lightning saves swapped, with current_model_state beside',
+        deployed='ema',
+        tensor_count=True,
+    ),
+    Layout(
+        'timm',
+        "timm's train.py",
+        average=('state_dict_ema',),
+        raw=('state_dict',),
+        evidence='timm writes state_dict (raw) and state_dict_ema',
+        deployed='ema',
+        notes=('timm does not save n.',),
+    ),
+    Layout(
+        'torchvision',
+        "torchvision's references, DeiT",
+        average=('model_ema',),
+        prefix='module.',
+        raw=('model',),
+        count=('model_ema', 'n_averaged'),
+        evidence='torchvision writes model (raw) and model_ema',
+        tensor_count=True,
+    ),
+    Layout(
+        'rtdetr',
+        'RT-DETR, D-FINE, DEIM',
+        average=('ema', 'module'),
+        raw=('model',),
+        count=('ema', 'updates'),
+        evidence='RT-DETR and D-FINE write model (raw) and ema.module',
+        deployed='ema',
+    ),
+    Layout(
+        'd2go',
+        'd2go, EMA for detectron2',
+        average=('ema_state',),
+        raw=('model',),
+        evidence='d2go writes model (raw) and ema_state',
+        notes=('d2go does not save n.',),
+    ),
+    Layout(
+        'yolox',
+        'YOLOX',
+        average=('model',),
+        also={'start_epoch': 0, 'optimizer': None},
+        evidence='YOLOX saves the averages alone, unless its EMA is off',
+        deployed='ema',
+        notes=(
+            'YOLOX keeps neither raw weights nor n, and computes n from the '
+            'epoch.',
+        ),
+    ),
+    Layout(
+        'ema-pytorch',
+        'ema-pytorch',
+        average=(),
+        prefix='ema_model.',
+        raw=(),
+        raw_prefix='online_model.',
+        count=('step',),
+        also={'initted': torch.tensor(True)},
+        evidence='ema-pytorch writes online_model.* and ema_model.*',
+        deployed='ema',
+        tensor_count=True,
+        notes=(
+            "n is the calls of ema-pytorch's update(); the file does not "
+            'tell update_every.',
+        ),
+    ),
+    Layout(
+        'averaged-model',
+        "torch's AveragedModel",
+        average=(),
+        prefix='module.',
+        count=('n_averaged',),
+        evidence='AveragedModel writes n_averaged and module.*',
+        deployed='ema',
+        tensor_count=True,
+    ),
+)
+
+
+def _at(content: Any, path: Path) -> Any:
+    for key in path:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
+
+
+def _put(content: Dict[str, Any], path: Path, value: Dict[str, Any]) -> None:
+    """Put a dict at a path; what is there already stays."""
+    *folders, last = path or ('',)
+    for key in folders:
+        content = content.setdefault(key, {})
+    if not path:
+        content.update(value)
+    elif isinstance(content.get(last), dict):
+        content[last].update(value)
+    else:
+        content[last] = value
+
+
+def _text(path: Path) -> str:
+    return '.'.join(path) or 'the file'
+
+
+def _begins(name: Any, prefix: str) -> bool:
+    return isinstance(name, str) and name.startswith(prefix)
+
+
+def _has_modules(content: Content, path: str) -> bool:
+    return any(isinstance(content.get(k), nn.Module) for k in ('model', 'ema'))
+
+
+def _read_modules(content: Content, path: str) -> Contents:
+    said = 'YOLOv5 writes model (raw) and ema, both in half precision'
+    sets: Dict[str, Weights] = {}
+    for name, key, role in (('raw', 'model', RAW), ('ema', 'ema', AVERAGE)):
+        if isinstance(content.get(key), nn.Module):
+            state = content[key].state_dict()
+            sets[name] = weights_of(state, role=role, evidence=said)
+    notes = []
+    if 'ema' in sets:
+        count = as_count(content.get('updates'))
+        sets['ema'] = replace(sets['ema'], updates=count, steps=count)
+    else:
+        sets = {'weights': weights_of(content['model'].state_dict())}
+        sets[
+            'weights'
+        ].evidence = 'a stripped file holds the averages as model'
+        notes.append('the file has no ema: strip_optimizer() moved it, or off')
+    deployed = 'ema' if 'ema' in sets else 'weights'
+    return Contents(
+        *(path, 'yolov5', 'YOLOv5 or ultralytics', sets, deployed),
+        notes=notes,
+    )
+
+
+FORMATS = [
+    *(Format(x.name, x.writer, x.recognise, x.read, x.write) for x in LAYOUTS),
+    # only with unsafe=True: else the file is refused
+    Format('yolov5', 'YOLOv5 or ultralytics', _has_modules, _read_modules),
+]

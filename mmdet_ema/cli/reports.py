@@ -1,0 +1,232 @@
+"""What the toolbox prints: tables by ``rich``, or plain lines without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from typing import Any, Dict, List, Sequence
+
+from mmdet_ema.errors import OptionError
+
+_FEW = 8
+_LINES = 40
+
+
+def table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Print a table; columns that hold numbers are aligned to the right."""
+    numbers = [
+        all(row[i][:1].isdigit() or not row[i] for row in rows)
+        for i in range(len(head))
+    ]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, x)) for x in zip(head, *rows)]
+        if title:
+            print(title)
+        for row in (head, *rows):
+            cells = [
+                x.rjust(n) if right else x.ljust(n)
+                for x, n, right in zip(row, widths, numbers)
+            ]
+            print('  '.join(cells).rstrip())
+        return
+    made = Table(title=title or None, title_justify='left')
+    for name, right in zip(head, numbers):
+        made.add_column(name, justify='right' if right else 'left')
+    for row in rows:
+        made.add_row(*(x.replace('[', r'\[') for x in row))
+    # a terminal's width; whoever reads a pipe wants whole cells
+    width = None if sys.stdout.isatty() else 10_000
+    Console(width=width, highlight=False, soft_wrap=False).print(made)
+
+
+def show_one(report: Dict[str, Any]) -> None:
+    """Print the report on one file."""
+    print(
+        f'{report["path"]}: {report["format"]}, written by '
+        f'{report["writer"]}, {_size(report["bytes"])}'
+    )
+    sets = report['sets']
+    table('', _HEAD[1:], [_row(report, name)[1:] for name in sets])
+    said = {x['evidence'] for x in sets.values()}
+    for name, x in sets.items():
+        if x['role'] == 'unknown':
+            print(
+                f'{name}: cannot be known whether raw or averages '
+                f'({x["evidence"]})'
+            )
+        elif len(said) > 1:
+            print(f'{name}: {x["role"]}, because {x["evidence"]}')
+    if len(said) == 1 and 'unknown' not in {x['role'] for x in sets.values()}:
+        print(f'roles: {said.pop()}')
+    deployed = report['deployed']
+    print(f"the framework's own tools load: {deployed}")
+    for name, x in sets.items():
+        if x['schedule']:
+            options = dict(x['schedule'])
+            kind = options.pop('type', '?')
+            given = ', '.join(f'{k}={v}' for k, v in options.items())
+            print(f'{name}: schedule {kind}({given})')
+        if x['interval'] != 1 or x['skipped']:
+            print(
+                f'{name}: {x["steps"]} steps, interval {x["interval"]}, '
+                f'{x["skipped"]} skipped as not finite'
+            )
+    for name, x in sets.items():
+        if 'distance' in x:
+            modules = x['distance']['modules'].items()
+            far = ', '.join(f'{k} {_number(v)}' for k, v in modules)
+            print(f'{name}: distance from raw by module: {far}')
+        if x.get('nonfinite'):
+            print(f'{name}: NaN or infinite: {_few(x["nonfinite"])}')
+    ties = {' = '.join(t) for x in sets.values() for t in x['tied']}
+    if ties:
+        print(f'tied: {_few(sorted(ties), "; ")}')
+    if report['collisions']:
+        groups = [' and '.join(x) for x in report['collisions']]
+        print(f"one name to mmcv's EMA hook: {_few(groups, '; ')}")
+    if report['rest']:
+        print(f'also in it: {", ".join(report["rest"])}')
+    if 'recipe' in report:
+        made = report['recipe']
+        inputs = ', '.join(str(x['path']) for x in made.get('inputs', ()))
+        print(f'made by: mmdet-ema {made.get("command")} from {inputs}')
+    for note in report['notes']:
+        print(f'note: {note}')
+
+
+def show_several(reports: List[Dict[str, Any]]) -> None:
+    """Print a table with a row for each set of weights of each file."""
+    rows = [_row(x, name) for x in reports for name in x['sets']]
+    table('', _HEAD, rows)
+    for report in reports:
+        for note in report['notes']:
+            print(f'{report["path"]}: {note}')
+
+
+def plot(reports: List[Dict[str, Any]], path: str) -> None:
+    """Draw the distance of averages from raw weights, by module.
+
+    Raises:
+        OptionError: If there is nothing to draw, or no matplotlib.
+    """
+    series = {
+        f'{x["path"]}: {name}': s['distance']['modules']
+        for x in reports
+        for name, s in x['sets'].items()
+        if 'distance' in s
+    }
+    if not series:
+        raise OptionError(
+            '--plot draws distances of averages from raw weights: no file '
+            'has both; leave it out, and --quick too.'
+        )
+    try:
+        import matplotlib
+    except ImportError:
+        raise OptionError(
+            '--plot needs matplotlib (pip install matplotlib).'
+        ) from None
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    modules = list(dict.fromkeys(k for x in series.values() for k in x))
+    figure, axes = pyplot.subplots(
+        figsize=(8, 1 + 0.3 * len(modules) * max(len(series), 1)),
+        constrained_layout=True,
+    )
+    high = 0.8 / len(series)
+    for i, (label, found) in enumerate(series.items()):
+        places = [k + i * high for k in range(len(modules))]
+        lengths = [found.get(k, 0.0) for k in modules]
+        axes.barh(places, lengths, height=high, label=label)
+    axes.set_yticks([k + 0.4 - high / 2 for k in range(len(modules))])
+    axes.set_yticklabels(modules)
+    axes.invert_yaxis()
+    axes.set_xlabel('||average - raw|| / ||raw||')
+    axes.legend(fontsize='small')
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def show_difference(found: Any) -> None:
+    """Print what differs between two files."""
+    pairs = ', '.join(
+        a if a == b else f'{a} of A with {b} of B' for a, b in found.pairs
+    )
+    rows = [
+        [
+            *(x.weights, x.name, x.kind, x.detail),
+            *(
+                '' if n is None else _number(n)
+                for n in (x.largest, x.relative)
+            ),
+        ]
+        for x in found.differences
+    ]
+    if rows:
+        head = ('weights', 'tensor', 'differs in', 'A | B', 'max', 'relative')
+        table('', head, rows[:_LINES])
+        if len(rows) > _LINES:
+            print(f'... and {len(rows) - _LINES} more (--json has all)')
+    print(
+        f'{len(rows)} differences in {found.compared} tensors; compared: '
+        f'{pairs}'
+    )
+    for words in found.unpaired:
+        print(f'not compared: {words}')
+
+
+def as_plain(value: Any) -> Any:
+    """Return a dataclass as JSON has it."""
+    return dataclasses.asdict(value)
+
+
+_HEAD = (
+    *('file', 'weights', 'role', 'n', 'decay', 'window', 'tensors'),
+    *('parameters', 'dtypes', 'size', 'distance', 'not finite'),
+)
+
+
+def _row(report: Dict[str, Any], name: str) -> List[str]:
+    x = report['sets'][name]
+    decay, window = x['decay'], x['window']
+    distance = x.get('distance', {}).get('total')
+    bad = x.get('nonfinite')
+    return [
+        str(report['path']),
+        name,
+        x['role'],
+        '' if x['updates'] is None else str(x['updates']),
+        '' if decay is None else f'{decay:.6g}',
+        '' if window is None else f'{window:.0f}',
+        str(x['tensors']),
+        f'{x["parameters"]:,}',
+        ', '.join(f'{n} {k}' for k, n in x['dtypes'].items()),
+        _size(x['bytes']),
+        '' if distance is None else _number(distance),
+        '' if bad is None else str(sum(bad.values())),
+    ]
+
+
+def _few(names: Any, between: str = ', ') -> str:
+    names = list(names)
+    more = f' and {len(names) - _FEW} more' if len(names) > _FEW else ''
+    return between.join(names[:_FEW]) + more
+
+
+def _number(value: float) -> str:
+    return f'{value:.3g}' if math.isfinite(value) else 'not finite'
+
+
+def _size(count: int) -> str:
+    for unit in ('B', 'KB', 'MB'):
+        if count < 1000:
+            return f'{count:.3g} {unit}'
+        count /= 1000  # type: ignore[assignment]
+    return f'{count:.3g} GB'
