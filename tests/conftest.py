@@ -5,6 +5,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 # waiting OpenMP threads make small operators slow on a busy machine
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
@@ -35,3 +37,15 @@ if not has('mmdet'):
     collect_ignore_glob += ['benchmarks', 'e2e', 'mmcv1_tools', 'optimizers']
 if not has('mmdet3d'):
     collect_ignore_glob += ['mmdet3d', 'mmdet3d_mmcv1']
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes minutes, unless it is asked for."""
+    if os.environ.get('MMDET_EMA_SLOW') == '1':
+        return
+    if config.option.markexpr == 'slow':
+        return
+    reason = 'takes minutes; MMDET_EMA_SLOW=1'
+    for item in items:
+        if item.get_closest_marker('slow'):
+            item.add_marker(pytest.mark.skip(reason=reason))

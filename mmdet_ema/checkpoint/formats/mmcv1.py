@@ -60,6 +60,8 @@ def _read_buffers(content: Content, path: str) -> Contents:
         said = f'assumed: {said}'
     meta = meta_of(content)
     steps = as_count(whole[EMA].pop(STEPS)) if 'iter' in meta else None
+    if steps is not None and _is_of_iteration(path):
+        steps += 1  # mmcv writes the number before it counts up
     sets = {
         'raw': weights_of(whole[EMA], PREFIX, EMA, role=RAW, evidence=said),
         'ema': weights_of(
@@ -93,13 +95,17 @@ def _read_buffers(content: Content, path: str) -> Contents:
     )
 
 
+def _is_of_iteration(path: str) -> bool:
+    return '_iter_' in f'_{os.path.basename(path)}'
+
+
 def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
     raw, average = both(contents)
     lost = lost_sets(contents, 'raw', contents.average)
     if average.schedule:
         lost.append('the schedule')
     # the path that is written decides the roles, as it does for the reader
-    swapped = '_iter_' not in f'_{os.path.basename(out)}'
+    swapped = not _is_of_iteration(out)
     plain, held = (average, raw) if swapped else (raw, average)
     state: Any = state_dict(plain)
     by_buffer: Dict[str, List[str]] = {}
@@ -124,9 +130,9 @@ def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
     meta = dict(contents.meta)
     if average.updates is None:
         lost.append('n, which is written as 0')
-    if 'iter' not in meta or contents.format not in ('mmcv1', 'mmdet2'):
-        meta['iter'] = average.updates or 0
-        meta.setdefault('epoch', 0)
+    # mmcv's runner by iterations counts up after it has saved
+    meta['iter'] = max((average.updates or 0) - (not swapped), 0)
+    meta.setdefault('epoch', 0)
     return {'meta': meta, WEIGHTS: state, **contents.rest}, lost
 
 
