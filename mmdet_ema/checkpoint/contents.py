@@ -202,9 +202,10 @@ def parse_schedule(text: Any) -> Dict[str, Any]:
     """
     try:
         call: Any = ast.parse(str(text)[:1000], mode='eval').body
-        name = ast.unparse(call.func) if hasattr(ast, 'unparse') else None
-        if name is None:  # Python 3.8
-            name = call.func.id
+        name, part = '', call.func
+        while isinstance(part, ast.Attribute):
+            name, part = f'.{part.attr}{name}', part.value
+        name = part.id + name
         options = {x.arg: ast.literal_eval(x.value) for x in call.keywords}
         return {'type': name, **options}
     except (AttributeError, MemoryError, RecursionError, SyntaxError):
