@@ -13,6 +13,7 @@ import importlib
 import io
 import os
 import pickle
+import pickletools
 import struct
 import sys
 import tarfile
@@ -26,6 +27,8 @@ from typing import (
     List,
     Mapping,
     NamedTuple,
+    Optional,
+    Set,
     Tuple,
     Type,
     Union,
@@ -364,7 +367,19 @@ class Look(pickle.Unpickler):
 
     def __init__(self, file: Any):
         super().__init__(file, encoding='utf-8')
+        self._file = file
         self.tensors: List[Tuple[Tensor, Storage, int]] = []
+
+    def load(self) -> Any:
+        """Read the pickle, unless it would fill the memory."""
+        start = self._file.tell()
+        place: Any
+        for code, place, position in pickletools.genops(self._file):
+            # a table of that size is made; each entry of it takes a byte
+            if code.name in ('PUT', 'LONG_BINPUT') and place > position:
+                raise ValueError('its pickle counts wrong')
+        self._file.seek(start)
+        return super().load()
 
     def persistent_load(self, pid: Any) -> Storage:
         """Return what the file says of a storage."""
@@ -511,7 +526,12 @@ def _name_of(tensor: Tensor, content: Any) -> str:
     return next((k[1:] for k, v in _walk(content) if v is tensor), 'a tensor')
 
 
-def _walk(value: Any, name: str = '') -> Iterator[Tuple[str, Any]]:
+def _walk(
+    value: Any, name: str = '', seen: Optional[Set[int]] = None
+) -> Iterator[Tuple[str, Any]]:
+    # what is there in several places is looked at in one: a small file can
+    # hold 2 ** 30 of them
+    seen = set() if seen is None else seen
     if isinstance(value, Mapping):
         items: Any = value.items()
     elif isinstance(value, (list, tuple)):
@@ -519,5 +539,7 @@ def _walk(value: Any, name: str = '') -> Iterator[Tuple[str, Any]]:
     else:
         yield name, value
         return
-    for key, item in items:
-        yield from _walk(item, f'{name}.{key}')
+    if id(value) not in seen:
+        seen.add(id(value))
+        for key, item in items:
+            yield from _walk(item, f'{name}.{key}', seen)

@@ -99,22 +99,6 @@ def read_file(
         return _fill(found, path)
 
 
-def stand_ins(value: Any, name: str = '') -> List[str]:
-    """Return the names of objects in a value that could not be read."""
-    if isinstance(value, StandIn):
-        return [name]
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    return [
-        found
-        for key, item in items
-        for found in stand_ins(item, f'{name}.{key}' if name else str(key))
-    ]
-
-
 def _load(path: str) -> Mapping[str, Any]:
     """Let torch read a file, and run what is in it."""
     options: Dict[str, Any] = dict(map_location='cpu', weights_only=False)

@@ -126,36 +126,42 @@ def plain(content: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
     not know, are left out.
     """
     lost: List[str] = []
-    kept = _plain(content, '', lost)
+    kept: Dict[str, Any] = _plain(content, '', lost, {})
     return kept, lost
 
 
-def _plain(value: Any, name: str, lost: List[str]) -> Any:
+def _plain(
+    value: Any, name: str, lost: List[str], done: Dict[int, Any]
+) -> Any:
+    if id(value) in done:
+        return done[id(value)]
+    result: Any = value
     if isinstance(value, Mapping):
         # dicts of other classes (configs) are dicts as well
-        result: Any = OrderedDict() if type(value) is OrderedDict else {}
-        if hasattr(value, '__dict__') and type(value) is OrderedDict:
-            for key, item in value.__dict__.items():
-                setattr(result, key, item)
+        result = OrderedDict() if type(value) is OrderedDict else {}
+        if type(value) is OrderedDict:  # its _metadata
+            result.__dict__.update(value.__dict__)
+        done[id(value)] = result
         for key, item in value.items():
             inner = f'{name}.{key}' if name else str(key)
             if foreign(key):
                 lost.append(inner)
                 continue
-            item = _plain(item, inner, lost)
-            if item is not _LOST:
-                result[key] = item
-        return result
-    if type(value) in (list, tuple):
-        items = [_plain(x, f'{name}.{i}', lost) for i, x in enumerate(value)]
+            kept = _plain(item, inner, lost, done)
+            if kept is not _LOST:
+                result[key] = kept
+    elif type(value) in (list, tuple):
+        items = [
+            _plain(x, f'{name}.{i}', lost, done) for i, x in enumerate(value)
+        ]
         # an index would name another entry if one were left out
-        if any(item is _LOST for item in items):
-            return _LOST
-        return type(value)(items)
-    if foreign(value) or getattr(value, 'is_meta', False):
+        whole = not any(item is _LOST for item in items)
+        result = type(value)(items) if whole else _LOST
+        done[id(value)] = result
+    elif foreign(value) or getattr(value, 'is_meta', False):
         lost.append(name)
-        return _LOST
-    return value
+        result = _LOST
+    return result
 
 
 _LOST = object()

@@ -187,7 +187,7 @@ def test_commands_of_the_pages_are_commands():
     assert len(lines) > 10
     for line in lines:
         words = shlex.split(line, comments=True)
-        start = 1 + max(
+        start = 1 + min(
             words.index(x) for x in ('mmdet-ema', 'mmdet_ema') if x in words
         )
         _parser().parse_known_args(words[start:])
