@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmdet_ema.checkpoint.files import one_line
 from mmdet_ema.checkpoint.mapped import read_file
-from mmdet_ema.errors import CheckpointError
+from mmdet_ema.errors import CheckpointError, show
 from mmdet_ema.schedules import (
     SCHEDULES,
     Schedule,
@@ -162,7 +162,7 @@ def read_contents(
                 contents = form.read(content, path)
                 _check(contents)
                 return contents
-    keys = ', '.join(str(key)[:40] for key in list(content)[:6])
+    keys = ', '.join(show(key)[:40] for key in list(content)[:6])
     raise CheckpointError(
         f'{path!r} has no weights in a place that is known (its keys: '
         f'{keys or "none"}); give a checkpoint with a state_dict.'

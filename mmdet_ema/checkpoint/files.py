@@ -121,6 +121,10 @@ def one_line(path: str) -> Iterator[None]:
         yield
     except RefusedError as refused:
         raise CheckpointError(f'{path!r} {refused}') from None
+    except CheckpointError as error:
+        text = ' '.join(str(error).split())
+        text = text if path in text else f'{path!r}: {text}'
+        raise CheckpointError(text) from None
     except Exception as error:  # damaged bytes can raise anything
         cause = (str(error).strip().splitlines() or [''])[0][:200]
         cause = cause.rstrip('.') or type(error).__name__

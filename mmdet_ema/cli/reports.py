@@ -13,6 +13,16 @@ _FEW = 8
 _LINES = 40
 
 
+def printable(text: str) -> str:
+    """Return a text that does nothing to a terminal but stand in it."""
+    return ''.join(x if x.isprintable() else '?' for x in text)
+
+
+def say(text: str) -> None:
+    """Print a line; names in it come from a file, which may say anything."""
+    print(printable(text))
+
+
 def table(
     title: str, head: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
@@ -27,19 +37,19 @@ def table(
     except ImportError:
         widths = [max(map(len, x)) for x in zip(head, *rows)]
         if title:
-            print(title)
+            say(title)
         for row in (head, *rows):
             cells = [
                 x.rjust(n) if right else x.ljust(n)
                 for x, n, right in zip(row, widths, numbers)
             ]
-            print('  '.join(cells).rstrip())
+            say('  '.join(cells).rstrip())
         return
     made = Table(title=title or None, title_justify='left')
     for name, right in zip(head, numbers):
         made.add_column(name, justify='right' if right else 'left')
     for row in rows:
-        made.add_row(*(x.replace('[', r'\[') for x in row))
+        made.add_row(*(printable(x).replace('[', r'\[') for x in row))
     # a terminal's width; whoever reads a pipe wants whole cells
     width = None if sys.stdout.isatty() else 10_000
     Console(width=width, highlight=False, soft_wrap=False).print(made)
@@ -47,7 +57,7 @@ def table(
 
 def show_one(report: Dict[str, Any]) -> None:
     """Print the report on one file."""
-    print(
+    say(
         f'{report["path"]}: {report["format"]}, written by '
         f'{report["writer"]}, {_size(report["bytes"])}'
     )
@@ -56,24 +66,24 @@ def show_one(report: Dict[str, Any]) -> None:
     said = {x['evidence'] for x in sets.values()}
     for name, x in sets.items():
         if x['role'] == 'unknown':
-            print(
+            say(
                 f'{name}: cannot be known whether raw or averages '
                 f'({x["evidence"]})'
             )
         elif len(said) > 1:
-            print(f'{name}: {x["role"]}, because {x["evidence"]}')
+            say(f'{name}: {x["role"]}, because {x["evidence"]}')
     if len(said) == 1 and 'unknown' not in {x['role'] for x in sets.values()}:
-        print(f'roles: {said.pop()}')
+        say(f'roles: {said.pop()}')
     deployed = report['deployed']
-    print(f"the framework's own tools load: {deployed}")
+    say(f"the framework's own tools load: {deployed}")
     for name, x in sets.items():
         if x['schedule']:
             options = dict(x['schedule'])
             kind = options.pop('type', '?')
             given = ', '.join(f'{k}={v}' for k, v in options.items())
-            print(f'{name}: schedule {kind}({given})')
+            say(f'{name}: schedule {kind}({given})')
         if x['interval'] != 1 or x['skipped']:
-            print(
+            say(
                 f'{name}: {x["steps"]} steps, interval {x["interval"]}, '
                 f'{x["skipped"]} skipped as not finite'
             )
@@ -81,23 +91,23 @@ def show_one(report: Dict[str, Any]) -> None:
         if 'distance' in x:
             modules = x['distance']['modules'].items()
             far = ', '.join(f'{k} {_number(v)}' for k, v in modules)
-            print(f'{name}: distance from raw by module: {far}')
+            say(f'{name}: distance from raw by module: {far}')
         if x.get('nonfinite'):
-            print(f'{name}: NaN or infinite: {_few(x["nonfinite"])}')
+            say(f'{name}: NaN or infinite: {_few(x["nonfinite"])}')
     ties = {' = '.join(t) for x in sets.values() for t in x['tied']}
     if ties:
-        print(f'tied: {_few(sorted(ties), "; ")}')
+        say(f'tied: {_few(sorted(ties), "; ")}')
     if report['collisions']:
         groups = [' and '.join(x) for x in report['collisions']]
-        print(f"one name to mmcv's EMA hook: {_few(groups, '; ')}")
+        say(f"one name to mmcv's EMA hook: {_few(groups, '; ')}")
     if report['rest']:
-        print(f'also in it: {", ".join(report["rest"])}')
+        say(f'also in it: {", ".join(report["rest"])}')
     if 'recipe' in report:
         made = report['recipe']
         inputs = ', '.join(str(x['path']) for x in made.get('inputs', ()))
-        print(f'made by: mmdet-ema {made.get("command")} from {inputs}')
+        say(f'made by: mmdet-ema {made.get("command")} from {inputs}')
     for note in report['notes']:
-        print(f'note: {note}')
+        say(f'note: {note}')
 
 
 def show_several(reports: List[Dict[str, Any]]) -> None:
@@ -106,7 +116,7 @@ def show_several(reports: List[Dict[str, Any]]) -> None:
     table('', _HEAD, rows)
     for report in reports:
         for note in report['notes']:
-            print(f'{report["path"]}: {note}')
+            say(f'{report["path"]}: {note}')
 
 
 def plot(reports: List[Dict[str, Any]], path: str) -> None:
@@ -173,13 +183,13 @@ def show_difference(found: Any) -> None:
         head = ('weights', 'tensor', 'differs in', 'A | B', 'max', 'relative')
         table('', head, rows[:_LINES])
         if len(rows) > _LINES:
-            print(f'... and {len(rows) - _LINES} more (--json has all)')
-    print(
+            say(f'... and {len(rows) - _LINES} more (--json has all)')
+    say(
         f'{len(rows)} differences in {found.compared} tensors; compared: '
         f'{pairs}'
     )
     for words in found.unpaired:
-        print(f'not compared: {words}')
+        say(f'not compared: {words}')
 
 
 def as_plain(value: Any) -> Any:

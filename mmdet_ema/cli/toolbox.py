@@ -182,17 +182,25 @@ def run(options: argparse.Namespace) -> int:
     try:
         return COMMANDS[options.command](options)
     except OptionError as error:
-        print(f'mmdet-ema: error: {error}', file=sys.stderr)
+        _complain(error)
         return 2
     except (CheckpointError, OSError) as error:
-        print(f'mmdet-ema: error: {error}', file=sys.stderr)
+        _complain(error)
         return 1
+
+
+def _complain(error: Exception) -> None:
+    from mmdet_ema.cli.reports import printable
+
+    print(f'mmdet-ema: error: {printable(str(error))}', file=sys.stderr)
 
 
 def say(options: argparse.Namespace, text: str) -> None:
     """Print what was done: not into a file on the standard output."""
+    from mmdet_ema.cli.reports import printable
+
     to_stdout = getattr(options, 'out', None) == '-'
-    print(text, file=sys.stderr if to_stdout else sys.stdout)
+    print(printable(text), file=sys.stderr if to_stdout else sys.stdout)
 
 
 def recipe_of(
@@ -258,7 +266,7 @@ def _run_inspect(options: argparse.Namespace) -> int:
             report = inspect(path, quick=options.quick, unsafe=options.unsafe)
             found.append(report)
         except CheckpointError as error:
-            print(f'mmdet-ema: error: {error}', file=sys.stderr)
+            _complain(error)
             status = 1
     if options.json:
         print(json.dumps(found, indent=2))

@@ -203,7 +203,7 @@ def test_names_that_wrappers_make_one_are_refused(tmp_path):
     ('content', 'message'),
     [
         ({}, 'no weights in a place that is known .its keys: none'),
-        ({'a': 1, 'b': {}}, 'its keys: a, b'),
+        ({'a': 1, 'b': {}}, "its keys: 'a', 'b'"),
         ({'ema_state_dict': {}}, "has no 'steps'"),
         ({'state_dict': {'a': torch.zeros(2).to_sparse()}}, 'sparse'),
         (

@@ -105,6 +105,17 @@ def test_inspect_says_what_is_there(capsys):
     assert 'd2go.pth: d2go does not save n.' in text
 
 
+def test_names_do_nothing_to_the_terminal(capsys):
+    """A file may call its tensors anything."""
+    weights = {'a\n\x1b[2J.[red]b': torch.tensor([float('nan')])}
+    torch.save({'state_dict': weights}, 'odd.pth')
+    assert run('inspect odd.pth') == 0
+    assert run('diff odd.pth ema.pth') == 1
+    text = capsys.readouterr().out
+    assert '\x1b[2J' not in text
+    assert 'a??[2J.[red]b' in text
+
+
 def test_tables_without_rich(capsys, monkeypatch):
     """The same cells, in plain lines."""
     monkeypatch.setitem(sys.modules, 'rich.console', None)

@@ -113,7 +113,16 @@ def both(contents: Contents) -> Tuple[Weights, Weights]:
             f'format needs raw weights and averages. To keep one set of '
             f'weights use extract.'
         )
-    return contents.raw, contents.sets[name]
+    raw, average = contents.raw, contents.sets[name]
+    alone = sorted(raw.tensors.keys() ^ average.tensors.keys())
+    if alone:
+        raise CheckpointError(
+            f'{contents.path!r} ({contents.format}) has raw weights or '
+            f'averages alone of {len(alone)} tensors '
+            f'({", ".join(alone[:3])}); the file is damaged, or of two '
+            f'models.'
+        )
+    return raw, average
 
 
 def lost_sets(contents: Contents, *kept: Optional[str]) -> List[str]:
