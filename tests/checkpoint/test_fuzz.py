@@ -341,3 +341,10 @@ def test_code_is_not_run(value, old, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match='nothing of the file was'):
             extract('a.pth', 'out.pth')
         assert os.listdir() == ['a.pth']
+
+
+def test_code_would_be_noticed():
+    """A file that pickle itself reads does not pass unseen."""
+    _watched.append([])
+    pickle.loads(pickle.dumps(Call(os.getpid)))
+    assert [event for event, _ in _watched.pop()] == ['pickle.find_class']
