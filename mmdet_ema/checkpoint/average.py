@@ -91,6 +91,8 @@ class Combination:
         fit: What the coefficients are worth; None where they are exact.
         statistics: The same of those of the running statistics, where these
             have coefficients of their own, none negative.
+        tracked: Whether it stands for an average that the run could have
+            tracked: it copies what those of the run copy.
         notes: Sentences that a user should read.
     """
 
@@ -98,6 +100,7 @@ class Combination:
     lead: Tuple[Contents, str]
     fit: Optional[Fit] = None
     statistics: Optional[Fit] = None
+    tracked: bool = False
     notes: List[str] = field(default_factory=list)
 
     @property
@@ -119,7 +122,7 @@ class Combination:
             where = f'{which} of {other.path!r}'
             tensors = other.sets[which].tensors
             _check_shapes(whole, tensors, f'{contents.path!r}', where)
-        copied = _copied(contents)
+        copied = _copied(contents) if self.tracked else {}
         tied: Dict[Tuple[int, ...], List[str]] = {}
         for key, tensor in lead.items():
             parts = (tensor, *(term.tensors[key] for term in self.terms))
@@ -189,6 +192,7 @@ class Combination:
             paths,
             {
                 **options,
+                'tracked': self.tracked,
                 'lead': [paths.index(self.lead[0].path), self.lead[1]],
                 # as text: torch 1.13 reads no float by weights_only=True
                 'terms': [
@@ -221,8 +225,15 @@ class Combination:
                 Term(files[i], files[i].choose(str(name)), float(c), float(s))
                 for i, name, c, s in options['terms']
             ]
+            for sum_ in (
+                sum(term.coefficient for term in terms),
+                sum(term.statistics for term in terms),
+            ):
+                if not abs(sum_ - 1) < 1e-6:
+                    raise ValueError(f'they sum up to {sum_:.6g}, not to 1')
             i, name = options['lead']
-            return Combination(terms, (files[i], files[i].choose(str(name))))
+            lead = files[i], files[i].choose(str(name))
+            return Combination(terms, lead, tracked=bool(options['tracked']))
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f'the recipe has no terms that can be repeated ({error}); '
@@ -506,7 +517,8 @@ class Run:
             ]
 
         last = self.files[-1]
-        made = Combination(terms(found), (last, last.deployed), found)
+        lead = last, last.deployed
+        made = Combination(terms(found), lead, found, tracked=True)
         made.notes += self.notes
         if not _are_sound(made):
             made.statistics = profiles.fit(bases, target, 1)
@@ -542,7 +554,8 @@ class Run:
             Term(contents, key, c, max(c, 0) / (1 + share))
             for contents, key, c in counts
         ]
-        return Combination(terms, (last, name), notes=[*self.notes])
+        lead = last, name
+        return Combination(terms, lead, tracked=True, notes=[*self.notes])
 
     def _profile_of(
         self, contents: Contents, name: str, at: int

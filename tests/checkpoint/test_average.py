@@ -540,3 +540,14 @@ def test_at_the_start_of_a_run(tmp_path):
         weights='raw',
     )
     run.check(made, lambda values: values[1:].mean(0))
+
+
+def test_copied_statistics(tmp_path):
+    """Under update_buffers=False a fit has those of the end; a mean, means."""
+    run = Walk(tmp_path, posthoc=True, update_buffers=False, **MAIN)
+    files, key = read_files(run.files), 'norm.running_var'
+    made = average(files, parse_profile('ema:0.995/50'))
+    assert torch.equal(made.state_dict()[key], run.states[-1][key])
+    made = average(files, parse_profile('lawa:2'))
+    expected = run.values(key)[[STEPS - EVERY, STEPS]].mean(0)
+    np.testing.assert_allclose(made.state_dict()[key], expected, rtol=3e-7)

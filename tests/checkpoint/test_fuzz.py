@@ -195,7 +195,10 @@ def _values(data, draw):
         else:
             owner[key] = _other(draw)
     file = io.BytesIO()
-    torch.save(content, file)
+    try:
+        torch.save(content, file)
+    except Exception:  # what was there before may not be
+        return _bytes(data, draw)
     return file.getvalue()
 
 

@@ -92,6 +92,9 @@ def test_recipe(walk, tmp_path, capsys):
         lambda x: x.update(terms=[[0, 'other', 1, 1]]),
         lambda x: x.update(lead=[0]),
         lambda x: x.update(lead=None),
+        lambda x: x.update(terms=[]),
+        lambda x: x.update(terms=[[0, 'ema', 'nan', '1']]),
+        lambda x: x.update(terms=[[0, 'ema', '0.5', '1']]),
     ],
 )
 def test_damaged_recipe(walk, tmp_path, capsys, change):
