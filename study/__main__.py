@@ -2,7 +2,7 @@
 
 What is done already is not done again: work_dirs/study has it.
 
-Usage: python -m study [--only digits,trees,digits-cosine]
+Usage: python -m study [--only digits,trees] [--seeds 5]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Run the study.')
     names = [name for name in runs.SETTINGS if name != 'short']
     parser.add_argument('--only', default=','.join(names), help='settings')
+    parser.add_argument('--seeds', type=int, help='how many; the usual number')
     parser.add_argument(
         '--tables', action='store_true', help='only write what is there'
     )
@@ -30,7 +31,7 @@ def main() -> None:
     for name in () if options.tables else chosen:
         setting = runs.SETTINGS[name]
         runs.write_data(setting)
-        for seed in range(setting.seeds):
+        for seed in range(options.seeds or setting.seeds):
             start = time.monotonic()
             runs.train(setting, seed)
             evaluate(setting, seed)

@@ -84,8 +84,7 @@ SETTINGS = {
     x.name: x
     for x in (
         Setting('digits', 'Digits, the learning rate stays', 5),
-        Setting('digits-cosine', 'Digits, the learning rate falls', 3, True),
-        Setting('trees', 'Trees, the learning rate falls', 3, True, True),
+        Setting('trees', 'Trees, the learning rate falls', 1, True, True),
         # for the tests: seconds
         Setting('short', 'Digits, for seconds', 1, images=20, steps=60),
     )

@@ -70,11 +70,8 @@ def read() -> Results:
     for name, setting in SETTINGS.items():
         if name == 'short':
             continue
-        files = [
-            setting.folder(seed) / 'results.json'
-            for seed in range(setting.seeds)
-        ]
-        runs = [json.loads(x.read_text()) for x in files if x.exists()]
+        files = setting.folder(0).parent.glob('seed_*/results.json')
+        runs = [json.loads(path.read_text()) for path in sorted(files)]
         if runs:
             found[name] = runs
     return found
