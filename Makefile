@@ -23,7 +23,8 @@ export CUDA_VISIBLE_DEVICES
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-mmcv1 test test-stack test-gpu bench lint docs
+.PHONY: help setup demo demo-mmcv1 demo-trees study test test-stack test-gpu
+.PHONY: bench lint docs
 .PHONY: stacks clean distclean
 
 help:  ## say what each target does
@@ -59,6 +60,12 @@ demo: setup  ## train and test a small detector with the EMA of its weights
 
 demo-mmcv1:  ## the same with mmdet 2
 	@$(MAKE) --no-print-directory demo STACK=mmcv1
+
+demo-trees: setup  ## pictures of trees found by raw and averaged weights
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m study.pictures
+
+study: setup  ## which decay: runs, tables and picture of docs/en/study.md (an hour)
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m study $(ARGS)
 
 test: setup  ## run the tests; what a stack does not have is left out
 	@$(BIN)/python -m pytest --junitxml=work_dirs/tests/$(STACK).xml $(ARGS)

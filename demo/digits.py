@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
 __all__ = ['write_digits']
 
-SCANS = {'train': slice(0, 1400), 'val': slice(1400, 1797)}
+SCANS = {'train': (0, 1400), 'val': (1400, 1797)}
 CATEGORIES = [dict(id=digit, name=str(digit)) for digit in range(10)]
 LOWEST = dict(train_scenes=1, val_scenes=1, size=64, seed=0)
 DIGITS_PER_SCENE = (4, 7)
@@ -62,6 +62,7 @@ def write_digits(
     val_scenes: int = 200,
     size: int = 128,
     seed: int = 0,
+    val_scans: tuple[int, int] = SCANS['val'],
 ) -> Path:
     """Write the digits detection set in COCO format.
 
@@ -77,6 +78,9 @@ def write_digits(
         val_scenes (int): Number of validation scenes. Defaults to 200.
         size (int): Width and height of a scene in pixels. Defaults to 128.
         seed (int): Seed of sizes, places and noise. Defaults to 0.
+        val_scans (tuple[int, int]): First scan of the validation and the one
+            after its last, for a part that is held out. Defaults to
+            (1400, 1797).
 
     Returns:
         Path: The folder of the set.
@@ -89,10 +93,19 @@ def write_digits(
         >>> write_digits('data/digits', train_scenes=80, val_scenes=20)
         PosixPath('data/digits')
     """
-    info = dict(
+    info: dict[str, Any] = dict(
         train_scenes=train_scenes, val_scenes=val_scenes, size=size, seed=seed
     )
     _check_numbers(info)
+    if tuple(val_scans) != SCANS['val']:
+        first, end = val_scans
+        if not SCANS['val'][0] <= first <= end - 10 <= SCANS['val'][1] - 10:
+            raise ValueError(
+                f'val_scans must be at least 10 scans within {SCANS["val"]}, '
+                f'got {val_scans!r}'
+            )
+        # sets that are there already do not have it
+        info['val_scans'] = [first, end]
     root = Path(root)
     if not _is_complete(root, info):
         _check_free(root)
@@ -100,7 +113,7 @@ def write_digits(
     return root
 
 
-def _check_numbers(info: dict[str, int]) -> None:
+def _check_numbers(info: dict[str, Any]) -> None:
     for name, number in info.items():
         if not isinstance(number, int) or number < LOWEST[name]:
             raise ValueError(
@@ -109,7 +122,7 @@ def _check_numbers(info: dict[str, int]) -> None:
             )
 
 
-def _is_complete(root: Path, info: dict[str, int]) -> bool:
+def _is_complete(root: Path, info: dict[str, Any]) -> bool:
     return all(
         _read_info(_annotation_file(root, split)) == info
         and len(list((root / split).glob('*.png'))) == info[f'{split}_scenes']
@@ -136,7 +149,7 @@ def _check_free(root: Path) -> None:
         )
 
 
-def _write_in_one_move(root: Path, info: dict[str, int]) -> None:
+def _write_in_one_move(root: Path, info: dict[str, Any]) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix='.digits-') as d:
         folder = Path(d, 'digits')
@@ -146,7 +159,7 @@ def _write_in_one_move(root: Path, info: dict[str, int]) -> None:
         folder.replace(root)
 
 
-def _write_split(folder: Path, split: str, info: dict[str, int]) -> None:
+def _write_split(folder: Path, split: str, info: dict[str, Any]) -> None:
     """Write the scenes of one split and their annotations."""
     (folder / split).mkdir()
     images: list[dict[str, Any]] = []
@@ -163,7 +176,7 @@ def _write_split(folder: Path, split: str, info: dict[str, int]) -> None:
 
 
 def _draw_scene(
-    split: str, image_id: int, info: dict[str, int]
+    split: str, image_id: int, info: dict[str, Any]
 ) -> tuple[Pixels, list[_Digit]]:
     rng = np.random.default_rng(
         [info['seed'], list(SCANS).index(split), image_id]
@@ -171,7 +184,8 @@ def _draw_scene(
     shape = (info['size'], info['size'])
     scene = rng.uniform(*GREY) + rng.normal(0, NOISE, shape)
     digits: list[_Digit] = []
-    for label, scan in _pick_scans(rng, split):
+    first, end = info.get(f'{split}_scans', SCANS[split])
+    for label, scan in _pick_scans(rng, first, end):
         ink = _resized_ink(rng, scan, info['size'])
         box = _free_place(rng, ink, scene, digits)
         if box:
@@ -181,18 +195,18 @@ def _draw_scene(
 
 
 def _pick_scans(
-    rng: np.random.Generator, split: str
+    rng: np.random.Generator, first: int, end: int
 ) -> list[tuple[int, Pixels]]:
-    labels, pixels = _load_scans(split)
+    labels, pixels = _load_scans(first, end)
     number = rng.integers(*DIGITS_PER_SCENE, endpoint=True)
     picked = rng.choice(len(labels), number, replace=False)
     return [(int(labels[i]), pixels[i]) for i in picked]
 
 
 @functools.lru_cache(maxsize=None)
-def _load_scans(split: str) -> tuple[npt.NDArray[np.int64], Pixels]:
+def _load_scans(first: int, end: int) -> tuple[npt.NDArray[np.int64], Pixels]:
     scans = load_digits()
-    return scans.target[SCANS[split]], scans.images[SCANS[split]]
+    return scans.target[first:end], scans.images[first:end]
 
 
 def _resized_ink(rng: np.random.Generator, scan: Pixels, size: int) -> Pixels:

@@ -1,4 +1,4 @@
-"""Draw what raw and averaged weights find on a few scenes, side by side."""
+"""Draw what raw and averaged weights find on a few pictures, side by side."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ SCORE = 0.3
 IOU = 0.5  # of a box that is right
 
 Found = Dict[str, npt.NDArray[np.float64]]
-"""Boxes (N, 5) of left, top, right, bottom and digit, by file name."""
+"""Boxes (N, 5) of left, top, right, bottom and label, by file name."""
 
 
-def draw(data: Path, found: dict[str, Found], path: Path) -> None:
-    """Draw a row of scenes for each set of weights into a PNG file.
+def draw(
+    data: Path, found: dict[str, Found], path: Path, what: str = 'digits'
+) -> None:
+    """Draw a row of scenes for each set of weights into a picture.
 
     Args:
-        data: The digits detection set.
+        data: The detection set.
         found: What each set of weights found on the validation scenes.
         path: Where to.
+        what: What is to be found: the labels of digits are drawn. Defaults to
+            'digits'.
     """
-    truth = _truth(data)
+    truth, labelled = _truth(data), what == 'digits'
     # the first ones: nobody chose them
     names = sorted(truth)[:SCENES]
     figure = Figure(figsize=(2 * SCENES, 4.6), layout='constrained')
@@ -44,12 +48,12 @@ def draw(data: Path, found: dict[str, Found], path: Path) -> None:
                 hit = next((x for x in missed if _same(box, x)), None)
                 if hit is not None:
                     missed = [x for x in missed if x is not hit]
-                _frame(axes, box, 'red' if hit is None else 'lime', '-')
+                _frame(axes, box, 'red' if hit is None else 'lime', labelled)
             for box in missed:
-                _frame(axes, box, 'yellow', ':')
+                _frame(axes, box, 'yellow', labelled, ':')
         row[0].set_ylabel(f'{weights} weights')
     figure.suptitle(
-        'The last checkpoint on validation scenes: digits found (green), '
+        f'The last checkpoint on validation scenes: {what} found (green), '
         'wrong (red), missed (dotted)'
     )
     plot.write(figure, path)
@@ -76,9 +80,12 @@ def _same(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> bool:
     return bool(a[4] == b[4] and common > IOU * (sum(areas) - common))
 
 
-def _frame(axes: Any, box: Any, colour: str, style: str) -> None:
-    left, top, right, bottom, digit = box
+def _frame(
+    axes: Any, box: Any, colour: str, labelled: bool, style: str = '-'
+) -> None:
+    left, top, right, bottom, label = box
     corner, size = (left, top), (right - left, bottom - top)
     look = dict(fill=False, edgecolor=colour, linestyle=style)
     axes.add_patch(Rectangle(corner, *size, **look))
-    axes.text(left, top - 1, f'{digit:.0f}', color=colour, fontsize=7)
+    if labelled:
+        axes.text(left, top - 1, f'{label:.0f}', color=colour, fontsize=7)

@@ -25,6 +25,7 @@ import importlib
 import inspect
 import math
 import numbers
+import re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
@@ -401,6 +402,43 @@ def make_schedule(
         if 'tau' in taken:
             options.setdefault('tau', suited_ramp(suited))
     return SCHEDULES[name](**options)
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Return the schedule that a text names, as ``str`` of one does.
+
+    Nothing is imported or run: a file may hold the text.
+
+    Raises:
+        OptionError: If it is no schedule with a name, or an option is wrong.
+
+    Example:
+        >>> parse_schedule('constant(decay=0.9)')(1)
+        0.9
+    """
+    match = re.fullmatch(r'\s*(\w+)\(([^()]*)\)\s*', text)
+    name, inside = match.groups() if match else ('', '')
+    try:
+        pairs = [x.split('=') for x in inside.split(',') if x.strip()]
+        options = {key.strip(): _read_number(x) for key, x in pairs}
+        name, _ = split_spec(name)
+    except ValueError:
+        raise OptionError(
+            f'{show(text)} is not the text of a schedule with a name; those '
+            f'are {", ".join(SCHEDULES)}, as constant(decay=0.999).'
+        ) from None
+    kappa = options.pop('kappa', None)
+    schedule = make_schedule(name, options)
+    if kappa is None:
+        return schedule
+    return to_the_power(
+        schedule, check_number('kappa', kappa, 0, math.inf, low_open=True)
+    )
+
+
+def _read_number(text: str) -> Union[float, int]:
+    number = float(text)
+    return int(number) if text.strip().isdigit() else number
 
 
 def options_of(name: str) -> Dict[str, bool]:

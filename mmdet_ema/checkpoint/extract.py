@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def extract(
     recipe = {**recipe, 'holds': holds(contents, name)}
     wanted = None if dtype is None else getattr(torch, dtype)
     chosen = Weights(_cast(chosen.tensors, wanted), metadata=chosen.metadata)
-    meta, unread = _meta_for_use(contents)
+    meta, unread = meta_for_use(contents)
     place = dict(force=force, add_hash=add_hash)
     if safetensors:
         metadata = {'format': 'pt', recipes.KEY: json.dumps(recipe)}
@@ -123,7 +123,8 @@ def extract(
     )
 
 
-def _meta_for_use(contents: Contents) -> Any:
+def meta_for_use(contents: Contents) -> Tuple[Dict[str, Any], List[str]]:
+    """Return what tools need of ``meta``, and the names of what is lost."""
     meta = {k: contents.meta[k] for k in _META if k in contents.meta}
     return saving.plain(meta)
 

@@ -33,6 +33,8 @@ EMA = 'ema_state_dict'
 META = 'ema_meta'
 MORE = 'ema_averages'
 STEPS = 'steps'
+CHANGED = 'changed_at'
+"""Key in ``ema_meta``: the step after which a decay was changed."""
 PREFIX = 'module.'
 FORMAT_VERSION = 1
 _ROLES = {WEIGHTS: 'average', EMA: 'raw'}
@@ -210,7 +212,8 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
             f'{META} has format_version={version!r}, this mmdet_ema reads up '
             f'to {FORMAT_VERSION}; install a newer one.'
         )
-    for key in ('batch_size', 'interval', 'restarted', 'world_size'):
+    counts = ('batch_size', CHANGED, 'interval', 'restarted', 'world_size')
+    for key in counts:
         read_count(meta, key, 1)
     steps = read_count(ema, STEPS)
     read_progress({**meta, 'num_steps': steps})

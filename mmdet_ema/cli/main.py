@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type
 
-from mmdet_ema.cli import toolbox
+from mmdet_ema.cli import plot, toolbox
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import load_hook
 from mmdet_ema.version import __version__
@@ -73,9 +73,7 @@ def main(argv: Optional[List[str]] = None) -> None:
 
             print_environment()
         elif options.command == 'plot':
-            from mmdet_ema.cli.plot import draw
-
-            print(draw(options.work_dir, options.out, options.metric))
+            print(plot.draw(options.work_dir, options.out, options.metric))
         elif options.command == 'demo':
             from mmdet_ema.cli.demo import run
 
@@ -94,20 +92,6 @@ def _names(text: str) -> Any:
     """Return a name, or a list of names; whoever knows them checks them."""
     names = text.split(',')
     return names if len(names) > 1 else text
-
-
-def _picture(path: str) -> Path:
-    """Check the path of a picture, so that nobody waits for it in vain."""
-    picture = Path(path)
-    if picture.suffix not in ('.pdf', '.png', '.svg'):
-        raise argparse.ArgumentTypeError(
-            f'{path!r} is not a .png, .pdf or .svg file'
-        )
-    if not picture.parent.is_dir():
-        raise argparse.ArgumentTypeError(
-            f'{path!r} cannot be written: there is no such folder; make it'
-        )
-    return picture
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,22 +160,22 @@ def _parser() -> argparse.ArgumentParser:
         help='ema, raw, an average of the config, both or all; by default '
         'what the config says, or ema',
     )
-    plot = commands.add_parser(
+    draw = commands.add_parser(
         'plot',
         help='draw the metrics of a run',
         description='Draw metrics by weights, decay and distance of a run.',
         **style,
     )
-    plot.add_argument(
+    draw.add_argument(
         'work_dir', metavar='WORK_DIR', type=Path, help="the run's folder"
     )
-    plot.add_argument(
+    draw.add_argument(
         '--out',
         metavar='FILE',
-        type=_picture,
+        type=plot.picture,
         help='picture to write; by default ema.png in WORK_DIR',
     )
-    plot.add_argument(
+    draw.add_argument(
         '--metric', metavar='NAME', help='which metric; by default an mAP'
     )
     demo = commands.add_parser(
@@ -203,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         '--out',
         metavar='FILE',
-        type=_picture,
+        type=plot.picture,
         default='mmdet_ema_demo.png',
         help='picture to write; by default %(default)s',
     )

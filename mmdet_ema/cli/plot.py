@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -98,6 +99,20 @@ def draw(
     path = picture or work_dir / 'ema.png'
     write(figure, path)
     return path
+
+
+def picture(path: str) -> Path:
+    """Check the path of a picture, so that nobody waits for it in vain."""
+    found = Path(path)
+    if found.suffix not in ('.pdf', '.png', '.svg'):
+        raise argparse.ArgumentTypeError(
+            f'{path!r} is not a .png, .pdf or .svg file'
+        )
+    if not found.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f'{path!r} cannot be written: there is no such folder; make it'
+        )
+    return found
 
 
 def write(figure: Any, path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from mmdet_ema.cli import average, tune
 from mmdet_ema.errors import CheckpointError, OptionError
 
 STYLE: Dict[str, Any] = dict(
@@ -147,6 +148,9 @@ def add_commands(commands: Any) -> None:
     diff.add_argument('--json', action='store_true', help='print JSON')
     add_unsafe(diff)
 
+    average.add_parser(commands, add_output, add_unsafe, STYLE)
+    tune.add_parser(commands, STYLE)
+
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that writes a file."""
@@ -221,7 +225,7 @@ def recipe_of(
         OptionError: If neither a file nor a recipe is given, or options
             contradict a recipe.
     """
-    files = getattr(options, 'files', None) or [options.file]
+    files = options.files if 'files' in options else [options.file]
     files = [x for x in files if x is not None]
     if options.recipe is None:
         if not files:
@@ -360,9 +364,11 @@ def _run_diff(options: argparse.Namespace) -> int:
 
 
 COMMANDS: Dict[str, Callable[[argparse.Namespace], int]] = {
+    'average': average.run,
     'convert': _run_convert,
     'diff': _run_diff,
     'extract': _run_extract,
     'inspect': _run_inspect,
+    'tune': tune.run,
 }
 """By name: runs the command, and returns the exit status."""

@@ -31,7 +31,12 @@ from mmdet_ema.averaging.averages import MAIN, read_count
 from mmdet_ema.averaging.distributed import add_up
 from mmdet_ema.averaging.shards import gather
 from mmdet_ema.averaging.tensors import select
-from mmdet_ema.checkpoint.format import EMAPart, check_training_state, pack
+from mmdet_ema.checkpoint.format import (
+    CHANGED,
+    EMAPart,
+    check_training_state,
+    pack,
+)
 from mmdet_ema.checkpoint.start import (
     START,
     is_there,
@@ -93,6 +98,8 @@ class EMALifecycle:
         self._iterations = self._told_iterations = self._replacements = 0
         self._updated_at = self._told_skipped = self._restarted = 0
         self._start: Any = None  # fingerprint of the starting weights
+        # the step after which a decay was last changed; 0 if it never was
+        self._changed_at = 0
         self._warned: Set[str] = set()
 
     @property
@@ -117,6 +124,7 @@ class EMALifecycle:
         known = self._plan.reference if self._plan and not before else None
         if part is not None:
             self._restarted = read_count(before, 'restarted', 0)
+            self._changed_at = read_count(before, CHANGED, 0)
             self._start = before.get(START)
         self._plan = Plan(self.options, facts, done, before, known)
         if part is not None:
@@ -188,7 +196,7 @@ class EMALifecycle:
         epoch does not restart again.
         """
         if epoch in self.options.restart_epochs and epoch != self._restarted:
-            self._restarted = epoch
+            self._restarted, self._changed_at = epoch, 0
             # the steps before are told of at the end, too
             self._first['num_steps'] -= averager.num_steps
             averager.restart()
@@ -480,6 +488,8 @@ class EMALifecycle:
             meta.update(deployed)
             if self._restarted:
                 meta['restarted'] = self._restarted
+            if self._changed_at:
+                meta[CHANGED] = self._changed_at
             if self._start:
                 meta[START] = self._start
             if more:
@@ -526,7 +536,7 @@ class EMALifecycle:
         self, part: Optional[EMAPart], only_evaluates: bool = False
     ) -> None:
         self.averager, self._pending = None, part
-        self._start, self._restarted = None, 0
+        self._start, self._restarted, self._changed_at = None, 0, 0
         self._only_evaluates = only_evaluates
 
     def _make_averager(self, model: nn.Module) -> None:
@@ -562,6 +572,15 @@ class EMALifecycle:
                 ]
             if len(said) > 1:
                 self._log.warning(f'EMA: {"; ".join(said)}.')
+            if plan is not None and (
+                plan.has_changed
+                or any(
+                    states[name].get('schedule') != str(schedule)
+                    for name, schedule in plan.more.items()
+                    if name in states
+                )
+            ):
+                self._changed_at = part.steps
             # a file without the main ones deploys others in their place
             main = states.pop(MAIN, None) or states[part.deployed]
             averager.load_state_dict({**main, 'more': states}, strict=False)

@@ -184,6 +184,25 @@ class Plan:
             REFERENCE: reference if options.scale_decay else facts.samples,
         }
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether the decay is another than in the checkpoint.
+
+        Then no schedule says what the average is made of.
+        """
+        before = self.before
+        kappas = [
+            meta.get('batch_size', 0)
+            * meta.get('world_size', 0)
+            / (_reference_of(meta) or 1)
+            for meta in (before, self.meta)
+        ]
+        return self.done > 0 and (
+            str(before.get('schedule')) != self.meta['schedule']
+            or before.get('interval') != self.meta['interval']
+            or kappas[0] != kappas[1]
+        )
+
 
 def _reference_of(meta: Mapping[str, Any]) -> Optional[int]:
     per_rank, ranks = meta.get('batch_size'), meta.get('world_size')

@@ -13,10 +13,16 @@ class Confidence(BaseMetric):
 
     default_prefix = 'digits'
 
+    def __init__(self, scale=1.0, **options):
+        super().__init__(**options)
+        self.scale = scale
+
     def process(self, data_batch, data_samples):
         for sample in data_samples:
             scores = sample['pred_instances']['scores']
-            self.results += scores.double().tolist()
+            # one result a picture: ranks are cut to the pictures there are
+            self.results.append(scores.double().tolist())
 
     def compute_metrics(self, results):
-        return dict(mAP=sum(results) / len(results))
+        scores = [score for picture in results for score in picture]
+        return dict(mAP=self.scale * sum(scores) / len(scores))

@@ -1,0 +1,167 @@
+"""Which windows the files of a run allow, and how to record the others.
+
+A window of ``w`` steps stands for ``exponential(decay=1 - 1/w)``, with a ramp
+that has ended well before the run has.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from mmdet_ema.averaging.averages import POSTHOC
+from mmdet_ema.checkpoint.average import Combination, Run
+from mmdet_ema.checkpoint.contents import AVERAGE
+from mmdet_ema.checkpoint.profiles import decays_of, profile_of
+from mmdet_ema.errors import CheckpointError, OptionError
+from mmdet_ema.schedules import Schedule, exponential, window
+
+# of the run: the shortest and the longest window that is tried
+_SHORTEST, _LONGEST = 1 / 1000, 1 / 2
+_FILES = re.compile(r'(epoch|iter)_\d+\.pth')
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window, and how it is made of files.
+
+    Attributes:
+        steps: Its length.
+        schedule: The average that it stands for.
+        combination: Of the files of a run.
+    """
+
+    steps: float
+    schedule: Schedule
+    combination: Combination
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be had, or nothing."""
+        assert self.combination.fit is not None
+        return self.combination.fit.problem
+
+
+def files_of(work_dir: str) -> List[str]:
+    """Return the regular checkpoints in the folder of a run.
+
+    Raises:
+        CheckpointError: If there are none.
+    """
+    names = sorted(os.listdir(work_dir)) if os.path.isdir(work_dir) else []
+    found = [x for x in names if _FILES.fullmatch(x)]
+    if not found:
+        raise CheckpointError(
+            f'{work_dir!r} holds no epoch_N.pth and no iter_N.pth; give the '
+            f'work_dir of the training.'
+        )
+    return [os.path.join(work_dir, name) for name in found]
+
+
+def suited_schedule(steps: float, planned: int) -> Schedule:
+    """Return the average of a window, with a ramp that ends in time."""
+    # a ramp of half a window, as decay='auto', would still go on at the end
+    # of a run that is not much longer
+    tau = min(steps / 2, planned / 10)
+    return exponential(round(1 - 1 / steps, 12), round(max(tau, 1e-3), 6))
+
+
+def check_length(steps: float, planned: int) -> None:
+    """Refuse a window that is longer than the run, or below a step.
+
+    Raises:
+        OptionError: If it is.
+    """
+    if not 1 <= steps <= planned:
+        raise OptionError(
+            f'a window of {steps:g} steps is not allowed: the files end at '
+            f'step {planned}; use 1 to {planned}.'
+        )
+
+
+def spread(count: int, planned: int) -> Sequence[float]:
+    """Return so many windows, evenly spread on a scale of factors."""
+    least = max(planned * _SHORTEST, 2)
+    factor = max(planned * _LONGEST / least, 1)
+    shares = [i / max(count - 1, 1) for i in range(count)]
+    return sorted({round(least * factor**x) for x in shares})
+
+
+def make_windows(
+    run: Run, wanted: Sequence[float]
+) -> Tuple[List[Window], List[Window]]:
+    """Return the windows that the files of a run allow, and the others.
+
+    Args:
+        run: The files.
+        wanted: Lengths in steps, from 1 to that of the run.
+
+    Raises:
+        OptionError: If a length is out of range.
+    """
+    found: List[Window] = []
+    for steps in wanted:
+        check_length(steps, run.steps)
+        schedule = suited_schedule(steps, run.steps)
+        profile = profile_of(decays_of(schedule, run.steps))
+        found.append(Window(steps, schedule, run.nearest(profile)))
+    return (
+        [x for x in found if not x.problem],
+        [x for x in found if x.problem],
+    )
+
+
+def averages_of(run: Run) -> Dict[str, Optional[float]]:
+    """Return the averages in the last file, with the window of each."""
+    found: Dict[str, Optional[float]] = {}
+    for name, weights in run.files[-1].sets.items():
+        if weights.role == AVERAGE:
+            schedule, steps = weights.build_schedule(), weights.steps
+            known = schedule is not None and steps
+            length = window(schedule(steps)) if known else math.inf  # type: ignore[misc,arg-type]
+            found[name] = length if math.isfinite(length) else None
+    return found
+
+
+def how_to_reach(
+    run: Run, made: Sequence[Window], refused: Sequence[Window]
+) -> List[str]:
+    """Return sentences on what the next run has to record.
+
+    Args:
+        run: The files.
+        made: The windows that they allow.
+        refused: Those that they do not.
+    """
+    if not refused:
+        return []
+    names = averages_of(run)
+    has_start = any(not source.profile[1:].any() for source in run.look())
+    said = []
+    if not has_start or POSTHOC not in names:
+        said.append(
+            'EMAHook(posthoc=True) adds a fast average and keeps the '
+            'starting weights: windows from its own to that of the main one'
+        )
+    shortest = min((x.steps for x in made), default=math.inf)
+    short = [x for x in refused if x.steps < shortest]
+    if made and short:
+        least = short[0]
+        decay, tau = least.schedule.options.values()
+        said.append(
+            f'for windows from {least.steps:g} steps on: averages=dict('
+            f'short=dict(decay={decay:.6g}, tau={tau:.6g}))'
+        )
+    longest = max((x.steps for x in made), default=0)
+    long = [x for x in refused if x.steps > longest]
+    if made and long:
+        decay, tau = long[-1].schedule.options.values()
+        said.append(
+            f'for windows up to {long[-1].steps:g} steps: averages=dict('
+            f'long=dict(decay={decay:.6g}, tau={tau:.6g})), or all files of '
+            f'the run (CheckpointHook(max_keep_ckpts=-1))'
+        )
+    return said

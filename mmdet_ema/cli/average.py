@@ -1,0 +1,289 @@
+"""``mmdet-ema average``: parser, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+)
+
+from mmdet_ema.errors import (
+    OptionError,
+    did_you_mean,
+    show,
+)
+from mmdet_ema.frameworks import has_mmcv1, has_mmengine
+
+if TYPE_CHECKING:
+    from mmdet_ema.checkpoint.average import Combination
+
+_OWN = (
+    *('profile', 'coefficients', 'weights', 'start', 'config', 'metric'),
+    *('recalibrate', 'batches'),
+)
+# coefficients that nobody wants to read
+_SMALL = 1e-4
+_HELP = """\
+Average checkpoints: their mean, or the EMA, SWA, ... of another window that
+one run would have tracked. Sums are in float64; the file deploys as it is.
+
+profiles, of all steps (fitted to what the files hold; see the error):
+  ema:0.9995        EMA of that decay; ema:0.9999/2000 with the tau of a ramp
+  swa:25%            mean of the last share of the steps; swa:5000 of so many
+  power:0.05        power average of that relative width
+  'inverse(decay=0.999)'   any schedule of the hook, with its options
+profiles, of the files (exact):
+  mean              all the same
+  lawa:5            the last five, raw
+  wsm:cosine        raw, as if the learning rate had decayed by cosine, linear
+                    or 1-sqrt from the first file to the last
+  bema:0.2          the last average with less lag, of that exponent
+  soup:greedy       files into a mean as long as a metric gets no worse
+
+examples:
+  mmdet-ema average work_dirs/a/epoch_*.pth -o soup.pth --profile lawa:5
+  mmdet-ema average work_dirs/a/epoch_*.pth -o b.pth --profile ema:0.999/500
+  mmdet-ema average a.pth b.pth -o c.pth --coefficients 0.3,0.7
+  mmdet-ema average *.pth -o d.pth --profile soup:greedy --config CONFIG
+  mmdet-ema average *.pth -o e.pth --profile mean --recalibrate CONFIG
+  mmdet-ema average --recipe e.pth -o same_as_e.pth"""
+
+
+def add_parser(
+    commands: Any, add_output: Any, add_unsafe: Any, style: Dict[str, Any]
+) -> None:
+    """Add the parser of the command."""
+    parser = commands.add_parser(
+        'average',
+        help='average checkpoints: mean, EMA of another decay, SWA, soup',
+        description='Average checkpoints.',
+        epilog=_HELP,
+        **style,
+    )
+    parser.add_argument(
+        'files', metavar='FILE', nargs='*', help='checkpoints, of one run'
+    )
+    add_output(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument('--profile', help='what the average should be')
+    what.add_argument(
+        '--coefficients',
+        metavar='C,C,...',
+        help='what each file counts; they sum up to 1',
+    )
+    parser.add_argument(
+        '--weights',
+        metavar='NAME',
+        help='which weights of each file: raw, ema, ...; by default those '
+        'that it deploys, for lawa and wsm the raw ones',
+    )
+    parser.add_argument(
+        '--start',
+        metavar='FILE',
+        help='starting weights of the run; by default ema_start.pt beside '
+        'the files',
+    )
+    parser.add_argument(
+        '--config', help='whose validation chooses, for soup:greedy'
+    )
+    parser.add_argument(
+        '--metric',
+        metavar='NAME',
+        help='which metric; by default that of save_best, or the first one',
+    )
+    parser.add_argument(
+        '--recalibrate',
+        metavar='CONFIG',
+        help='estimate BatchNorm statistics again, from its training data',
+    )
+    parser.add_argument(
+        '--batches',
+        metavar='N',
+        type=int,
+        help='how many batches; by default 100',
+    )
+    add_unsafe(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Average files; return the exit status.
+
+    Raises:
+        CheckpointError: If the files do not allow it.
+        OptionError: If an option is wrong.
+    """
+    from mmdet_ema.checkpoint import saving
+    from mmdet_ema.checkpoint.average import Combination, deployable
+    from mmdet_ema.cli import toolbox
+
+    own = {name: getattr(options, name) for name in _OWN}
+    files, said, made = toolbox.recipe_of(options, own)
+    if made is None:
+        _check(options)
+    saving.check_free(options.out, options.force)
+    if made is None:
+        combination = _combine(options)
+        if said['recalibrate'] and said['batches'] is None:
+            said['batches'] = 100
+        made = combination.recipe(said)
+    else:
+        combination = Combination.of_recipe(said, files, options.unsafe)
+    for line in _lines(combination):
+        toolbox.say(options, line)
+    state = combination.state_dict()
+    if said.get('recalibrate'):
+        with _runner_of(said['recalibrate'], '--recalibrate') as runner:
+            from mmdet_ema.for_mmengine.tune import recalibrated
+
+            found = recalibrated(runner, state, said['batches'])
+        for name, value in found.items():
+            # the rest is as it was, but of the dtypes of the model
+            if name.rpartition('.')[2].startswith('running_'):
+                state[name] = value
+    content = deployable(combination, state, made)
+    path = saving.save(content, options.out, force=options.force)
+    if path != saving.STDOUT:
+        toolbox.say(options, f'{path}: written')
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.profile is None and options.coefficients is None:
+        raise OptionError(
+            'what is to be made? Give --profile, as --profile mean, or '
+            '--coefficients; --help has them all.'
+        )
+    if options.batches is not None:
+        if options.recalibrate is None:
+            raise OptionError(
+                '--batches has no effect without --recalibrate CONFIG.'
+            )
+        if options.batches < 1:
+            raise OptionError(
+                f'--batches {options.batches} is out of range; use at least 1.'
+            )
+    soup = options.profile == 'soup:greedy'
+    for name in ('config', 'metric'):
+        if getattr(options, name) is not None and not soup:
+            raise OptionError(
+                f'--{name} has no effect without --profile soup:greedy; '
+                f'leave it out.'
+            )
+
+
+def _combine(options: argparse.Namespace) -> Combination:
+    from mmdet_ema.checkpoint import average
+    from mmdet_ema.checkpoint.profiles import parse_profile
+
+    profile = coefficients = None
+    if options.profile is not None:
+        profile = parse_profile(options.profile)
+    else:
+        coefficients = _numbers(options.coefficients)
+    files = average.read_files(options.files, unsafe=options.unsafe)
+    combine = functools.partial(
+        average.average,
+        files,
+        profile,
+        coefficients,
+        weights=options.weights,
+        start=options.start,
+    )
+    if options.config is None:
+        return combine()
+    with _runner_of(options.config, '--profile soup:greedy') as runner:
+        return combine(evaluate=_score_by(runner, options))
+
+
+def _runner_of(config: str, what: str) -> ContextManager[Any]:
+    if has_mmcv1() or not has_mmengine():
+        raise OptionError(
+            f'{what} builds the model and data of a config by mmengine, which '
+            f'is not what is installed here; under mmcv 1.x use the option '
+            f'recalibrate=N of EMAHook, and evaluate files by tools/test.py.'
+        )
+    from mmdet_ema.for_mmengine.tune import runner_of
+
+    return runner_of(config)
+
+
+def _score_by(
+    runner: Any, options: argparse.Namespace
+) -> Callable[[Mapping[str, Any]], float]:
+    """Return what makes a score of weights, higher for better ones."""
+    from mmdet_ema.cli.toolbox import say
+    from mmdet_ema.for_mmengine.runner import choose_by
+    from mmdet_ema.for_mmengine.tune import evaluate_weights
+
+    metric: Optional[str] = options.metric
+    told = False
+
+    def score(state: Mapping[str, Any]) -> float:
+        nonlocal told
+        found = evaluate_weights(runner, state)
+        if metric is not None and metric not in found:
+            near = did_you_mean(metric, found)
+            raise OptionError(
+                f'--metric {show(metric)} is not among those of the config: '
+                f'{", ".join(found)}.{near}'
+            )
+        if not found:
+            raise OptionError('the validation of --config has no metrics.')
+        name, greater = choose_by(runner, found)
+        if metric is not None and metric != name:
+            name, greater = metric, 'loss' not in metric.lower()
+        if not told:
+            sign = '' if greater else ', negative, as lower is better'
+            say(options, f'scores are {name}{sign}')
+            told = True
+        return found[name] if greater else -found[name]
+
+    return score
+
+
+def _lines(combination: Combination) -> Iterator[str]:
+    """Yield what each file counts, and what that is worth."""
+    own = combination.statistics is not None
+    rows = [('coefficient', *(['statistics'] if own else []), 'weights', '')]
+    small = 0
+    for contents, name, c, s in combination.terms:
+        if max(abs(c), s) < _SMALL:
+            small += 1
+            continue
+        counts = (f'{c:.6f}', *([f'{s:.6f}'] if own else []))
+        rows.append((*counts, name, contents.path))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        line = '  '.join(x.rjust(n) for x, n in zip(row[:-1], widths))
+        yield f'{line}  {row[-1]}'.rstrip()
+    if small:
+        yield f'and {small} more, each below {_SMALL:g}'
+    said = f'sum of absolute coefficients {combination.absolute_sum:.3f}'
+    if combination.fit is not None:
+        said = f'error of the profile {combination.fit.error:.2%}, {said}'
+    if combination.statistics is not None:
+        said += (
+            f'; running statistics have their own, none negative, as a '
+            f'variance would be: error {combination.statistics.error:.2%}'
+        )
+    yield said
+    yield from combination.notes
+
+
+def _numbers(text: str) -> List[float]:
+    try:
+        return [float(x) for x in text.split(',')]
+    except ValueError:
+        raise OptionError(
+            f'--coefficients {show(text)} cannot be read; write numbers with '
+            f'commas, as 0.2,0.3,0.5.'
+        ) from None

@@ -1,0 +1,284 @@
+"""``mmdet-ema tune``: parser, table, picture and file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Union
+
+from mmdet_ema.cli import plot
+from mmdet_ema.errors import OptionError
+from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
+
+_HELP = """\
+Choose the window of the average after the training. Windows are made of the
+files of one run (its averages, raw and starting weights), and each is tested
+by the validation of CONFIG, in one process. EMAHook(posthoc=True) and a few
+files are what it takes. Raw weights and the averages of the last file stand
+beside, and the best of all can be written as a file that deploys.
+
+examples:
+  mmdet-ema tune CONFIG work_dirs/a -o best.pth
+  mmdet-ema tune CONFIG work_dirs/a --windows 500,1000,2000,4000
+  mmdet-ema tune CONFIG work_dirs/a --metric coco/bbox_mAP_50
+  mmdet-ema tune CONFIG work_dirs/a -o best.pth --recalibrate 50
+  torchrun --nproc_per_node 2 -m mmdet_ema tune CONFIG work_dirs/a \\
+      --launcher pytorch"""
+
+
+def add_parser(commands: Any, style: Dict[str, Any]) -> None:
+    """Add the parser of the command."""
+    parser = commands.add_parser(
+        'tune',
+        help='choose the window of the average after the training',
+        description='Test averages of other windows, made of files.',
+        epilog=_HELP,
+        **style,
+    )
+    parser.add_argument('config', metavar='CONFIG', help='that of the run')
+    parser.add_argument('work_dir', metavar='WORK_DIR', help='that of the run')
+    parser.add_argument(
+        '-o', '--out', metavar='OUT', help='file to write the best weights to'
+    )
+    parser.add_argument(
+        '--force', action='store_true', help='replace a file of that name'
+    )
+    parser.add_argument(
+        '--windows',
+        metavar='N',
+        default='12',
+        help='how many, between 0.1 %% of the run and half of it; or a list '
+        'of lengths in steps; by default %(default)s',
+    )
+    parser.add_argument(
+        '--metric',
+        metavar='NAME',
+        help='which metric; by default that of save_best, or the first one',
+    )
+    parser.add_argument(
+        '--recalibrate',
+        metavar='N',
+        type=int,
+        default=0,
+        help='test each again with BatchNorm statistics of so many batches '
+        'of training data',
+    )
+    parser.add_argument(
+        '--plot',
+        metavar='FILE',
+        type=plot.picture,
+        help='picture to write; by default tune.png in WORK_DIR',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        metavar='KEY=VALUE',
+        nargs='+',
+        help='changes to the config',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=('none', 'pytorch', 'slurm', 'mpi'),
+        default='none',
+        help='as of tools/test.py',
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Test windows, print a table, draw it, write the best weights.
+
+    Raises:
+        CheckpointError: If the files do not allow it.
+        OptionError: If an option is wrong.
+    """
+    if has_mmcv1() or not has_mmengine():
+        raise OptionError(
+            'tune tests with mmengine (mmdet 3), which is not what is '
+            'installed here; under mmcv 1.x make windows with mmdet-ema '
+            'average, and test each by tools/test.py.'
+        )
+    if options.recalibrate < 0:
+        raise OptionError(
+            f'--recalibrate {options.recalibrate} is out of range; use a '
+            f'number of batches.'
+        )
+    from mmdet_ema.checkpoint import saving
+    from mmdet_ema.checkpoint.average import Run, read_files
+    from mmdet_ema.checkpoint.windows import check_length, files_of, spread
+    from mmdet_ema.for_mmengine import tune as evaluation
+
+    picture = options.plot or Path(options.work_dir, 'tune.png')
+    can_draw = has_package('matplotlib')
+    if options.plot and not can_draw:
+        raise OptionError(
+            'a picture needs matplotlib, which is not installed: '
+            'pip install matplotlib'
+        )
+    if options.out:
+        saving.check_free(options.out, options.force)
+    lengths = _windows(options.windows)
+    files = Run(read_files(files_of(options.work_dir)))
+    if isinstance(lengths, int):
+        lengths = spread(lengths, files.steps)
+    for length in lengths:
+        check_length(length, files.steps)
+    is_main = os.environ.get('RANK', '0') == '0'
+
+    def tell(line: str) -> None:
+        if is_main:
+            print(f'mmdet-ema: {line}', file=sys.stderr, flush=True)
+
+    tell(f'{len(files.files)} files, the last one after {files.steps} steps')
+    for note in files.notes:
+        tell(note)
+    changes = _changes(options.cfg_options)
+    with evaluation.runner_of(
+        options.config, options.launcher, changes
+    ) as runner:
+        found = evaluation.tune(
+            runner,
+            files,
+            lengths,
+            metric=options.metric,
+            recalibrate=options.recalibrate,
+            tell=tell,
+        )
+    if not is_main:
+        return 0
+    print(table(found))
+    if options.out:
+        print(f'weights: {_write(found, options)}')
+    if can_draw:
+        _draw(found, picture)
+        print(f'picture: {picture}')
+    return 0
+
+
+def _windows(given: str) -> Union[int, Sequence[float]]:
+    """Read how many windows, or a list of their lengths."""
+    try:
+        numbers = [float(x) for x in given.split(',')]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1 and numbers[0] in range(1, 101):
+        return int(numbers[0])
+    if len(numbers) > 1:
+        return sorted({*numbers})
+    raise OptionError(
+        f'--windows {given} is not allowed; use how many (1 to 100), or '
+        f'several lengths in steps, as 100,200,500.'
+    )
+
+
+def _changes(words: Optional[Sequence[str]]) -> Dict[str, Any]:
+    from mmengine.config import DictAction
+
+    pairs = [word.partition('=') for word in words or ()]
+    for word, (key, sign, _) in zip(words or (), pairs):
+        if not key or not sign:
+            raise OptionError(f'--cfg-options {word} is no KEY=VALUE.')
+    return {key: DictAction._parse_iterable(text) for key, _, text in pairs}
+
+
+def table(found: Any) -> str:
+    """Return the table of what was evaluated, and what could not be.
+
+    Args:
+        found: What :func:`mmdet_ema.for_mmengine.tune.tune` returned.
+    """
+    both = any(row.recalibrated for row in found.rows)
+    head = ['weights', 'window', 'error', 'sum of |c|', found.metric]
+    head += ['recalibrated'] if both else []
+    lines = [head]
+    for row in found.rows:
+        line = [row.name, '-', '-', '-', f'{row.value(found.metric):.4f}']
+        if row.length is not None:
+            line[1] = f'{row.length:.4g}'
+        if row.schedule is not None:
+            fit = row.combination.fit
+            line[2:4] = [f'{fit.error:.1%}', f'{fit.absolute_sum:.2f}']
+        elif row.name == found.run.files[-1].deployed:
+            line[0] = f'{row.name} (deployed)'
+        if both:
+            line.append(f'{row.value(found.metric, True):.4f}')
+        line[0] = f'* {line[0]}' if row is found.best else f'  {line[0]}'
+        lines.append(line)
+    sizes = [max(map(len, column)) for column in zip(*lines)]
+    text = [
+        '  '.join(
+            [line[0].ljust(sizes[0])]
+            + [cell.rjust(size) for cell, size in zip(line[1:], sizes[1:])]
+        ).rstrip()
+        for line in lines
+    ]
+    again = ', recalibrated' if found.is_recalibrated else ''
+    text.append(f'* the best one{again}; chosen on this data, so flattered')
+    text += [
+        f'refused: window {x.steps:g}: {x.problem}' for x in found.refused
+    ]
+    text += [f'next time: {x}' for x in found.next_time]
+    return '\n'.join(text)
+
+
+def _draw(found: Any, path: Path) -> None:
+    """Draw the metric against the window, raw and averages beside."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout='constrained')
+    axes = figure.subplots()
+    windows = [row for row in found.rows if row.schedule is not None]
+    lengths = [row.length for row in windows]
+    for again in {False, bool(found.rows[0].recalibrated)}:
+        axes.plot(
+            lengths,
+            [row.value(found.metric, again) for row in windows],
+            's-' if again else 'o-',
+            label='windows, recalibrated' if again else 'windows',
+            color='tab:cyan' if again else 'tab:blue',
+            markersize=4,
+        )
+    colors = iter(('orange', 'green', 'red', 'purple', 'brown', 'gray'))
+    for row in found.rows:
+        if row.schedule is None:
+            color = f'tab:{next(colors, "gray")}'
+            value = row.value(found.metric)
+            axes.axhline(value, ls='--', color=color, label=row.name)
+            if row.length is not None:
+                axes.plot([row.length], [value], 's', color=color)
+    if found.best.length is not None:
+        value = found.best.value(found.metric, found.is_recalibrated)
+        axes.plot([found.best.length], [value], 'k*', ms=12, label='best')
+    axes.set_xscale('log')
+    axes.set(xlabel='window in steps', ylabel=found.metric)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    plot.write(figure, path)
+
+
+def _write(found: Any, options: argparse.Namespace) -> str:
+    """Write the best weights as a file that deploys.
+
+    Its recipe is one of ``mmdet-ema average``, which can repeat it.
+    """
+    from mmdet_ema.checkpoint import saving
+    from mmdet_ema.checkpoint.average import deployable
+
+    best, recalibrate = found.best, None
+    if found.is_recalibrated:
+        batches = options.recalibrate
+        recalibrate = dict(config=options.config, batches=batches)
+    value = best.value(found.metric, found.is_recalibrated)
+    said = {
+        'profile': str(best.schedule or best.name),
+        'coefficients': None,
+        'recalibrate': recalibrate,
+        # as text: torch 1.13 reads no float by weights_only=True
+        'chosen_by': f'{found.metric} {value!r}',
+        'cfg_options': options.cfg_options or [],
+    }
+    made = best.combination.recipe(said)
+    if best.name == 'raw':
+        made['holds'] = {'role': 'raw', 'name': 'raw'}
+    content = deployable(best.combination, found.weights, made)
+    return saving.save(content, options.out, force=options.force)

@@ -1,0 +1,1 @@
+"""Which decay, and whether to average at all: runs, evaluation and tables."""
