@@ -64,7 +64,7 @@ demo-mmcv1:  ## the same with mmdet 2
 demo-trees: setup  ## pictures of trees found by raw and averaged weights
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m study.pictures
 
-study: setup  ## which decay: runs, tables and picture of docs/en/study.md (an hour)
+study: setup  ## which decay: runs, tables and picture of docs/en/study.md (half an hour)
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m study $(ARGS)
 
 test: setup  ## run the tests; what a stack does not have is left out

@@ -41,7 +41,8 @@ def draw(
     rows = figure.subplots(len(found), SCENES, squeeze=False)
     for (weights, boxes), row in zip(found.items(), rows):
         for name, axes in zip(names, row):
-            axes.imshow(cv2.imread(str(data / 'val' / name)))
+            pixels = cv2.imread(str(data / 'val' / name))
+            axes.imshow(pixels[..., ::-1])  # OpenCV has blue first
             axes.set(xticks=[], yticks=[])
             missed = list(truth[name])
             for box in boxes.get(name, ()):

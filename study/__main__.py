@@ -18,7 +18,9 @@ def main() -> None:
     """Run the study that the command line asks for."""
     parser = argparse.ArgumentParser(description='Run the study.')
     names = [name for name in runs.SETTINGS if name != 'short']
-    parser.add_argument('--only', default=','.join(names), help='settings')
+    parser.add_argument(
+        '--only', default='digits', help=f'settings, of {", ".join(names)}'
+    )
     parser.add_argument('--seeds', type=int, help='how many; the usual number')
     parser.add_argument(
         '--tables', action='store_true', help='only write what is there'
