@@ -200,7 +200,7 @@ def write_whole(path: str, content: bytes) -> None:
             lock(file)
             file.write(content)
             file.flush()
-            _sync(file.fileno())
+            sync(file.fileno())
             os.replace(temporary, path)
     except OSError as error:
         raise _not_written(error, path, len(content)) from error
@@ -231,12 +231,13 @@ def sync_folder(folder: str) -> None:
         return  # it cannot be opened there
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _sync(handle)
+        sync(handle)
     finally:
         os.close(handle)
 
 
-def _sync(handle: int) -> None:
+def sync(handle: int) -> None:
+    """Bring an open file to the disk."""
     try:
         os.fsync(handle)
     except OSError as error:

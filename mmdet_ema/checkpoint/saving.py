@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Callable, Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor
 
+from mmdet_ema.checkpoint.files import sync
 from mmdet_ema.checkpoint.mapped import DTYPES, TIED
 from mmdet_ema.checkpoint.recipe import sha256_of
 from mmdet_ema.checkpoint.weights_only import foreign
@@ -186,6 +187,8 @@ def _write(
     try:
         with open(temporary, 'wb') as file:
             write(file)
+            file.flush()
+            sync(file.fileno())
         if add_hash:
             root, end = os.path.splitext(path)
             path = f'{root}-{sha256_of(temporary)[:8]}{end}'

@@ -15,7 +15,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from mmdet_ema.averaging.averages import POSTHOC
 from mmdet_ema.checkpoint.average import Combination, Run
 from mmdet_ema.checkpoint.contents import AVERAGE
-from mmdet_ema.checkpoint.profiles import decays_of, profile_of
+from mmdet_ema.checkpoint.profiles import Profile
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.schedules import Schedule, exponential, window
 
@@ -106,8 +106,9 @@ def make_windows(
     for steps in wanted:
         check_length(steps, run.steps)
         schedule = suited_schedule(steps, run.steps)
-        profile = profile_of(decays_of(schedule, run.steps))
-        found.append(Window(steps, schedule, run.nearest(profile)))
+        profile = Profile(str(schedule), 'schedule', schedule)
+        combination = run.nearest(run.target(profile))
+        found.append(Window(steps, schedule, combination))
     return (
         [x for x in found if not x.problem],
         [x for x in found if x.problem],

@@ -6,6 +6,7 @@ import pytest
 from mmdet_ema import OptionError
 from mmdet_ema.checkpoint import windows
 from mmdet_ema.checkpoint.average import Run, read_files
+from mmdet_ema.checkpoint.profiles import decays_of, profile_of
 from mmdet_ema.errors import CheckpointError
 from tests import oracle
 from tests.checkpoint.walk import STEPS, Walk
@@ -43,7 +44,7 @@ def test_windows(walk):
     assert {10, 100} <= {x.steps for x in made}
     assert len(LENGTHS) == len(made) + len(refused)
     for window in made:
-        target = windows.profile_of(windows.decays_of(window.schedule, STEPS))
+        target = profile_of(decays_of(window.schedule, STEPS))
         walk.check(
             window.combination,
             tracked(window.steps),
@@ -54,6 +55,25 @@ def test_windows(walk):
         assert (state['norm.running_var'] > 0).all()
     for window in refused:
         assert 'error of the profile' in window.problem
+
+
+def test_interval(tmp_path):
+    """The windows of a run that averages every fifth step are not refused."""
+    walk = Walk(tmp_path, posthoc=True, interval=5, **MAIN)
+    made, _ = windows.make_windows(run_of(walk), [50, 100])
+    (expected,) = [x for x in made if x.steps == 100]
+    decays = [oracle.ramp(n, 0.99, 50) for n in range(1, STEPS + 1)]
+
+    def average(values):
+        found = values[0]
+        for n in range(5, STEPS + 1, 5):
+            d = np.prod(decays[n - 5 : n])
+            found = d * found + (1 - d) * values[n]
+        return found
+
+    # it is the main average: decay 0.99, tau 50
+    assert expected.combination.fit.error < 1e-9
+    walk.check(expected.combination, average)
 
 
 def test_running_statistics(walk):
@@ -72,7 +92,7 @@ def test_running_statistics(walk):
         found = window.combination.state_dict()['norm.running_mean']
         away = np.abs(found.double().numpy() - expected).max()
         room = np.sqrt(((values - expected) ** 2).sum(0)).max()
-        target = windows.profile_of(windows.decays_of(window.schedule, STEPS))
+        target = profile_of(decays_of(window.schedule, STEPS))
         # Cauchy-Schwarz, and what float32 rounds in 500 updates
         error = window.combination.fit.error * float(target.norm())
         assert away < error * room + 2e-6 * np.abs(values).max()
