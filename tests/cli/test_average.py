@@ -1,6 +1,9 @@
 """``mmdet-ema average``: the file that it writes, and what it refuses."""
 
 import json
+import shutil
+from glob import glob
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from mmdet_ema.checkpoint import recipe
 from mmdet_ema.checkpoint.average import average, read_files
 from mmdet_ema.checkpoint.contents import read_contents
 from mmdet_ema.checkpoint.profiles import parse_profile
+from mmdet_ema.cli.average import _HELP
 from mmdet_ema.cli.main import main
 from tests.checkpoint.walk import MAIN, Toy, Walk
 from tests.toy import same
@@ -47,6 +51,36 @@ def test_file(walk, tmp_path, capsys, profile):
     tied = content['state_dict']
     pointers = {tied[f'{x}.weight'].data_ptr() for x in ('first', 'tied')}
     assert 1 == len(pointers)
+
+
+def test_examples_of_the_help(tmp_path, monkeypatch, capsys):
+    """They run as they are; those with a CONFIG are for a real run's test."""
+    folder = tmp_path / 'work_dirs' / 'a'
+    folder.mkdir(parents=True)
+    Walk(folder, posthoc=True, decay=0.999, tau=500)
+    for file in folder.glob('iter_*.pth'):
+        file.rename(file.with_name(file.name.replace('iter', 'epoch')))
+    files = sorted(folder.glob('epoch_*.pth'))
+    for name, file in zip(('a.pth', 'b.pth'), files):
+        shutil.copy(file, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    lines = [x.strip() for x in _HELP.partition('examples:')[2].splitlines()]
+    done = 0
+    for line in filter(None, lines):
+        if 'CONFIG' in line:
+            continue
+        words = line.replace('--recipe e.pth', '--recipe c.pth').split()
+        program, command, *arguments = [
+            name
+            for word in words
+            for name in (sorted(glob(word)) if '*' in word else [word])
+        ]
+        assert ('mmdet-ema', 'average') == (program, command)
+        assert 0 == run(*arguments, '--force'), capsys.readouterr().err
+        done += 1
+    assert 4 == done
+    same_bytes = Path('same_as_e.pth').read_bytes()
+    assert Path('c.pth').read_bytes() == same_bytes
 
 
 def test_recipe(walk, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """``FlexibleRunner``, which loads before it calls ``before_run``."""
 
+import itertools
+
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.runner import FlexibleRunner
@@ -16,6 +18,7 @@ from tests.for_mmengine.toy import (
 )
 
 EMA = dict(type='EMAHook', decay=0.9, tau=3)
+_names = itertools.count()
 
 
 class FlexibleRun(Run):
@@ -39,6 +42,8 @@ class FlexibleRun(Run):
             val_cfg=dict(),
             val_evaluator=Evaluator([Score()]),
             custom_hooks=[*hooks, self.recorder],
+            # runs of one second would share a visualizer
+            experiment_name=f'flexible{next(_names)}',
             **options,
         )
 
