@@ -141,7 +141,9 @@ def run(options: argparse.Namespace) -> int:
         toolbox.say(options, line)
     state = combination.state_dict()
     if said.get('recalibrate'):
-        with _runner_of(said['recalibrate'], '--recalibrate') as runner:
+        changes = said.get('cfg_options')  # of tune
+        config = said['recalibrate']
+        with _runner_of(config, '--recalibrate', changes) as runner:
             from mmdet_ema.for_mmengine.tune import recalibrated
 
             found = recalibrated(runner, state, said['batches'])
@@ -204,7 +206,9 @@ def _combine(options: argparse.Namespace) -> Combination:
         return combine(evaluate=_score_by(runner, options))
 
 
-def _runner_of(config: str, what: str) -> ContextManager[Any]:
+def _runner_of(
+    config: str, what: str, cfg_options: Any = None
+) -> ContextManager[Any]:
     if has_mmcv1() or not has_mmengine():
         raise OptionError(
             f'{what} builds the model and data of a config by mmengine, which '
@@ -213,7 +217,7 @@ def _runner_of(config: str, what: str) -> ContextManager[Any]:
         )
     from mmdet_ema.for_mmengine.tune import runner_of
 
-    return runner_of(config)
+    return runner_of(config, cfg_options=cfg_options)
 
 
 def _score_by(

@@ -264,15 +264,13 @@ def _write(found: Any, options: argparse.Namespace) -> str:
     from mmdet_ema.checkpoint import saving
     from mmdet_ema.checkpoint.average import deployable
 
-    best, recalibrate = found.best, None
-    if found.is_recalibrated:
-        batches = options.recalibrate
-        recalibrate = dict(config=options.config, batches=batches)
-    value = best.value(found.metric, found.is_recalibrated)
+    best, again = found.best, found.is_recalibrated
+    value = best.value(found.metric, again)
     said = {
         'profile': str(best.schedule or best.name),
         'coefficients': None,
-        'recalibrate': recalibrate,
+        'recalibrate': options.config if again else None,
+        'batches': options.recalibrate if again else None,
         # as text: torch 1.13 reads no float by weights_only=True
         'chosen_by': f'{found.metric} {value!r}',
         'cfg_options': options.cfg_options or [],
