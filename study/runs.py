@@ -250,7 +250,10 @@ def train(setting: Setting, seed: int) -> None:
         return
     # what an interrupted run has left
     shutil.rmtree(folder, ignore_errors=True)
-    Runner.from_cfg(config_of(setting, seed)).train()
+    cfg = config_of(setting, seed)
+    # mmengine keeps one visualizer for a name, and its folder
+    cfg.visualizer.name = str(folder)
+    Runner.from_cfg(cfg).train()
     kept: Dict[str, Any] = {}
     for path in sorted(folder.glob('iter_*.pth')):
         content = torch.load(path, map_location='cpu', weights_only=True)

@@ -105,8 +105,9 @@ def runner_of(
     if (cfg.get('randomness') or {}).get('seed') is None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=0)
     if cfg.get('visualizer'):
-        # no run appears at a tracking service
-        cfg.visualizer.vis_backends = []
+        # no run appears at a tracking service, or in the folder of another
+        # one: mmengine keeps one visualizer for a name
+        cfg.visualizer.update(vis_backends=[], name='mmdet_ema')
     # mmengine would choose each rank's GPU
     if launcher != 'none' and get_device() == 'cpu':
         dist.init_process_group('gloo')
