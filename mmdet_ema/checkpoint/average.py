@@ -35,6 +35,7 @@ from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
     Contents,
+    as_count,
     read_contents,
 )
 from mmdet_ema.checkpoint.extract import meta_for_use
@@ -598,15 +599,9 @@ def steps_of(contents: Contents) -> Optional[int]:
     return max((x.steps for x in sets if x.steps is not None), default=None)
 
 
-def _iteration_of(contents: Contents) -> Optional[int]:
-    iteration = contents.meta.get('iter')
-    is_count = isinstance(iteration, int) and iteration >= 0
-    return iteration if is_count else None
-
-
 def _places(files: Sequence[Contents], notes: List[str]) -> List[int]:
     """Return where each file is in the run: steps, else iterations, else i."""
-    for place in (steps_of, _iteration_of):
+    for place in (steps_of, lambda x: as_count(x.meta.get('iter'))):
         found = [place(contents) for contents in files]
         known = [x for x in found if x is not None]
         if len(known) == len(files):

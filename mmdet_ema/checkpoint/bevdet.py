@@ -74,7 +74,13 @@ def add_averages(
             f'({", ".join(missing[:3])}); their average starts from the raw '
             f'weights.'
         )
-    meta = checkpoint.get('meta') or {}
+    return doubts + other_moments(second, checkpoint.get('meta') or {}, path)
+
+
+def other_moments(
+    second: Mapping[str, Any], meta: Mapping[str, Any], path: str
+) -> List[str]:
+    """Return a sentence if a second file was not written with the first."""
     # a hook may note the number before or after the runner counts up, and
     # mmcv's own `iter` may be one less than the iterations done
     for unit, late in (('epoch', 0), ('iter', 1)):
@@ -82,9 +88,9 @@ def add_averages(
         if not isinstance(theirs, int) or not isinstance(ours, int):
             continue
         if not -1 <= theirs - ours <= late:
-            doubts.append(
+            return [
                 f'{path!r} was written at {unit} {theirs}, the checkpoint at '
                 f'{unit} {ours}: averages and raw weights of different '
                 f'moments. Give the file beside the checkpoint.'
-            )
-    return doubts
+            ]
+    return []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _PIECE = 2**20
 # their distance says nothing of the weights
-_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 class Gap(NamedTuple):
@@ -72,7 +72,7 @@ def distances(
         raw = raws.get(name)
         if raw is None or raw.shape != average.shape or id(raw) in seen:
             continue
-        if not raw.is_floating_point() or name.endswith(_STATISTICS):
+        if not raw.is_floating_point() or name.endswith(STATISTICS):
             continue
         seen.add(id(raw))
         found = gap(average, raw)

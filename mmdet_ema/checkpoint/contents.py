@@ -7,26 +7,20 @@ before somebody looks at it.
 
 from __future__ import annotations
 
-import ast
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Optional
 
 from torch import Tensor
 
 from mmdet_ema.checkpoint.files import one_line
+from mmdet_ema.checkpoint.format import check_names
 from mmdet_ema.checkpoint.mapped import read_file
 from mmdet_ema.errors import CheckpointError, show
-from mmdet_ema.schedules import (
-    SCHEDULES,
-    Schedule,
-    build_schedule,
-    to_the_power,
-)
+from mmdet_ema.schedules import SCHEDULES, Schedule, parse_schedule
 
 RAW, AVERAGE, UNKNOWN = 'raw', 'average', 'unknown'
-KAPPA = 'kappa'
 
 
 @dataclass
@@ -38,8 +32,8 @@ class Weights:
             one tensor in the file have the same object.
         role: ``'raw'``, ``'average'`` or ``'unknown'``.
         updates: n, the updates that an average has seen; None if unknown.
-        schedule: ``dict(type=name, **options)`` of an average, as far as the
-            file tells; empty if it does not.
+        schedule: That of an average as text, ``name(option=value, ...)``;
+            empty if the file does not tell.
         steps: Steps of the optimizer that were counted: more than updates
             with an interval above 1. None if unknown.
         averaged_steps: The step of the last update; None if unknown.
@@ -52,7 +46,7 @@ class Weights:
     tensors: Dict[str, Tensor]
     role: str = UNKNOWN
     updates: Optional[int] = None
-    schedule: Dict[str, Any] = field(default_factory=dict)
+    schedule: str = ''
     steps: Optional[int] = None
     averaged_steps: Optional[int] = None
     interval: int = 1
@@ -61,17 +55,13 @@ class Weights:
     metadata: Optional[Dict[str, Any]] = None
 
     def build_schedule(self) -> Optional[Schedule]:
-        """Return the schedule, None if the file does not tell it.
+        """Return the schedule, None if the file tells none with a name.
 
         Raises:
-            OptionError: If its options are out of range.
+            OptionError: If its options are wrong.
         """
-        options = dict(self.schedule)
-        kappa = options.pop(KAPPA, 1)
-        if options.get('type') not in SCHEDULES:
-            return None
-        schedule = build_schedule(options)
-        return schedule if kappa == 1 else to_the_power(schedule, kappa)
+        is_known = self.schedule.partition('(')[0] in SCHEDULES
+        return parse_schedule(self.schedule) if is_known else None
 
 
 @dataclass
@@ -191,29 +181,6 @@ def holds(contents: Contents, name: str) -> Dict[str, Any]:
     return {'name': name, 'role': weights.role, 'updates': weights.updates}
 
 
-def parse_schedule(text: Any) -> Dict[str, Any]:
-    """Return ``dict(type=name, **options)`` of a schedule's text.
-
-    Empty if it is not the text of a schedule with plain options.
-
-    Example:
-        >>> parse_schedule('constant(decay=0.9)')
-        {'type': 'constant', 'decay': 0.9}
-    """
-    try:
-        call: Any = ast.parse(str(text)[:1000], mode='eval').body
-        name, part = '', call.func
-        while isinstance(part, ast.Attribute):
-            name, part = f'.{part.attr}{name}', part.value
-        name = part.id + name
-        options = {x.arg: ast.literal_eval(x.value) for x in call.keywords}
-        return {'type': name, **options}
-    except (AttributeError, MemoryError, RecursionError, SyntaxError):
-        return {}
-    except (TypeError, ValueError):
-        return {}
-
-
 def as_count(value: Any) -> Optional[int]:
     """Return a counter of a file as an int; None if it is no whole number."""
     if isinstance(value, Tensor):
@@ -243,20 +210,12 @@ def weights_of(
         CheckpointError: If it is no dict, a name is no text, or two names are
             one without what wrappers add.
     """
-    if not isinstance(half, Mapping):
-        raise CheckpointError(
-            f'{what} of the checkpoint is a {type(half).__name__}, not a dict '
-            f'of weights; the file is damaged. Take another checkpoint.'
-        )
-    names = {}
-    for name, value in half.items():
-        if not isinstance(name, str):
-            raise CheckpointError(
-                f'{what} of the checkpoint has the name {name!r:.80}, which '
-                f'is no text; the file is damaged. Take another checkpoint.'
-            )
-        if name.startswith(prefix) and isinstance(value, Tensor):
-            names[name] = name[len(prefix) :]
+    check_names(half, what)
+    names = {
+        name: name[len(prefix) :]
+        for name, value in half.items()
+        if name.startswith(prefix) and isinstance(value, Tensor)
+    }
     plain = _unwrapped(list(names.values()))
     tensors: Dict[str, Tensor] = {}
     one: Dict[Any, Tensor] = {}

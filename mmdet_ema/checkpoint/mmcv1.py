@@ -215,6 +215,11 @@ def names_by_buffer(weights: Mapping[str, Any]) -> Dict[str, List[str]]:
     return groups
 
 
+def is_of_iteration(path: str) -> bool:
+    """Return whether a file's name says that it was saved by iteration."""
+    return '_iter_' in f'_{os.path.basename(path)}'
+
+
 def _is_swapped(
     weights: Mapping[str, Any],
     pairs: Mapping[str, Any],
@@ -231,8 +236,8 @@ def _is_swapped(
                 return plain < held, reason, []
     if holds is not None:
         return holds == 'ema', f'state_dict_holds={holds!r} says so', []
-    name = os.path.basename(filename)
-    if '_iter_' in f'_{name}':
+    if is_of_iteration(filename):
+        name = os.path.basename(filename)
         return False, f'{name!r} was saved by iteration, between swaps', []
     warning = (
         'EMA: the file does not tell whether its plain keys are the averages; '

@@ -78,10 +78,7 @@ def show_one(report: Dict[str, Any]) -> None:
     say(f"the framework's own tools load: {deployed}")
     for name, x in sets.items():
         if x['schedule']:
-            options = dict(x['schedule'])
-            kind = options.pop('type', '?')
-            given = ', '.join(f'{k}={v}' for k, v in options.items())
-            say(f'{name}: schedule {kind}({given})')
+            say(f'{name}: schedule {x["schedule"]}')
         if x['interval'] != 1 or x['skipped']:
             say(
                 f'{name}: {x["steps"]} steps, interval {x["interval"]}, '

@@ -9,7 +9,6 @@ from typing import Dict
 from mmdet_ema.checkpoint.formats import (
     mmcv1,
     mmdet_ema,
-    mmengine,
     others,
     plain,
 )
@@ -19,7 +18,7 @@ FORMATS: Dict[str, Format] = {
     form.name: form
     for form in (
         mmdet_ema.FORMAT,
-        mmengine.FORMAT,
+        mmdet_ema.MMENGINE,
         *mmcv1.FORMATS,
         *others.FORMATS,
         plain.FORMAT,

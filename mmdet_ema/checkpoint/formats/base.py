@@ -125,7 +125,19 @@ def both(contents: Contents) -> Tuple[Weights, Weights]:
     return raw, average
 
 
-def lost_sets(contents: Contents, *kept: Optional[str]) -> List[str]:
-    """Say which sets of weights a file does not hold."""
+def lost_of(
+    contents: Contents,
+    average: Weights,
+    *kept: Optional[str],
+    has_n: bool = True,
+    has_schedule: bool = False,
+) -> List[str]:
+    """Say what a file does not hold of sets, n and the schedule."""
     lost = [name for name in contents.sets if name not in kept]
-    return [f'weights {", ".join(lost)}'] if lost else []
+    words = [f'weights {", ".join(lost)}'] if lost else []
+    if has_n == (average.updates is None):
+        n = average.updates
+        words.append(f'n, which is {"written as 0" if n is None else n}')
+    if average.schedule and not has_schedule:
+        words.append('the schedule')
+    return words

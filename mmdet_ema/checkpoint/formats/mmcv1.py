@@ -13,6 +13,7 @@ import re
 from typing import Any, Dict, List, Optional, Tuple
 
 from mmdet_ema.checkpoint import bevdet, mmcv1
+from mmdet_ema.checkpoint.compare import STATISTICS
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
@@ -28,7 +29,7 @@ from mmdet_ema.checkpoint.formats.base import (
     both,
     complete,
     is_weights,
-    lost_sets,
+    lost_of,
     meta_of,
     rest_of,
     state_dict,
@@ -36,9 +37,8 @@ from mmdet_ema.checkpoint.formats.base import (
 from mmdet_ema.checkpoint.mapped import read_file
 from mmdet_ema.errors import CheckpointError
 
-_SECOND = re.compile(r'(?P<start>.*(?:epoch|iter)_\d+)_ema(?P<end>\.\w+)$')
-_FIRST = re.compile(r'(?P<start>.*(?:epoch|iter)_\d+)(?P<end>\.\w+)$')
-_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+_SECOND = re.compile(r'(.*(?:epoch|iter)_\d+)_ema(\.\w+)$')
+_FIRST = re.compile(r'(.*(?:epoch|iter)_\d+)(\.\w+)$')
 
 
 def _has_buffers(content: Content, path: str) -> bool:
@@ -60,7 +60,7 @@ def _read_buffers(content: Content, path: str) -> Contents:
         said = f'assumed: {said}'
     meta = meta_of(content)
     steps = as_count(whole[EMA].pop(STEPS)) if 'iter' in meta else None
-    if steps is not None and _is_of_iteration(path):
+    if steps is not None and mmcv1.is_of_iteration(path):
         steps += 1  # mmcv writes the number before it counts up
     sets = {
         'raw': weights_of(whole[EMA], PREFIX, EMA, role=RAW, evidence=said),
@@ -76,7 +76,7 @@ def _read_buffers(content: Content, path: str) -> Contents:
     for weights in sets.values():
         weights.metadata = metadata
     # only mmdet's hooks average these
-    names = [x for x in map(str, content[WEIGHTS]) if x.endswith(_STATISTICS)]
+    names = [x for x in map(str, content[WEIGHTS]) if x.endswith(STATISTICS)]
     averaged = any(name.startswith('ema_') for name in names)
     name = 'mmdet2' if averaged or not names else 'mmcv1'
     deployed = 'ema' if 'taken as the averages' in said else 'raw'
@@ -94,22 +94,16 @@ def _read_buffers(content: Content, path: str) -> Contents:
     )
 
 
-def _is_of_iteration(path: str) -> bool:
-    return '_iter_' in f'_{os.path.basename(path)}'
-
-
 def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
     raw, average = both(contents)
-    lost = lost_sets(contents, 'raw', contents.average)
-    if average.schedule:
-        lost.append('the schedule')
+    lost = lost_of(contents, average, 'raw', contents.average)
     # the path that is written decides the roles, as it does for the reader
-    swapped = not _is_of_iteration(out)
+    swapped = not mmcv1.is_of_iteration(out)
     plain, held = (average, raw) if swapped else (raw, average)
     state: Any = state_dict(plain)
     by_buffer: Dict[str, List[str]] = {}
     for name in plain.tensors:
-        if whole_state or not name.endswith(_STATISTICS):
+        if whole_state or not name.endswith(STATISTICS):
             buffer = 'ema_' + name.replace('.', '_')
             by_buffer.setdefault(buffer, []).append(name)
         else:  # that hook leaves them as they are in the model
@@ -125,8 +119,6 @@ def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
     if not whole_state:
         lost.append('averages of BatchNorm statistics')
     meta = dict(contents.meta)
-    if average.updates is None:
-        lost.append('n, which is written as 0')
     # mmcv's runner by iterations counts up after it has saved
     meta['iter'] = max((average.updates or 0) - (not swapped), 0)
     meta.setdefault('epoch', 0)
@@ -136,12 +128,12 @@ def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
 def _second_of(path: str) -> Optional[str]:
     """Return the path of the averages beside a raw file of BEVDet's."""
     match = _FIRST.match(path)
-    return f'{match["start"]}_ema{match["end"]}' if match else None
+    return f'{match[1]}_ema{match[2]}' if match else None
 
 
 def _first_of(path: str) -> Optional[str]:
     match = _SECOND.match(path)
-    return f'{match["start"]}{match["end"]}' if match else None
+    return f'{match[1]}{match[2]}' if match else None
 
 
 def _is_pair(content: Content, path: str) -> bool:
@@ -156,17 +148,16 @@ def _is_pair(content: Content, path: str) -> bool:
 
 
 def _read_pair(content: Content, path: str) -> Contents:
+    second_path = str(_second_of(path))
     if bevdet.is_second_file(content):
-        second, first_path = content, _first_of(path)
+        second, second_path, first_path = content, path, _first_of(path)
         first: Content = {}
         if first_path is not None and os.path.isfile(first_path):
             first = read_file(first_path)
             if not is_weights(first.get(WEIGHTS)):
                 first = {}
     else:
-        beside = _second_of(path)
-        assert beside is not None
-        first, second = content, read_file(beside)
+        first, second = content, read_file(second_path)
     said = 'BEVDet writes averages and updates into a second file, *_ema'
     count = as_count(second[bevdet.UPDATES])
     average = weights_of(
@@ -182,17 +173,7 @@ def _read_pair(content: Content, path: str) -> Contents:
         raw = weights_of(first[WEIGHTS], role=RAW, evidence=said)
         notes += complete(average, raw)
         sets = {'raw': raw, 'ema': average}
-        theirs = second.get('epoch'), second.get('iter')
-        meta = meta_of(first)
-        for unit, number in zip(('epoch', 'iter'), theirs):
-            ours = meta.get(unit)
-            if not isinstance(number, int) or not isinstance(ours, int):
-                continue
-            if not -1 <= number - ours <= 1:
-                notes.append(
-                    f'the files are of {unit} {ours} and {number}: raw '
-                    f'weights and averages of different moments.'
-                )
+        notes += bevdet.other_moments(second, meta_of(first), second_path)
     else:
         notes.append('the raw weights are in the file beside: it is not there')
     return Contents(
@@ -209,11 +190,7 @@ def _read_pair(content: Content, path: str) -> Contents:
 
 def _write_first(contents: Contents, out: str) -> Written:
     raw, average = both(contents)
-    lost = lost_sets(contents, 'raw', contents.average)
-    if average.updates is None:
-        lost.append('n, which is written as 0')
-    if average.schedule:
-        lost.append('the schedule')
+    lost = lost_of(contents, average, 'raw', contents.average)
     content = {'meta': dict(contents.meta), WEIGHTS: state_dict(raw)}
     return {**content, **contents.rest}, lost
 

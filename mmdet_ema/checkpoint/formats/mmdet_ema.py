@@ -1,25 +1,32 @@
-"""Files of this package, of either generation."""
+"""Files of this package, of either generation, and of mmengine's own hook."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Tuple
 
 from mmdet_ema.averaging.averages import MAIN, read_progress
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
-    KAPPA,
     RAW,
     Contents,
     Weights,
-    parse_schedule,
     weights_of,
 )
-from mmdet_ema.checkpoint.format import EMA, META, MORE, WEIGHTS, pack, unpack
+from mmdet_ema.checkpoint.format import (
+    EMA,
+    META,
+    MORE,
+    PREFIX,
+    WEIGHTS,
+    pack,
+    unpack,
+)
 from mmdet_ema.checkpoint.formats.base import (
     Content,
     Format,
     Written,
     both,
+    lost_of,
     meta_of,
     rest_of,
     state_dict,
@@ -29,6 +36,7 @@ from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
 MESSAGES = 'hook_msgs'
 # what plan.py notes: samples a step that the decay was chosen for
 _REFERENCE = 'reference_samples'
+_LONGEST = 1000  # text of a schedule
 
 
 def _has_message(content: Content) -> bool:
@@ -41,29 +49,34 @@ def _recognise(content: Content, path: str) -> bool:
 
 
 def _read(content: Content, path: str) -> Contents:
-    whole, generation = dict(content), 'mmengine'
+    whole, name, said = dict(content), FORMAT.name, f'{META} says so'
+    generation, meta = 'mmengine', meta_of(content)
     if _has_message(content):
         generation = 'mmcv 1.x'
-        meta = whole['meta'] = meta_of(content)
-        meta[MESSAGES] = dict(meta[MESSAGES])
+        whole['meta'] = {**meta, MESSAGES: dict(meta[MESSAGES])}
         take_message(whole)
+        meta = whole['meta']
     part = unpack(whole)
     if part is None:
         raise ValueError(f'{MESSAGES} has an empty part of EMAHook')
-    said = f'{META} says so'
-    metadata = getattr(content[WEIGHTS], '_metadata', None)
-    sets = {
-        'raw': weights_of(part.raws, what=EMA, role=RAW, evidence=said),
-    }
-    for name, state in part.states().items():
+    writer = f'{part.meta.get("writer", "mmdet_ema")} on {generation}'
+    if META not in whole:
+        name, version = MMENGINE.name, meta.get('mmengine_version')
+        writer = f'mmengine {version if isinstance(version, str) else ""}'
+        said = (
+            f"mmengine's hook saves swapped: {WEIGHTS} holds the averages, "
+            f'{EMA} {PREFIX}* the raw weights'
+        )
+    sets = {'raw': weights_of(part.raws, what=EMA, role=RAW, evidence=said)}
+    for key, state in part.states().items():
         progress = read_progress(state)
-        schedule = parse_schedule(state.get('schedule'))
-        if name == part.deployed and KAPPA not in schedule:
-            schedule.update(_kappa(part.meta))
-        sets[name] = weights_of(
+        schedule = str(state.get('schedule', ''))[:_LONGEST]
+        if key == part.deployed:
+            schedule = _scaled(schedule, part.meta)
+        sets[key] = weights_of(
             # an average that is not stored is that of the deployed set
             {**part.averages, **state['averages']},
-            what=f'{name} of the checkpoint',
+            what=f'{key} of the checkpoint',
             role=AVERAGE,
             evidence=said,
             updates=progress.updates,
@@ -74,30 +87,43 @@ def _read(content: Content, path: str) -> Contents:
             schedule=schedule,
         )
     for weights in sets.values():
-        weights.metadata = metadata
+        weights.metadata = getattr(content[WEIGHTS], '_metadata', None)
+    rest = rest_of(whole, WEIGHTS, EMA, MORE, 'meta')
     return Contents(
-        path,
-        FORMAT.name,
-        f'{part.meta.get("writer", "mmdet_ema")} on {generation}',
-        sets,
-        part.deployed,
-        meta_of(whole),
-        rest_of(whole, WEIGHTS, EMA, MORE, 'meta'),
+        *(path, name, writer.strip(), sets, part.deployed, meta, rest)
     )
 
 
-def _kappa(meta: Mapping[str, Any]) -> Dict[str, float]:
-    """Return the power that ``scale_decay`` raises the decay to."""
+def _scaled(schedule: str, meta: Mapping[str, Any]) -> str:
+    """Add the power that ``scale_decay`` raises the decay to."""
     keys = ('batch_size', 'world_size', _REFERENCE)
     numbers: Any = [meta.get(key) for key in keys]
-    if not all(isinstance(x, int) and x > 0 for x in numbers):
-        return {}
+    told = all(isinstance(x, int) and x > 0 for x in numbers)
+    if not told or 'kappa=' in schedule or not schedule.endswith(')'):
+        return schedule
     batch, ranks, reference = numbers
     kappa = batch * ranks / reference
-    return {} if kappa == 1 else {KAPPA: kappa}
+    return schedule if kappa == 1 else f'{schedule[:-1]}, kappa={kappa!r})'
 
 
 def _write(contents: Contents, out: str) -> Written:
+    checkpoint, main = _packed(contents)
+    if isinstance(contents.meta.get(MESSAGES), dict):  # of mmcv 1.x
+        messages = checkpoint['meta'][MESSAGES] = dict(contents.meta[MESSAGES])
+        put_message(messages, checkpoint)
+    return checkpoint, lost_of(
+        contents, main, *contents.sets, has_schedule=True
+    )
+
+
+def _write_mmengine(contents: Contents, out: str) -> Written:
+    checkpoint, main = _packed(contents)
+    for key in (META, MORE):
+        checkpoint.pop(key, None)
+    return checkpoint, lost_of(contents, main, 'raw', contents.average)
+
+
+def _packed(contents: Contents) -> Tuple[Dict[str, Any], Weights]:
     raw, main = both(contents)
     deployed = contents.average or MAIN
     before = contents.rest.get(META)
@@ -105,9 +131,13 @@ def _write(contents: Contents, out: str) -> Written:
     # pack() writes these
     for key in ('steps', 'roles', 'format_version', 'deploy'):
         meta.pop(key, None)
-    meta.update(_state(main, meta.get('schedule')), interval=main.interval)
+    # the text in a file has no kappa, which follows from its batch size
+    schedule = meta.get('schedule')
+    meta.update(_state(main), interval=main.interval)
+    if schedule:
+        meta['schedule'] = schedule
     more = {
-        name: {**_state(weights, None), WEIGHTS: dict(weights.tensors)}
+        name: {**_state(weights), WEIGHTS: dict(weights.tensors)}
         for name, weights in contents.sets.items()
         if name not in ('raw', deployed)
     }
@@ -122,14 +152,10 @@ def _write(contents: Contents, out: str) -> Written:
     }
     steps = meta['num_steps']
     pack(checkpoint, main.tensors, raw.tensors, steps, meta, more)
-    if isinstance(contents.meta.get(MESSAGES), dict):  # of mmcv 1.x
-        messages = checkpoint['meta'][MESSAGES] = dict(contents.meta[MESSAGES])
-        put_message(messages, checkpoint)
-    known = main.updates is not None
-    return checkpoint, [] if known else ['n, which is written as 0']
+    return checkpoint, main
 
 
-def _state(weights: Weights, schedule: Any) -> Dict[str, Any]:
+def _state(weights: Weights) -> Dict[str, Any]:
     """Return what a file says of an average besides its tensors."""
     updates = weights.updates or 0
     steps = updates if weights.steps is None else weights.steps
@@ -140,13 +166,18 @@ def _state(weights: Weights, schedule: Any) -> Dict[str, Any]:
         'num_skipped': weights.skipped,
         'averaged_steps': steps if averaged is None else averaged,
     }
-    built = weights.build_schedule()
-    # the text in a file has no kappa, which follows from its batch size
-    if schedule or built:
-        state['schedule'] = schedule or str(built)
+    if weights.schedule:
+        state['schedule'] = weights.schedule
     return state
 
 
 FORMAT = Format(
     'mmdet_ema', 'EMAHook of this package', _recognise, _read, _write
+)
+MMENGINE = Format(
+    'mmengine',
+    "mmengine's or mmpretrain's EMAHook",
+    lambda content, path: EMA in content,
+    _read,
+    _write_mmengine,
 )

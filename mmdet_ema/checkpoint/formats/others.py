@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
+    UNKNOWN,
     Contents,
     Weights,
     as_count,
@@ -28,7 +29,7 @@ from mmdet_ema.checkpoint.formats.base import (
     both,
     complete,
     is_weights,
-    lost_sets,
+    lost_of,
     rest_of,
     state_dict,
 )
@@ -139,20 +140,12 @@ class Layout:
             n = torch.tensor(n) if self.tensor_count else n
             _put(content, self.count[:-1], {self.count[-1]: n})
         _put(content, self.average, state_dict(average, self.prefix))
-        return content, self._lost(contents, average)
-
-    def _lost(self, contents: Contents, average: Weights) -> List[str]:
         kept = [contents.average, None if self.raw is None else 'raw']
-        lost = lost_sets(contents, *kept)
-        if self.count is None and average.updates is not None:
-            lost.append(f'n, which is {average.updates}')
-        if self.count is not None and average.updates is None:
-            lost.append('n, which is written as 0')
-        if average.schedule:
-            lost.append('the schedule')
+        has_n = self.count is not None
+        lost = lost_of(contents, average, *kept, has_n=has_n)
         if contents.meta:
             lost.append(f'meta ({", ".join(contents.meta)})')
-        return lost
+        return content, lost
 
 
 LAYOUTS = (
@@ -285,12 +278,10 @@ def _read_modules(content: Content, path: str) -> Contents:
     notes = []
     if 'ema' in sets:
         count = as_count(content.get('updates'))
-        sets['ema'] = replace(sets['ema'], updates=count, steps=count)
+        sets['ema'].updates = sets['ema'].steps = count
     else:
-        sets = {'weights': weights_of(content['model'].state_dict())}
-        sets[
-            'weights'
-        ].evidence = 'a stripped file holds the averages as model'
+        said = 'a stripped file holds the averages as model'
+        sets = {'weights': replace(sets['raw'], role=UNKNOWN, evidence=said)}
         notes.append('the file has no ema: strip_optimizer() moved it, or off')
     deployed = 'ema' if 'ema' in sets else 'weights'
     return Contents(

@@ -9,6 +9,7 @@ from mmdet_ema.checkpoint.contents import (
     RAW,
     UNKNOWN,
     Contents,
+    Weights,
     weights_of,
 )
 from mmdet_ema.checkpoint.format import WEIGHTS
@@ -17,7 +18,7 @@ from mmdet_ema.checkpoint.formats.base import (
     Format,
     Written,
     is_weights,
-    lost_sets,
+    lost_of,
     meta_of,
     rest_of,
     state_dict,
@@ -61,7 +62,8 @@ def _write(contents: Contents, out: str) -> Written:
         'meta': dict(contents.meta),
         WEIGHTS: state_dict(contents.sets[name]),
     }
-    return content, lost_sets(contents, name)
+    # n and the role are in the recipe
+    return content, lost_of(contents, Weights({}), name, has_n=False)
 
 
 FORMAT = Format(
