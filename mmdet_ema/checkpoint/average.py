@@ -17,7 +17,6 @@ from typing import (
     Any,
     Callable,
     Dict,
-    Iterator,
     List,
     Mapping,
     NamedTuple,
@@ -109,40 +108,28 @@ class Combination:
         """Sum of the absolute coefficients."""
         return sum(abs(term.coefficient) for term in self.terms)
 
-    def tensors(self) -> Iterator[Tuple[List[str], Tensor]]:
-        """Yield each tensor with its names, made when it is asked for.
+    def state_dict(self) -> Dict[str, Tensor]:
+        """Return the weights by name, in the order of the newest file.
 
         Raises:
             CheckpointError: If a file holds NaN or Inf.
         """
         contents, name = self.lead
-        lead = contents.sets[name].tensors
-        whole = contents.sets[contents.deployed].tensors
-        used = [(term.contents, term.name) for term in self.terms]
-        for other, which in (self.lead, *used):
-            where = f'{which} of {other.path!r}'
-            tensors = other.sets[which].tensors
-            _check_shapes(whole, tensors, f'{contents.path!r}', where)
+        weights = contents.sets[name]
+        lead = weights.tensors
+        for other, which in (self.lead, *(term[:2] for term in self.terms)):
+            _check_same(contents, other, which)
         copied = _copied(contents) if self.tracked else {}
         tied: Dict[Tuple[int, ...], List[str]] = {}
         for key, tensor in lead.items():
             parts = (tensor, *(term.tensors[key] for term in self.terms))
             tied.setdefault(tuple(map(id, parts)), []).append(key)
+        state: Any = OrderedDict.fromkeys(lead)
         for names in tied.values():
             key = names[0]
-            if key in copied or not _has_mean(lead[key]):
-                yield names, lead[key].clone()
-            else:
-                yield names, self._sum(key)
-
-    def state_dict(self) -> Dict[str, Tensor]:
-        """Return the weights by name, in the order of the newest file."""
-        contents, name = self.lead
-        weights = contents.sets[name]
-        found = {
-            key: tensor for names, tensor in self.tensors() for key in names
-        }
-        state: Any = OrderedDict((key, found[key]) for key in weights.tensors)
+            is_copied = key in copied or not _has_mean(lead[key])
+            made = lead[key].clone() if is_copied else self._sum(key)
+            state.update(dict.fromkeys(names, made))
         if weights.metadata is not None:
             state._metadata = weights.metadata
         return state  # type: ignore[no-any-return]
@@ -355,8 +342,7 @@ def read_files(
     return files
 
 
-@dataclass
-class Source:
+class Source(NamedTuple):
     """A set of weights of a run, and its profile."""
 
     contents: Contents
@@ -404,8 +390,7 @@ class Run:
     def _pass_over(self, other: Contents) -> None:
         """Leave out the same weights again, as those of a best file."""
         contents = self.files[-1]
-        here = contents.sets[contents.deployed].tensors
-        there = other.sets[other.deployed].tensors
+        here, there = (x.sets[x.deployed].tensors for x in (contents, other))
         if not all(_same(here[name], there[name]) for name in here):
             raise CheckpointError(
                 f'{contents.path!r} and {other.path!r} are both of step '
@@ -484,18 +469,19 @@ class Run:
             target: The profile, of the steps of the run.
 
         Raises:
-            OptionError: If it is not near enough.
+            CheckpointError: If it is not near enough.
         """
         combination = self.nearest(target)
         assert combination.fit is not None
-        remedy = (
-            'Windows between those of two averages can be made, and none '
-            'below the spacing of the files: train with posthoc=True, give '
-            'all files of the run and ema_start.pt.'
-        )
-        if self.notes:
-            remedy += f' ({"; ".join(self.notes)}.)'
-        profiles.check_fit(combination.fit, what, remedy)
+        if combination.fit.problem:
+            notes = f' ({"; ".join(self.notes)}.)' if self.notes else ''
+            raise CheckpointError(
+                f'{show(what)} cannot be made of these files: '
+                f'{combination.fit.problem}. Windows between those of two '
+                f'averages can be made, and none below the spacing of the '
+                f'files: train with posthoc=True, give all files of the run '
+                f'and ema_start.pt.{notes}'
+            )
         return combination
 
     def nearest(self, target: Tensor) -> Combination:
@@ -535,28 +521,24 @@ class Run:
         last = self.files[-1]
         name = last.average
         if name is None or last.raw is None or self._start is None:
-            missing = [
-                what
-                for what, there in (
-                    ('an average', name),
-                    ('raw weights', last.raw),
-                    ('starting weights (ema_start.pt)', self._start),
-                )
-                if there is None
-            ]
+            found = {
+                'an average': name,
+                'raw weights': last.raw,
+                'starting weights (ema_start.pt)': self._start,
+            }
+            missing = [what for what, x in found.items() if x is None]
             raise CheckpointError(
                 f'{profile.text} needs {" and ".join(missing)} beside what '
                 f'{last.path!r} holds; train with posthoc=True.'
             )
         share = profiles.bema_share(self.steps, profile.value)
-        counts = [(last, name, 1.0), (last, RAW, share)]
-        counts.append((self._start, self._start.choose(), -share))
         terms = [
-            Term(contents, key, c, max(c, 0) / (1 + share))
-            for contents, key, c in counts
+            Term(last, name, 1.0, 1 / (1 + share)),
+            Term(last, RAW, share, share / (1 + share)),
+            Term(self._start, self._start.choose(), -share, 0.0),
         ]
-        lead = last, name
-        return Combination(terms, lead, tracked=True, notes=[*self.notes])
+        notes = [*self.notes]
+        return Combination(terms, (last, name), tracked=True, notes=notes)
 
     def _profile_of(
         self, contents: Contents, name: str, at: int
@@ -723,19 +705,10 @@ def _are_sound(combination: Combination) -> bool:
     return True
 
 
-def _check_same(first: Contents, other: Contents) -> None:
+def _check_same(first: Contents, other: Contents, weights: str = '') -> None:
     """Check that two files have tensors of the same names and shapes."""
     here = first.sets[first.deployed].tensors
-    there = other.sets[other.deployed].tensors
-    _check_shapes(here, there, f'{first.path!r}', f'{other.path!r}')
-
-
-def _check_shapes(
-    here: Mapping[str, Tensor],
-    there: Mapping[str, Tensor],
-    first: str,
-    other: str,
-) -> None:
+    there = other.sets[weights or other.deployed].tensors
     for name in dict.fromkeys([*here, *there]):
         shapes = [
             tuple(x[name].shape) if name in x else None for x in (here, there)
@@ -743,8 +716,9 @@ def _check_shapes(
         if shapes[0] != shapes[1]:
             said = ['none' if x is None else f'shape {x}' for x in shapes]
             raise CheckpointError(
-                f'{other} is of another model than {first}: {name} has '
-                f'{said[1]} there, and {said[0]} here.'
+                f'{f"{weights} of " if weights else ""}{other.path!r} is of '
+                f'another model than {first.path!r}: {name} has {said[1]} '
+                f'there, and {said[0]} here.'
             )
 
 

@@ -24,6 +24,8 @@ import zlib
 from collections import OrderedDict
 from typing import (
     Any,
+    BinaryIO,
+    Callable,
     Dict,
     Iterator,
     List,
@@ -77,8 +79,7 @@ _KNOWN = f"""
     torch.nn.parameter.Buffer torch.nn.parameter.Parameter
     torch._utils._rebuild_device_tensor_from_numpy
 """
-if not LOADS_SAFELY:  # and reads everything
-    _KNOWN += """
+DATA = """
     addict.addict.Dict mmcv.utils.config.Config mmcv.utils.config.ConfigDict
     mmengine.config.config.ConfigDict
     builtins.bool builtins.bytes builtins.dict builtins.float
@@ -89,6 +90,9 @@ if not LOADS_SAFELY:  # and reads everything
     datetime.timezone decimal.Decimal fractions.Fraction
     pathlib.PosixPath pathlib.PurePosixPath uuid.UUID
 """
+"""What training scripts put into files besides that."""
+if not LOADS_SAFELY:  # and reads everything
+    _KNOWN += DATA
 _SHARDED = ('DTensor', '_rebuild_nested_tensor', '_rebuild_wrapper_subclass')
 
 
@@ -181,11 +185,21 @@ def look(path: str, kind: Type[Look], check: bool = True) -> Found:
     return found
 
 
-def write_whole(path: str, content: bytes) -> None:
+def write_whole(
+    path: str,
+    content: Union[bytes, Callable[[BinaryIO], Any]],
+    name_of: Optional[Callable[[str], str]] = None,
+) -> None:
     """Write a file under a temporary name, and move it into place.
 
     A file of that name is replaced; a link is followed. Once this returns, the
     file is on the disk, not only in the memory of the machine.
+
+    Args:
+        path: The file.
+        content: Its content, or what writes that into an open file.
+        name_of: Returns its path once it is written, by the temporary one.
+            Defaults to ``path``.
 
     Raises:
         OSError: If there is no room, say: what was there before is as it was.
@@ -198,12 +212,18 @@ def write_whole(path: str, content: bytes) -> None:
     try:
         with open(temporary, 'wb') as file:
             lock(file)
-            file.write(content)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
             file.flush()
             sync(file.fileno())
+            if name_of is not None:
+                path = os.path.realpath(name_of(temporary))
             os.replace(temporary, path)
     except OSError as error:
-        raise _not_written(error, path, len(content)) from error
+        size = len(content) if isinstance(content, bytes) else 0
+        raise _not_written(error, path, size) from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -252,9 +272,8 @@ def _not_written(error: OSError, path: str, size: int) -> OSError:
     remedy = ''
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(os.path.dirname(path)).free
-        reason += (
-            f' ({size / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free)'
-        )
+        needed = f'{size / 2**20:.1f} MiB needed, ' if size else ''
+        reason += f' ({needed}{free / 2**20:.1f} MiB free)'
         remedy = ' Make room, and resume.'
     said = f'{reason}. The files before it are as they were.{remedy}'
     return OSError(error.errno, said)

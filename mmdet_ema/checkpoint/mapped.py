@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.checkpoint.files import (
+    DATA,
     Found,
     Look,
     RefusedError,
@@ -35,17 +36,10 @@ TIED = 'mmdet_ema_tied'
 META = 'mmdet_ema_meta'
 """``meta``, as a file of torch has it."""
 
-# what training scripts put into files besides plain values
+# of these nothing is built; a run would have to
 _DATA = {
-    *('argparse.Namespace', 'addict.addict.Dict'),
-    *(f'builtins.{x}' for x in ('frozenset', 'range', 'set', 'slice')),
-    *('collections.defaultdict', 'collections.deque'),
-    *(f'datetime.{x}' for x in ('date', 'datetime', 'time', 'timedelta')),
-    *('datetime.timezone', 'decimal.Decimal', 'fractions.Fraction'),
-    *(f'mmcv.utils.config.{x}' for x in ('Config', 'ConfigDict')),
-    *(f'mmengine.config.config.{x}' for x in ('Config', 'ConfigDict')),
-    *(f'pathlib.{x}Path' for x in ('', 'Posix', 'Windows')),
-    *('pathlib.PurePath', 'pathlib.PurePosixPath', 'uuid.UUID'),
+    *(*DATA.split(), 'argparse.Namespace', 'mmengine.config.config.Config'),
+    *('pathlib.Path', 'pathlib.PurePath', 'pathlib.WindowsPath'),
 }
 _MODULES_OF_YOLO = ('models.', 'ultralytics.', 'utils.')
 _CODES = {

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.checks import check_choice, check_number
-from mmdet_ema.errors import CheckpointError, OptionError, show
+from mmdet_ema.errors import OptionError, show
 from mmdet_ema.schedules import (
     Schedule,
     check_decay,
@@ -422,16 +422,3 @@ def _nearest_in_hull(points: Tensor, largest_sum: float) -> Tensor:
             corners, weights = corners[:, kept], weights[kept]
         weights = wanted
     return corners @ (weights / weights.sum())
-
-
-def check_fit(found: Fit, what: str, remedy: str) -> None:
-    """Refuse coefficients that are not worth using.
-
-    Raises:
-        CheckpointError: If they are not.
-    """
-    if found.problem:
-        raise CheckpointError(
-            f'{show(what)} cannot be made of these files: {found.problem}. '
-            f'{remedy}'
-        )

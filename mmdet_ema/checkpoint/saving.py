@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Callable, Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor
 
-from mmdet_ema.checkpoint.files import sync
+from mmdet_ema.checkpoint.files import write_whole
 from mmdet_ema.checkpoint.mapped import DTYPES, TIED
 from mmdet_ema.checkpoint.recipe import sha256_of
 from mmdet_ema.checkpoint.weights_only import foreign
@@ -182,22 +182,15 @@ def _write(
         sys.stdout.buffer.flush()
         return path
     check_free(path, force)
-    target = os.path.realpath(path)
-    temporary = f'{target}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            sync(file.fileno())
-        if add_hash:
-            root, end = os.path.splitext(path)
-            path = f'{root}-{sha256_of(temporary)[:8]}{end}'
-            check_free(path, force)
-            target = os.path.realpath(path)
-        os.replace(temporary, target)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+
+    def with_hash(temporary: str) -> str:
+        nonlocal path
+        root, end = os.path.splitext(path)
+        path = f'{root}-{sha256_of(temporary)[:8]}{end}'
+        check_free(path, force)
+        return path
+
+    write_whole(path, write, with_hash if add_hash else None)
     return path
 
 

@@ -9,7 +9,6 @@ their fingerprint, so that a file of another run is not taken for theirs.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from typing import Any, Mapping
 
@@ -66,8 +65,7 @@ def keep_start(path: str, weights: Mapping[str, Tensor], log: Any) -> str:
                 f'EMA: {path} has the starting weights of another run; those '
                 f'of this one take their place.'
             )
-        buffer = io.BytesIO()
-        torch.save({WEIGHTS: dict(weights)}, buffer)
-        write_whole(path, buffer.getvalue())
+        content = {WEIGHTS: dict(weights)}
+        write_whole(path, lambda file: torch.save(content, file))
         log.info(f'EMA: {path}: what the averages start from (posthoc=True).')
     return mine

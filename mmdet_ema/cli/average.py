@@ -13,14 +13,10 @@ from typing import (
     Iterator,
     List,
     Mapping,
-    Optional,
 )
 
-from mmdet_ema.errors import (
-    OptionError,
-    did_you_mean,
-    show,
-)
+from mmdet_ema.cli.reports import aligned
+from mmdet_ema.errors import OptionError, show
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine
 
 if TYPE_CHECKING:
@@ -225,26 +221,14 @@ def _score_by(
 ) -> Callable[[Mapping[str, Any]], float]:
     """Return what makes a score of weights, higher for better ones."""
     from mmdet_ema.cli.toolbox import say
-    from mmdet_ema.for_mmengine.runner import choose_by
-    from mmdet_ema.for_mmengine.tune import evaluate_weights
+    from mmdet_ema.for_mmengine.tune import choose, evaluate_weights
 
-    metric: Optional[str] = options.metric
     told = False
 
     def score(state: Mapping[str, Any]) -> float:
         nonlocal told
         found = evaluate_weights(runner, state)
-        if metric is not None and metric not in found:
-            near = did_you_mean(metric, found)
-            raise OptionError(
-                f'--metric {show(metric)} is not among those of the config: '
-                f'{", ".join(found)}.{near}'
-            )
-        if not found:
-            raise OptionError('the validation of --config has no metrics.')
-        name, greater = choose_by(runner, found)
-        if metric is not None and metric != name:
-            name, greater = metric, 'loss' not in metric.lower()
+        name, greater = choose(runner, found, options.metric)
         if not told:
             sign = '' if greater else ', negative, as lower is better'
             say(options, f'scores are {name}{sign}')
@@ -265,10 +249,7 @@ def _lines(combination: Combination) -> Iterator[str]:
             continue
         counts = (f'{c:.6f}', *([f'{s:.6f}'] if own else []))
         rows.append((*counts, name, contents.path))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        line = '  '.join(x.rjust(n) for x, n in zip(row[:-1], widths))
-        yield f'{line}  {row[-1]}'.rstrip()
+    yield from aligned(rows, [*[True] * (len(rows[0]) - 1), False])
     if small:
         yield f'and {small} more, each below {_SMALL:g}'
     said = f'sum of absolute coefficients {combination.absolute_sum:.3f}'

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Type
+from typing import Any, List, Optional, Tuple, Type
 
 from mmdet_ema.cli import plot, toolbox
 from mmdet_ema.errors import CheckpointError, OptionError
@@ -95,11 +95,7 @@ def _names(text: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    style: Dict[str, Any] = dict(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        # --resume-from of a tool is not an abbreviation of ours
-        allow_abbrev=False,
-    )
+    style = toolbox.STYLE
     parser = argparse.ArgumentParser(
         prog='mmdet-ema', description=_DESCRIPTION, **style
     )

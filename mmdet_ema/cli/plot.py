@@ -53,15 +53,9 @@ def draw(
             f'--metric {metric}: the logs have {", ".join(bases) or "none"}.'
             f'{did_you_mean(metric, bases)}'
         )
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise OptionError(
-            'a picture needs matplotlib, which is not installed: '
-            'pip install matplotlib'
-        ) from None
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    figure = new_figure(9, 3.6)
+    from matplotlib.ticker import MaxNLocator
+
     left, right = figure.subplots(1, 2)
     shown = metric or (bases[0] if bases else '')
     curves = by_set.get(shown, {})
@@ -113,6 +107,22 @@ def picture(path: str) -> Path:
             f'{path!r} cannot be written: there is no such folder; make it'
         )
     return found
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib.
+
+    Raises:
+        OptionError: If that is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OptionError(
+            'a picture needs matplotlib, which is not installed: '
+            'pip install matplotlib'
+        ) from None
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def write(figure: Any, path: Path) -> None:

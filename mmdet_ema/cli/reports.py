@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
+from mmdet_ema.cli import plot as plots
 from mmdet_ema.errors import OptionError
 
 _FEW = 8
@@ -23,9 +25,20 @@ def say(text: str) -> None:
     print(printable(text))
 
 
-def table(
-    title: str, head: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> List[str]:
+    """Return lines of cells, by column to the right or to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        [
+            x.rjust(n) if r else x.ljust(n)
+            for x, n, r in zip(row, widths, right)
+        ]
+        for row in rows
+    ]
+    return ['  '.join(line).rstrip() for line in lines]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns that hold numbers are aligned to the right."""
     numbers = [
         all(row[i][:1].isdigit() or not row[i] for row in rows)
@@ -35,17 +48,10 @@ def table(
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(map(len, x)) for x in zip(head, *rows)]
-        if title:
-            say(title)
-        for row in (head, *rows):
-            cells = [
-                x.rjust(n) if right else x.ljust(n)
-                for x, n, right in zip(row, widths, numbers)
-            ]
-            say('  '.join(cells).rstrip())
+        for line in aligned([head, *rows], numbers):
+            say(line)
         return
-    made = Table(title=title or None, title_justify='left')
+    made = Table()
     for name, right in zip(head, numbers):
         made.add_column(name, justify='right' if right else 'left')
     for row in rows:
@@ -62,7 +68,7 @@ def show_one(report: Dict[str, Any]) -> None:
         f'{report["writer"]}, {_size(report["bytes"])}'
     )
     sets = report['sets']
-    table('', _HEAD[1:], [_row(report, name)[1:] for name in sets])
+    table(_HEAD[1:], [_row(report, name)[1:] for name in sets])
     said = {x['evidence'] for x in sets.values()}
     for name, x in sets.items():
         if x['role'] == 'unknown':
@@ -110,13 +116,13 @@ def show_one(report: Dict[str, Any]) -> None:
 def show_several(reports: List[Dict[str, Any]]) -> None:
     """Print a table with a row for each set of weights of each file."""
     rows = [_row(x, name) for x in reports for name in x['sets']]
-    table('', _HEAD, rows)
+    table(_HEAD, rows)
     for report in reports:
         for note in report['notes']:
             say(f'{report["path"]}: {note}')
 
 
-def plot(reports: List[Dict[str, Any]], path: str) -> None:
+def plot(reports: List[Dict[str, Any]], path: Path) -> None:
     """Draw the distance of averages from raw weights, by module.
 
     Raises:
@@ -133,20 +139,9 @@ def plot(reports: List[Dict[str, Any]], path: str) -> None:
             '--plot draws distances of averages from raw weights: no file '
             'has both; leave it out, and --quick too.'
         )
-    try:
-        import matplotlib
-    except ImportError:
-        raise OptionError(
-            '--plot needs matplotlib (pip install matplotlib).'
-        ) from None
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
     modules = list(dict.fromkeys(k for x in series.values() for k in x))
-    figure, axes = pyplot.subplots(
-        figsize=(8, 1 + 0.3 * len(modules) * max(len(series), 1)),
-        constrained_layout=True,
-    )
+    figure = plots.new_figure(8, 1 + 0.3 * len(modules) * len(series))
+    axes = figure.subplots()
     high = 0.8 / len(series)
     for i, (label, found) in enumerate(series.items()):
         places = [k + i * high for k in range(len(modules))]
@@ -157,8 +152,7 @@ def plot(reports: List[Dict[str, Any]], path: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel('||average - raw|| / ||raw||')
     axes.legend(fontsize='small')
-    figure.savefig(path)
-    pyplot.close(figure)
+    plots.write(figure, path)
 
 
 def show_difference(found: Any) -> None:
@@ -178,7 +172,7 @@ def show_difference(found: Any) -> None:
     ]
     if rows:
         head = ('weights', 'tensor', 'differs in', 'A | B', 'max', 'relative')
-        table('', head, rows[:_LINES])
+        table(head, rows[:_LINES])
         if len(rows) > _LINES:
             say(f'... and {len(rows) - _LINES} more (--json has all)')
     say(

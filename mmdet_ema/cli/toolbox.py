@@ -10,11 +10,13 @@ import json
 import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from mmdet_ema.cli import average, tune
+from mmdet_ema.cli import average, plot, tune
 from mmdet_ema.errors import CheckpointError, OptionError
 
 STYLE: Dict[str, Any] = dict(
-    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    # --resume-from of a tool is not an abbreviation of ours
+    allow_abbrev=False,
 )
 
 _INSPECT = """\
@@ -81,7 +83,10 @@ def add_commands(commands: Any) -> None:
         '--recipe', action='store_true', help='print how the file was made'
     )
     output.add_argument(
-        '--plot', metavar='PNG', help='draw the distances by module'
+        '--plot',
+        metavar='FILE',
+        type=plot.picture,
+        help='draw the distances by module',
     )
     add_unsafe(inspect)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
 
 from mmdet_ema.cli import plot
+from mmdet_ema.cli.reports import aligned
 from mmdet_ema.errors import OptionError
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
 
@@ -110,11 +111,8 @@ def run(options: argparse.Namespace) -> int:
 
     picture = options.plot or Path(options.work_dir, 'tune.png')
     can_draw = has_package('matplotlib')
-    if options.plot and not can_draw:
-        raise OptionError(
-            'a picture needs matplotlib, which is not installed: '
-            'pip install matplotlib'
-        )
+    if options.plot:
+        plot.new_figure(1, 1)  # refused before anybody waits for it
     if options.out:
         saving.check_free(options.out, options.force)
     lengths = _windows(options.windows)
@@ -204,14 +202,7 @@ def table(found: Any) -> str:
             line.append(f'{row.value(found.metric, True):.4f}')
         line[0] = f'* {line[0]}' if row is found.best else f'  {line[0]}'
         lines.append(line)
-    sizes = [max(map(len, column)) for column in zip(*lines)]
-    text = [
-        '  '.join(
-            [line[0].ljust(sizes[0])]
-            + [cell.rjust(size) for cell, size in zip(line[1:], sizes[1:])]
-        ).rstrip()
-        for line in lines
-    ]
+    text = aligned(lines, [False, *[True] * len(head)])
     again = ', recalibrated' if found.is_recalibrated else ''
     text.append(f'* the best one{again}; chosen on this data, so flattered')
     text += [
@@ -223,9 +214,7 @@ def table(found: Any) -> str:
 
 def _draw(found: Any, path: Path) -> None:
     """Draw the metric against the window, raw and averages beside."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), layout='constrained')
+    figure = plot.new_figure(7, 3.6)
     axes = figure.subplots()
     windows = [row for row in found.rows if row.schedule is not None]
     lengths = [row.length for row in windows]

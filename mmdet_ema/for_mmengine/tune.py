@@ -63,6 +63,12 @@ from mmdet_ema.training.recalibrate import (
 _LEFT_OUT = (EMAHook, MMEngineEMAHook, LoggerHook)
 
 
+_NOTHING = (
+    'the validation of the config gave no numbers to compare; give it an '
+    'evaluator, and files of a model that finds something.'
+)
+
+
 @contextlib.contextmanager
 def runner_of(
     config: str,
@@ -343,7 +349,7 @@ def tune(
             row.recalibrated = evaluate_weights(runner, state)
             choices.append((True, state))
         if row.metrics and not chosen:
-            chosen, greater = _choose(runner, row.metrics, metric)
+            chosen, greater = choose(runner, row.metrics, metric)
         for is_recalibrated, weights in choices:
             value = row.value(chosen, is_recalibrated)
             if best is None or is_better(best[0], value, greater):
@@ -354,10 +360,7 @@ def tune(
             f'{row.value(chosen):.4f}, {duration(seconds)} left'
         )
     if not chosen or best is None:
-        raise OptionError(
-            'the validation of the config gave no numbers to compare; give '
-            'it an evaluator, and files of a model that finds something.'
-        )
+        raise OptionError(_NOTHING)
     return Tuned(
         *(rows, chosen, greater, refused, how_to_reach(run, made, refused)),
         *(best[1], best[2], best[3], run),
@@ -389,10 +392,16 @@ def duration(seconds: float) -> str:
     return f'{minutes} min {rest} s' if minutes else f'{rest} s'
 
 
-def _choose(
+def choose(
     runner: Any, metrics: Mapping[str, float], name: Optional[str]
 ) -> Tuple[str, bool]:
-    """Return the metric that is compared, and if higher is better."""
+    """Return the metric that is compared, and if higher is better.
+
+    Raises:
+        OptionError: If there is none of that name, or none at all.
+    """
+    if not metrics:
+        raise OptionError(_NOTHING)
     if name is None:
         return choose_by(runner, metrics)
     if name not in metrics:

@@ -107,7 +107,7 @@ def test_metric(folder, tmp_path, capsys):
     out = tmp_path / 'soup.pth'
     status = run(*files_of(folder), '-o', out, *options, '--metric', 'scor')
     assert 2 == status
-    assert "'scor' is not among those of the config: score. Did you mean" in (
+    assert "'scor' is not one of the validation; use one of score. Did " in (
         capsys.readouterr().err
     )
     assert not out.exists()
