@@ -293,10 +293,11 @@ def average(
                 f'{name}={show(given)} has no effect on {what}; leave it out.'
             )
     if coefficients is not None:
-        return _weighted(files, _checked(coefficients, files), weights)
+        _check_coefficients(coefficients, files)
+        return _weighted(files, coefficients, weights)
     assert profile is not None
     if profile.kind == 'mean':
-        return _weighted(files, [1 / len(files)] * len(files), weights)
+        return _mean(files, weights)
     if profile.kind == 'soup':
         return _greedy_soup(files, weights, evaluate)
     run = Run(files, start)
@@ -618,9 +619,13 @@ def _weighted(
     return Combination(terms, (files[newest], names[newest]))
 
 
-def _checked(
+def _mean(files: Sequence[Contents], weights: Optional[str]) -> Combination:
+    return _weighted(files, [1 / len(files)] * len(files), weights)
+
+
+def _check_coefficients(
     coefficients: Sequence[float], files: Sequence[Contents]
-) -> Sequence[float]:
+) -> None:
     total = sum(coefficients)
     if len(coefficients) != len(files):
         raise OptionError(
@@ -638,7 +643,6 @@ def _checked(
             f'{profiles.LARGEST_SUM:g}: what differs in the files would be '
             f'amplified. Choose smaller ones.'
         )
-    return coefficients
 
 
 def _greedy_soup(
@@ -657,8 +661,7 @@ def _greedy_soup(
         )
 
     def score(chosen: Sequence[Contents]) -> float:
-        each = [1 / len(chosen)] * len(chosen)
-        return evaluate(_weighted(chosen, each, weights).state_dict())
+        return evaluate(_mean(chosen, weights).state_dict())
 
     scores = [score([contents]) for contents in files]
     # equal ones stay in order
@@ -668,7 +671,7 @@ def _greedy_soup(
         found = score([*chosen, files[i]])
         if found >= best:
             chosen, best = [*chosen, files[i]], found
-    combination = _weighted(chosen, [1 / len(chosen)] * len(chosen), weights)
+    combination = _mean(chosen, weights)
     combination.notes += [
         f'{contents.path}: {value:.4f}'
         for contents, value in zip(files, scores)

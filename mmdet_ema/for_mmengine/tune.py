@@ -33,6 +33,7 @@ from mmengine.hooks import LoggerHook
 from mmengine.runner import Runner, set_random_seed
 from torch import Tensor
 
+from mmdet_ema.averaging.averages import check_fit
 from mmdet_ema.checkpoint.average import Combination, Run, average
 from mmdet_ema.checkpoint.contents import RAW
 from mmdet_ema.checkpoint.profiles import Profile
@@ -213,21 +214,12 @@ def load(runner: Any, state: Mapping[str, Tensor]) -> None:
         CheckpointError: If they do not fit it.
     """
     model = model_of(runner)
-    present = model.state_dict()
-    unlike = [
-        name
-        for name in {**present, **state}
-        if name not in state
-        or name not in present
-        or getattr(present[name], 'shape', None)
-        != getattr(state[name], 'shape', None)
-    ]
-    if unlike:
+    try:
+        check_fit(model.state_dict(), state, strict=True)
+    except CheckpointError as error:
         raise CheckpointError(
-            f'the weights do not fit the model of the config: {len(unlike)} '
-            f'tensors are missing, unknown or of another shape '
-            f'({show(", ".join(unlike[:3]))}); give the config of the run.'
-        )
+            f'the config is not that of the run: {error} Give that one.'
+        ) from None
     model.load_state_dict(state)
 
 
@@ -369,11 +361,7 @@ def tune(
 
 def _in_last_file(run: Run) -> List[Row]:
     """Return raw weights and averages of the last file."""
-    last, lengths, mean = (
-        run.files[-1],
-        averages_of(run),
-        Profile('mean', 'mean'),
-    )
+    last, lengths = run.files[-1], averages_of(run)
     names = [name for name in (RAW, *lengths) if name in last.sets]
     if not names:
         raise CheckpointError(
@@ -381,7 +369,11 @@ def _in_last_file(run: Run) -> List[Row]:
             f'work_dir of a run with EMAHook.'
         )
     return [
-        Row(name, lengths.get(name), average([last], mean, weights=name))
+        Row(
+            name,
+            lengths.get(name),
+            average([last], Profile('mean', 'mean'), weights=name),
+        )
         for name in names
     ]
 
