@@ -251,8 +251,7 @@ def deployable(
 
 def average(
     files: Sequence[Contents],
-    profile: Optional[Profile] = None,
-    coefficients: Optional[Sequence[float]] = None,
+    profile: Profile,
     *,
     weights: Optional[str] = None,
     start: Optional[str] = None,
@@ -263,7 +262,6 @@ def average(
     Args:
         files: The files, as :func:`read_files` returns them.
         profile: What the average should be.
-        coefficients: What each file counts, instead of a profile.
         weights: Which weights of each file a mean, a soup or coefficients
             take. Defaults to those that it deploys; for lawa and wsm to the
             raw ones, if all have them.
@@ -276,26 +274,16 @@ def average(
         CheckpointError: If the files do not allow it.
         OptionError: If the profile cannot be made of them.
     """
-    if (profile is None) == (coefficients is None):
+    of_steps = profile.is_fitted or profile.kind == 'bema'
+    unused = ('weights', weights) if of_steps else ('start', start)
+    if unused[1] is not None:
         raise OptionError(
-            'give either a profile or coefficients: one of the two says what '
-            'is to be made.'
+            f'{unused[0]}={show(unused[1])} has no effect on {profile.text}; '
+            f'leave it out.'
         )
-    for name, given, kinds in (
-        ('weights', weights, ('mean', 'lawa', 'wsm', 'soup')),
-        ('start', start, ('bema', 'ema', 'power', 'schedule', 'swa')),
-    ):
-        # coefficients are those of a mean
-        kind = profile.kind if profile else 'mean'
-        if given is not None and kind not in kinds:
-            what = profile.text if profile else 'coefficients'
-            raise OptionError(
-                f'{name}={show(given)} has no effect on {what}; leave it out.'
-            )
-    if coefficients is not None:
-        _check_coefficients(coefficients, files)
-        return _weighted(files, coefficients, weights)
-    assert profile is not None
+    if profile.kind == 'coefficients':
+        _check_coefficients(profile.value, files)
+        return _weighted(files, profile.value, weights)
     if profile.kind == 'mean':
         return _mean(files, weights)
     if profile.kind == 'soup':

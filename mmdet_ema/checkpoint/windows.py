@@ -147,22 +147,20 @@ def how_to_reach(
             'EMAHook(posthoc=True) adds a fast average and keeps the '
             'starting weights: windows from its own to that of the main one'
         )
-    shortest = min((x.steps for x in made), default=math.inf)
-    short = [x for x in refused if x.steps < shortest]
-    if made and short:
-        least = short[0]
-        decay, tau = least.schedule.options.values()
+    lengths = [x.steps for x in made] or [math.nan]
+    short = [x for x in refused if x.steps < min(lengths)][:1]
+    long = [x for x in refused if x.steps > max(lengths)][-1:]
+    for name, reach, x in (
+        *(('short', 'from {:g} steps on', x) for x in short),
+        *(('long', 'up to {:g} steps', x) for x in long),
+    ):
+        decay, tau = x.schedule.options.values()
         said.append(
-            f'for windows from {least.steps:g} steps on: averages=dict('
-            f'short=dict(decay={decay:.6g}, tau={tau:.6g}))'
+            f'for windows {reach.format(x.steps)}: averages=dict('
+            f'{name}=dict(decay={decay:.6g}, tau={tau:.6g}))'
         )
-    longest = max((x.steps for x in made), default=0)
-    long = [x for x in refused if x.steps > longest]
-    if made and long:
-        decay, tau = long[-1].schedule.options.values()
-        said.append(
-            f'for windows up to {long[-1].steps:g} steps: averages=dict('
-            f'long=dict(decay={decay:.6g}, tau={tau:.6g})), or all files of '
-            f'the run (CheckpointHook(max_keep_ckpts=-1))'
+    if long:
+        said[-1] += (
+            ', or all files of the run (CheckpointHook(max_keep_ckpts=-1))'
         )
     return said

@@ -9,14 +9,13 @@ from typing import (
     Any,
     Callable,
     ContextManager,
-    Dict,
     Iterator,
-    List,
     Mapping,
 )
 
+from mmdet_ema.cli.parsers import add_command, add_metric, add_unsafe
 from mmdet_ema.cli.reports import aligned
-from mmdet_ema.errors import OptionError, show
+from mmdet_ema.errors import OptionError
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ _OWN = (
 # coefficients that nobody wants to read
 _SMALL = 1e-4
 _HELP = """\
-Average checkpoints: their mean, or the EMA, SWA, ... of another window that
-one run would have tracked. Sums are in float64; the file deploys as it is.
+The mean of files, or the EMA, SWA, ... of another window that one run would
+have tracked. Sums are in float64; the file deploys as it is.
 
 profiles, of all steps (fitted to what the files hold; see the error):
   ema:0.9995        EMA of that decay; ema:0.9999/2000 with the tau of a ramp
@@ -54,21 +53,13 @@ examples:
   mmdet-ema average --recipe e.pth -o same_as_e.pth"""
 
 
-def add_parser(
-    commands: Any, add_output: Any, add_unsafe: Any, style: Dict[str, Any]
-) -> None:
-    """Add the parser of the command."""
-    parser = commands.add_parser(
-        'average',
-        help='average checkpoints: mean, EMA of another decay, SWA, soup',
-        description='Average checkpoints.',
-        epilog=_HELP,
-        **style,
-    )
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the parser of the command, without the file that it makes."""
+    does = 'average checkpoints: mean, EMA of another decay, SWA, soup'
+    parser = add_command(commands, 'average', does, _HELP)
     parser.add_argument(
         'files', metavar='FILE', nargs='*', help='checkpoints, of one run'
     )
-    add_output(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--profile', help='what the average should be')
     what.add_argument(
@@ -91,11 +82,7 @@ def add_parser(
     parser.add_argument(
         '--config', help='whose validation chooses, for soup:greedy'
     )
-    parser.add_argument(
-        '--metric',
-        metavar='NAME',
-        help='which metric; by default that of save_best, or the first one',
-    )
+    add_metric(parser)
     parser.add_argument(
         '--recalibrate',
         metavar='CONFIG',
@@ -108,6 +95,7 @@ def add_parser(
         help='how many batches; by default 100',
     )
     add_unsafe(parser)
+    return parser
 
 
 def run(options: argparse.Namespace) -> int:
@@ -182,17 +170,13 @@ def _combine(options: argparse.Namespace) -> Combination:
     from mmdet_ema.checkpoint import average
     from mmdet_ema.checkpoint.profiles import parse_profile
 
-    profile = coefficients = None
-    if options.profile is not None:
-        profile = parse_profile(options.profile)
-    else:
-        coefficients = _numbers(options.coefficients)
+    text = options.profile or f'coefficients:{options.coefficients}'
+    profile = parse_profile(text)
     files = average.read_files(options.files, unsafe=options.unsafe)
     combine = functools.partial(
         average.average,
         files,
         profile,
-        coefficients,
         weights=options.weights,
         start=options.start,
     )
@@ -262,13 +246,3 @@ def _lines(combination: Combination) -> Iterator[str]:
         )
     yield said
     yield from combination.notes
-
-
-def _numbers(text: str) -> List[float]:
-    try:
-        return [float(x) for x in text.split(',')]
-    except ValueError:
-        raise OptionError(
-            f'--coefficients {show(text)} cannot be read; write numbers with '
-            f'commas, as 0.2,0.3,0.5.'
-        ) from None

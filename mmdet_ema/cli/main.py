@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, List, Optional, Tuple, Type
 
 from mmdet_ema.cli import plot, toolbox
+from mmdet_ema.cli.parsers import STYLE, add_command
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import load_hook
 from mmdet_ema.version import __version__
@@ -95,9 +96,8 @@ def _names(text: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    style = toolbox.STYLE
     parser = argparse.ArgumentParser(
-        prog='mmdet-ema', description=_DESCRIPTION, **style
+        prog='mmdet-ema', description=_DESCRIPTION, **STYLE
     )
     version = f'mmdet-ema {__version__}'
     parser.add_argument('--version', action='version', version=version)
@@ -105,14 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         title='commands', metavar='COMMAND', dest='command', required=True
     )
 
-    train = commands.add_parser(
-        'train',
-        help='train with EMA',
-        description='Train with EMA, without touching the config.',
-        epilog=_TRAIN,
+    train = add_command(
+        *(commands, 'train', 'train with EMA, without touching the config'),
+        _TRAIN,
         # what is not given is not there: the config says it
         argument_default=argparse.SUPPRESS,
-        **style,
     )
     train.add_argument('config', metavar='CONFIG', help='a config file')
     train.add_argument(
@@ -140,13 +137,8 @@ def _parser() -> argparse.ArgumentParser:
         help='average nothing; a resume puts the raw weights back',
     )
 
-    test = commands.add_parser(
-        'test',
-        help='test EMA weights, raw weights or both',
-        description='Test a checkpoint with its EMA weights, or its raw ones.',
-        epilog=_TEST,
-        **style,
-    )
+    does = 'test a checkpoint with its EMA weights, its raw ones or both'
+    test = add_command(commands, 'test', does, _TEST)
     test.add_argument('config', metavar='CONFIG', help='a config file')
     test.add_argument('checkpoint', metavar='CHECKPOINT', help='a .pth file')
     test.add_argument(
@@ -156,12 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         help='ema, raw, an average of the config, both or all; by default '
         'what the config says, or ema',
     )
-    draw = commands.add_parser(
-        'plot',
-        help='draw the metrics of a run',
-        description='Draw metrics by weights, decay and distance of a run.',
-        **style,
-    )
+    does = 'draw the metrics by weights, decay and distance of a run'
+    draw = add_command(commands, 'plot', does)
     draw.add_argument(
         'work_dir', metavar='WORK_DIR', type=Path, help="the run's folder"
     )
@@ -174,12 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument(
         '--metric', metavar='NAME', help='which metric; by default an mAP'
     )
-    demo = commands.add_parser(
-        'demo',
-        help='train a small network on digits with EMA, in plain PyTorch',
-        description='Train a small network on digits, compare raw and EMA.',
-        **style,
-    )
+    does = 'train a small network on digits with EMA, in plain PyTorch'
+    demo = add_command(commands, 'demo', does)
     demo.add_argument(
         '--out',
         metavar='FILE',
@@ -188,9 +172,6 @@ def _parser() -> argparse.ArgumentParser:
         help='picture to write; by default %(default)s',
     )
     toolbox.add_commands(commands)
-    commands.add_parser(
-        'env',
-        help='print what a bug report needs',
-        description='Print versions, the hooks that are built, and the GPUs.',
-    )
+    does = 'print versions, hooks and GPUs, as a bug report needs them'
+    add_command(commands, 'env', does)
     return parser

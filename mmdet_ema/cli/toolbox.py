@@ -11,13 +11,8 @@ import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from mmdet_ema.cli import average, plot, tune
+from mmdet_ema.cli.parsers import add_command, add_output, add_unsafe
 from mmdet_ema.errors import CheckpointError, OptionError
-
-STYLE: Dict[str, Any] = dict(
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    # --resume-from of a tool is not an abbreviation of ours
-    allow_abbrev=False,
-)
 
 _INSPECT = """\
 examples:
@@ -64,13 +59,8 @@ examples:
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of the toolbox to the subparsers of ``mmdet-ema``."""
-    inspect = commands.add_parser(
-        'inspect',
-        help='say what is in checkpoint files, of any project',
-        description='Say which weights are in a file, of any project.',
-        epilog=_INSPECT,
-        **STYLE,
-    )
+    does = 'say which weights are in checkpoint files, of any project'
+    inspect = add_command(commands, 'inspect', does, _INSPECT)
     inspect.add_argument('files', metavar='FILE', nargs='+')
     inspect.add_argument(
         '--quick',
@@ -90,15 +80,10 @@ def add_commands(commands: Any) -> None:
     )
     add_unsafe(inspect)
 
-    extract = commands.add_parser(
-        'extract',
-        help='write one set of weights: to deploy, to fine-tune',
-        description='Write a file with one set of weights.',
-        epilog=_EXTRACT,
-        **STYLE,
-    )
+    does = 'write one set of weights: to deploy, to fine-tune'
+    extract = add_command(commands, 'extract', does, _EXTRACT)
     extract.add_argument('file', metavar='FILE', nargs='?')
-    add_output(extract)
+    _add_made_file(extract)
     extract.add_argument(
         '--weights',
         metavar='NAME',
@@ -117,25 +102,15 @@ def add_commands(commands: Any) -> None:
     )
     add_unsafe(extract)
 
-    convert = commands.add_parser(
-        'convert',
-        help='write a file in the format of another project',
-        description='Write a checkpoint in the format of another project.',
-        epilog=_CONVERT,
-        **STYLE,
-    )
+    does = 'write a checkpoint in the format of another project'
+    convert = add_command(commands, 'convert', does, _CONVERT)
     convert.add_argument('file', metavar='FILE', nargs='?')
-    add_output(convert)
+    _add_made_file(convert)
     convert.add_argument('--to', metavar='FORMAT', help='which format')
     add_unsafe(convert)
 
-    diff = commands.add_parser(
-        'diff',
-        help='say what differs between two files, by tensor',
-        description='Say what differs between two files, by tensor.',
-        epilog=_DIFF,
-        **STYLE,
-    )
+    does = 'say what differs between two files, by tensor'
+    diff = add_command(commands, 'diff', does, _DIFF)
     diff.add_argument('first', metavar='A')
     diff.add_argument('second', metavar='B')
     diff.add_argument(
@@ -153,36 +128,18 @@ def add_commands(commands: Any) -> None:
     diff.add_argument('--json', action='store_true', help='print JSON')
     add_unsafe(diff)
 
-    average.add_parser(commands, add_output, add_unsafe, STYLE)
-    tune.add_parser(commands, STYLE)
+    _add_made_file(average.add_parser(commands))
+    tune.add_parser(commands)
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that writes a file."""
-    parser.add_argument(
-        '-o',
-        '--out',
-        metavar='OUT',
-        required=True,
-        help="file to write; '-' for the standard output",
-    )
-    parser.add_argument(
-        '--force', action='store_true', help='replace a file of that name'
-    )
+def _add_made_file(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that makes a file of another one."""
+    said = "file to write; '-' for the standard output"
+    add_output(parser, required=True, help=said)
     parser.add_argument(
         '--recipe',
         metavar='FILE',
         help='repeat what made this file, or what a .yaml or .json says',
-    )
-
-
-def add_unsafe(parser: argparse.ArgumentParser) -> None:
-    """Add the option that lets a file run code."""
-    parser.add_argument(
-        '--unsafe',
-        action='store_true',
-        help='run the code that a file asks for, for files that you trust: '
-        'whoever wrote it can then do on this machine what you can',
     )
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
 
 from mmdet_ema.cli import plot
+from mmdet_ema.cli.parsers import add_command, add_metric, add_output
 from mmdet_ema.cli.reports import aligned
 from mmdet_ema.errors import OptionError
 from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
 
 _HELP = """\
-Choose the window of the average after the training. Windows are made of the
+Windows are made of the
 files of one run (its averages, raw and starting weights), and each is tested
 by the validation of CONFIG, in one process. EMAHook(posthoc=True) and a few
 files are what it takes. Raw weights and the averages of the last file stand
@@ -29,23 +30,13 @@ examples:
       --launcher pytorch"""
 
 
-def add_parser(commands: Any, style: Dict[str, Any]) -> None:
+def add_parser(commands: Any) -> None:
     """Add the parser of the command."""
-    parser = commands.add_parser(
-        'tune',
-        help='choose the window of the average after the training',
-        description='Test averages of other windows, made of files.',
-        epilog=_HELP,
-        **style,
-    )
+    does = 'choose the window of the average after the training'
+    parser = add_command(commands, 'tune', does, _HELP)
     parser.add_argument('config', metavar='CONFIG', help='that of the run')
     parser.add_argument('work_dir', metavar='WORK_DIR', help='that of the run')
-    parser.add_argument(
-        '-o', '--out', metavar='OUT', help='file to write the best weights to'
-    )
-    parser.add_argument(
-        '--force', action='store_true', help='replace a file of that name'
-    )
+    add_output(parser, help='file to write the best weights to')
     parser.add_argument(
         '--windows',
         metavar='N',
@@ -53,11 +44,7 @@ def add_parser(commands: Any, style: Dict[str, Any]) -> None:
         help='how many, between 0.1 %% of the run and half of it; or a list '
         'of lengths in steps; by default %(default)s',
     )
-    parser.add_argument(
-        '--metric',
-        metavar='NAME',
-        help='which metric; by default that of save_best, or the first one',
-    )
+    add_metric(parser)
     parser.add_argument(
         '--recalibrate',
         metavar='N',

@@ -21,6 +21,10 @@ from tests import oracle
 from tests.checkpoint.walk import EVERY, MAIN, STEPS, Walk
 
 
+def counts(*coefficients):
+    return parse_profile(f'coefficients:{",".join(map(str, coefficients))}')
+
+
 @pytest.fixture(scope='module')
 def walk(tmp_path_factory):
     """A run with posthoc=True, and a mean of all steps."""
@@ -204,7 +208,7 @@ def test_bema(walk):
 def test_coefficients(walk):
     """Each file counts what it is told, in the order given."""
     files = read_files([walk.files[i] for i in (9, 0, 4)])
-    made = average(files, coefficients=[1.5, -0.3, -0.2], weights='raw')
+    made = average(files, counts(1.5, -0.3, -0.2), weights='raw')
     walk.check(
         made,
         lambda values: (
@@ -287,16 +291,15 @@ def test_refused(walk, text, match):
 @pytest.mark.parametrize(
     ('given', 'match'),
     [
-        ({}, 'give either a profile or coefficients'),
-        (dict(coefficients=[1]), '1 coefficients are given for 2 files'),
-        (dict(coefficients=[1, 1]), 'sum up to 2; they must sum up to 1'),
-        (dict(coefficients=[3, -2]), r'coefficients sum up to 5, above 3'),
+        (dict(profile=counts(1)), '1 coefficients are given for 2 files'),
+        (dict(profile=counts(1, 1)), 'sum up to 2; they must sum up to 1'),
+        (dict(profile=counts(3, -2)), r'coefficients sum up to 5, above 3'),
         (
             dict(profile=parse_profile('ema:0.9'), weights='raw'),
             "weights='raw' has no effect on ema:0.9; leave it out",
         ),
         (
-            dict(coefficients=[0.5, 0.5], start='x'),
+            dict(profile=counts(0.5, 0.5), start='x'),
             "start='x' has no effect on coefficients",
         ),
         (
@@ -357,7 +360,7 @@ def test_other_runs(walk, tmp_path):
         with pytest.raises(CheckpointError, match=match):
             average(mixed, parse_profile(text))
     average(mixed, parse_profile('mean')).state_dict()
-    average(mixed, coefficients=[0.5, 0.5]).state_dict()
+    average(mixed, counts(0.5, 0.5)).state_dict()
     # of the same step: they do not say what they started from
     one, two = (
         Walk(tmp_path / str(seed), seed, steps=4, every=4, decay=0.9)
@@ -536,7 +539,7 @@ def test_at_the_start_of_a_run(tmp_path):
     first = read_files(run.files[:1])  # an update that copies
     made = average(
         [first[0], *read_files(run.files[1:])],
-        coefficients=[0.5, 0.5],
+        counts(0.5, 0.5),
         weights='raw',
     )
     run.check(made, lambda values: values[1:].mean(0))

@@ -151,7 +151,7 @@ def test_damaged_recipe(walk, tmp_path, capsys, change):
         (['--profile', 'men'], 2, "profile='men' is not known; use 'mean',"),
         (['--profile', 'soup:greedy'], 2, 'give --config CONFIG'),
         ([], 2, 'what is to be made? Give --profile, as --profile mean'),
-        (['--coefficients', '0.2,x'], 2, "'0.2,x' cannot be read"),
+        (['--coefficients', '0.2,x'], 2, ":0.2,x' cannot be read; use 'mean'"),
         (['--coefficients', '0.2'], 2, '1 coefficients are given for 10'),
         (
             ['--profile', 'mean', '--batches', '3'],
