@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.averaging.averages import MAIN
-from mmdet_ema.checkpoint import profiles, recipe
+from mmdet_ema.checkpoint import profiles, recipe, saving
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
@@ -165,6 +165,28 @@ class Combination:
             result.view(-1)[here] = total.to(dtype)
         return result
 
+    def save(
+        self,
+        state: Mapping[str, Tensor],
+        made: Mapping[str, Any],
+        path: str,
+        force: bool = False,
+    ) -> str:
+        """Write what a framework's own tools load; return its path.
+
+        Args:
+            state: The weights.
+            made: Their recipe.
+            path: The file.
+            force: Whether to replace one. Defaults to False.
+        """
+        meta, _ = meta_for_use(self.lead[0])
+        content = {'meta': meta, WEIGHTS: state}
+        # pickle writes an object that is there twice once: a recipe that was
+        # read is to be written as one that was made
+        recipe.add(content, json.loads(json.dumps(made)))
+        return saving.save(content, path, force=force)
+
     def recipe(self, options: Mapping[str, Any]) -> Dict[str, Any]:
         """Return the recipe of a file with this combination.
 
@@ -227,26 +249,6 @@ class Combination:
                 f'the recipe has no terms that can be repeated ({error}); '
                 f'give one that mmdet-ema average made.'
             ) from None
-
-
-def deployable(
-    combination: Combination,
-    state: Mapping[str, Tensor],
-    made: Mapping[str, Any],
-) -> Dict[str, Any]:
-    """Return what a framework's own tools load: weights, and ``meta``.
-
-    Args:
-        combination: What the weights were made of.
-        state: The weights.
-        made: Their recipe.
-    """
-    meta, _ = meta_for_use(combination.lead[0])
-    content = {'meta': meta, WEIGHTS: state}
-    # pickle writes an object that is there twice once: a recipe that was read
-    # is to be written as one that was made
-    recipe.add(content, json.loads(json.dumps(made)))
-    return content
 
 
 def average(
@@ -757,30 +759,24 @@ def _find_start(
     Raises:
         CheckpointError: If the file that was given is not theirs.
     """
-    meta = contents.rest.get(META, {})
-    wanted, given = meta.get(START), path is not None
-    wanted = wanted if isinstance(wanted, str) else None
+    meta, given = contents.rest.get(META, {}), path is not None
+    wanted = meta.get(START)
     if path is None:
-        restarted = meta.get('restarted')
-        name = start_name(restarted if isinstance(restarted, int) else 0)
+        if not isinstance(wanted, str):
+            return None
+        name = start_name(as_count(meta.get('restarted')) or 0)
         path = os.path.join(os.path.dirname(contents.path), name)
-        if wanted is None or not os.path.isfile(path):
-            if wanted is not None:
-                notes.append(
-                    f'{path} with the starting weights is not there: windows '
-                    f'that reach back to them cannot be made'
-                )
+        if not os.path.isfile(path):
+            notes.append(
+                f'{path} with the starting weights is not there: windows '
+                f'that reach back to them cannot be made'
+            )
             return None
     found = read_contents(path)
-    tensors = found.sets[found.choose()].tensors
-    if wanted is not None and fingerprint(tensors) == wanted:
+    if fingerprint(found.sets[found.choose()].tensors) == wanted:
         _check_same(contents, found)
         return found
-    said = (
-        f'{path} does not have the starting weights of {contents.path}'
-        if wanted is not None
-        else f'{contents.path} does not say what its averages started from'
-    )
+    said = f'{path} does not have the starting weights of {contents.path}'
     if given:
         raise CheckpointError(f'{said}; leave --start out.')
     notes.append(f'{said}: it is not used')

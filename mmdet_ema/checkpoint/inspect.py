@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 from mmdet_ema.checkpoint.compare import count_nonfinite, distances
 from mmdet_ema.checkpoint.contents import (
@@ -42,6 +42,7 @@ def inspect(
         CheckpointError: If the file cannot be read.
     """
     contents = read_contents(path, unsafe=unsafe, check=not quick)
+    names = [k for x in contents.sets.values() for k in x.tensors]
     report: Dict[str, Any] = {
         'path': path,
         'bytes': os.path.getsize(path),
@@ -52,7 +53,7 @@ def inspect(
         'sets': {
             name: _of_set(contents, name, quick) for name in contents.sets
         },
-        'collisions': _collisions(contents),
+        'collisions': _alike({name: name.replace('.', '_') for name in names}),
         'rest': sorted(contents.rest),
     }
     recipe = contents.meta.get(KEY) or contents.rest.get(KEY)
@@ -78,7 +79,7 @@ def _of_set(contents: Contents, name: str, quick: bool) -> Dict[str, Any]:
         'parameters': sum(x.numel() for x in unique.values()),
         'bytes': sum(x.numel() * x.element_size() for x in unique.values()),
         'dtypes': dict(dtypes),
-        'tied': _tied(weights),
+        'tied': _alike({k: id(x) for k, x in weights.tensors.items()}),
     }
     if quick:
         return report
@@ -106,16 +107,9 @@ def _decay(weights: Weights) -> Dict[str, Optional[float]]:
     }
 
 
-def _tied(weights: Weights) -> List[List[str]]:
-    names: Dict[int, List[str]] = {}
-    for name, tensor in weights.tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    return [x for x in names.values() if len(x) > 1]
-
-
-def _collisions(contents: Contents) -> List[List[str]]:
-    groups: Dict[str, List[str]] = {}
-    names = {k: None for x in contents.sets.values() for k in x.tensors}
-    for name in names:
-        groups.setdefault(name.replace('.', '_'), []).append(name)
+def _alike(keys: Mapping[str, Any]) -> List[List[str]]:
+    """Return the groups of names that have the same key."""
+    groups: Dict[Any, List[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
     return [x for x in groups.values() if len(x) > 1]

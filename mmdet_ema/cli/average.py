@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         OptionError: If an option is wrong.
     """
     from mmdet_ema.checkpoint import saving
-    from mmdet_ema.checkpoint.average import Combination, deployable
+    from mmdet_ema.checkpoint.average import Combination
     from mmdet_ema.cli import toolbox
 
     own = {name: getattr(options, name) for name in _OWN}
@@ -135,8 +135,7 @@ def run(options: argparse.Namespace) -> int:
             # the rest is as it was, but of the dtypes of the model
             if name.rpartition('.')[2].startswith('running_'):
                 state[name] = value
-    content = deployable(combination, state, made)
-    path = saving.save(content, options.out, force=options.force)
+    path = combination.save(state, made, options.out, options.force)
     if path != saving.STDOUT:
         toolbox.say(options, f'{path}: written')
     return 0

@@ -237,9 +237,6 @@ def _write(found: Any, options: argparse.Namespace) -> str:
 
     Its recipe is one of ``mmdet-ema average``, which can repeat it.
     """
-    from mmdet_ema.checkpoint import saving
-    from mmdet_ema.checkpoint.average import deployable
-
     best, again = found.best, found.is_recalibrated
     value = best.value(found.metric, again)
     said = {
@@ -254,5 +251,5 @@ def _write(found: Any, options: argparse.Namespace) -> str:
     made = best.combination.recipe(said)
     if best.name == 'raw':
         made['holds'] = {'role': 'raw', 'name': 'raw'}
-    content = deployable(best.combination, found.weights, made)
-    return saving.save(content, options.out, force=options.force)
+    out, force = options.out, options.force
+    return str(best.combination.save(found.weights, made, out, force))
