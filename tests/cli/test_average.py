@@ -54,7 +54,7 @@ def test_file(walk, tmp_path, capsys, profile):
 
 
 def test_examples_of_the_help(tmp_path, monkeypatch, capsys):
-    """They run as they are; those with a CONFIG in ``for_mmengine/test_help.py``."""
+    """They run as they are; for those with a CONFIG see ``test_help.py``."""
     folder = tmp_path / 'work_dirs' / 'a'
     folder.mkdir(parents=True)
     Walk(folder, posthoc=True, decay=0.999, tau=500)
