@@ -8,15 +8,18 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
-    ContextManager,
     Iterator,
     Mapping,
 )
 
-from mmdet_ema.cli.parsers import add_command, add_metric, add_unsafe
+from mmdet_ema.cli.parsers import (
+    add_command,
+    add_metric,
+    add_unsafe,
+    check_mmengine,
+)
 from mmdet_ema.cli.reports import aligned
 from mmdet_ema.errors import OptionError
-from mmdet_ema.frameworks import has_mmcv1, has_mmengine
 
 if TYPE_CHECKING:
     from mmdet_ema.checkpoint.average import Combination
@@ -113,6 +116,9 @@ def run(options: argparse.Namespace) -> int:
     files, said, made = toolbox.recipe_of(options, own)
     if made is None:
         _check(options)
+    for name in ('config', 'recalibrate'):
+        if said.get(name):
+            check_mmengine(f'--{name}')
     saving.check_free(options.out, options.force)
     if made is None:
         combination = _combine(options)
@@ -125,11 +131,10 @@ def run(options: argparse.Namespace) -> int:
         toolbox.say(options, line)
     state = combination.state_dict()
     if said.get('recalibrate'):
-        changes = said.get('cfg_options')  # of tune
-        config = said['recalibrate']
-        with _runner_of(config, '--recalibrate', changes) as runner:
-            from mmdet_ema.for_mmengine.tune import recalibrated
+        from mmdet_ema.for_mmengine.tune import recalibrated, runner_of
 
+        changes = said.get('cfg_options')  # of tune
+        with runner_of(said['recalibrate'], cfg_options=changes) as runner:
             found = recalibrated(runner, state, said['batches'])
         for name, value in found.items():
             # the rest is as it was, but of the dtypes of the model
@@ -181,22 +186,10 @@ def _combine(options: argparse.Namespace) -> Combination:
     )
     if options.config is None:
         return combine()
-    with _runner_of(options.config, '--profile soup:greedy') as runner:
-        return combine(evaluate=_score_by(runner, options))
-
-
-def _runner_of(
-    config: str, what: str, cfg_options: Any = None
-) -> ContextManager[Any]:
-    if has_mmcv1() or not has_mmengine():
-        raise OptionError(
-            f'{what} builds the model and data of a config by mmengine, which '
-            f'is not what is installed here; under mmcv 1.x use the option '
-            f'recalibrate=N of EMAHook, and evaluate files by tools/test.py.'
-        )
     from mmdet_ema.for_mmengine.tune import runner_of
 
-    return runner_of(config, cfg_options=cfg_options)
+    with runner_of(options.config) as runner:
+        return combine(evaluate=_score_by(runner, options))
 
 
 def _score_by(

@@ -1,9 +1,12 @@
-"""What the parsers of several commands share."""
+"""What several commands share: options, and what they need."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any, Dict
+
+from mmdet_ema.errors import OptionError
+from mmdet_ema.frameworks import has_mmcv1, has_mmengine
 
 STYLE: Dict[str, Any] = dict(
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,3 +51,18 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
         metavar='NAME',
         help='which metric; by default that of save_best, or the first one',
     )
+
+
+def check_mmengine(what: str) -> None:
+    """Refuse what builds a config by mmengine where that is not used.
+
+    Raises:
+        OptionError: If it is not installed, or mmcv 1.x is.
+    """
+    if has_mmcv1() or not has_mmengine():
+        raise OptionError(
+            f'{what} builds the model and data of a config by mmengine, which '
+            f'is not what is installed here; under mmcv 1.x make averages by '
+            f'mmdet-ema average, test each by tools/test.py, and estimate '
+            f'statistics by the option recalibrate=N of EMAHook.'
+        )

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
 
 from mmdet_ema.cli import plot
-from mmdet_ema.cli.parsers import add_command, add_metric, add_output
+from mmdet_ema.cli.parsers import (
+    add_command,
+    add_metric,
+    add_output,
+    check_mmengine,
+)
 from mmdet_ema.cli.reports import aligned
 from mmdet_ema.errors import OptionError
-from mmdet_ema.frameworks import has_mmcv1, has_mmengine, has_package
+from mmdet_ema.frameworks import has_package
 
 _HELP = """\
 Windows are made of the
@@ -80,12 +85,7 @@ def run(options: argparse.Namespace) -> int:
         CheckpointError: If the files do not allow it.
         OptionError: If an option is wrong.
     """
-    if has_mmcv1() or not has_mmengine():
-        raise OptionError(
-            'tune tests with mmengine (mmdet 3), which is not what is '
-            'installed here; under mmcv 1.x make windows with mmdet-ema '
-            'average, and test each by tools/test.py.'
-        )
+    check_mmengine('tune')
     if options.recalibrate < 0:
         raise OptionError(
             f'--recalibrate {options.recalibrate} is out of range; use a '
