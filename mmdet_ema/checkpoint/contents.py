@@ -35,7 +35,7 @@ class Weights:
         schedule: That of an average as text, ``name(option=value, ...)``;
             empty if the file does not tell.
         steps: Steps of the optimizer that were counted: more than updates
-            with an interval above 1. None if unknown.
+            with an interval above 1. Defaults to these.
         averaged_steps: The step of the last update; None if unknown.
         interval: Steps between updates.
         skipped: Steps that were left out because they were not finite.
@@ -53,6 +53,10 @@ class Weights:
     skipped: int = 0
     evidence: str = ''
     metadata: Optional[Dict[str, Any]] = None
+
+    def __post_init__(self) -> None:
+        if self.steps is None:
+            self.steps = self.updates
 
     def build_schedule(self) -> Optional[Schedule]:
         """Return the schedule, None if the file tells none with a name.

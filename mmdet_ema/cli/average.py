@@ -116,9 +116,10 @@ def run(options: argparse.Namespace) -> int:
     files, said, made = toolbox.recipe_of(options, own)
     if made is None:
         _check(options)
-    for name in ('config', 'recalibrate'):
-        if said.get(name):
-            check_mmengine(f'--{name}')
+    if options.config:
+        check_mmengine('--config')
+    if said.get('recalibrate'):
+        check_mmengine('--recalibrate')
     saving.check_free(options.out, options.force)
     if made is None:
         combination = _combine(options)

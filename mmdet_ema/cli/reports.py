@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -181,11 +180,6 @@ def show_difference(found: Any) -> None:
     )
     for words in found.unpaired:
         say(f'not compared: {words}')
-
-
-def as_plain(value: Any) -> Any:
-    """Return a dataclass as JSON has it."""
-    return dataclasses.asdict(value)
 
 
 _HEAD = (

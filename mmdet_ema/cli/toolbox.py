@@ -6,11 +6,12 @@ Nothing is imported here that makes ``--help`` wait.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from mmdet_ema.cli import average, plot, tune
+from mmdet_ema.cli import average, plot, reports, tune
 from mmdet_ema.cli.parsers import add_command, add_output, add_unsafe
 from mmdet_ema.errors import CheckpointError, OptionError
 
@@ -156,17 +157,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _complain(error: Exception) -> None:
-    from mmdet_ema.cli.reports import printable
-
-    print(f'mmdet-ema: error: {printable(str(error))}', file=sys.stderr)
+    print(
+        f'mmdet-ema: error: {reports.printable(str(error))}', file=sys.stderr
+    )
 
 
 def say(options: argparse.Namespace, text: str) -> None:
     """Print what was done: not into a file on the standard output."""
-    from mmdet_ema.cli.reports import printable
-
     to_stdout = getattr(options, 'out', None) == '-'
-    print(printable(text), file=sys.stderr if to_stdout else sys.stdout)
+    print(
+        reports.printable(text), file=sys.stderr if to_stdout else sys.stdout
+    )
 
 
 def recipe_of(
@@ -218,7 +219,6 @@ def recipe_of(
 
 def _run_inspect(options: argparse.Namespace) -> int:
     from mmdet_ema.checkpoint.inspect import inspect
-    from mmdet_ema.cli import reports
 
     if options.recipe:
         from mmdet_ema.checkpoint import recipe as recipes
@@ -273,7 +273,7 @@ def _run_extract(options: argparse.Namespace) -> int:
         options,
         f'wrote {done.path}: {done.tensors} tensors of {done.name} ({role})',
     )
-    _say_what_is_lost(options, done.lost, done.notes)
+    _say_what_is_lost(options, done)
     return 0
 
 
@@ -294,22 +294,19 @@ def _run_convert(options: argparse.Namespace) -> int:
         f'wrote {" and ".join(done.paths)}: {done.source} -> {done.target}, '
         f'with {", ".join(done.kept)}',
     )
-    _say_what_is_lost(options, done.lost, done.notes)
+    _say_what_is_lost(options, done)
     return 0
 
 
-def _say_what_is_lost(
-    options: argparse.Namespace, lost: List[str], notes: List[str]
-) -> None:
-    for words in lost:
+def _say_what_is_lost(options: argparse.Namespace, done: Any) -> None:
+    for words in done.lost:
         say(options, f'lost: {words}')
-    for words in notes:
+    for words in done.notes:
         say(options, f'note: {words}')
 
 
 def _run_diff(options: argparse.Namespace) -> int:
     from mmdet_ema.checkpoint.diff import diff
-    from mmdet_ema.cli import reports
 
     found = diff(
         *(options.first, options.second),
@@ -319,7 +316,7 @@ def _run_diff(options: argparse.Namespace) -> int:
         unsafe=options.unsafe,
     )
     if options.json:
-        print(json.dumps(reports.as_plain(found), indent=2))
+        print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
         reports.show_difference(found)
     return 1 if found.differences else 0

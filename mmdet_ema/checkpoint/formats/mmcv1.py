@@ -65,16 +65,10 @@ def _read_buffers(content: Content, path: str) -> Contents:
     sets = {
         'raw': weights_of(whole[EMA], PREFIX, EMA, role=RAW, evidence=said),
         'ema': weights_of(
-            whole[WEIGHTS],
-            role=AVERAGE,
-            evidence=said,
-            updates=steps,
-            steps=steps,
+            whole[WEIGHTS], role=AVERAGE, evidence=said, updates=steps
         ),
     }
-    metadata = getattr(content[WEIGHTS], '_metadata', None)
-    for weights in sets.values():
-        weights.metadata = metadata
+    sets['raw'].metadata = sets['ema'].metadata
     # only mmdet's hooks average these
     names = [x for x in map(str, content[WEIGHTS]) if x.endswith(STATISTICS)]
     averaged = any(name.startswith('ema_') for name in names)
@@ -83,13 +77,8 @@ def _read_buffers(content: Content, path: str) -> Contents:
     version = meta.get('mmcv_version')
     written = f' (mmcv {version})' if isinstance(version, str) else ''
     return Contents(
-        path,
-        name,
-        f"mmcv's or mmdet's EMA hook{written}",
-        sets,
-        deployed,
-        meta,
-        rest_of(content, WEIGHTS, 'meta'),
+        *(path, name, f"mmcv's or mmdet's EMA hook{written}", sets, deployed),
+        *(meta, rest_of(content, WEIGHTS, 'meta')),
         [w.replace('EMA: ', '', 1) for w in found.warnings],
     )
 
@@ -161,11 +150,7 @@ def _read_pair(content: Content, path: str) -> Contents:
     said = 'BEVDet writes averages and updates into a second file, *_ema'
     count = as_count(second[bevdet.UPDATES])
     average = weights_of(
-        second[WEIGHTS],
-        role=AVERAGE,
-        evidence=said,
-        updates=count,
-        steps=count,
+        second[WEIGHTS], role=AVERAGE, evidence=said, updates=count
     )
     notes = ["n starts at the hook's init_updates, which is not in the file."]
     sets = {'ema': average}
@@ -176,15 +161,10 @@ def _read_pair(content: Content, path: str) -> Contents:
         notes += bevdet.other_moments(second, meta_of(first), second_path)
     else:
         notes.append('the raw weights are in the file beside: it is not there')
+    deployed = 'raw' if first is content else 'ema'
     return Contents(
-        path,
-        'bevdet',
-        "BEVDet's MEGVIIEMAHook",
-        sets,
-        'raw' if first is content else 'ema',
-        meta_of(first),
-        rest_of(first, WEIGHTS, 'meta'),
-        notes,
+        *(path, 'bevdet', "BEVDet's MEGVIIEMAHook", sets, deployed),
+        *(meta_of(first), rest_of(first, WEIGHTS, 'meta'), notes),
     )
 
 

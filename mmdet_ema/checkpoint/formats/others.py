@@ -95,7 +95,6 @@ class Layout:
             role=AVERAGE,
             evidence=self.evidence,
             updates=count,
-            steps=count,
         )
         sets, notes = {'ema': average}, list(self.notes)
         if self.raw is not None:
