@@ -294,7 +294,7 @@ def average(
     if profile.kind == 'bema':
         return run.bema(profile)
     if profile.is_fitted:
-        return run.fit(profile.text, run.target(profile))
+        return run.fit(profile)
     if profile.kind == 'lawa':
         last = run.files[-profile.value :]
         if len(last) < profile.value:
@@ -400,7 +400,12 @@ class Run:
         """
         if self.sources:
             return self.sources
-        self._check_length()
+        if self.steps > _LONGEST:
+            raise CheckpointError(
+                f'{self.files[-1].path!r} says that its averages have seen '
+                f'{self.steps:,} steps; a profile is made of at most '
+                f'{_LONGEST:,}. {_OTHER}'
+            )
         silent = set()
         for contents, at in zip(self.files, self.at):
             if steps_of(contents) is None:
@@ -436,7 +441,6 @@ class Run:
 
     def target(self, profile: Profile) -> Tensor:
         """Return what the run would have tracked, at its own interval."""
-        self._check_length()
         last = self.files[-1]
         intervals = [weights.interval for weights in last.sets.values()]
         interval = max(1, *intervals)
@@ -444,30 +448,18 @@ class Run:
         # raw weights alone can be averaged up to the last step
         return profile.target(self.steps, interval, max(done) or None)
 
-    def _check_length(self) -> None:
-        if self.steps > _LONGEST:
-            raise CheckpointError(
-                f'{self.files[-1].path!r} says that its averages have seen '
-                f'{self.steps:,} steps; a profile is made of at most '
-                f'{_LONGEST:,}. {_OTHER}'
-            )
-
-    def fit(self, what: str, target: Tensor) -> Combination:
+    def fit(self, profile: Profile) -> Combination:
         """Return the combination that is nearest to a profile.
-
-        Args:
-            what: What it is called in an error.
-            target: The profile, of the steps of the run.
 
         Raises:
             CheckpointError: If it is not near enough.
         """
-        combination = self.nearest(target)
+        combination = self.nearest(profile)
         assert combination.fit is not None
         if combination.fit.problem:
             notes = f' ({"; ".join(self.notes)}.)' if self.notes else ''
             raise CheckpointError(
-                f'{show(what)} cannot be made of these files: '
+                f'{show(profile.text)} cannot be made of these files: '
                 f'{combination.fit.problem}. Windows between those of two '
                 f'averages can be made, and none below the spacing of the '
                 f'files: train with posthoc=True, give all files of the run '
@@ -475,7 +467,7 @@ class Run:
             )
         return combination
 
-    def nearest(self, target: Tensor) -> Combination:
+    def nearest(self, profile: Profile) -> Combination:
         """Return the combination that is nearest, however far it is."""
         sources = self.look()
         if not sources:
@@ -484,6 +476,7 @@ class Run:
                 f'schedule made their averages. {_OTHER}'
             )
         bases = [source.profile for source in sources]
+        target = self.target(profile)
         found = profiles.fit(bases, target)
 
         def terms(statistics: Fit) -> List[Term]:
@@ -528,8 +521,9 @@ class Run:
             Term(last, RAW, share, share / (1 + share)),
             Term(self._start, self._start.choose(), -share, 0.0),
         ]
-        notes = [*self.notes]
-        return Combination(terms, (last, name), tracked=True, notes=notes)
+        return Combination(
+            terms, (last, name), tracked=True, notes=[*self.notes]
+        )
 
     def _profile_of(
         self, contents: Contents, name: str, at: int

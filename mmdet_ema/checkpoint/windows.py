@@ -107,7 +107,7 @@ def make_windows(
         check_length(steps, run.steps)
         schedule = suited_schedule(steps, run.steps)
         profile = Profile(str(schedule), 'schedule', schedule)
-        combination = run.nearest(run.target(profile))
+        combination = run.nearest(profile)
         found.append(Window(steps, schedule, combination))
     return (
         [x for x in found if not x.problem],
