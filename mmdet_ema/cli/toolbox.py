@@ -173,16 +173,11 @@ def say(options: argparse.Namespace, text: str) -> None:
 def recipe_of(
     options: argparse.Namespace, own: Dict[str, Any]
 ) -> Tuple[List[str], Dict[str, Any], Optional[Dict[str, Any]]]:
-    """Return input files, options and recipe of a command that writes one.
+    """Return input files, options, and the recipe to repeat, if one is given.
 
     Args:
-        options: The command line, with ``command``, ``recipe`` and ``file``
-            (or ``files``).
-        own: The options of the command that a recipe says; what is not
-            given is None or False.
-
-    Returns:
-        The inputs, the options, and the recipe to repeat; None for a new one.
+        options: The command line.
+        own: What a recipe says of it; what is not given is None or False.
 
     Raises:
         OptionError: If neither a file nor a recipe is given, or options
