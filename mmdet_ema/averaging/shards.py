@@ -110,6 +110,18 @@ def sharded_modules(model: nn.Module) -> List[Any]:
     return found
 
 
+def layout(model: nn.Module) -> Dict[str, Any]:
+    """Return a model's ``state_dict``, for its names, kinds and shapes.
+
+    All ranks of a model that FSDP1 has sharded call it, and get all of them.
+    """
+    if not any(map(fsdp1.is_fsdp1, model.modules())):
+        return model.state_dict()
+    if fsdp1.is_local(model):
+        return {piece.name: piece.tensor for piece in fsdp1.pieces(model)}
+    return fsdp1.layout(model)
+
+
 def reshard(modules: Sequence[Any]) -> None:
     """Let modules forget the whole weights that a forward pass left."""
     for module in modules:
