@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
@@ -270,6 +272,26 @@ def evaluate(found, model, averager, dtype):
     ]
 
 
+def folder_of_ranks(mesh, state, folder):
+    """Write the averages by torch's checkpoints of ranks; read them again."""
+    averager = WeightAverager(sharded(mesh), 'constant', **OPTIONS)
+    averager.load_state_dict(state)
+    saved = {
+        'ema': dict(averager.named_averages()),
+        'num_steps': averager.num_steps,
+    }
+    dcp.save(saved, checkpoint_id=folder / 'dcp')
+    if dist.get_rank() == 0:
+        dcp_to_torch_save(folder / 'dcp', folder / 'dcp.pth')
+    other = WeightAverager(sharded(mesh), 'constant', decay=0.9)
+    read = {'ema': dict(other.named_averages()), 'num_steps': 0}
+    dcp.load(read, checkpoint_id=folder / 'dcp')
+    other.load_state_dict(
+        {'averages': read['ema'], 'num_steps': read['num_steps']}
+    )
+    return other.state_dict()
+
+
 def fail(mesh, shard):
     """Let an evaluation fail half-way, on all ranks; go on after it."""
     model = sharded(mesh, **shard)
@@ -395,6 +417,7 @@ def main(rank, ranks, folder):
             fail=fail(mesh, shard),
             thaw=thaw(mesh, shard),
         )
+    found['dcp'] = folder_of_ranks(mesh, state[0], folder)
     found['refused'] = refused(mesh)
     torch.save(found, folder / f'rank{rank}.pt')
     dist.barrier()

@@ -23,7 +23,10 @@ TOLERANCE = 1e-6
 def ranks(request, tmp_path_factory):
     """What each of the ranks saw."""
     folder = tmp_path_factory.mktemp('shards')
-    return run_ranks('tests.averaging.shards_program', request.param, folder)
+    program = 'tests.averaging.shards_program'
+    found = run_ranks(program, request.param, folder)
+    found[0]['file'] = torch.load(folder / 'dcp.pth', weights_only=True)
+    return found
 
 
 @pytest.fixture
@@ -140,6 +143,15 @@ def test_state_loads_on_shards_and_in_one_process(ranks, plain, way):
             assert given['num_steps'] == there['num_steps']
             for key, value in given['averages'].items():
                 assert torch.equal(value, there['averages'][key]), key
+
+
+def test_folder_of_ranks_loads_and_becomes_a_file(ranks):
+    """Checkpoints of torch's own take averages as they lie on the ranks."""
+    given, found = ranks[0]['given'], ranks[0]['dcp']
+    assert given['num_steps'] == found['num_steps']
+    for key, value in given['averages'].items():
+        assert torch.equal(value, found['averages'][key]), key
+        assert torch.equal(value, ranks[0]['file']['ema'][key]), key
 
 
 def test_rank_that_holds_nothing_agrees_too(ranks):

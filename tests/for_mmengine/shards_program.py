@@ -34,8 +34,12 @@ EMA = dict(
     evaluate='all',
     averages=dict(fast=dict(decay=0.5, tau=1)),
 )
-LOW = dict(
-    param_dtype='bfloat16', float32=['head'], reshard_after_forward=False
+MORE = dict(
+    low=dict(
+        param_dtype='bfloat16', float32=['head'], reshard_after_forward=False
+    ),
+    offloaded=dict(cpu_offload=True),
+    hybrid=dict(replicate=2),
 )
 FSDP1 = ('fsdp1', 'flat', 'local')  # how names of runs begin
 BATCH = 12  # of all ranks together
@@ -103,7 +107,7 @@ def gathered(model):
 def strategy_of(name):
     """The strategy of a run."""
     if not name.startswith(FSDP1):
-        more = LOW if name == 'low' else {}
+        more = MORE.get(name, {})
         return dict(type='FSDP2Strategy', shard=['head'], **more)
     wrapper = dict(
         type='MMFullyShardedDataParallel',
@@ -191,6 +195,8 @@ def train(
         ),
         custom_hooks=[EMA, recorder],
         resume=resume or False,
+        # those of one second would share a message hub
+        experiment_name=f'{folder.name}{ranks}{epochs}',
         **options,
     )
     runner.train()

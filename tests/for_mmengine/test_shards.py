@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp('shards')
     specs = ['whole:3', 'part:2', 'again:3:part/epoch_2.pth']
-    specs += ['accumulated:2', 'low:3']
+    specs += ['accumulated:2', 'low:3', 'offloaded:3', 'hybrid:3']
     ranks = run_ranks(PROGRAM, 2, folder, *specs)
     three = run_ranks(PROGRAM, 3, folder, 'three:3:part/epoch_2.pth')
     found = {name: [rank[name] for rank in ranks] for name in ranks[0]}
@@ -74,7 +74,9 @@ def weights_of(file):
     return [file['state_dict'], file['ema_state_dict'], fast]
 
 
-@pytest.mark.parametrize('run', ['whole', 'low', 'fsdp1', 'flat'])
+@pytest.mark.parametrize(
+    'run', ['whole', 'low', 'offloaded', 'hybrid', 'fsdp1', 'flat']
+)
 def test_file_holds_the_averages_of_the_gathered_weights(runs, run):
     """In float64 from the formula, all 12 steps; in float32 in any case."""
     _, found = runs
@@ -93,7 +95,11 @@ def test_file_holds_the_averages_of_the_gathered_weights(runs, run):
 
 
 @pytest.mark.parametrize(
-    'pair', [('whole', 'one'), ('fsdp1', 'unclipped'), ('flat', 'unclipped')]
+    'pair',
+    [
+        *(('whole', 'one'), ('offloaded', 'one'), ('hybrid', 'one')),
+        *(('fsdp1', 'unclipped'), ('flat', 'unclipped')),
+    ],
 )
 def test_file_is_that_of_one_process(runs, pair):
     """Keys in their order, kinds, shapes and, nearly, values."""
@@ -102,14 +108,18 @@ def test_file_is_that_of_one_process(runs, pair):
     for left, right in zip(weights_of(sharded), weights_of(one)):
         assert [] == unlike(left, right)
     assert sharded['state_dict']._metadata == one['state_dict']._metadata
-    assert 'fsdp' not in (runs[0] / pair[0] / 'epoch_3.pth').read_text('latin')
+    data = (runs[0] / pair[0] / 'epoch_3.pth').read_bytes()
+    assert not [x for x in (b'_wrapped_module', b'_flat_param') if x in data]
     assert [*sharded['ema_meta']] == [*one['ema_meta']]
     assert [*sharded['meta']] == [*one['meta']]
     left, right = (x['optimizer'] for x in (sharded, one))
     assert left['param_groups'] == right['param_groups']
     assert [*left['state']] == [*right['state']]
     for i, values in left['state'].items():
-        assert [] == unlike(values, right['state'][i])
+        pair_of = (
+            dict(sorted(x.items())) for x in (values, right['state'][i])
+        )
+        assert [] == unlike(*pair_of)
     tied = ('first.weight', 'tied.weight')
     left, right = (sharded['state_dict'][name] for name in tied)
     assert torch.equal(left, right)
@@ -143,7 +153,8 @@ def test_validations_equal_those_of_one_process(runs):
     """All sets in turn, on two and on three ranks; what is logged, too."""
     _, found = runs
     one = found['one'][0]
-    for rank in (*found['whole'], *found['three']):
+    several = ('whole', 'three', 'offloaded', 'hybrid')
+    for rank in (rank for name in several for rank in found[name]):
         metrics = rank['metrics'][-1]
         assert {'score', 'score_raw', 'score_fast'} == metrics.keys()
         assert len({round(x, 2) for x in metrics.values()}) == 3
