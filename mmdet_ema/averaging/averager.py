@@ -470,7 +470,8 @@ class WeightAverager:
 
         Frozen parameters are their own averages; tied ones come under every
         name. The tensors are the live ones, and small ones are views of one
-        memory: clone what is to be kept.
+        memory: clone what is to be kept. What FSDP1 has cut is put together:
+        on rank 0 alone, and all ranks have to call it.
 
         Args:
             stored: Whether to leave out frozen parameters. Defaults to False.
@@ -488,7 +489,8 @@ class WeightAverager:
     def named_raws(self) -> Iterator[Tuple[str, Tensor]]:
         """Yield every name of the model's ``state_dict`` with its raw value.
 
-        Right while the averages are applied, too; the tensors are live.
+        Right while the averages are applied, too; the tensors are those of
+        :meth:`named_averages`.
         """
         averages = self._sets[self._applied or MAIN]
         return self._named(averages, averages.swap.raw)
@@ -503,11 +505,11 @@ class WeightAverager:
         if not self._is_cut():
             return averages.named(value_of, stored=stored)
         self._changes.reshard()
-        trained = [i for i, e in enumerate(self.entries) if e.parameters]
+        held = self._writable()
         found = fsdp1.whole(
             self.model,
-            [self.entries[i].raw for i in trained],
-            [value_of(i) for i in trained],
+            [self.entries[i].raw for i in held],
+            [value_of(i) for i in held],
         )
         for i, entry in enumerate(self.entries):
             names = [name for name in entry.names if name in found]
@@ -519,6 +521,14 @@ class WeightAverager:
             elif len(entry.saved) > 1:
                 found.update((name, found[names[0]]) for name in names)
         return iter(found.items())
+
+    def _writable(self) -> List[int]:
+        """Return the entries that hold whatever is written into them."""
+        return [
+            i
+            for i, entry in enumerate(self.entries)
+            if entry.parameters or entry.role is not Role.SHARED
+        ]
 
     def _is_cut(self) -> bool:
         """Return whether what is saved is not what this rank holds."""
@@ -744,11 +754,7 @@ class WeightAverager:
     def _cut(self, given: Mapping[str, Tensor]) -> Dict[str, Tensor]:
         """Return what FSDP1 lets this rank hold of whole tensors."""
         self._changes.reshard()
-        entries = [
-            entry
-            for entry in self.entries
-            if entry.parameters or entry.role is not Role.SHARED
-        ]
+        entries = [self.entries[i] for i in self._writable()]
         live = [entry.raw for entry in entries]
         pairs = zip(entries, fsdp1.cut(self.model, live, given))
         return {name: x for entry, x in pairs for name in entry.saved}

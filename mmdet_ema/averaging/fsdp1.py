@@ -26,11 +26,8 @@ from typing import (
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_WRAPPERS = (
-    '_fsdp_wrapped_module.',
-    '_checkpoint_wrapped_module.',
-    '_orig_mod.',
-)
+# what the wrapper leaves out of names in a ``state_dict``
+_WRAPPERS = ('_fsdp_wrapped_module.', '_checkpoint_wrapped_module.')
 
 
 def is_fsdp1(module: nn.Module) -> bool:
@@ -42,6 +39,13 @@ def is_fsdp1(module: nn.Module) -> bool:
 @functools.lru_cache(None)
 def _is_wrapper(kind: type) -> bool:
     return any(x.__name__ == 'FullyShardedDataParallel' for x in kind.__mro__)
+
+
+def is_known() -> bool:
+    """Return whether torch is as new as what was run: it has FSDP2, too."""
+    from torch.distributed import fsdp
+
+    return hasattr(fsdp, 'fully_shard')
 
 
 class Piece(NamedTuple):
@@ -77,7 +81,7 @@ def pieces(model: nn.Module) -> Iterator[Piece]:
 
 
 def plain(name: str) -> str:
-    """Return a name without those of wrappers."""
+    """Return a name as it is in a ``state_dict``."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, '')
     return name
@@ -152,12 +156,15 @@ def whole(
         values: What they are to hold.
     """
     with _holding(model, live, values), _whole_state(model):
-        state = dict(model.state_dict())
         mine = {piece.untyped_storage().data_ptr() for piece in live}
-        for name, value in state.items():
+        state = {
             # a copy, but for what the wrapper does not manage
-            if value.untyped_storage().data_ptr() in mine:
-                state[name] = value.clone()
+            name: value.clone()
+            if value.untyped_storage().data_ptr() in mine
+            else value.cpu()
+            for name, value in model.state_dict().items()
+            if isinstance(value, Tensor)
+        }
     return state if dist.get_rank() == 0 else {}
 
 

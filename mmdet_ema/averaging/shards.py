@@ -99,6 +99,12 @@ def sharded_modules(model: nn.Module) -> List[Any]:
     found = []
     for module in model.modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
+        if fsdp1.is_fsdp1(module) and not fsdp1.is_known():
+            raise OptionError(
+                f'FullyShardedDataParallel is averaged from torch 2.6 on, '
+                f'this is {torch.__version__}; update it, or use '
+                f'DistributedDataParallel.'
+            )
         if 'FSDPModule' in kinds or fsdp1.is_fsdp1(module):
             found.append(module)
     for name, parameter in model.named_parameters():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmdet_ema.averaging.averages import check_fit
 from mmdet_ema.averaging.fsdp1 import is_fsdp1, is_local, pieces, plain
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.errors import CheckpointError
 
 Checkpoint = MutableMapping[str, Any]
@@ -176,9 +177,18 @@ def _check_set(mine: Any, folder: Optional[str]) -> None:
             f'{folder} has no {", ".join(missing)}: a run was killed while it '
             f'wrote the files of its ranks. Take another checkpoint.'
         )
-    names: List[Any] = [None] * here['ranks']
-    dist.all_gather_object(names, mine.get('name'))
-    if len(set(names)) > 1:
+    damaged = ''
+    try:
+        if folder:
+            read_structure(os.path.join(folder, files[here['rank']]))
+    except CheckpointError as error:
+        damaged = str(error)
+    found: List[Any] = [None] * here['ranks']
+    dist.all_gather_object(found, (mine.get('name'), damaged))
+    for _, damaged in found:
+        if damaged:  # all stop together
+            raise CheckpointError(damaged)
+    if len({name for name, _ in found}) > 1:
         raise CheckpointError(
             'the files of the ranks in this folder were not written together: '
             'a run was killed while it wrote them. Take another checkpoint.'

@@ -7,7 +7,6 @@ number of epochs and the file that is resumed, if any: NAME:EPOCHS[:FILE].
 
 import contextlib
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -227,16 +226,19 @@ def refused_sets(folder, rank, ranks):
     """Return what is said of sets of files that are not whole."""
     found, file = {}, f'rank{rank}.pth'
     (folder / 'wrong').mkdir(exist_ok=True)
-    for name in ('killed', 'missing', 'foreign'):
+    for name in ('killed', 'missing', 'damaged', 'foreign'):
         path = folder / 'wrong' / f'{name}.pth'
         source = folder / 'local' / 'epoch_3.pth'
         path.mkdir(exist_ok=True)
         if name == 'killed' and rank == 0:
-            source = folder / 'local_part' / 'epoch_2.pth'
+            source = folder / 'local_part' / 'epoch_3.pth'
         if name == 'foreign':
             file = f'rank{(rank + 1) % ranks}.pth'
         if name != 'missing' or rank == 0:
-            shutil.copy(source / file, path / f'rank{rank}.pth')
+            data = bytearray((source / file).read_bytes())
+            if name == 'damaged' and rank == 1:
+                data[len(data) // 2] ^= 255
+            (path / f'rank{rank}.pth').write_bytes(data)
         dist.barrier()
         try:
             train(

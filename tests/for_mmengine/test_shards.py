@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
     found['last'] = [train(folder / 'last', 4, path)]
     specs = ['fsdp1:3', 'fsdp1_part:2', 'flat:3', 'local:3', 'local_part:2']
     specs += ['fsdp1_again:3:fsdp1_part/epoch_2.pth', 'local_flat:3']
-    specs += ['local_again:3:local_part/epoch_2.pth']
+    specs += ['local_part:3:local_part/epoch_2.pth']
     # these save in mid-way, and the files of others are no part of theirs
     ranks = run_ranks(PROGRAM, 2, folder, *specs)
     found.update({name: [rank[name] for rank in ranks] for name in ranks[0]})
@@ -216,7 +216,7 @@ def test_files_of_ranks_hold_the_pieces_of_the_whole(runs):
 def test_files_of_ranks_resume_exactly(runs):
     """Three epochs at once equal two and, resumed, one more: bit for bit."""
     for left, right in zip(
-        files_of(runs, 'local'), files_of(runs, 'local_again')
+        files_of(runs, 'local'), files_of(runs, 'local_part')
     ):
         for one, other in zip(weights_of(left), weights_of(right)):
             assert [] == same(one, other)
@@ -230,6 +230,7 @@ def test_files_of_ranks_that_are_no_set_are_refused(runs):
     words = dict(
         killed='not written together',
         missing='rank1.pth',
+        damaged='rank1.pth',
         foreign='the file of rank',
     )
     for said in runs[1]['sets']:
