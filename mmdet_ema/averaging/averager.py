@@ -6,6 +6,7 @@ import contextlib
 import math
 from typing import (
     Any,
+    Callable,
     Dict,
     Iterator,
     List,
@@ -19,6 +20,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
+from mmdet_ema.averaging import fsdp1
 from mmdet_ema.averaging.averages import (
     MAIN,
     POSTHOC,
@@ -384,9 +386,7 @@ class WeightAverager:
         self.wait()
         if world_size() == 1 or self.is_applied:
             return
-        whole = [
-            (i, e) for i, e in enumerate(self.entries) if e.sharded is None
-        ]
+        whole = [(i, e) for i, e in enumerate(self.entries) if not e.is_part]
         named = [(e.name, e.raw) for _, e in whole if e.parameters]
         for name, averages in self._sets.items():
             named += [
@@ -470,7 +470,8 @@ class WeightAverager:
 
         Frozen parameters are their own averages; tied ones come under every
         name. The tensors are the live ones, and small ones are views of one
-        memory: clone what is to be kept.
+        memory: clone what is to be kept. What FSDP1 has cut is put together:
+        on rank 0 alone, and all ranks have to call it.
 
         Args:
             stored: Whether to leave out frozen parameters. Defaults to False.
@@ -478,15 +479,61 @@ class WeightAverager:
         """
         self._check_name(name)
         self.wait()
-        return self._sets[name].named(stored=stored)
+        averages = self._sets[name]
+        return self._named(averages, averages.swap.average, stored)
+
+    def named_parts(self, name: str = MAIN) -> Iterator[Tuple[str, Tensor]]:
+        """Yield averages as this rank holds them: live, cut by FSDP1, too."""
+        return self._sets[name].named()
 
     def named_raws(self) -> Iterator[Tuple[str, Tensor]]:
         """Yield every name of the model's ``state_dict`` with its raw value.
 
-        Right while the averages are applied, too; the tensors are live.
+        Right while the averages are applied, too; the tensors are those of
+        :meth:`named_averages`.
         """
         averages = self._sets[self._applied or MAIN]
-        return averages.named(averages.swap.raw)
+        return self._named(averages, averages.swap.raw)
+
+    def _named(
+        self,
+        averages: Averages,
+        value_of: Callable[[int], Tensor],
+        stored: bool = False,
+    ) -> Iterator[Tuple[str, Tensor]]:
+        """Yield names of the ``state_dict`` with the value of their entry."""
+        if not self._is_cut():
+            return averages.named(value_of, stored=stored)
+        self._changes.reshard()
+        held = self._writable()
+        found = fsdp1.whole(
+            self.model,
+            [self.entries[i].raw for i in held],
+            [value_of(i) for i in held],
+        )
+        for i, entry in enumerate(self.entries):
+            names = [name for name in entry.names if name in found]
+            if stored and entry.role is Role.SHARED:
+                for name in names:
+                    del found[name]
+            elif not entry.parameters:  # nobody has gathered it
+                found.update((name, value_of(i)) for name in names)
+            elif len(entry.saved) > 1:
+                found.update((name, found[names[0]]) for name in names)
+        return iter(found.items())
+
+    def _writable(self) -> List[int]:
+        """Return the entries that hold whatever is written into them."""
+        return [
+            i
+            for i, entry in enumerate(self.entries)
+            if entry.parameters or entry.role is not Role.SHARED
+        ]
+
+    def _is_cut(self) -> bool:
+        """Return whether what is saved is not what this rank holds."""
+        wrapped = any(map(fsdp1.is_fsdp1, self._modules))
+        return wrapped and not fsdp1.is_local(self.model)
 
     def starting_weights(self) -> Dict[str, Tensor]:
         """Return the weights that the averages started from, by name.
@@ -628,11 +675,15 @@ class WeightAverager:
                     f'the state has no averages {name!r}; it has '
                     f'{", ".join((MAIN, *more))}.'
                 )
-        for name, averages in self._sets.items():
+        owned = dict(self._sets[MAIN].owned())
+        if self._is_cut():
+            owned = fsdp1.layout(self.model)
+        for given in tensors.values():
             # all are looked at before any is changed
-            check_fit(
-                dict(averages.owned()), tensors.get(name, {}), strict=False
-            )
+            check_fit(owned, given, strict)
+        if self._is_cut():
+            tensors = {x: self._cut(given) for x, given in tensors.items()}
+            strict = False  # what was not given is that of the model
         for name, averages in self._sets.items():
             averages.load(
                 tensors.get(name, {}),
@@ -700,6 +751,14 @@ class WeightAverager:
         if self.is_applied:
             raise RuntimeError(f'{method}() inside applied(): leave it first.')
 
+    def _cut(self, given: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+        """Return what FSDP1 lets this rank hold of whole tensors."""
+        self._changes.reshard()
+        entries = [self.entries[i] for i in self._writable()]
+        live = [entry.raw for entry in entries]
+        pairs = zip(entries, fsdp1.cut(self.model, live, given))
+        return {name: x for entry, x in pairs for name in entry.saved}
+
     def _run(
         self, main: Progress, decays: Sequence[Optional[float]]
     ) -> Union[bool, DeviceVerdict]:
@@ -730,9 +789,10 @@ class WeightAverager:
         return after, decays
 
     def _select(self) -> None:
-        reshard(sharded_modules(self.model))
-        self._ranks = ranks_of(self.model.named_parameters())
-        if self._ranks and self.posthoc:
+        self._modules = sharded_modules(self.model)
+        reshard(self._modules)
+        self._ranks = ranks_of(self.model, self._modules)
+        if self._modules and self.posthoc:
             raise OptionError(
                 'posthoc=True keeps the starting weights, which no rank of a '
                 'sharded model holds; give several averages instead: '

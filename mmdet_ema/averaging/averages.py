@@ -202,7 +202,7 @@ class Averages:
         sizes: List[Tensor] = []
         for i in self.tensors:
             entry = self._entries[i]
-            if entry.parameters and (entry.sharded is not None) == sharded:
+            if entry.parameters and entry.is_part == sharded:
                 average = self.swap.average(i).reshape(-1)
                 raw = self.swap.raw(i).reshape(-1).to(average.device)
                 step = max(raw.numel(), 1) if raw.is_cuda else _CHUNK

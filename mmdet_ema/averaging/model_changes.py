@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from mmdet_ema.averaging import fsdp1
 from mmdet_ema.averaging.shards import (
     local_part,
     recover,
@@ -70,6 +71,8 @@ class ModelChanges:
 
     def recover(self) -> None:
         """Do so where that pass may have failed half-way."""
+        for module in filter(fsdp1.is_fsdp1, self._wrapped):
+            fsdp1.end_forward(module)
         self.reshard()
         if self._wrapped and not all(
             map(is_, self._list_members(), self._members)

@@ -1,9 +1,12 @@
-"""Models that torch's ``fully_shard`` (FSDP2) has sharded.
+"""Models that torch has sharded: by ``fully_shard`` (FSDP2), or by FSDP1.
 
 Each rank averages its own part of every parameter, in place: a step needs no
 communication but one flag. A forward pass puts whole weights in the place of
 the sharded ones, and after an evaluation the root still uses them: whoever
 looks at the model's tensors or swaps them calls :func:`reshard` before.
+
+FSDP2's parts are DTensors, which know the whole that they belong to. What is
+different in FSDP1 is in ``fsdp1``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmdet_ema.averaging import fsdp1
 from mmdet_ema.errors import OptionError
 
 _INSTEAD = (
@@ -87,21 +91,21 @@ def gather(named: Iterable[Tuple[str, Tensor]]) -> Dict[str, Tensor]:
 
 
 def sharded_modules(model: nn.Module) -> List[Any]:
-    """Return the modules that ``fully_shard`` was called on.
+    """Return the modules that ``fully_shard`` was called on, or FSDP1's.
 
     Raises:
         OptionError: If the model is sharded in another way.
     """
     found = []
-    for name, module in model.named_modules():
+    for module in model.modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
-        if 'FullyShardedDataParallel' in kinds:
+        if fsdp1.is_fsdp1(module) and not fsdp1.is_known():
             raise OptionError(
-                f'{name or "the model"} is sharded by FSDP1 '
-                f'(FullyShardedDataParallel), whose flat pieces are not '
-                f'averaged; {_INSTEAD}.'
+                f'FullyShardedDataParallel is averaged from torch 2.6 on, '
+                f'this is {torch.__version__}; update it, or use '
+                f'DistributedDataParallel.'
             )
-        if 'FSDPModule' in kinds:
+        if 'FSDPModule' in kinds or fsdp1.is_fsdp1(module):
             found.append(module)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, 'ds_tensor'):
@@ -112,10 +116,25 @@ def sharded_modules(model: nn.Module) -> List[Any]:
     return found
 
 
+def layout(model: nn.Module) -> Dict[str, Any]:
+    """Return a model's ``state_dict``, for its names, kinds and shapes.
+
+    All ranks of a model that FSDP1 has sharded call it, and get all of them.
+    """
+    if not any(map(fsdp1.is_fsdp1, model.modules())):
+        return model.state_dict()
+    if fsdp1.is_local(model):
+        return {piece.name: piece.tensor for piece in fsdp1.pieces(model)}
+    return fsdp1.layout(model)
+
+
 def reshard(modules: Sequence[Any]) -> None:
     """Let modules forget the whole weights that a forward pass left."""
     for module in modules:
-        module.reshard()
+        if fsdp1.is_fsdp1(module):
+            fsdp1.reshard(module)
+        else:
+            module.reshard()
 
 
 def recover(modules: Sequence[Any]) -> None:
@@ -162,15 +181,21 @@ class Ranks:
         return sums.tolist()
 
 
-def ranks_of(named: Iterable[Tuple[str, Any]]) -> Optional[Ranks]:
+def ranks_of(model: nn.Module, modules: Sequence[Any]) -> Optional[Ranks]:
     """Return the ranks that share tensors; None where all are whole.
+
+    Args:
+        model: The model.
+        modules: Its sharded modules.
 
     Raises:
         OptionError: If a tensor is spread in more than one direction.
     """
-    groups: List[Any] = []
-    device = ''
-    for name, tensor in named:
+    wrappers = [module for module in modules if fsdp1.is_fsdp1(module)]
+    groups = fsdp1.groups_of(wrappers)
+    device = wrappers[0].compute_device.type if groups else ''
+    tensor: Any
+    for name, tensor in model.named_parameters():
         if not is_sharded(tensor):
             continue
         device = tensor.device_mesh.device_type

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mmdet_ema.averaging import fsdp1
 from mmdet_ema.averaging.shards import (
     as_sharded,
     is_sharded,
@@ -74,7 +75,8 @@ class Entry:
             unit vectors, masks and the like.
         holds_nonfinite: Whether it has no mean because it held NaN or Inf when
             it was selected.
-        sharded: The DTensor that ``raw`` is a part of; None if it is whole.
+        is_part: Whether this rank holds a part of it alone.
+        sharded: The DTensor that ``raw`` is a part of, if any.
     """
 
     raw: Tensor
@@ -84,6 +86,7 @@ class Entry:
     parameters: Tuple[nn.Parameter, ...] = ()
     has_mean: bool = True
     holds_nonfinite: bool = False
+    is_part: bool = False
     sharded: Optional[Tensor] = None
 
     @property
@@ -122,11 +125,17 @@ def select(
         The entries, in the order of the ``state_dict``.
 
     Raises:
+        OptionError: If FSDP1 has made something of a tensor that cannot be
+            averaged, or copied, as it is.
         ValueError: If a parameter has no shape yet (a lazy module), or two
             tensors overlap in part.
     """
     groups: Dict[object, List[_Named]] = {}
-    for named in _named_tensors(model):
+    wrappers = [x for x in model.modules() if fsdp1.is_fsdp1(x)]
+    cut = set(map(id, fsdp1.cut_parameters(wrappers)))
+    for named in (
+        _named_pieces(model, copied) if wrappers else _named_tensors(model)
+    ):
         groups.setdefault(_identity(named[1]), []).append(named)
     meanless = set(map(id, _buffers_without_mean(model)))
     entries = []
@@ -135,7 +144,9 @@ def select(
             id(tensor) in meanless or _matches(name, copied)
             for name, tensor, _ in group
         )
-        entries.append(_make_entry(group, update_buffers, has_mean))
+        is_cut = any(id(tensor) in cut for _, tensor, _ in group)
+        entry = _make_entry(group, update_buffers, has_mean, is_cut)
+        entries.append(entry)
     _refuse_overlaps([e for e in entries if e.role is not Role.SHARED])
     return entries
 
@@ -232,8 +243,30 @@ def _named_tensors(model: nn.Module) -> Iterator[_Named]:
             yield name, tensor, False
 
 
+def _named_pieces(model: nn.Module, copied: Sequence[str]) -> Iterator[_Named]:
+    """Yield what this rank holds of a model that FSDP1 has sharded."""
+    for piece in fsdp1.pieces(model):
+        dtype = piece.tensor.dtype
+        if piece.tensor.requires_grad and average_dtype(dtype) != dtype:
+            raise OptionError(
+                f'{piece.name} is trained in {dtype} by '
+                f'FullyShardedDataParallel, which could not save its average '
+                f'of float32; leave the model in float32, and give '
+                f'mixed_precision=MixedPrecision(param_dtype={dtype}).'
+            )
+        yield piece.name, piece.tensor, True
+        for name in piece.inside:
+            if _matches(name, copied):
+                raise OptionError(
+                    f'copied={[*copied]} names {name}, which '
+                    f'FullyShardedDataParallel has made a part of '
+                    f'{piece.name}; give it use_orig_params=True.'
+                )
+            yield name, piece.tensor, False
+
+
 def _make_entry(
-    group: Sequence[_Named], update_buffers: bool, has_mean: bool
+    group: Sequence[_Named], update_buffers: bool, has_mean: bool, is_cut: bool
 ) -> Entry:
     for name, tensor, _ in group:
         if is_lazy(tensor):
@@ -253,6 +286,7 @@ def _make_entry(
         tuple(name for name, _, saved in group if saved),
         tuple(owners.values()),
         has_mean,
+        is_part=is_cut or raw is not owner,
         sharded=owner if raw is not owner else None,
     )
     frozen = owners and not any(p.requires_grad for p in owners.values())
@@ -262,7 +296,7 @@ def _make_entry(
         return entry
     if not (raw.is_floating_point() or raw.is_complex()):
         entry.has_mean = False
-    elif has_mean and entry.sharded is None:  # a rank sees only its part
+    elif has_mean and not entry.is_part:  # a rank sees only its part
         entry.holds_nonfinite = not is_finite(raw.detach())
         entry.has_mean = not entry.holds_nonfinite
     if entry.has_mean and (owners or update_buffers):

@@ -17,6 +17,7 @@ from typing import Any, Dict, List, MutableMapping
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
@@ -24,6 +25,7 @@ from mmengine.hooks import CheckpointHook, checkpoint_hook
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
+from mmdet_ema.averaging.fsdp1 import is_fsdp1, is_local
 from mmdet_ema.checkpoint.deployed_config import (
     TRAINING_CONFIG,
     without_package,
@@ -114,6 +116,8 @@ def save_safely(runner: Any) -> None:
             save(*args, **kwargs)
         finally:
             LocalBackend.put = before
+        if is_fsdp1(runner.model) and is_local(runner.model):
+            dist.barrier()  # last_checkpoint names what all have written
         for hook in runner.hooks:
             backend = getattr(hook, 'file_backend', None)
             if isinstance(backend, RemovesLater):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
@@ -14,10 +15,11 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmdet_ema.averaging.averages import read_count
+from mmdet_ema.averaging.fsdp1 import is_fsdp1
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.folder import readable
 from mmdet_ema.errors import OptionError, show
-from mmdet_ema.for_mmengine import checkpoints
+from mmdet_ema.for_mmengine import checkpoints, fsdp1
 from mmdet_ema.for_mmengine import runner as runners
 from mmdet_ema.for_mmengine.evaluation import (
     check_monitored,
@@ -166,6 +168,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         checkpoints.allow_framework_types()
         self._check_file(runner)
         self._model = runners.model_of(runner)
+        fsdp1.prepare(runner)
         if self.enabled:
             runners.refuse_strategy(runner)
             watch_loops(runner, self._life.passes, self._evaluating)
@@ -176,8 +179,8 @@ class EMAHook(Hook):  # type: ignore[misc]
     def _check_file(self, runner: Any) -> None:
         """Look into the local file that will be loaded, if any."""
         path = runners.local_checkpoint(runner)
-        if path is None:
-            return
+        if path is None or os.path.isdir(path):
+            return  # a folder is one of ranks, which each read their file
         if not (runner._resume and runners.is_training(runner)):
             read_structure(path)
             return
@@ -380,6 +383,8 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_save_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Put the averages into ``state_dict``, the raw weights next to it."""
         checkpoints.deploy_config(checkpoint, runner.cfg, self._configs)
+        if is_fsdp1(self._model):
+            fsdp1.finish(self._model, checkpoint)
         if not self.enabled:
             return
         # other hooks may save before our turn comes
@@ -396,13 +401,18 @@ class EMAHook(Hook):  # type: ignore[misc]
             runners.refuse_strategy(runner)
         checkpoints.unmake(checkpoint)
         self._model = model = runners.model_of(runner)
+        optimizers = runners.optimizers_of(runner)
+        if is_fsdp1(model):
+            fsdp1.prepare(runner)
+            path = runners.local_checkpoint(runner)
+            fsdp1.begin(model, checkpoint, optimizers, path)
+            optimizers = []  # theirs are not the names of a file
         if not runners.is_training(runner) or self._trained:
             self._life.choose(checkpoint, model)
         elif runner._resume:
             checkpoints.refuse_foreign(checkpoint, self._log)
             if RAW in self._life.passes[:-1]:
                 rename_history(checkpoint)
-            optimizers = runners.optimizers_of(runner)
             self._life.resume(checkpoint, model, optimizers)
             self._epoch_samples = read_count(
                 checkpoint['meta'], EPOCH_SAMPLES, 0

@@ -29,7 +29,7 @@ from mmdet_ema.averaging.shards import (
     is_sharded,
     part_of,
 )
-from mmdet_ema.checks import check_flag, check_patterns
+from mmdet_ema.checks import check_count, check_flag, check_patterns
 from mmdet_ema.errors import OptionError, show
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
@@ -59,6 +59,10 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
             Defaults to None, as ``param_dtype``.
         cpu_offload (bool): Keep parameters, gradients and optimizer states in
             host memory. Defaults to False.
+        replicate (int): How many copies of the model there are, each sharded
+            over a part of the ranks (hybrid sharding): as many as machines,
+            say, so that nothing but gradients goes between them. Defaults
+            to 1.
         reshard_after_forward (bool): Free what was gathered after the forward
             pass of a module; False keeps it until its backward pass.
             Defaults to True.
@@ -81,6 +85,7 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
         float32: Sequence[str] = (),
         reduce_dtype: Optional[str] = None,
         cpu_offload: bool = False,
+        replicate: int = 1,
         reshard_after_forward: bool = True,
         **options: Any,
     ):
@@ -98,6 +103,7 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
             'reduce_dtype': _dtype('reduce_dtype', reduce_dtype),
         }
         self._cpu_offload = check_flag('cpu_offload', cpu_offload)
+        self._replicate = check_count('replicate', replicate, 1)
         self._reshards = check_flag(
             'reshard_after_forward', reshard_after_forward
         )
@@ -136,12 +142,25 @@ class FSDP2Strategy(DDPStrategy):  # type: ignore[misc]
         for tensor in (*model.parameters(), *model.buffers()):
             # as DDP does: no seed has to be the same
             dist.broadcast(tensor.detach(), 0)
+        ranks, copies = dist.get_world_size(), self._replicate
+        if ranks % copies:
+            raise OptionError(
+                f'replicate={copies}: {ranks} ranks cannot be divided by it; '
+                f'start a multiple of {copies}, or leave it out.'
+            )
+        shape = (ranks,) if copies == 1 else (copies, ranks // copies)
+        names = ('replicate', 'shard')[-len(shape) :]
         options: Dict[str, Any] = {
-            'mesh': init_device_mesh(get_device(), (dist.get_world_size(),)),
+            'mesh': init_device_mesh(
+                get_device(), shape, mesh_dim_names=names
+            ),
             'mp_policy': MixedPrecisionPolicy(**self._dtypes),
             'reshard_after_forward': self._reshards,
             'offload_policy': (
-                CPUOffloadPolicy() if self._cpu_offload else OffloadPolicy()
+                # only a GPU reads faster what is pinned
+                CPUOffloadPolicy(pin_memory=get_device() != 'cpu')
+                if self._cpu_offload
+                else OffloadPolicy()
             ),
         }
         single = MixedPrecisionPolicy(torch.float32)

@@ -21,6 +21,7 @@ from mmengine.runner import (
 from torch import nn
 from torch.optim import Optimizer
 
+from mmdet_ema.averaging.fsdp1 import is_fsdp1
 from mmdet_ema.averaging.shards import sharded_modules
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
@@ -68,9 +69,14 @@ def show_distance(runner: Any) -> None:
 
 
 def model_of(runner: Any) -> nn.Module:
-    """Return the model without its wrappers (DDP, test-time augmentation)."""
+    """Return the model without its wrappers (DDP, test-time augmentation).
+
+    FSDP1's stays: without it nobody knows the whole parameters.
+    """
     model = runner.model
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+    while not is_fsdp1(model) and (
+        is_model_wrapper(model) or isinstance(model, BaseTTAModel)
+    ):
         model = model.module
     return model  # type: ignore[no-any-return]
 
@@ -92,14 +98,23 @@ def refuse_strategy(runner: Any) -> None:
             )
     if not isinstance(runner.model, nn.Module):
         return
-    if sharded_modules(runner.model) and not isinstance(
-        strategy, FSDP2Strategy
-    ):
+    found = sharded_modules(runner.model)
+    by_fsdp1 = any(map(is_fsdp1, found))
+    knows = by_fsdp1 and is_fsdp1(runner.model) and 'FSDPStrategy' in kinds
+    if found and not knows and not isinstance(strategy, FSDP2Strategy):
+        by = 'FullyShardedDataParallel' if by_fsdp1 else 'fully_shard'
         raise OptionError(
-            f'the model is sharded by fully_shard, and '
+            f'the model is sharded by {by}, and '
             f'{type(strategy or runner).__name__} writes files on one rank '
             f'alone; let FlexibleRunner shard it with '
             f"strategy=dict(type='FSDP2Strategy')."
+        )
+    kind = str(getattr(strategy, 'state_dict_type', ''))
+    if knows and 'SHARDED_STATE_DICT' in kind:
+        raise OptionError(
+            "state_dict_cfg with 'SHARDED_STATE_DICT' of FSDPStrategy writes "
+            "a part of each tensor to each rank's file; use 'local' for files "
+            "of ranks, or 'FULL_STATE_DICT' for a whole one."
         )
 
 

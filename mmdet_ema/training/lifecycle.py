@@ -418,7 +418,7 @@ class EMALifecycle:
         with averager.applied(deploy):
             batches = first_batches(loader, count)
             estimates = batch_statistics(model, batches, forward)
-        averages = dict(averager.named_averages(name=deploy))
+        averages = dict(averager.named_parts(deploy))
         old = {name: averages[name].clone() for name in estimates}
         is_kept = False
         try:

@@ -45,7 +45,10 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     modules = [
         module
         for module in model.modules()
-        if not type(module).__module__.startswith('torch.distributed.')
+        if not any(
+            kind.__module__.startswith('torch.distributed.')
+            for kind in type(module).__mro__
+        )
     ]
     before = [(vars(module), dict(vars(module))) for module in modules]
     contents = [

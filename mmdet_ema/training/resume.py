@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mmdet_ema.averaging.averages import MAIN
+from mmdet_ema.averaging.shards import layout
 from mmdet_ema.checkpoint.format import (
     WEIGHTS,
     EMAPart,
@@ -138,7 +139,7 @@ def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
     Returns:
         A sentence if some of the model's weights are not in the file.
     """
-    state = model.state_dict()
+    state = layout(model)
     own = {name: x for name, x in state.items() if x.is_floating_point()}
     shapes = {
         plain_name(name, own): getattr(value, 'shape', None)
@@ -178,14 +179,14 @@ def _weights_of(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
         raise CheckpointError(
             'the checkpoint holds no weights; take another checkpoint.'
         )
-    check_weights(model.state_dict(), weights)
+    check_weights(layout(model), weights)
     return weights
 
 
 def _name_nonfinite(weights: Checkpoint, model: nn.Module, log: Any) -> None:
     # a buffer may be a mask
     masks = {k for k, v in model.named_buffers() if _nonfinite(v)}
-    own = model.state_dict().keys() - masks
+    own = layout(model).keys() - masks
     bad = [k for k, v in weights.items() if k in own and _nonfinite(v)]
     if bad:
         log.warning(

@@ -1,4 +1,4 @@
-"""Run as one of several ranks: average a model that fully_shard has sharded.
+"""Run as one of several ranks: average a model that torch has sharded.
 
 Usage: python -m tests.averaging.shards_program RANK RANKS FOLDER
 """
@@ -11,14 +11,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
+    MixedPrecision,
     MixedPrecisionPolicy,
+    ShardingStrategy,
     fully_shard,
 )
 
@@ -31,8 +35,8 @@ OPTIONS = dict(
     decay=0.9, averages=dict(slow=dict(schedule='constant', decay=0.99))
 )
 STEPS, BAD_STEP = 7, 4
-# how fully_shard is called, and with which options the averager is made;
-# 'deferred': the verdict stays on the device, as on a GPU
+# how fully_shard, or FSDP1, is called, and with which options the averager is
+# made; 'deferred': the verdict stays on the device, as on a GPU
 WAYS = {
     'default': (dict(), dict()),
     'kept': (dict(reshard_after_forward=False), dict(device='cpu')),
@@ -42,7 +46,36 @@ WAYS = {
     ),
     'deferred': (dict(), dict()),
     'hybrid': (dict(), dict()),
+    'fsdp1': (dict(use_orig_params=True), dict()),
+    'flat': (dict(use_orig_params=False), dict(device='cpu')),
+    'fsdp1 kept': (
+        dict(use_orig_params=True, sharding_strategy='SHARD_GRAD_OP'),
+        dict(),
+    ),
+    'flat kept': (
+        dict(use_orig_params=False, sharding_strategy='SHARD_GRAD_OP'),
+        dict(),
+    ),
+    'fsdp1 whole': (
+        dict(use_orig_params=True, sharding_strategy='NO_SHARD'),
+        dict(),
+    ),
+    'flat whole': (
+        dict(use_orig_params=False, sharding_strategy='NO_SHARD'),
+        dict(),
+    ),
+    'fsdp1 bfloat16': (
+        dict(
+            use_orig_params=True,
+            mixed_precision=MixedPrecision(param_dtype=torch.bfloat16),
+        ),
+        dict(interval=2),
+    ),
 }
+
+
+# in which a state is loaded, an evaluation fails, and a layer thaws
+SEVERAL = ('default', 'fsdp1', 'flat', 'fsdp1 kept', 'flat kept')
 
 
 class Block(nn.Module):
@@ -91,8 +124,25 @@ def sharded(mesh, **options):
     """Return it sharded, in two groups; one module is checkpointed."""
     model = plain()
     model.block.wide = checkpoint_wrapper(model.block.wide)
+    if 'use_orig_params' in options:
+        return by_fsdp1(model, **options)
     fully_shard(model.block, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
+
+
+def by_fsdp1(model, sharding_strategy='FULL_SHARD', **options):
+    """Return it sharded by FSDP1, in as many groups as that needs."""
+    wrap = functools.partial(
+        FullyShardedDataParallel,
+        device_id=torch.device('cpu'),
+        sharding_strategy=ShardingStrategy[sharding_strategy],
+        **options,
+    )
+    if not options['use_orig_params']:
+        # what is frozen cannot be in one tensor with what is not
+        model.frozen = wrap(model.frozen)
+    model.block = wrap(model.block)
+    return wrap(model)
 
 
 def inputs(step, rank):
@@ -103,10 +153,23 @@ def inputs(step, rank):
 
 def whole(model):
     """Return the gathered weights and this rank's buffers by name."""
-    return {
+    return gathered(model.state_dict().items())
+
+
+def gathered(named):
+    """Return whole copies of tensors by name; FSDP1's are on rank 0 alone."""
+    found = {
         name: getattr(x, 'full_tensor', x.clone)().detach().clone()
-        for name, x in model.state_dict().items()
+        for name, x in named
     }
+    everywhere = [found]
+    dist.broadcast_object_list(everywhere)
+    return {**everywhere[0], **found}
+
+
+def part_of(parameter):
+    """Return what this rank holds of it."""
+    return getattr(parameter, '_local_tensor', parameter).detach()
 
 
 def train(model, optimizer, step):
@@ -138,14 +201,18 @@ def twin_of(weights, dtype):
 def average(mesh, shard, options):
     """Train, evaluate in turn, train on; return all that was seen."""
     found = dict(raws=[], pairs={})
-    policy = shard.get('mp_policy')
+    policy = shard.get('mp_policy') or shard.get('mixed_precision')
     dtype = policy.param_dtype if policy else torch.float32
     model = sharded(mesh, **shard)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=0.1
     )
     averager = WeightAverager(model, 'constant', **{**OPTIONS, **options})
-    parts = [e.raw for e in averager.entries if e.role.value == 'averaged']
+    parts = [
+        entry.raw
+        for entry in averager.entries
+        if entry.role.value == 'averaged' and entry.parameters
+    ]
     found['bytes'] = averager.counts()['bytes']
     found['empty'] = sum(not x.numel() for x in parts)
     found['names'] = [entry.names for entry in averager.entries]
@@ -153,14 +220,15 @@ def average(mesh, shard, options):
     for step in range(1, STEPS + 1):
         train(model, optimizer, step)
         before = len(CALLS)
-        if step == BAD_STEP and dist.get_rank() == 1:
-            part = model.block.wide.weight._local_tensor
+        bad = dist.get_rank() == 1 or 'NO_SHARD' in shard.values()
+        if step == BAD_STEP and bad:
+            part = next(x.detach() for x in reversed(parts) if x.numel() > 1)
             kept = part.clone()
             part.view(-1)[-1] = float('nan')
         found['answer'] = averager.update() and averager.wait()
         if step == BAD_STEP:
             found['bad answer'] = found['answer']
-            if dist.get_rank() == 1:
+            if bad:
                 part.copy_(kept)
         found['calls'] = len(CALLS) - before
         found['raws'].append(whole(model))
@@ -174,13 +242,16 @@ def average(mesh, shard, options):
 
 def evaluate(found, model, averager, dtype):
     """Compare with a model without shards; no backward pass is between."""
-    raw = whole(model)
+    raw, by_rank_0 = whole(model), not dict(averager.named_raws())
     sets = dict(raw=raw)
     for name in averager.names:
-        sets[name] = {
-            key: getattr(x, 'full_tensor', x.clone)().clone()
-            for key, x in averager.named_averages(name=name)
-        }
+        sets[name] = gathered(averager.named_averages(name=name))
+        # each rank has its own
+        sets[name].update(
+            (key, value.clone())
+            for key, value in averager.named_parts(name)
+            if 'norm' in key
+        )
     for turn in ('raw', 'ema', 'raw', 'ema', 'slow', 'raw'):
         seen = found['pairs'].setdefault(turn, [])
         if turn == 'raw':
@@ -188,22 +259,42 @@ def evaluate(found, model, averager, dtype):
             continue
         with averager.applied(turn):
             seen.append((outputs(model), twin_of(sets[turn], dtype)))
-            inside = dict(averager.named_raws())
-            inside = {
-                k: getattr(x, 'full_tensor', x.clone)()
-                for k, x in inside.items()
-            }
+            inside = gathered(averager.named_raws())
+        # rank 0 alone is told of buffers by FSDP1
         found['raws inside'] = [
-            k for k in raw if not torch.equal(inside[k], raw[k])
+            k
+            for k in raw
+            if not ('norm' in k and dist.get_rank() and by_rank_0)
+            and not torch.equal(inside[k], raw[k])
         ]
     found['back'] = [
         k for k, x in whole(model).items() if not torch.equal(x, raw[k])
     ]
 
 
-def fail(mesh):
+def folder_of_ranks(mesh, state, folder):
+    """Write the averages by torch's checkpoints of ranks; read them again."""
+    averager = WeightAverager(sharded(mesh), 'constant', **OPTIONS)
+    averager.load_state_dict(state)
+    saved = {
+        'ema': dict(averager.named_averages()),
+        'num_steps': averager.num_steps,
+    }
+    dcp.save(saved, checkpoint_id=folder / 'dcp')
+    if dist.get_rank() == 0:
+        dcp_to_torch_save(folder / 'dcp', folder / 'dcp.pth')
+    other = WeightAverager(sharded(mesh), 'constant', decay=0.9)
+    read = {'ema': dict(other.named_averages()), 'num_steps': 0}
+    dcp.load(read, checkpoint_id=folder / 'dcp')
+    other.load_state_dict(
+        {'averages': read['ema'], 'num_steps': read['num_steps']}
+    )
+    return other.state_dict()
+
+
+def fail(mesh, shard):
     """Let an evaluation fail half-way, on all ranks; go on after it."""
-    model = sharded(mesh)
+    model = sharded(mesh, **shard)
     averager = WeightAverager(model, 'constant', decay=0.5)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=0.1
@@ -211,13 +302,14 @@ def fail(mesh):
     train(model, optimizer, 1)
     averager.update()
     raw = whole(model)
-    model.block.fails = True
+    block = getattr(model.block, 'module', model.block)
+    block.fails = True
     try:
         with averager.applied():
             outputs(model)
     except RuntimeError as error:
         said = str(error)
-    model.block.fails = False
+    block.fails = False
     found = dict(said=said, pair=(outputs(model), twin_of(raw, torch.float32)))
     averager.refresh()
     found['back'] = [
@@ -228,9 +320,9 @@ def fail(mesh):
     return found
 
 
-def thaw(mesh):
+def thaw(mesh, shard):
     """Let a frozen layer train after it was sharded."""
-    model = sharded(mesh)
+    model = sharded(mesh, **shard)
     averager = WeightAverager(model, 'constant', decay=0.5)
     before = averager.counts()
     for parameter in model.frozen.parameters():
@@ -239,7 +331,7 @@ def thaw(mesh):
     raws = [whole(model)]
     with torch.no_grad():
         for parameter in model.frozen.parameters():
-            parameter._local_tensor.add_(1)
+            part_of(parameter).add_(1)
     averager.update()
     raws.append(whole(model))
     averages = averager.state_dict()['averages']
@@ -266,13 +358,13 @@ def little(mesh):
 def refused(mesh):
     """Return the messages of what cannot be averaged."""
     found = {}
-    cpu = torch.device('cpu')
-    fsdp1 = FullyShardedDataParallel(
-        plain(), device_id=cpu, use_orig_params=True
-    )
+    flat = sharded(mesh, use_orig_params=False)
+    half = by_fsdp1(plain().bfloat16(), use_orig_params=True)
     makes = dict(
-        fsdp1=lambda: WeightAverager(fsdp1),
+        copied=lambda: WeightAverager(flat, copied=['block.wide.*']),
+        half=lambda: WeightAverager(half),
         posthoc=lambda: WeightAverager(sharded(mesh), posthoc=True),
+        posthoc_fsdp1=lambda: WeightAverager(flat, posthoc=True),
     )
     for name, make in makes.items():
         try:
@@ -311,12 +403,21 @@ def main(rank, ranks, folder):
         found['given']['averages']['frozen.bias'][0] += 1
     state = [found['given']]
     dist.broadcast_object_list(state)
-    model = sharded(mesh)
-    other = WeightAverager(model, 'constant', **OPTIONS)
-    other.load_state_dict(state[0])
-    found['loaded'] = other.state_dict()
-    found['fail'] = fail(mesh)
-    found['thaw'] = thaw(mesh)
+    for name in SEVERAL:
+        shard = WAYS[name][0]
+        model = sharded(mesh, **shard)
+        other = WeightAverager(model, 'constant', **OPTIONS)
+        before = whole(model)
+        other.load_state_dict(state[0])
+        found[name].update(
+            loaded=other.state_dict(),
+            same=[
+                k for k, x in whole(model).items() if (x != before[k]).any()
+            ],
+            fail=fail(mesh, shard),
+            thaw=thaw(mesh, shard),
+        )
+    found['dcp'] = folder_of_ranks(mesh, state[0], folder)
     found['refused'] = refused(mesh)
     torch.save(found, folder / f'rank{rank}.pt')
     dist.barrier()

@@ -1,4 +1,4 @@
-"""``FSDP2Strategy`` on two and three real ranks, against one process."""
+"""Strategies that shard on two and three real ranks, against one process."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp('shards')
     specs = ['whole:3', 'part:2', 'again:3:part/epoch_2.pth']
-    specs += ['accumulated:2', 'low:3']
+    specs += ['accumulated:2', 'low:3', 'offloaded:3', 'hybrid:3']
     ranks = run_ranks(PROGRAM, 2, folder, *specs)
     three = run_ranks(PROGRAM, 3, folder, 'three:3:part/epoch_2.pth')
     found = {name: [rank[name] for rank in ranks] for name in ranks[0]}
@@ -36,6 +36,18 @@ def runs(tmp_path_factory):
     found['one'] = [train(folder / 'one', 4)]
     path = str(folder / 'three' / 'epoch_3.pth')
     found['last'] = [train(folder / 'last', 4, path)]
+    specs = ['fsdp1:3', 'fsdp1_part:2', 'flat:3', 'local:3', 'local_part:2']
+    specs += ['fsdp1_again:3:fsdp1_part/epoch_2.pth', 'local_flat:3']
+    specs += ['local_part:3:local_part/epoch_2.pth']
+    # these save in mid-way, and the files of others are no part of theirs
+    ranks = run_ranks(PROGRAM, 2, folder, *specs)
+    found.update({name: [rank[name] for rank in ranks] for name in ranks[0]})
+    specs = ['fsdp1_three:3:fsdp1_part/epoch_2.pth']
+    three = run_ranks(PROGRAM, 3, folder, *specs)
+    found['fsdp1_three'] = [rank['fsdp1_three'] for rank in three]
+    found['unclipped'] = [train(folder / 'unclipped', 4)]
+    path = str(folder / 'fsdp1_three' / 'epoch_3.pth')
+    found['fsdp1_last'] = [train(folder / 'unclipped_last', 4, path)]
     return folder, found
 
 
@@ -46,7 +58,13 @@ def read(runs, name):
 
 def unlike(left, right):
     """Names of what is not nearly the same."""
-    assert [*left] == [*right]
+    # a tied weight is the last of its layer under FSDP1
+    orders = [
+        [name for name in names if not name.endswith('tied.weight')]
+        for names in (left, right)
+    ]
+    assert orders[0] == orders[1]
+    assert left.keys() == right.keys()
     return [k for k in left if not torch.allclose(left[k], right[k], **CLOSE)]
 
 
@@ -56,7 +74,9 @@ def weights_of(file):
     return [file['state_dict'], file['ema_state_dict'], fast]
 
 
-@pytest.mark.parametrize('run', ['whole', 'low'])
+@pytest.mark.parametrize(
+    'run', ['whole', 'low', 'offloaded', 'hybrid', 'fsdp1', 'flat']
+)
 def test_file_holds_the_averages_of_the_gathered_weights(runs, run):
     """In float64 from the formula, all 12 steps; in float32 in any case."""
     _, found = runs
@@ -74,28 +94,44 @@ def test_file_holds_the_averages_of_the_gathered_weights(runs, run):
                 assert oracle.relative_error(average, expected) < 1e-6, key
 
 
-def test_file_is_that_of_one_process(runs):
+@pytest.mark.parametrize(
+    'pair',
+    [
+        *(('whole', 'one'), ('offloaded', 'one'), ('hybrid', 'one')),
+        *(('fsdp1', 'unclipped'), ('flat', 'unclipped')),
+    ],
+)
+def test_file_is_that_of_one_process(runs, pair):
     """Keys in their order, kinds, shapes and, nearly, values."""
-    sharded, one = (read(runs, f'{x}/epoch_3.pth') for x in ('whole', 'one'))
+    sharded, one = (read(runs, f'{x}/epoch_3.pth') for x in pair)
     assert [*sharded] == [*one]
     for left, right in zip(weights_of(sharded), weights_of(one)):
         assert [] == unlike(left, right)
     assert sharded['state_dict']._metadata == one['state_dict']._metadata
+    data = (runs[0] / pair[0] / 'epoch_3.pth').read_bytes()
+    assert not [x for x in (b'_wrapped_module', b'_flat_param') if x in data]
     assert [*sharded['ema_meta']] == [*one['ema_meta']]
     assert [*sharded['meta']] == [*one['meta']]
     left, right = (x['optimizer'] for x in (sharded, one))
     assert left['param_groups'] == right['param_groups']
     assert [*left['state']] == [*right['state']]
     for i, values in left['state'].items():
-        assert [] == unlike(values, right['state'][i])
+        pair_of = (
+            dict(sorted(x.items())) for x in (values, right['state'][i])
+        )
+        assert [] == unlike(*pair_of)
     tied = ('first.weight', 'tied.weight')
-    left, right = (sharded['state_dict'][name].data_ptr() for name in tied)
-    assert left == right
+    left, right = (sharded['state_dict'][name] for name in tied)
+    assert torch.equal(left, right)
+    assert (left.data_ptr() == right.data_ptr()) == (pair[0] != 'flat')
 
 
-def test_resume_on_as_many_ranks_is_exact(runs):
+@pytest.mark.parametrize(
+    'names', [('whole', 'again'), ('fsdp1', 'fsdp1_again')]
+)
+def test_resume_on_as_many_ranks_is_exact(runs, names):
     """Three epochs at once equal two and, resumed, one more: bit for bit."""
-    pair = (read(runs, f'{x}/epoch_3.pth') for x in ('whole', 'again'))
+    pair = (read(runs, f'{x}/epoch_3.pth') for x in names)
     for left, right in zip(*map(weights_of, pair)):
         assert [] == same(left, right)
 
@@ -105,6 +141,8 @@ def test_resume_on_other_ranks(runs):
     for left, right in (
         ('three/epoch_3.pth', 'whole/epoch_3.pth'),
         ('last/epoch_4.pth', 'one/epoch_4.pth'),
+        ('fsdp1_three/epoch_3.pth', 'fsdp1/epoch_3.pth'),
+        ('unclipped_last/epoch_4.pth', 'unclipped/epoch_4.pth'),
     ):
         pair = (read(runs, name) for name in (left, right))
         for one, other in zip(*map(weights_of, pair)):
@@ -115,12 +153,22 @@ def test_validations_equal_those_of_one_process(runs):
     """All sets in turn, on two and on three ranks; what is logged, too."""
     _, found = runs
     one = found['one'][0]
-    for rank in (*found['whole'], *found['three']):
+    several = ('whole', 'three', 'offloaded', 'hybrid')
+    for rank in (rank for name in several for rank in found[name]):
         metrics = rank['metrics'][-1]
         assert {'score', 'score_raw', 'score_fast'} == metrics.keys()
         assert len({round(x, 2) for x in metrics.values()}) == 3
         # it sums what is rounded to 1e-6
         assert pytest.approx(one['metrics'][2], rel=1e-4) == metrics
+    two = found['unclipped'][0]
+    for name in ('fsdp1', 'flat', 'local', 'local_flat', 'fsdp1_three'):
+        for rank in found[name]:
+            metrics = rank['metrics'][-1]
+            assert pytest.approx(two['metrics'][2], rel=1e-4) == metrics
+            distances = rank['ema_distance']
+            assert (
+                pytest.approx(two['ema_distance'][:12], rel=1e-4) == distances
+            )
     for rank in found['low']:
         # bfloat16 has 8 bits
         assert (
@@ -138,10 +186,64 @@ def test_micro_batches_are_no_steps(runs):
     assert 4 == file['ema_meta']['num_steps']
 
 
-def test_fsdp1_is_refused_at_the_start(runs):
+def files_of(runs, name):
+    """The files of the ranks of a run."""
+    return [read(runs, f'{name}/epoch_3.pth/rank{i}.pth') for i in range(2)]
+
+
+def test_files_of_ranks_hold_the_pieces_of_the_whole(runs):
+    """A file each, of plain tensors, one after the other in every weight."""
+    whole = weights_of(read(runs, 'fsdp1/epoch_3.pth'))
+    parts = [weights_of(file) for file in files_of(runs, 'local')]
+    for weights, *cut in zip(whole, *parts):
+        assert {*weights} == {*cut[0]} == {*cut[1]}
+        for name, value in weights.items():
+            pieces = [rank[name] for rank in cut]
+            if value.dim() and '.running_' not in name:
+                pieces = [torch.cat(pieces).view(value.shape)]
+            for piece in pieces:
+                assert torch.equal(value, piece), name
+    for name in ('local', 'local_flat'):
+        path = runs[0] / name
+        kept = sorted(x.name for x in path.glob('*.pth'))
+        assert 2 == len(kept)
+        assert 'epoch_3.pth' == kept[1]
+        assert (
+            str(path / 'epoch_3.pth') == (path / 'last_checkpoint').read_text()
+        )
+
+
+def test_files_of_ranks_resume_exactly(runs):
+    """Three epochs at once equal two and, resumed, one more: bit for bit."""
+    for left, right in zip(
+        files_of(runs, 'local'), files_of(runs, 'local_part')
+    ):
+        for one, other in zip(weights_of(left), weights_of(right)):
+            assert [] == same(one, other)
+        left, right = (x['optimizer']['state'] for x in (left, right))
+        for i, values in left.items():
+            assert [] == same(values, right[i])
+
+
+def test_files_of_ranks_that_are_no_set_are_refused(runs):
+    """In one line, on every rank."""
+    words = dict(
+        killed='not written together',
+        missing='rank1.pth',
+        damaged='rank1.pth',
+        foreign='the file of rank',
+    )
+    for said in runs[1]['sets']:
+        assert words.keys() == said.keys()
+        for name, word in words.items():
+            assert word in said[name]
+            assert '\n' not in said[name]
+
+
+def test_parts_of_tensors_are_refused_at_the_start(runs):
     """On every rank, with what to use instead."""
     for said in runs[1]['refused']:
-        assert "strategy=dict(type='FSDP2Strategy')" in said
+        assert "use 'local' for files of ranks" in said
 
 
 def test_exception_on_one_rank_hangs_nobody(runs):
