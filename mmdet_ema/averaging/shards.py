@@ -1,9 +1,10 @@
-"""Models that torch's ``fully_shard`` (FSDP2) has sharded.
+"""Models that torch's ``fully_shard`` (FSDP2) or ZeRO-3 has sharded.
 
 Each rank averages its own part of every parameter, in place: a step needs no
 communication but one flag. A forward pass puts whole weights in the place of
 the sharded ones, and after an evaluation the root still uses them: whoever
-looks at the model's tensors or swaps them calls :func:`reshard` before.
+looks at the model's tensors or swaps them calls :func:`reshard` before. What
+is different with ZeRO-3 is in ``zero``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmdet_ema.averaging import zero
 from mmdet_ema.errors import OptionError
 
 _INSTEAD = (
@@ -24,17 +26,21 @@ _INSTEAD = (
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor."""
-    return hasattr(tensor, '_local_tensor')
+    """Return whether this rank holds a part of a tensor alone."""
+    return hasattr(tensor, '_local_tensor') or zero.is_partitioned(tensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: of a plain one, itself."""
+    if zero.is_partitioned(tensor):
+        return zero.own_part(tensor)
     return getattr(tensor, '_local_tensor', tensor)
 
 
 def part_of(whole: Tensor, like: Any) -> Tensor:
     """Return what this rank holds of a whole tensor, sharded like another."""
+    if zero.is_partitioned(like):
+        return zero.part_of(whole, like)
     for i, placement in enumerate(like.placements):
         if placement.is_shard():
             dim: int = placement.dim
@@ -51,6 +57,8 @@ def as_sharded(part: Tensor, like: Any) -> Tensor:
 
     It shares the memory of the part.
     """
+    if zero.is_partitioned(like):
+        return zero.ZeroPart(part, like)  # type: ignore[return-value]
     return type(like).from_local(  # type: ignore[no-any-return]
         part,
         like.device_mesh,
@@ -79,7 +87,10 @@ def gather(named: Iterable[Tuple[str, Tensor]]) -> Dict[str, Tensor]:
             continue
         any_sharded = True
         if tensor is not last:  # names of tied tensors come together
-            last, whole = tensor, tensor.detach().full_tensor()  # type: ignore[attr-defined]
+            last, value = tensor, tensor.detach()
+            if zero.is_partitioned(tensor):
+                value = as_sharded(local_part(tensor), tensor)
+            whole = value.full_tensor()  # type: ignore[attr-defined]
             whole = whole.cpu() if first else whole
         if first:
             found[name] = whole
@@ -103,13 +114,24 @@ def sharded_modules(model: nn.Module) -> List[Any]:
             )
         if 'FSDPModule' in kinds:
             found.append(module)
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, 'ds_tensor'):
-            raise OptionError(
-                f'{name} is sharded by DeepSpeed (ZeRO-3), whose pieces are '
-                f'not averaged; {_INSTEAD}.'
-            )
     return found
+
+
+def whole_shapes(model: nn.Module) -> Dict[str, Any]:
+    """Return the ``state_dict`` of a model, with the true shapes.
+
+    A parameter that ZeRO-3 has partitioned is empty; here it is a tensor of
+    its shape without values.
+    """
+    state: Dict[str, Any] = model.state_dict(keep_vars=True)
+    return {
+        name: torch.empty(x.ds_shape, dtype=x.dtype, device='meta')
+        if zero.is_partitioned(x)
+        else x.detach()
+        if isinstance(x, Tensor)
+        else x
+        for name, x in state.items()
+    }
 
 
 def reshard(modules: Sequence[Any]) -> None:
@@ -171,6 +193,12 @@ def ranks_of(named: Iterable[Tuple[str, Any]]) -> Optional[Ranks]:
     groups: List[Any] = []
     device = ''
     for name, tensor in named:
+        if zero.is_partitioned(tensor):
+            zero.refuse_second_copies(name, tensor)
+            device = tensor.device.type
+            if tensor.ds_process_group not in groups:
+                groups.append(tensor.ds_process_group)
+            continue
         if not is_sharded(tensor):
             continue
         device = tensor.device_mesh.device_type

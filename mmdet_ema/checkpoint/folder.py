@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from typing import (
     Any,
     Callable,
@@ -128,7 +129,9 @@ def remove_stopped(folder: str) -> None:
     start, _, end = STOPPED.partition('{}')
     for name in os.listdir(folder):
         if name.startswith(start) and name.endswith(end):
-            os.unlink(os.path.join(folder, name))
+            path = os.path.join(folder, name)
+            # DeepSpeed writes a folder
+            (shutil.rmtree if os.path.isdir(path) else os.unlink)(path)
 
 
 def readable(path: str, folder: str, chosen: bool, log: Any) -> str:

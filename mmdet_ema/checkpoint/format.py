@@ -26,6 +26,7 @@ from mmdet_ema.averaging.averages import (
     read_count,
     read_progress,
 )
+from mmdet_ema.averaging.shards import whole_shapes
 from mmdet_ema.errors import CheckpointError
 
 WEIGHTS = 'state_dict'
@@ -91,7 +92,7 @@ class EMAPart:
         Raises:
             CheckpointError: If they do not.
         """
-        present = self.tensors(model.state_dict())
+        present = self.tensors(whole_shapes(model))
         try:
             halves = [(WEIGHTS, self.averages), (EMA, self.raws)]
             halves += [

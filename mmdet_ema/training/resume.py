@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mmdet_ema.averaging.averages import MAIN
+from mmdet_ema.averaging.shards import whole_shapes
 from mmdet_ema.checkpoint.format import (
     WEIGHTS,
     EMAPart,
@@ -138,7 +139,7 @@ def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
     Returns:
         A sentence if some of the model's weights are not in the file.
     """
-    state = model.state_dict()
+    state = whole_shapes(model)
     own = {name: x for name, x in state.items() if x.is_floating_point()}
     shapes = {
         plain_name(name, own): getattr(value, 'shape', None)
@@ -178,7 +179,7 @@ def _weights_of(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
         raise CheckpointError(
             'the checkpoint holds no weights; take another checkpoint.'
         )
-    check_weights(model.state_dict(), weights)
+    check_weights(whole_shapes(model), weights)
     return weights
 
 
