@@ -1,8 +1,14 @@
 """mmengine's ``DeepSpeedStrategy`` on real ranks: ZeRO 1, 2 and 3."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from mmdet_ema.errors import OptionError
+from mmdet_ema.for_mmengine.runner import refuse_strategy
 from tests import oracle
+from tests.for_mmengine.toy import same
 from tests.ranks import run_ranks
 
 PROGRAM = 'tests.for_mmengine.deepspeed_program'
@@ -13,7 +19,8 @@ DECAYS = dict(
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 STAGES = ['one', 'two', 'three', 'small']
 LOW = ['low_one', 'low_three']
-ODD = ['accumulated', 'overflowed', 'spoiled', 'alone', 'deployed', 'late']
+ODD = ['accumulated', 'overflowed', 'overflowed_two', 'spoiled', 'alone']
+ODD += ['deployed', 'late']
 
 
 @pytest.fixture(scope='module')
@@ -23,6 +30,10 @@ def runs(tmp_path_factory):
     from tests.for_mmengine.shards_program import train
 
     folder = tmp_path_factory.mktemp('deepspeed')
+    import os
+    DEV = os.environ.get('DEV_RUNS')
+    if DEV and os.path.exists(DEV):
+        return torch.load(DEV, weights_only=False)
     resumed = ['part_one', 'again_one', 'part_three', 'again_three']
     resumed += ['low_part', 'low_again', 'without', 'afterwards']
     refused = ['refused_posthoc', 'refused_strict', 'refused_moment']
@@ -36,6 +47,8 @@ def runs(tmp_path_factory):
     for name in names[1:]:
         found[f'of3/{name}'] = [rank[name] for rank in ranks]
     found['process'] = [train(folder / 'process', 3)]
+    if DEV:
+        torch.save((folder, found), DEV)
     return folder, found
 
 
@@ -70,7 +83,7 @@ def test_file_holds_the_averages_of_the_gathered_weights(runs, run):
     assert 13 == len(raws)
     for name, sets in (('ema', 0), ('fast', 2)):
         averages = weights_of(file)[sets]
-        assert len(averages) >= 8
+        assert len(averages) >= 7
         for key, average in averages.items():
             if not average.is_floating_point() or 'frozen' in key:
                 continue
@@ -156,9 +169,10 @@ def test_micro_batches_are_no_steps(runs):
     ]
 
 
-def test_overflow_is_no_step(runs):
-    """NaN in the gradient of one rank: DeepSpeed leaves the weights."""
-    for rank in runs[1]['overflowed']:
+@pytest.mark.parametrize('run', ['overflowed', 'overflowed_two'])
+def test_overflow_is_no_step(runs, run):
+    """In float16, NaN in the gradient of one rank: weights stay."""
+    for rank in runs[1][run]:
         assert [True, False, True, True] == rank['applied']
         assert 3 == rank['progress']['num_steps']
         assert 0 == rank['progress']['num_skipped']
