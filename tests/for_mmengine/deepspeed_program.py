@@ -19,6 +19,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import FlexibleRunner
 from torch import nn
 
+from mmdet_ema import WeightAverager
 from tests.for_mmengine.shards_program import BATCH, EMA, Failing, Model
 from tests.for_mmengine.toy import Score, loader
 
@@ -207,6 +208,65 @@ def train(
     )
 
 
+def plain():
+    """Average a model under ZeRO-3 in a loop of one's own.
+
+    Returns what differs from the formula, in pieces and in a whole state.
+    """
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 1))
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), 0)
+    config = dict(train_micro_batch_size_per_gpu=2)
+    config['zero_optimization'] = dict(stage=3)
+    config['zero_allow_untested_optimizer'] = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config
+    )
+    names = [name for name, _ in model.named_parameters()]
+
+    def whole():
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {
+                n: p.detach().clone()
+                for n, p in zip(names, model.parameters())
+            }
+
+    averager = WeightAverager(engine.module, 'constant', decay=0.5)
+    expected = whole()
+    for _ in range(3):
+        engine.backward(engine(torch.ones(2, 7)).sum())
+        engine.step()
+        averager.update()
+        for name, raw in whole().items():
+            expected[name] = 0.5 * expected[name] + 0.5 * raw
+    raw = whole()
+    outputs = []
+    for weights in (expected, raw):
+        x = torch.ones(2, 7)
+        for i in (0, 1):
+            x = x @ weights[f'{i}.weight'].T + weights[f'{i}.bias']
+        outputs.append(x)
+    seen = []
+    with torch.no_grad():
+        with averager.applied():
+            seen.append(engine(torch.ones(2, 7)))
+        seen.append(engine(torch.ones(2, 7)))
+    state = averager.state_dict()
+    given = [state]
+    dist.broadcast_object_list(given)
+    averager.restart()
+    averager.load_state_dict(given[0])
+    again = averager.state_dict()['averages']
+    return dict(
+        outputs=list(zip(outputs, seen)),
+        expected=expected,
+        averages=state['averages'],
+        again=again,
+        back=[n for n, x in whole().items() if not torch.equal(x, raw[n])],
+    )
+
+
 def refused(folder, ranks, **options):
     """Return what is said at the start."""
     try:
@@ -263,6 +323,8 @@ def main(rank, ranks, folder, *names):
     for name in names:
         if name == 'failed':
             found[name] = fail(folder / name)
+        elif name == 'plain':
+            found[name] = plain()
         elif name.startswith('refused'):
             found[name] = REFUSED[name](folder, rank, ranks)
         else:

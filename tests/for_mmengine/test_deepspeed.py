@@ -30,25 +30,19 @@ def runs(tmp_path_factory):
     from tests.for_mmengine.shards_program import train
 
     folder = tmp_path_factory.mktemp('deepspeed')
-    import os
-    DEV = os.environ.get('DEV_RUNS')
-    if DEV and os.path.exists(DEV):
-        return torch.load(DEV, weights_only=False)
     resumed = ['part_one', 'again_one', 'part_three', 'again_three']
     resumed += ['low_part', 'low_again', 'without', 'afterwards']
     refused = ['refused_posthoc', 'refused_strict', 'refused_moment']
-    names = [*STAGES, *LOW, *resumed, *ODD, *refused, 'failed']
+    names = [*STAGES, *LOW, *resumed, *ODD, *refused, 'plain', 'failed']
     ranks = run_ranks(PROGRAM, 2, folder, *names)
     found = {name: [rank[name] for rank in ranks] for name in names}
     (folder / 'of3').mkdir()
-    names = ['refused_ranks', 'three', 'small', 'low_three']
+    names = ['refused_ranks', 'three', 'small', 'low_three', 'plain']
     ranks = run_ranks(PROGRAM, 3, folder / 'of3', *names)
     found['refused_ranks'] = [rank['refused_ranks'] for rank in ranks]
     for name in names[1:]:
         found[f'of3/{name}'] = [rank[name] for rank in ranks]
     found['process'] = [train(folder / 'process', 3)]
-    if DEV:
-        torch.save((folder, found), DEV)
     return folder, found
 
 
@@ -275,6 +269,20 @@ def test_one_process_tests_to_the_last_validation(runs, tmp_path):
     )
     expected = runs[1]['three'][0]['metrics'][-1]
     assert pytest.approx(expected, rel=1e-5) == runner.test()
+
+
+@pytest.mark.parametrize('run', ['plain', 'of3/plain'])
+def test_plain_loop(runs, run):
+    """Formula, outputs, a state that loads; three ranks: uneven parts."""
+    first, *others = runs[1][run]
+    for rank in (first, *others):
+        assert [] == rank['back']
+        assert not torch.equal(*(pair[0] for pair in rank['outputs']))
+        for expected, seen in rank['outputs']:
+            assert torch.allclose(expected, seen, **CLOSE)
+    assert [] == unlike(first['expected'], first['averages'])
+    assert [] == same(first['averages'], first['again'])
+    assert [{}] * len(others) == [rank['averages'] for rank in others]
 
 
 def test_evaluation_by_deepspeed_is_refused():
