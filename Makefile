@@ -24,7 +24,7 @@ unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-mmcv1 demo-trees study test test-stack test-gpu
-.PHONY: bench lint docs
+.PHONY: test-deepspeed bench lint docs
 .PHONY: stacks clean distclean
 
 help:  ## say what each target does
@@ -76,6 +76,17 @@ test-stack:  ## the same on another stack: STACK=name of environments/stacks.txt
 test-gpu: setup  ## run the tests that need a GPU
 	@CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest -m gpu $(ARGS)
 
+# In a folder of its own: mmengine imports it wherever it finds it.
+DEEPSPEED := tests/.deepspeed
+test-deepspeed: setup $(DEEPSPEED)  ## run the tests that need DeepSpeed
+	@PYTHONPATH=$(CURDIR)/$(DEEPSPEED) $(BIN)/python -m pytest \
+		tests/for_mmengine/test_deepspeed.py tests/e2e/test_deepspeed.py $(ARGS)
+
+$(DEEPSPEED): environments/deepspeed.txt | setup
+	@rm -rf $(DEEPSPEED) $(DEEPSPEED).part
+	@$(PIP) install --no-deps --no-build-isolation --target $(DEEPSPEED).part \
+		-r $< && mv $(DEEPSPEED).part $(DEEPSPEED) && touch $(DEEPSPEED)
+
 stacks:  ## write the table of docs/en/appendix/what_was_run.md from the last test runs
 	@$(BIN)/python docs/what_was_run.py
 
@@ -116,4 +127,4 @@ clean:  ## remove work_dirs and what builds and checks leave; keep .venv-*
 		-name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv-* and data as well; compiled wheels stay cached
-	@rm -rf .venv-* data $(PEERS)
+	@rm -rf .venv-* data $(PEERS) $(DEEPSPEED)

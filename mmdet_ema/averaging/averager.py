@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from typing import (
     Any,
@@ -430,6 +431,7 @@ class WeightAverager:
                 for name, tensor in owner.items()
                 if id(tensor) in known
             ]
+            self._changes.forget_gathered()
             self._sets[name].swap.swap_in()
 
     def restore(self) -> None:
@@ -437,6 +439,7 @@ class WeightAverager:
         self._changes.recover()
         name = self._applied
         if name is not None:
+            self._changes.forget_gathered()
             self._sets[name].swap.swap_out()
             for owner, name, tensor in self._places:
                 if name in owner:
@@ -462,6 +465,17 @@ class WeightAverager:
         finally:
             if not inner:
                 self.restore()
+
+    @contextlib.contextmanager
+    def taken_out(self) -> Iterator[None]:
+        """Run the body with the raw weights in the model, wherever it is."""
+        name = self._applied
+        self.restore()
+        try:
+            yield
+        finally:
+            if name is not None:
+                self.apply(name)
 
     def named_averages(
         self, stored: bool = False, name: str = MAIN
@@ -815,7 +829,14 @@ class WeightAverager:
         for averages in self._sets.values():
             averages.complete()  # loading one set may have changed roles
         sets = [averages.tensors for averages in self._sets.values()]
-        self._plan = UpdatePlan(self.entries, sets, ranks=self._ranks)
+        # read is what the optimizer steps; buffers are the same entries
+        sources = [
+            entry
+            if entry.master is None
+            else dataclasses.replace(entry, raw=entry.master)
+            for entry in self.entries
+        ]
+        self._plan = UpdatePlan(sources, sets, ranks=self._ranks)
         self._changes = ModelChanges(self.model, self.entries)
         self._stream = side_stream(
             [self.entries[i].raw for i in sets[0]],

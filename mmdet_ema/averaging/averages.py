@@ -63,7 +63,7 @@ class Averages:
                 here is not None and here.dtype == dtype
             ):
                 continue
-            raw = entry.raw.detach()
+            raw = entry.stepped.detach()
             # what is made in inference mode cannot be written outside of it
             with torch.inference_mode(False):
                 average = raw.to(device=self._device, dtype=dtype, copy=True)
@@ -96,10 +96,7 @@ class Averages:
         """Yield names of the ``state_dict`` with what the model owns."""
         for entry in self._entries:
             for name in entry.saved:
-                yield (
-                    name,
-                    entry.raw if entry.sharded is None else entry.sharded,
-                )
+                yield name, entry.as_in_model(entry.raw)
 
     @torch.no_grad()
     def load(
@@ -154,7 +151,7 @@ class Averages:
                 loaded[i] = entry.part_of(new[-1])
         self.complete()
         for i, average in self.tensors.items():
-            average.copy_(loaded.get(i, self._entries[i].raw.detach()))
+            average.copy_(loaded.get(i, self._entries[i].stepped.detach()))
 
     def _trained_before(
         self, given: Mapping[int, Sequence[Tensor]], ranks: Optional[Ranks]

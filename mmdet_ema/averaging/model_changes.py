@@ -25,6 +25,7 @@ from mmdet_ema.averaging.shards import (
     sharded_modules,
 )
 from mmdet_ema.averaging.tensors import Entry, Role
+from mmdet_ema.averaging.zero import forget_gathered, is_partitioned
 
 _END = object()
 _VALUES: Any = dict.values
@@ -44,8 +45,11 @@ class ModelChanges:
         self._model, self._entries = model, entries
         self._wrapped = sharded_modules(model)
         self.reshard()
-        self._sharded = [e.sharded for e in entries if e.sharded is not None]
+        sharded = [e.sharded for e in entries if e.sharded is not None]
+        self._sharded = [x for x in sharded if not is_partitioned(x)]
         self._parts = list(map(_PART, self._sharded))
+        self._partitioned: List[Any] = list(filter(is_partitioned, sharded))
+        self._places = self._list_places()
         # modules without any are left out: that halves the cost of a look
         self._owners: List[Dict[str, Any]] = [
             owner
@@ -79,6 +83,13 @@ class ModelChanges:
         ):
             recover(self._wrapped)
 
+    def forget_gathered(self) -> None:
+        """Let a model under ZeRO-3 forget the whole weights that it holds.
+
+        Before a swap of the parts: else it would go on with those.
+        """
+        forget_gathered(self._partitioned)
+
     def noticed(self) -> bool:
         """Return whether something has changed; cheap enough for each step.
 
@@ -94,7 +105,7 @@ class ModelChanges:
             or list(map(Tensor.data_ptr, self._raws)) != self._addresses
             or list(map(Tensor.size, self._raws)) != self._shapes
             or list(map(Tensor.stride, self._strided)) != self._strides
-            or not all(map(is_, map(_PART, self._sharded), self._parts))
+            or self._parts_moved()
             or self.has_thawed()
         )
 
@@ -113,7 +124,7 @@ class ModelChanges:
             RuntimeError: If a parameter has another shape now, or its memory
                 was freed.
         """
-        if not all(map(is_, map(_PART, self._sharded), self._parts)):
+        if self._parts_moved():
             return False
         for i, entry in enumerate(self._watched):
             raw, shape = entry.raw, self._shapes[i]
@@ -199,6 +210,15 @@ class ModelChanges:
             )
         )
 
+    def _parts_moved(self) -> bool:
+        return (
+            not all(map(is_, map(_PART, self._sharded), self._parts))
+            or self._list_places() != self._places
+        )
+
+    def _list_places(self) -> List[int]:
+        return [x.ds_tensor.data_ptr() for x in self._partitioned]
+
     def _list_members(self) -> Iterator[Any]:
         # no loop of Python's: there are hundreds; the sentinel at the end lets
         # lists of different lengths differ
@@ -261,10 +281,12 @@ def parametrized(
 def _labels(model: nn.Module) -> List[object]:
     """Return where the model has which kind of tensor."""
     return [
-        (path, name, None if tensor is None else (_kind(tensor), tensor.shape))
+        (path, name, None if tensor is None else (_kind(tensor), shape))
         for path, module in model.named_modules()
         for owner in (module._parameters, module._buffers)
         for name, tensor in owner.items()
+        # under ZeRO-3 a tensor is whole or empty, as it happens
+        for shape in [getattr(tensor, 'ds_shape', getattr(tensor, 'shape', 0))]
     ]
 
 

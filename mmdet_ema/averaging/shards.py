@@ -1,4 +1,4 @@
-"""Models that torch has sharded: by ``fully_shard`` (FSDP2), or by FSDP1.
+"""Models that are sharded: by ``fully_shard`` (FSDP2), FSDP1 or ZeRO-3.
 
 Each rank averages its own part of every parameter, in place: a step needs no
 communication but one flag. A forward pass puts whole weights in the place of
@@ -6,7 +6,7 @@ the sharded ones, and after an evaluation the root still uses them: whoever
 looks at the model's tensors or swaps them calls :func:`reshard` before.
 
 FSDP2's parts are DTensors, which know the whole that they belong to. What is
-different in FSDP1 is in ``fsdp1``.
+different in FSDP1 and ZeRO-3 is in ``fsdp1`` and ``zero``.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmdet_ema.averaging import fsdp1
+from mmdet_ema.averaging import fsdp1, zero
 from mmdet_ema.errors import OptionError
-
-_INSTEAD = (
-    'shard it with fully_shard (torch.distributed.fsdp) instead, in mmengine '
-    "with strategy=dict(type='FSDP2Strategy')"
-)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor."""
-    return hasattr(tensor, '_local_tensor')
+    """Return whether this rank holds a part of a tensor alone."""
+    return hasattr(tensor, '_local_tensor') or zero.is_partitioned(tensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: of a plain one, itself."""
+    if zero.is_partitioned(tensor):
+        return zero.own_part(tensor)
     return getattr(tensor, '_local_tensor', tensor)
 
 
 def part_of(whole: Tensor, like: Any) -> Tensor:
     """Return what this rank holds of a whole tensor, sharded like another."""
+    if zero.is_partitioned(like):
+        return zero.part_of(whole, like)
     for i, placement in enumerate(like.placements):
         if placement.is_shard():
             dim: int = placement.dim
@@ -55,6 +54,8 @@ def as_sharded(part: Tensor, like: Any) -> Tensor:
 
     It shares the memory of the part.
     """
+    if zero.is_partitioned(like):
+        return zero.ZeroPart(part, like)  # type: ignore[return-value]
     return type(like).from_local(  # type: ignore[no-any-return]
         part,
         like.device_mesh,
@@ -83,7 +84,10 @@ def gather(named: Iterable[Tuple[str, Tensor]]) -> Dict[str, Tensor]:
             continue
         any_sharded = True
         if tensor is not last:  # names of tied tensors come together
-            last, whole = tensor, tensor.detach().full_tensor()  # type: ignore[attr-defined]
+            last, value = tensor, tensor.detach()
+            if zero.is_partitioned(tensor):
+                value = as_sharded(local_part(tensor), tensor)
+            whole = value.full_tensor()  # type: ignore[attr-defined]
             whole = whole.cpu() if first else whole
         if first:
             found[name] = whole
@@ -107,12 +111,6 @@ def sharded_modules(model: nn.Module) -> List[Any]:
             )
         if 'FSDPModule' in kinds or fsdp1.is_fsdp1(module):
             found.append(module)
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, 'ds_tensor'):
-            raise OptionError(
-                f'{name} is sharded by DeepSpeed (ZeRO-3), whose pieces are '
-                f'not averaged; {_INSTEAD}.'
-            )
     return found
 
 
@@ -120,12 +118,21 @@ def layout(model: nn.Module) -> Dict[str, Any]:
     """Return a model's ``state_dict``, for its names, kinds and shapes.
 
     All ranks of a model that FSDP1 has sharded call it, and get all of them.
+    A parameter that ZeRO-3 has partitioned is without values.
     """
-    if not any(map(fsdp1.is_fsdp1, model.modules())):
-        return model.state_dict()
-    if fsdp1.is_local(model):
-        return {piece.name: piece.tensor for piece in fsdp1.pieces(model)}
-    return fsdp1.layout(model)
+    if any(map(fsdp1.is_fsdp1, model.modules())):
+        if fsdp1.is_local(model):
+            return {piece.name: piece.tensor for piece in fsdp1.pieces(model)}
+        return fsdp1.layout(model)
+    state: Dict[str, Any] = model.state_dict(keep_vars=True)
+    return {
+        name: torch.empty(x.ds_shape, dtype=x.dtype, device='meta')
+        if zero.is_partitioned(x)
+        else x.detach()
+        if isinstance(x, Tensor)
+        else x
+        for name, x in state.items()
+    }
 
 
 def reshard(modules: Sequence[Any]) -> None:
@@ -196,6 +203,12 @@ def ranks_of(model: nn.Module, modules: Sequence[Any]) -> Optional[Ranks]:
     device = wrappers[0].compute_device.type if groups else ''
     tensor: Any
     for name, tensor in model.named_parameters():
+        if zero.is_partitioned(tensor):
+            zero.refuse_second_copies(name, tensor)
+            device = tensor.device.type
+            if tensor.ds_process_group not in groups:
+                groups.append(tensor.ds_process_group)
+            continue
         if not is_sharded(tensor):
             continue
         device = tensor.device_mesh.device_type

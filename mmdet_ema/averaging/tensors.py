@@ -24,6 +24,7 @@ from mmdet_ema.averaging.shards import (
     local_part,
     part_of,
 )
+from mmdet_ema.averaging.zero import is_partitioned, master_part
 from mmdet_ema.errors import OptionError
 
 # Modules whose buffers have no meaningful mean, by name: torch moves them from
@@ -76,7 +77,10 @@ class Entry:
         holds_nonfinite: Whether it has no mean because it held NaN or Inf when
             it was selected.
         is_part: Whether this rank holds a part of it alone.
-        sharded: The DTensor that ``raw`` is a part of, if any.
+        sharded: The DTensor, or the parameter that ZeRO-3 has partitioned,
+            that ``raw`` is a part of, if any.
+        master: What the optimizer steps, where ``raw`` is a rounded copy of
+            it: that is averaged.
     """
 
     raw: Tensor
@@ -88,11 +92,17 @@ class Entry:
     holds_nonfinite: bool = False
     is_part: bool = False
     sharded: Optional[Tensor] = None
+    master: Optional[Tensor] = None
 
     @property
     def name(self) -> str:
         """First name, for messages."""
         return self.names[0]
+
+    @property
+    def stepped(self) -> Tensor:
+        """What the optimizer steps."""
+        return self.raw if self.master is None else self.master
 
     def as_in_model(self, part: Tensor) -> Tensor:
         """Return a tensor like ``raw`` as the model would own it."""
@@ -289,6 +299,8 @@ def _make_entry(
         is_part=is_cut or raw is not owner,
         sharded=owner if raw is not owner else None,
     )
+    if is_partitioned(owner):
+        entry.master = master_part(owner, raw)
     frozen = owners and not any(p.requires_grad for p in owners.values())
     # nothing can write into a tensor that overlaps itself (``expand``)
     if frozen or _span(raw)[2] < raw.numel():
@@ -358,17 +370,17 @@ def _span(tensor: Tensor) -> Tuple[int, int, int]:
     return start, start + (last + 1) * tensor.element_size(), last + 1
 
 
-def _identity(tensor: Tensor) -> object:
-    tensor = local_part(tensor)
+def _identity(owner: Tensor) -> object:
+    tensor = local_part(owner)
     if is_lazy(tensor) or not tensor.numel() or not tensor.data_ptr():
-        return id(tensor)
+        return id(owner)
     where = tensor.device, tensor.dtype, tensor.data_ptr()
     return where, tensor.shape, tensor.stride()
 
 
-def _storage(tensor: Tensor) -> object:
-    tensor = local_part(tensor)
+def _storage(owner: Tensor) -> object:
+    tensor = local_part(owner)
     if is_lazy(tensor) or not tensor.data_ptr():
-        return id(tensor)
+        return id(owner)
     # torch before 2.0 has no untyped_storage()
     return getattr(tensor, 'untyped_storage', tensor.storage)().data_ptr()

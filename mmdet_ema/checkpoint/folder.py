@@ -130,7 +130,7 @@ def remove_stopped(folder: str) -> None:
     for name in os.listdir(folder):
         if name.startswith(start) and name.endswith(end):
             path = os.path.join(folder, name)
-            # of ranks that each write a file
+            # of ranks that each write a file, or DeepSpeed's
             (shutil.rmtree if os.path.isdir(path) else os.unlink)(path)
 
 

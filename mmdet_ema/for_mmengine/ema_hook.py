@@ -18,8 +18,8 @@ from mmdet_ema.averaging.averages import read_count
 from mmdet_ema.averaging.fsdp1 import is_fsdp1
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.folder import readable
-from mmdet_ema.errors import OptionError, show
-from mmdet_ema.for_mmengine import checkpoints, fsdp1
+from mmdet_ema.errors import CheckpointError, OptionError, show
+from mmdet_ema.for_mmengine import checkpoints, deepspeed_files, fsdp1
 from mmdet_ema.for_mmengine import runner as runners
 from mmdet_ema.for_mmengine.evaluation import (
     check_monitored,
@@ -166,15 +166,49 @@ class EMAHook(Hook):  # type: ignore[misc]
         )
         # whoever uses torch's safe_globals() takes ours away when leaving it
         checkpoints.allow_framework_types()
-        self._check_file(runner)
+        by_deepspeed = runners.is_deepspeed(runner)
+        if not by_deepspeed:
+            self._check_file(runner)
         self._model = runners.model_of(runner)
         fsdp1.prepare(runner)
         if self.enabled:
             runners.refuse_strategy(runner)
+            if by_deepspeed:
+                self._join_deepspeed(runner)
             watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
                 self._check_order(runner)
                 check_monitored(runner, self._life.options, self._log)
+
+    def _join_deepspeed(self, runner: Any) -> None:
+        """Write and read what its strategy does not ask hooks for."""
+        if deepspeed_files.is_watched(runner.strategy):
+            return
+        deepspeed_files.watch_saves(
+            runner.strategy, self._model, self._life.raw_weights
+        )
+        # the strategy has loaded its part by now
+        folder = runners.local_checkpoint(runner)
+        if folder is None:
+            return
+        resumes = bool(runner._resume)
+        checkpoint = deepspeed_files.read_whole(
+            folder, runner.iter if resumes else None
+        )
+        if checkpoint is not None and resumes:
+            checkpoint['optimizer'] = {}  # is in files of DeepSpeed's own
+            self.after_load_checkpoint(runner, checkpoint)
+        elif self._life.options.strict_load and resumes:
+            raise CheckpointError(
+                f'strict_load=True, but {folder!r} has no file '
+                f'{deepspeed_files.WHOLE} with averages. With '
+                f'strict_load=False they start from the weights.'
+            )
+        else:
+            self._log.warning(
+                f'EMA: the averages start anew (n = 0) from the raw weights '
+                f'that DeepSpeed has loaded from {folder!r}.'
+            )
 
     def _check_file(self, runner: Any) -> None:
         """Look into the local file that will be loaded, if any."""
@@ -260,13 +294,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._life.after_iteration(self._iteration)
         self._iteration = runner.iter + 1
         # another wrapper or optimizer may have taken the place of the last
-        wrapper = runner.optim_wrapper
-        several = getattr(wrapper, 'optim_wrappers', {'': wrapper})
         self._life.before_iteration(
             self._model,
             runner.iter,
             runner.epoch,
-            [w.optimizer for w in several.values() if hasattr(w, 'optimizer')],
+            runners.optimizers_of(runner),
         )
 
     def after_train_iter(
@@ -413,6 +445,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             checkpoints.refuse_foreign(checkpoint, self._log)
             if RAW in self._life.passes[:-1]:
                 rename_history(checkpoint)
+            if not checkpoint.get('optimizer'):
+                optimizers = []  # DeepSpeed has it in files of its own
             self._life.resume(checkpoint, model, optimizers)
             self._epoch_samples = read_count(
                 checkpoint['meta'], EPOCH_SAMPLES, 0

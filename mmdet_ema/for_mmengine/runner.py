@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from mmdet_ema.averaging.fsdp1 import is_fsdp1
 from mmdet_ema.averaging.shards import sharded_modules
 from mmdet_ema.errors import OptionError
+from mmdet_ema.for_mmengine.deepspeed_files import WHOLE
 from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
 from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
 
@@ -81,6 +82,12 @@ def model_of(runner: Any) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def is_deepspeed(runner: Any) -> bool:
+    """Return whether DeepSpeed steps the model and writes the files."""
+    kinds = type(getattr(runner, 'strategy', None)).__mro__
+    return any(kind.__name__ == 'DeepSpeedStrategy' for kind in kinds)
+
+
 def refuse_strategy(runner: Any) -> None:
     """Refuse what shards a model in a way that is not averaged.
 
@@ -89,13 +96,20 @@ def refuse_strategy(runner: Any) -> None:
     """
     strategy = getattr(runner, 'strategy', None)
     kinds = {kind.__name__ for kind in type(strategy).__mro__}
-    for name in ('DeepSpeedStrategy', 'ColossalAIStrategy'):
-        if name in kinds:
+    if 'ColossalAIStrategy' in kinds:
+        raise OptionError(
+            'strategy of type ColossalAIStrategy: EMAHook is not asked when '
+            'it writes and reads files, so that no average would be saved; '
+            "use strategy=dict(type='FSDP2Strategy') or DDPStrategy."
+        )
+    if is_deepspeed(runner):
+        if not is_training(runner):
             raise OptionError(
-                f'strategy of type {name}: EMAHook is not asked when it '
-                f'writes and reads files, so that no average would be saved; '
-                f"use strategy=dict(type='FSDP2Strategy') or DDPStrategy."
+                f'DeepSpeedStrategy evaluates no averages: test the file '
+                f'{WHOLE} in the folder of a checkpoint without it, with '
+                f"runner_type='Runner'."
             )
+        return
     if not isinstance(runner.model, nn.Module):
         return
     found = sharded_modules(runner.model)
@@ -121,6 +135,8 @@ def refuse_strategy(runner: Any) -> None:
 def optimizers_of(runner: Any) -> List[Optimizer]:
     """Return every optimizer of the run that is made by now."""
     found = [getattr(w, 'optimizer', None) for w in _wrappers(runner)]
+    if is_deepspeed(runner):  # its own calls the one that it was given
+        found = [getattr(x, 'optimizer', x) for x in found]
     return [optimizer for optimizer in found if optimizer is not None]
 
 
@@ -146,6 +162,8 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
         skips: Iterations of the epoch that are done already.
     """
     counts = [getattr(w, '_accumulative_counts', 1) for w in _wrappers(runner)]
+    if is_deepspeed(runner):
+        counts = [runner.model.gradient_accumulation_steps()]
     loop, loader = runner.train_loop, runner.train_dataloader
     by_epoch = not hasattr(loop, 'dataloader_iterator')
     max_iters = loop.max_iters
@@ -209,6 +227,10 @@ def watch_iterations(
 
 def has_stepped(runner: Any) -> bool:
     """Return whether no gradients wait for a step: no file holds these."""
+    if is_deepspeed(runner):
+        engine = runner.model
+        waiting = engine.micro_steps % engine.gradient_accumulation_steps()
+        return not waiting
     return all(
         wrapper.should_update()
         for wrapper in _wrappers(runner)

@@ -7,11 +7,13 @@ training starts, after initialisation and after any load.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from typing import (
     Any,
     Callable,
+    ContextManager,
     Dict,
     Iterable,
     Mapping,
@@ -462,6 +464,12 @@ class EMALifecycle:
         """Put the raw weights back; safe to call at any time."""
         if self.averager is not None:
             self.averager.restore()
+
+    def raw_weights(self) -> ContextManager[None]:
+        """Have the raw weights in the model, also within an evaluation."""
+        if self.averager is None:
+            return contextlib.nullcontext()
+        return self.averager.taken_out()
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint with the live weights its EMA part, in place."""

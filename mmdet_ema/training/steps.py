@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from mmdet_ema.averaging.shards import is_sharded
 from mmdet_ema.averaging.update import all_finite
 
 TELLS_OF_STEPS = hasattr(torch_optimizer, 'register_optimizer_step_post_hook')
@@ -118,7 +119,7 @@ class WeightChanges:
         if self._taken or not self._parameters:
             return False
         # what a rank sees of sharded weights may be other than what others do
-        alone = not hasattr(self._parameters[0], 'to_local')
+        alone = not is_sharded(self._parameters[0])
         self._taken = self.told or (alone and self._have_changed())
         return self._taken
 

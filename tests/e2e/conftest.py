@@ -105,7 +105,9 @@ def differing(left, right):
 
 def environment():
     """Return an environment for a tool: one thread, no spinning."""
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+    path = os.pathsep.join(paths)
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
 
 
 def cli(tools, *words, status=0):

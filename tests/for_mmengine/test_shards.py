@@ -262,9 +262,9 @@ def test_shards_of_ones_own_need_the_strategy():
         refuse_strategy(runner)
 
 
-def test_deepspeed_is_refused_at_the_start():
+def test_colossalai_is_refused_at_the_start():
     """Its strategy does not ask hooks when it writes a file."""
-    kind = type('DeepSpeedStrategy', (), {})
+    kind = type('ColossalAIStrategy', (), {})
     runner = SimpleNamespace(strategy=kind(), model=None)
     with pytest.raises(OptionError, match='FSDP2Strategy'):
         refuse_strategy(runner)
