@@ -67,10 +67,8 @@ def refuse_second(
 ) -> None:
     """Refuse a run with several EMA hooks, ours or not.
 
-    Args:
-        hooks: The EMA hooks of the run.
-        custom_hooks: The list of the config; of mmengine, where another part
-            of the config may bring a hook as well.
+    ``custom_hooks`` are those of the config of mmengine, where another part
+    of the config may bring a hook as well.
     """
     if len(hooks) < 2:
         return
@@ -80,16 +78,12 @@ def refuse_second(
         for hook in hooks
     ]
     remedy = 'keep one in custom_hooks.'
-    # a script may have hooks in it that are made already
-    types = [
-        hook.get('type') if isinstance(hook, dict) else type(hook)
-        for hook in custom_hooks or ()
-    ]
-    ours = [
-        (i, kind)
-        for i, kind in enumerate(types)
-        if str(getattr(kind, '__name__', kind)).endswith('EMAHook')
-    ]
+    ours = []
+    for i, hook in enumerate(custom_hooks or ()):
+        # a script may have hooks in it that are made already
+        kind = hook.get('type') if isinstance(hook, dict) else type(hook)
+        if str(getattr(kind, '__name__', kind)).endswith('EMAHook'):
+            ours.append((i, kind))
     if len(ours) == 1:
         place, kind = ours[0]
         base = '_base_.' if isinstance(kind, str) else ''  # else new-style
@@ -190,27 +184,27 @@ class Plan:
 
         Then no schedule says what the average is made of.
         """
-        before = self.before
-        kappas = [
-            meta.get('batch_size', 0)
-            * meta.get('world_size', 0)
-            / (_reference_of(meta) or 1)
-            for meta in (before, self.meta)
+        told = [
+            (
+                str(meta.get('schedule')),
+                meta.get('interval'),
+                _samples_of(meta) / (_reference_of(meta) or 1),
+            )
+            for meta in (self.before, self.meta)
         ]
-        return self.done > 0 and (
-            str(before.get('schedule')) != self.meta['schedule']
-            or before.get('interval') != self.meta['interval']
-            or kappas[0] != kappas[1]
-        )
+        return self.done > 0 and told[0] != told[1]
+
+
+def _samples_of(meta: Mapping[str, Any]) -> int:
+    samples: int = meta.get('batch_size', 0) * meta.get('world_size', 0)
+    return samples
 
 
 def _reference_of(meta: Mapping[str, Any]) -> Optional[int]:
-    per_rank, ranks = meta.get('batch_size'), meta.get('world_size')
     reference = meta.get(REFERENCE)
-    if not isinstance(reference, int) and per_rank and ranks:
-        reference = per_rank * ranks
-    right = isinstance(reference, int) and reference > 0
-    return reference if right else None
+    if not isinstance(reference, int):
+        reference = _samples_of(meta)
+    return reference if reference > 0 else None
 
 
 def planned_steps(options: Options, facts: RunFacts, done: int) -> int:
