@@ -39,6 +39,7 @@ from mmdet_ema.training.plan import batch_size_of, refuse_second
 from mmdet_ema.training.sigterm import (
     EPOCH_SAMPLES,
     Sigterm,
+    skipped,
     spare_workers,
 )
 
@@ -205,8 +206,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def _watch_iterations(self, runner: Any) -> int:
         """Begin in the middle of an epoch, and stop there.
 
-        Returns:
-            How many iterations of the epoch are done already.
+        Returns how many iterations of the epoch are done already.
         """
         samples, self._epoch_samples = self._epoch_samples, 0
         batch = batch_size_of(runner.train_dataloader) * runner.world_size
@@ -219,13 +219,8 @@ class EMAHook(Hook):  # type: ignore[misc]
                 samples = done * batch
                 checkpoints.save_and_stop(runner, self._sigterm, samples)
 
-        skips: int = samples // batch
-        if skips and not runners.can_skip(runner):
-            self._log.warning(
-                f'EMA: {type(runner.train_loop).__name__} begins the epoch '
-                f'again, of which {skips} iterations are done already.'
-            )
-            skips = 0
+        loop, can_skip = runner.train_loop, runners.can_skip(runner)
+        skips = skipped(samples // batch, loop, can_skip, self._log)
         if stops:
             self._sigterm.listen()
             spare_workers(runner.train_dataloader)
@@ -233,11 +228,6 @@ class EMAHook(Hook):  # type: ignore[misc]
                 spare_workers(runner.val_loop.dataloader)
         if skips or stops:
             runners.watch_iterations(runner, skips, after)
-        if skips:
-            self._log.info(
-                f'EMA: the first {skips} batches of the epoch are left out: '
-                f'they were trained before the file was written.'
-            )
         return skips
 
     def before_train_epoch(self, runner: Any) -> None:

@@ -76,11 +76,7 @@ def model_of(runner: Any) -> nn.Module:
 
 
 def refuse_strategy(runner: Any) -> None:
-    """Refuse what shards a model in a way that is not averaged.
-
-    Raises:
-        OptionError: If it is not FSDP2's.
-    """
+    """Refuse what shards a model in a way that is not averaged."""
     strategy = getattr(runner, 'strategy', None)
     kinds = {kind.__name__ for kind in type(strategy).__mro__}
     for name in ('DeepSpeedStrategy', 'ColossalAIStrategy'):
@@ -124,12 +120,7 @@ def schedulers_of(runner: Any) -> List[Any]:
 
 
 def facts_of(runner: Any, skips: int = 0) -> RunFacts:
-    """Return the training run as planned.
-
-    Args:
-        runner: The runner.
-        skips: Iterations of the epoch that are done already.
-    """
+    """Return the training run as planned; ``skips`` of its epoch are done."""
     counts = [getattr(w, '_accumulative_counts', 1) for w in _wrappers(runner)]
     loop, loader = runner.train_loop, runner.train_dataloader
     by_epoch = not hasattr(loop, 'dataloader_iterator')
@@ -169,11 +160,8 @@ def watch_iterations(
 ) -> None:
     """Be there when an iteration, with all of its hooks, is over.
 
-    Args:
-        runner: The runner.
-        skips: Batches that are left out first: they are trained already.
-        after: Is told how many iterations of the epoch are done; 0 where the
-            loop counts no epochs.
+    ``skips`` batches are left out first: they are trained already. ``after``
+    is told how many of the epoch are done; 0 where the loop counts none.
     """
     loop = runner.train_loop
     # one of an earlier training in this process

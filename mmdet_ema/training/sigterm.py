@@ -97,6 +97,25 @@ class Sigterm:
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
+def skipped(done: int, loop: Any, can_skip: bool, log: Any) -> int:
+    """Return how many batches to leave out of an epoch; ``done`` are trained.
+
+    None of them where the ``loop`` cannot begin in the middle of one.
+    """
+    if done and not can_skip:
+        log.warning(
+            f'EMA: {type(loop).__name__} begins the epoch again, of which '
+            f'{done} iterations are done already.'
+        )
+        return 0
+    if done:
+        log.info(
+            f'EMA: the first {done} batches of the epoch are left out: they '
+            f'were trained before the file was written.'
+        )
+    return done
+
+
 def spare_workers(loader: Any) -> None:
     """Let the workers of a loader live when their whole group gets SIGTERM.
 
