@@ -24,30 +24,11 @@ from mmengine.hooks import CheckpointHook, checkpoint_hook
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
-from mmdet_ema.checkpoint.deployed_config import (
-    TRAINING_CONFIG,
-    without_package,
-)
-from mmdet_ema.checkpoint.files import (
-    LOADS_SAFELY,
-    STATISTICS,
-    read_structure,
-    write_whole,
-)
-from mmdet_ema.checkpoint.folder import (
-    STOPPED,
-    RemovesLater,
-    newer_best,
-    remove_leftovers,
-    remove_stopped,
-)
+from mmdet_ema.checkpoint import deployed_config, files, weights_only
+from mmdet_ema.checkpoint import folder as folders
+from mmdet_ema.checkpoint.files import read_structure, write_whole
 from mmdet_ema.checkpoint.format import check_names, plain_name
-from mmdet_ema.checkpoint.weights_only import (
-    Codec,
-    foreign,
-    from_plain,
-    to_plain,
-)
+from mmdet_ema.checkpoint.weights_only import Codec
 from mmdet_ema.errors import CheckpointError
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
@@ -63,7 +44,7 @@ def allow_framework_types() -> None:
     A ``HistoryBuffer`` is pickled with its statistics methods, as
     ``getattr(HistoryBuffer, 'mean')``. An older torch needs no list.
     """
-    if not LOADS_SAFELY:
+    if not files.LOADS_SAFELY:
         return
     known: List[Any] = [HistoryBuffer, np.ndarray, np.dtype]
     known += {type(np.dtype(kind)) for kind in '?bBhHiIlLqQefdgFDGSU'}
@@ -83,7 +64,7 @@ def _statistics_method(owner: Any, name: str) -> Any:
     The real one would hand a malicious file any attribute of what is
     allow-listed.
     """
-    if owner is HistoryBuffer and name in STATISTICS:
+    if owner is HistoryBuffer and name in files.STATISTICS:
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(
         f'the file asks for the attribute {name!r} of {owner!r}, which a '
@@ -96,8 +77,8 @@ def save_safely(runner: Any) -> None:
     for hook in runner.hooks:
         backend = getattr(hook, 'file_backend', None)
         ready = isinstance(hook, CheckpointHook) and backend is not None
-        if ready and not isinstance(backend, RemovesLater):
-            hook.file_backend = RemovesLater(backend)
+        if ready and not isinstance(backend, folders.RemovesLater):
+            hook.file_backend = folders.RemovesLater(backend)
             _name_last_when_whole(hook)
     if 'save_checkpoint' in vars(runner):
         return
@@ -116,7 +97,7 @@ def save_safely(runner: Any) -> None:
             LocalBackend.put = before
         for hook in runner.hooks:
             backend = getattr(hook, 'file_backend', None)
-            if isinstance(backend, RemovesLater):
+            if isinstance(backend, folders.RemovesLater):
                 backend.finish()
 
     runner.save_checkpoint = save_whole
@@ -135,7 +116,7 @@ def tidy(runner: Any, log: Any) -> None:
         if not os.path.isdir(folder):
             continue  # of a server
         if is_main:
-            remove_leftovers([folder, runner.work_dir], log)
+            folders.remove_leftovers([folder, runner.work_dir], log)
         if not (runner._resume and runner.iter):
             continue
         names = hook.key_indicators if hook.save_best else []
@@ -144,7 +125,7 @@ def tidy(runner: Any, log: Any) -> None:
             keys = [f'best_ckpt{end}', f'best_score{end}']
             known = hub.runtime_info.get(keys[0])
             told = functools.partial(_info_of, keys=keys)
-            newer = newer_best(folder, known, runner.iter, told)
+            newer = folders.newer_best(folder, known, runner.iter, told)
             if newer is None:
                 continue
             for key, value in zip(keys, newer):
@@ -189,14 +170,13 @@ def _info_of(content: Any, keys: List[str]) -> List[Any]:
 def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
     """Write a file now, name it the last one, and end the process.
 
-    Args:
-        runner: The runner, between two iterations; all ranks come here.
-        sigterm: What they agreed by.
-        samples: Samples of the epoch that are trained already.
+    All ranks come here between two iterations, with ``samples`` of the epoch
+    trained.
     """
     hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
     hook = hooks[0] if hooks else CheckpointHook()
-    folder, name = hook.out_dir or runner.work_dir, STOPPED.format(runner.iter)
+    folder = hook.out_dir or runner.work_dir
+    name = folders.STOPPED.format(runner.iter)
     meta = dict(epoch=runner.epoch, iter=runner.iter)
     if samples:
         meta[EPOCH_SAMPLES] = samples
@@ -234,7 +214,7 @@ def _name_last_when_whole(hook: Any) -> None:
         finally:
             del checkpoint_hook.open
         if is_main_process() and os.path.isdir(hook.out_dir):
-            remove_stopped(hook.out_dir)
+            folders.remove_stopped(hook.out_dir)
 
     hook._save_checkpoint_with_step = save_and_name
 
@@ -261,17 +241,14 @@ def deploy_config(
 ) -> None:
     """Let a file hold the config of the deployed model, in place.
 
-    Args:
-        checkpoint: What is to be saved.
-        config: The config of the run.
-        known: The texts that were made before: formatting one takes seconds.
+    ``known`` has the texts that were made before: making one takes seconds.
     """
     text = checkpoint.get('meta', {}).get('cfg')
     if not isinstance(text, str) or not isinstance(config, Config):
         return
     if text not in known:
-        known[text] = without_package(config).pretty_text
-    deployed = {TRAINING_CONFIG: text, 'cfg': known[text]}
+        known[text] = deployed_config.without_package(config).pretty_text
+    deployed = {deployed_config.TRAINING_CONFIG: text, 'cfg': known[text]}
     checkpoint['meta'] = {**checkpoint['meta'], **deployed}
     info = checkpoint.get('message_hub', {}).get('runtime_info', {})
     if 'cfg' in info:  # tools look here first
@@ -281,14 +258,14 @@ def deploy_config(
 def make_plain(checkpoint: Checkpoint, log: Any) -> None:
     """Make everything in a checkpoint plain; warn of what cannot be so."""
     meta = checkpoint.get('meta', {})
-    data_set = to_plain(meta.get('dataset_meta'), [])
+    data_set = weights_only.to_plain(meta.get('dataset_meta'), [])
     for key, value in checkpoint.items():
         if key not in _WEIGHTS:
-            checkpoint[key] = to_plain(value, _CODECS)
+            checkpoint[key] = weights_only.to_plain(value, _CODECS)
     if 'dataset_meta' in meta:
         # tools read it without our hook, and need what the data set gave
         checkpoint['meta']['dataset_meta'] = data_set
-    left = foreign(dict(checkpoint))
+    left = weights_only.foreign(dict(checkpoint))
     if left:
         log.warning(
             f'EMA: the checkpoint holds {", ".join(left)}; to read it with '
@@ -298,16 +275,11 @@ def make_plain(checkpoint: Checkpoint, log: Any) -> None:
 
 
 def unmake(checkpoint: Checkpoint) -> None:
-    """Make a checkpoint again what mmengine expects, in place.
-
-    Raises:
-        CheckpointError: If something in it is damaged.
-    """
-    for key, value in checkpoint.items():
-        if key in _WEIGHTS:
-            continue
+    """Make a checkpoint again what mmengine expects, in place."""
+    for key in [x for x in checkpoint if x not in _WEIGHTS]:
         try:
-            checkpoint[key] = from_plain(value, _CODECS)
+            plain = checkpoint[key]
+            checkpoint[key] = weights_only.from_plain(plain, _CODECS)
         except Exception as error:  # damaged values can raise anything
             raise CheckpointError(
                 f'{key!r} of the checkpoint is damaged '
@@ -315,7 +287,8 @@ def unmake(checkpoint: Checkpoint) -> None:
             ) from None
     meta, hub = checkpoint.get('meta'), checkpoint.get('message_hub')
     info = hub.get('runtime_info') if isinstance(hub, dict) else None
-    text = meta.get(TRAINING_CONFIG) if isinstance(meta, dict) else None
+    key = deployed_config.TRAINING_CONFIG
+    text = meta.get(key) if isinstance(meta, dict) else None
     if isinstance(info, dict) and isinstance(text, str):
         info['cfg'] = text  # a run that goes on is not of the deployed model
 
@@ -323,9 +296,7 @@ def unmake(checkpoint: Checkpoint) -> None:
 def refuse_foreign(checkpoint: Checkpoint, log: Any) -> None:
     """Refuse to resume from what mmengine's runner did not write.
 
-    Raises:
-        CheckpointError: If mmcv's runner wrote it, or it is damaged;
-            mmengine would stop later, with the weights loaded.
+    mmengine would stop later, with the weights loaded.
     """
     meta = checkpoint.get('meta')
     if isinstance(meta, dict) and 'hook_msgs' in meta:
@@ -350,9 +321,8 @@ def refuse_foreign(checkpoint: Checkpoint, log: Any) -> None:
             )
     found = checkpoint.get('param_schedulers', [])
     for states in found.values() if isinstance(found, dict) else [found]:
-        if not isinstance(states, list) or not all(
-            isinstance(x, dict) for x in states
-        ):
+        listed = isinstance(states, list)
+        if not listed or not all(isinstance(x, dict) for x in states):
             raise CheckpointError(
                 f"'param_schedulers' of the checkpoint is no list of states; "
                 f'{_DAMAGED}'
@@ -372,8 +342,7 @@ def strip_wrapper(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 def _encode_history(history: HistoryBuffer) -> Dict[str, Any]:
     values, counts = (torch.from_numpy(x.copy()) for x in history.data)
-    length = history.max_length
-    return {'values': values, 'counts': counts, 'max_length': length}
+    return dict(values=values, counts=counts, max_length=history.max_length)
 
 
 def _decode_history(plain: Dict[str, Any]) -> HistoryBuffer:
