@@ -130,19 +130,18 @@ class EMALifecycle:
 
         The model is unwrapped, the optimizers are those of now.
         """
-        if self.is_applied:
+        averager, changes, plan = self.averager, self._changes, self._plan
+        if averager is not None and averager.is_applied:
             self._log.warning(
                 'EMA: an evaluation left the averages in the model; training '
                 'goes on from the raw weights.'
             )
-            self.leave_evaluation()
-        if self._pending is not None or (
-            self.averager is None and has_begun(self.options, iteration, epoch)
-        ):
-            self._make_averager(model)
+            averager.restore()
+        begins = averager is None and has_begun(self.options, iteration, epoch)
+        if begins or self._pending is not None:
+            averager = self._make_averager(model)
         if not self._reported:
             self._report(model)
-        averager, changes, plan = self.averager, self._changes, self._plan
         if averager is None or changes is None or plan is None:
             return
         if not self._iterations:
@@ -493,7 +492,7 @@ class EMALifecycle:
         self._start, self._restarted, self._changed_at = None, 0, 0
         self._only_evaluates = only_evaluates
 
-    def _make_averager(self, model: nn.Module) -> None:
+    def _make_averager(self, model: nn.Module) -> WeightAverager:
         """Start the average: from the weights, or where the file left it."""
         part, self._pending = self._pending, None
         plan, options = self._plan, self.options
@@ -533,6 +532,7 @@ class EMALifecycle:
             averager.load_state_dict({**main, 'more': states}, strict=False)
         self._keep_start(averager, new=part is None)
         self._told_skipped = averager.known_skipped
+        return averager
 
     def _report(self, model: nn.Module) -> None:
         """Report in the first iteration: the tensors are known by then."""
