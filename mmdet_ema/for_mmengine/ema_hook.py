@@ -17,31 +17,14 @@ from mmdet_ema.averaging.averages import read_count
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.folder import readable
 from mmdet_ema.errors import OptionError, show
-from mmdet_ema.for_mmengine import checkpoints
+from mmdet_ema.for_mmengine import checkpoints, evaluation
 from mmdet_ema.for_mmengine import runner as runners
-from mmdet_ema.for_mmengine.evaluation import (
-    check_monitored,
-    evaluate_apart,
-    rename_history,
-    watch_loops,
-)
+from mmdet_ema.training import options as hook_options
+from mmdet_ema.training import sigterm
 from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
-from mmdet_ema.training.options import (
-    NAMES,
-    RAW,
-    Choice,
-    choose_rule,
-    parse_options,
-    show_options,
-)
+from mmdet_ema.training.options import NAMES, RAW, Choice, show_options
 from mmdet_ema.training.plan import batch_size_of, refuse_second
-from mmdet_ema.training.sigterm import (
-    EPOCH_SAMPLES,
-    Sigterm,
-    skipped,
-    spare_workers,
-)
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -140,7 +123,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def __init__(self, **options: Any):
         self.priority = options.pop('priority', self.priority)
         choice, options = _rule_of_ones_own(options)
-        checked = parse_options(choice, **options)
+        checked = hook_options.parse_options(choice, **options)
         self.enabled = checked.enabled
         self._log = runners.RunLog()
         self._life = EMALifecycle(checked, self._log)
@@ -151,7 +134,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
         self._evaluates = self._trained = False
-        self._sigterm = Sigterm(self._log)
+        self._sigterm = sigterm.Sigterm(self._log)
         self._epoch_samples = 0  # of the resumed file
 
     show_options(__init__)
@@ -169,10 +152,12 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._model = runners.model_of(runner)
         if self.enabled:
             runners.refuse_strategy(runner)
-            watch_loops(runner, self._life.passes, self._evaluating)
+            evaluation.watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
                 self._check_order(runner)
-                check_monitored(runner, self._life.options, self._log)
+                evaluation.check_monitored(
+                    runner, self._life.options, self._log
+                )
 
     def _check_file(self, runner: Any) -> None:
         """Look into the local file that will be loaded, if any."""
@@ -220,12 +205,12 @@ class EMAHook(Hook):  # type: ignore[misc]
                 checkpoints.save_and_stop(runner, self._sigterm, samples)
 
         loop, can_skip = runner.train_loop, runners.can_skip(runner)
-        skips = skipped(samples // batch, loop, can_skip, self._log)
+        skips = sigterm.skipped(samples // batch, loop, can_skip, self._log)
         if stops:
             self._sigterm.listen()
-            spare_workers(runner.train_dataloader)
+            sigterm.spare_workers(runner.train_dataloader)
             if runner.val_loop is not None:
-                spare_workers(runner.val_loop.dataloader)
+                sigterm.spare_workers(runner.val_loop.dataloader)
         if skips or stops:
             runners.watch_iterations(runner, skips, after)
         return skips
@@ -314,7 +299,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._model,
             runner.train_dataloader,
             functools.partial(runners.pass_forward, runner),
-            lambda: evaluate_apart(
+            lambda: evaluation.evaluate_apart(
                 runner, self._evaluating, deploy, 'recalibrate'
             ),
             functools.partial(runners.choose_by, runner),
@@ -391,11 +376,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         elif runner._resume:
             checkpoints.refuse_foreign(checkpoint, self._log)
             if RAW in self._life.passes[:-1]:
-                rename_history(checkpoint)
+                evaluation.rename_history(checkpoint)
             optimizers = runners.optimizers_of(runner)
             self._life.resume(checkpoint, model, optimizers)
             self._epoch_samples = read_count(
-                checkpoint['meta'], EPOCH_SAMPLES, 0
+                checkpoint['meta'], sigterm.EPOCH_SAMPLES, 0
             )
         else:
             self._life.fine_tune(checkpoint, model)
@@ -436,4 +421,4 @@ def _rule_of_ones_own(
             instance.steps.fill_(step - 1)
             instance.avg_func(average, raw, instance.steps)
 
-    return choose_rule(kind.__name__, rule), ours
+    return hook_options.choose_rule(kind.__name__, rule), ours
