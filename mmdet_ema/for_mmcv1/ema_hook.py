@@ -22,16 +22,11 @@ from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
+from mmdet_ema.training import sigterm
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import RAW, show_options
 from mmdet_ema.training.plan import check_begin, refuse_second
-from mmdet_ema.training.sigterm import (
-    EPOCH_SAMPLES,
-    Sigterm,
-    skipped,
-    spare_workers,
-)
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -149,7 +144,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         # iterations: of the last step that may be averaged, whose optimizer's
         # turn is over, that are in the file
         self._iteration = self._trained = self._saved_iteration = 0
-        self._sigterm = Sigterm(self.log)
+        self._sigterm = sigterm.Sigterm(self.log)
         # batches that are left out: they were trained before the resume
         self.skips = self._epoch_samples = 0
         self._resumed_from = ''
@@ -190,9 +185,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             watch_hooks(runner, self)
             if self.options.save_on_sigterm:
                 self._sigterm.listen()
-                spare_workers(self.train_loader)
+                sigterm.spare_workers(self.train_loader)
                 for hook in runner.hooks:
-                    spare_workers(getattr(hook, 'dataloader', None))
+                    sigterm.spare_workers(getattr(hook, 'dataloader', None))
         path = self._resume_from
         if path is not None and not runner.iter:
             runner.resume(path)
@@ -272,8 +267,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         optimizers = runners.optimizers_of(runner)
         self._life.resume(checkpoint, model, optimizers)
         meta = checkpoint.get('meta', {})
-        self._epoch_samples = read_count(meta, EPOCH_SAMPLES, 0)
-        meta.pop(EPOCH_SAMPLES, None)  # the runner takes it into later files
+        self._epoch_samples = read_count(meta, sigterm.EPOCH_SAMPLES, 0)
+        meta.pop(
+            sigterm.EPOCH_SAMPLES, None
+        )  # the runner takes it into later files
         self._config = mmcv1.take_program(checkpoint)
         self._resumed_from = filename
 
@@ -445,7 +442,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         facts = runners.facts_of(runner, self.train_loader)
         samples, self._epoch_samples = self._epoch_samples, 0
         done = samples // (facts.batch_size * facts.world_size)
-        self.skips = skipped(done, runner, runners.can_skip(runner), self.log)
+        self.skips = sigterm.skipped(
+            done, runner, runners.can_skip(runner), self.log
+        )
         self._steps_alone = not any(
             isinstance(hook, OptimizerHook) for hook in runner.hooks
         )

@@ -16,9 +16,9 @@ from typing import (
     Callable,
     ContextManager,
     Dict,
+    Iterable,
     List,
     Optional,
-    Sequence,
 )
 
 from torch.optim import Optimizer
@@ -44,7 +44,7 @@ def mark(
 
 
 def scale_weight_decay(
-    optimizers: Sequence[Optimizer], samples: int, log: Any
+    optimizers: Iterable[Any], samples: int, log: Any
 ) -> None:
     """Scale what is marked and not scaled to these samples yet.
 
