@@ -410,7 +410,10 @@ def parse_schedule(text: str) -> Schedule:
     name, inside = match.groups() if match else ('', '')
     try:
         pairs = [x.split('=') for x in inside.split(',') if x.strip()]
-        options = {key.strip(): _read_number(x) for key, x in pairs}
+        options: Dict[str, Any] = {
+            key.strip(): int(x) if x.strip().isdigit() else float(x)
+            for key, x in pairs
+        }
         name, _ = split_spec(name)
     except ValueError:
         raise OptionError(
@@ -423,11 +426,6 @@ def parse_schedule(text: str) -> Schedule:
         return schedule
     kappa = check_number('kappa', kappa, 0, math.inf, low_open=True)
     return to_the_power(schedule, kappa)
-
-
-def _read_number(text: str) -> Union[float, int]:
-    number = float(text)
-    return int(number) if text.strip().isdigit() else number
 
 
 def options_of(name: str) -> Dict[str, bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any
 
 from mmengine.hooks import Hook
 
@@ -61,7 +61,16 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
             max_iters=facts.max_iters,
             samples=facts.samples,
             log=runners.RunLog(),
-            others=_other_warmups(runner),
+            others={
+                value: [
+                    f'{type(s).__name__}(end={s.end})'
+                    for s in runners.schedulers_of(runner)
+                    if type(s).__name__ in [f'{x}{ending}' for x in _RISING]
+                    if s.begin == 0
+                    if s.end > (runner.epoch if s.by_epoch else runner.iter)
+                ]
+                for value, ending in _ENDINGS.items()
+            },
         )
 
     def before_train_iter(
@@ -74,17 +83,3 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
     def after_train(self, runner: Any) -> None:
         """Leave the optimizers alone."""
         self._warmup.stop()
-
-
-def _other_warmups(runner: Any) -> Dict[str, List[str]]:
-    """Name schedulers that raise the same values from the start."""
-    return {
-        value: [
-            f'{type(s).__name__}(end={s.end})'
-            for s in runners.schedulers_of(runner)
-            if type(s).__name__ in [f'{word}{ending}' for word in _RISING]
-            if s.begin == 0
-            if s.end > (runner.epoch if s.by_epoch else runner.iter)
-        ]
-        for value, ending in _ENDINGS.items()
-    }
