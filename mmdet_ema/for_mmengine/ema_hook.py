@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
@@ -19,11 +20,17 @@ from mmdet_ema.checkpoint.folder import readable
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmengine import checkpoints, evaluation
 from mmdet_ema.for_mmengine import runner as runners
-from mmdet_ema.training import options as hook_options
+from mmdet_ema.schedules import Schedule
 from mmdet_ema.training import sigterm
 from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
-from mmdet_ema.training.options import NAMES, RAW, Choice, show_options
+from mmdet_ema.training.options import (
+    NAMES,
+    RAW,
+    Choice,
+    parse_options,
+    show_options,
+)
 from mmdet_ema.training.plan import batch_size_of, refuse_second
 
 
@@ -123,7 +130,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def __init__(self, **options: Any):
         self.priority = options.pop('priority', self.priority)
         choice, options = _rule_of_ones_own(options)
-        checked = hook_options.parse_options(choice, **options)
+        checked = parse_options(choice, **options)
         self.enabled = checked.enabled
         self._log = runners.RunLog()
         self._life = EMALifecycle(checked, self._log)
@@ -155,9 +162,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             evaluation.watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
                 self._check_order(runner)
-                evaluation.check_monitored(
-                    runner, self._life.options, self._log
-                )
+                options = self._life.options
+                evaluation.check_monitored(runner, options, self._log)
 
     def _check_file(self, runner: Any) -> None:
         """Look into the local file that will be loaded, if any."""
@@ -421,4 +427,5 @@ def _rule_of_ones_own(
             instance.steps.fill_(step - 1)
             instance.avg_func(average, raw, instance.steps)
 
-    return hook_options.choose_rule(kind.__name__, rule), ours
+    schedule = Schedule(kind.__name__, lambda n: math.nan)  # it has no decay
+    return Choice(lambda planned: schedule, 1, (), rule), ours

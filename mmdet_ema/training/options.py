@@ -247,15 +247,6 @@ def show_options(init: Any, **more: Any) -> None:
     init.__signature__ = inspect.Signature(list(parameters.values()))
 
 
-def choose_rule(name: str, rule: Rule) -> Choice:
-    """Choose a user's own rule, and what to call it."""
-
-    def no_decay(n: int) -> float:
-        raise AssertionError('a rule has no decay')
-
-    return Choice(lambda planned: Schedule(name, no_decay), 1, (), rule)
-
-
 def _uses_compatible(options: Options) -> bool:
     """Return whether compatible options are given; refuse contradictions."""
     decay, tau, schedule = options.decay, options.tau, options.schedule
