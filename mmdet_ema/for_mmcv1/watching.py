@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import types
 from typing import Any, Callable, ContextManager, Dict
 
 import torch.distributed as dist
@@ -196,9 +195,7 @@ def _view_of(runner: Any, ema: Any) -> Any:
         runner.model = model
 
     parts = dict(model=property(get, put), __module__=kind.__module__)
-    view: Any = object.__new__(
-        types.new_class(kind.__name__, (kind,), {}, lambda x: x.update(parts))
-    )
+    view: Any = object.__new__(type(kind)(kind.__name__, (kind,), parts))
     view.__dict__ = runner.__dict__
     return view
 
