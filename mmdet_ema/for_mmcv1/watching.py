@@ -185,7 +185,7 @@ def _view_of(runner: Any, ema: Any) -> Any:
     It is the runner in all respects, but that the averages are put into the
     model when the hook takes it, at a moment that only the hook knows.
     """
-    kind = type(runner)
+    kind: Any = type(runner)
 
     def get(view: Any) -> Any:
         ema.on_model_taken(runner)
