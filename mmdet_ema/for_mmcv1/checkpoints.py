@@ -20,9 +20,10 @@ from mmcv.runner import CheckpointHook, EvalHook
 from mmcv.runner import checkpoint as mmcv_checkpoint
 
 from mmdet_ema.checkpoint import deployed_config, folder
-from mmdet_ema.checkpoint.files import read_structure, write_whole
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
-from mmdet_ema.for_mmcv1.runner import wrap_once
+from mmdet_ema.training import saving
+from mmdet_ema.training.saving import wrap_once
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Method = Callable[..., Any]
@@ -161,26 +162,13 @@ def save_whole(runner: Any, method: Method, *args: Any, **kwargs: Any) -> None:
     links = os.name == 'posix' and call.arguments.get('create_symlink', False)
     if links:
         call.arguments['create_symlink'] = False
-    written = ''
-
-    def put_whole(backend: Any, content: bytes, path: Any) -> None:
-        nonlocal written
-        written = str(path)
-        write_whole(written, content)
-
-    put = HardDiskBackend.put
-    HardDiskBackend.put = put_whole
-    try:
+    with saving.moving_into_place(
+        HardDiskBackend, runner.hooks, 'file_client'
+    ) as written:
         method(*call.args, **call.kwargs)
-    finally:
-        HardDiskBackend.put = put
-    if links and written:
-        place, name = os.path.split(written)
-        folder.link_whole(name, os.path.join(place, 'latest.pth'))
-    for hook in runner.hooks:
-        client = getattr(hook, 'file_client', None)
-        if isinstance(client, folder.RemovesLater):
-            client.finish()
+        if links and written:
+            place, name = os.path.split(written[-1])
+            folder.link_whole(name, os.path.join(place, 'latest.pth'))
 
 
 def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
@@ -201,15 +189,6 @@ def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
     sigterm.stop(os.path.join(place, name))
 
 
-def remove_later(runner: Any) -> None:
-    """Let ``EvalHook`` remove the last best file when the next is written."""
-    for hook in runner.hooks:
-        client = getattr(hook, 'file_client', None)
-        ready = isinstance(hook, EvalHook) and client is not None
-        if ready and not isinstance(client, folder.RemovesLater):
-            hook.file_client = folder.RemovesLater(client)
-
-
 def tidy(runner: Any, log: Any) -> None:
     """Tidy up after a run that was killed between two of its files."""
     places = {getattr(hook, 'out_dir', None) for hook in runner.hooks}
@@ -224,16 +203,10 @@ def tidy(runner: Any, log: Any) -> None:
         place = hook.out_dir or runner.work_dir
         if not place or not os.path.isdir(place):
             continue
-        newer = folder.newer_best(place, known, runner.iter, _best_of)
+        newer = saving.take_newer_best(runner, place, known, _best_of, log)
         if newer is not None:
             told.update(best_ckpt=newer[0], best_score=newer[1])
             hook.best_ckpt_path = newer[0]
-            log.info(
-                f'EMA: {newer[0]} (score {newer[1]:.4f}) was written after '
-                f'the file that is resumed: it is the best one.'
-            )
-            if known and runner.rank == 0 and os.path.isfile(known):
-                os.unlink(known)
 
 
 def _best_of(content: Any) -> Tuple[str, float]:

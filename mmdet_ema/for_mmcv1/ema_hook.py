@@ -22,7 +22,7 @@ from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
-from mmdet_ema.training import sigterm
+from mmdet_ema.training import saving, sigterm
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import RAW, show_options
@@ -437,7 +437,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             return
         self._started = True
         if self.options.safe_save:
-            checkpoints.remove_later(runner)
+            # EvalHook removes the last best file before it writes the next
+            hooks = [x for x in runner.hooks if isinstance(x, EvalHook)]
+            saving.remove_later(hooks, 'file_client')
             checkpoints.tidy(runner, self.log)
         facts = runners.facts_of(runner, self.train_loader)
         samples, self._epoch_samples = self._epoch_samples, 0

@@ -30,6 +30,7 @@ from mmdet_ema.checkpoint.files import read_structure, write_whole
 from mmdet_ema.checkpoint.format import check_names, plain_name
 from mmdet_ema.checkpoint.weights_only import Codec
 from mmdet_ema.errors import CheckpointError
+from mmdet_ema.training import saving
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Checkpoint = MutableMapping[str, Any]
@@ -74,33 +75,18 @@ def _statistics_method(owner: Any, name: str) -> Any:
 
 def save_safely(runner: Any) -> None:
     """Let a runner move its files into place, and remove old ones then."""
-    for hook in runner.hooks:
-        backend = getattr(hook, 'file_backend', None)
-        ready = isinstance(hook, CheckpointHook) and backend is not None
-        if ready and not isinstance(backend, folders.RemovesLater):
-            hook.file_backend = folders.RemovesLater(backend)
+    hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
+    backend = 'file_backend'
+    saving.remove_later(hooks, backend)
+    for hook in hooks:
+        if hasattr(hook, backend):
             _name_last_when_whole(hook)
-    if 'save_checkpoint' in vars(runner):
-        return
-    save = runner.save_checkpoint
 
-    def put(backend: Any, content: bytes, path: Any) -> None:
-        write_whole(str(path), content)
-
-    @functools.wraps(save)
-    def save_whole(*args: Any, **kwargs: Any) -> None:
-        before = LocalBackend.put
-        LocalBackend.put = put
-        try:
+    def save_whole(save: Any, *args: Any, **kwargs: Any) -> None:
+        with saving.moving_into_place(LocalBackend, runner.hooks, backend):
             save(*args, **kwargs)
-        finally:
-            LocalBackend.put = before
-        for hook in runner.hooks:
-            backend = getattr(hook, 'file_backend', None)
-            if isinstance(backend, folders.RemovesLater):
-                backend.finish()
 
-    runner.save_checkpoint = save_whole
+    saving.wrap_once(runner, 'save_checkpoint', save_whole)
 
 
 def tidy(runner: Any, log: Any) -> None:
@@ -125,17 +111,9 @@ def tidy(runner: Any, log: Any) -> None:
             keys = [f'best_ckpt{end}', f'best_score{end}']
             known = hub.runtime_info.get(keys[0])
             told = functools.partial(_info_of, keys=keys)
-            newer = folders.newer_best(folder, known, runner.iter, told)
-            if newer is None:
-                continue
-            for key, value in zip(keys, newer):
+            newer = saving.take_newer_best(runner, folder, known, told, log)
+            for key, value in zip(keys, newer or ()):
                 hub.update_info(key, value)
-            log.info(
-                f'EMA: {newer[0]} (score {newer[1]:.4f}) was written after '
-                f'the file that is resumed: it is the best one.'
-            )
-            if known and is_main and os.path.isfile(known):
-                os.unlink(known)
         if hook.max_keep_ckpts > 0 and is_main:
             kept = hub.runtime_info.get('keep_ckpt_ids', [])
             _remove_unkept(folder, hook.filename_tmpl, kept, log)
@@ -201,12 +179,8 @@ def _name_last_when_whole(hook: Any) -> None:
 
     The hook truncates it before it writes the name.
     """
-    if '_save_checkpoint_with_step' in vars(hook):
-        return
-    save = hook._save_checkpoint_with_step
 
-    @functools.wraps(save)
-    def save_and_name(*args: Any, **kwargs: Any) -> None:
+    def save_and_name(save: Any, *args: Any, **kwargs: Any) -> None:
         checkpoint_hook.open = _open_whole
         try:
             with hook.file_backend.held():
@@ -216,7 +190,7 @@ def _name_last_when_whole(hook: Any) -> None:
         if is_main_process() and os.path.isdir(hook.out_dir):
             folders.remove_stopped(hook.out_dir)
 
-    hook._save_checkpoint_with_step = save_and_name
+    saving.wrap_once(hook, '_save_checkpoint_with_step', save_and_name)
 
 
 def _open_whole(path: str, mode: str = 'r', *more: Any, **named: Any) -> Any:

@@ -25,6 +25,7 @@ from mmdet_ema.averaging.shards import sharded_modules
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
 from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
+from mmdet_ema.training.saving import wrap_once
 
 # the loops, and what a subclass may not change of them
 _OWN_LOOPS = {
@@ -50,13 +51,8 @@ def show_distance(runner: Any) -> None:
 
     mmengine rounds to four places, and an average may be nearer than that.
     """
-    processor = runner.log_processor
-    if 'get_log_after_iter' in vars(processor):
-        return
-    get = processor.get_log_after_iter
 
-    @functools.wraps(get)
-    def get_with_digits(*args: Any, **kwargs: Any) -> Any:
+    def get_with_digits(get: Any, *args: Any, **kwargs: Any) -> Any:
         values, line = get(*args, **kwargs)
         distance = values.get('ema_distance')
         if distance is not None:
@@ -64,7 +60,7 @@ def show_distance(runner: Any) -> None:
             line = re.sub(r'ema_distance: [^ ]+', shown, line)
         return values, line
 
-    processor.get_log_after_iter = get_with_digits
+    wrap_once(runner.log_processor, 'get_log_after_iter', get_with_digits)
 
 
 def model_of(runner: Any) -> nn.Module:
