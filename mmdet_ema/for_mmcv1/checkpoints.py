@@ -23,6 +23,7 @@ from mmdet_ema.checkpoint import deployed_config, folder
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
 from mmdet_ema.training import saving
+from mmdet_ema.training.no_trace import replacing
 from mmdet_ema.training.saving import wrap_once
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
@@ -92,11 +93,8 @@ def reading_through(prepare: Callable[[Any], None]) -> Iterator[None]:
         prepare(checkpoint)
         return checkpoint
 
-    mmcv_checkpoint._load_checkpoint = read_and_prepare
-    try:
+    with replacing(mmcv_checkpoint, '_load_checkpoint', read_and_prepare):
         yield
-    finally:
-        mmcv_checkpoint._load_checkpoint = read
 
 
 @contextlib.contextmanager

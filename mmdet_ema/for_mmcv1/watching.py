@@ -25,7 +25,7 @@ from mmdet_ema.checkpoint.folder import remove_stopped
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmcv1.checkpoints import save_whole, watch_loading
 from mmdet_ema.training import metrics
-from mmdet_ema.training.no_trace import same_randomness
+from mmdet_ema.training.no_trace import replacing, same_randomness
 from mmdet_ema.training.saving import wrap_once
 
 _TRAINS = ('before_train_epoch', 'before_train_iter')
@@ -261,11 +261,8 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
         """
         if not by_other or hook.save_best is None:
             return method(*args, **kwargs)
-        hook.save_best = None
-        try:
+        with replacing(hook, 'save_best', None):
             method(*args, **kwargs)
-        finally:
-            hook.save_best = best
         if others and best not in others:
             raise OptionError(
                 f'save_best={show(best)} is not among the metrics of the '
@@ -287,16 +284,15 @@ def _metrics_apart(
     hook: Any, evaluate: Callable[[], Any], runner: Any
 ) -> Dict[str, Any]:
     """Evaluate what the model holds; nothing is logged or saved."""
-    buffer, best = runner.log_buffer, hook.save_best
+    buffer = runner.log_buffer
     before, ready = dict(buffer.output), buffer.ready
     buffer.output.clear()
-    hook.save_best = None
     try:
-        with same_randomness():
+        with same_randomness(), replacing(hook, 'save_best', None):
             evaluate()
         found = dict(buffer.output)
     finally:
-        hook.save_best, buffer.ready = best, ready
+        buffer.ready = ready
         buffer.output.clear()
         buffer.output.update(before)
     if runner.world_size > 1:

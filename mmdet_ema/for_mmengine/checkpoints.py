@@ -31,6 +31,7 @@ from mmdet_ema.checkpoint.format import check_names, plain_name
 from mmdet_ema.checkpoint.weights_only import Codec
 from mmdet_ema.errors import CheckpointError
 from mmdet_ema.training import saving
+from mmdet_ema.training.no_trace import replacing
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Checkpoint = MutableMapping[str, Any]
@@ -181,12 +182,9 @@ def _name_last_when_whole(hook: Any) -> None:
     """
 
     def save_and_name(save: Any, *args: Any, **kwargs: Any) -> None:
-        checkpoint_hook.open = _open_whole
-        try:
-            with hook.file_backend.held():
-                save(*args, **kwargs)
-        finally:
-            del checkpoint_hook.open
+        opening = replacing(checkpoint_hook, 'open', _open_whole)
+        with opening, hook.file_backend.held():
+            save(*args, **kwargs)
         if is_main_process() and os.path.isdir(hook.out_dir):
             folders.remove_stopped(hook.out_dir)
 

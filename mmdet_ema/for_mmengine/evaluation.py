@@ -21,7 +21,7 @@ from mmengine.runner import BaseLoop
 from mmdet_ema.for_mmengine.runner import model_of, schedulers_of
 from mmdet_ema.training import metrics as names_of_metrics
 from mmdet_ema.training.metrics import add_metrics, named
-from mmdet_ema.training.no_trace import leaving_no_trace
+from mmdet_ema.training.no_trace import leaving_no_trace, replacing
 from mmdet_ema.training.options import Options
 
 _ENDS = {
@@ -164,34 +164,27 @@ def _telling(
     chooses the best file, is not called. One that was told that the pass
     begins is told that it ends.
     """
-    own, call_hook = vars(runner).get('call_hook'), runner.call_hook
-    numbers = itertools.count()
+    call_hook, numbers = runner.call_hook, itertools.count()
 
     def call(stage: str, **kwargs: Any) -> None:
         metrics, begins = kwargs.get('metrics'), _ENDS.get(stage)
         if begins and name:
             kwargs['metrics'] = found = named(metrics or {}, name)
             add_metrics(kept[next(numbers)], found)
-            hooks = runner._hooks
-            runner._hooks = [
-                hook for hook in hooks if begins in hook.get_triggered_stages()
+            hooks = [
+                hook
+                for hook in runner._hooks
+                if begins in hook.get_triggered_stages()
             ]
-            try:
+            with replacing(runner, '_hooks', hooks):
                 call_hook(stage, **kwargs)
-            finally:
-                runner._hooks = hooks
             return
         if begins and isinstance(metrics, dict):
             add_metrics(metrics, kept[next(numbers)])
         call_hook(stage, **kwargs)
 
-    runner.call_hook = call
-    try:
+    with replacing(runner, 'call_hook', call):
         yield
-    finally:
-        del runner.call_hook
-        if own is not None:
-            runner.call_hook = own
 
 
 @contextlib.contextmanager
@@ -235,8 +228,7 @@ def evaluate_apart(
                 found.update(kwargs.get('metrics') or {})
             call_hook(stage, **kwargs)
 
-        runner.call_hook = call
-        with evaluating(weights):
+        with evaluating(weights), replacing(runner, 'call_hook', call):
             # once, not once a set
             getattr(loop.run, '__wrapped__', loop.run)()
     return {k: x for k, x in found.items() if isinstance(x, Real)}

@@ -11,6 +11,7 @@ from typing import Any, Callable, Iterable, Iterator, List, Optional
 
 from mmdet_ema.checkpoint.files import write_whole
 from mmdet_ema.checkpoint.folder import RemovesLater, newer_best
+from mmdet_ema.training.no_trace import replacing
 
 _MARK = '_mmdet_ema_wrapped'
 
@@ -57,11 +58,8 @@ def moving_into_place(
         write_whole(str(path), content)
         written.append(str(path))
 
-    before, kind.put = kind.put, put
-    try:
+    with replacing(kind, 'put', put):
         yield written
-    finally:
-        kind.put = before
     for hook in hooks:
         found = getattr(hook, backend, None)
         if isinstance(found, RemovesLater):
