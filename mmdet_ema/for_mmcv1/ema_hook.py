@@ -268,9 +268,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._life.resume(checkpoint, model, optimizers)
         meta = checkpoint.get('meta', {})
         self._epoch_samples = read_count(meta, sigterm.EPOCH_SAMPLES, 0)
-        meta.pop(
-            sigterm.EPOCH_SAMPLES, None
-        )  # the runner takes it into later files
+        # the runner would take it into later files
+        meta.pop(sigterm.EPOCH_SAMPLES, None)
         self._config = mmcv1.take_program(checkpoint)
         self._resumed_from = filename
 
@@ -337,7 +336,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def show_raw(self) -> None:
         """Put the raw weights back, if the averages are in the model."""
-        written = any(p._version != n for p, n in self._versions.items())
+        before, self._versions = self._versions, {}
+        written = any(p._version != n for p, n in before.items())
         if self._life.is_applied and written:
             self.log.warning(
                 'EMA: a hook changed parameters while the averages were in '
@@ -345,7 +345,6 @@ class EMAHook(Hook):  # type: ignore[misc]
                 'lost now. Change them in before_train_epoch or '
                 'after_train_iter.'
             )
-        self._versions = {}
         self._life.leave_evaluation()
 
     @contextlib.contextmanager
@@ -436,22 +435,22 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self._started:
             return
         self._started = True
+        hooks = runner.hooks
         if self.options.safe_save:
-            # EvalHook removes the last best file before it writes the next
-            hooks = [x for x in runner.hooks if isinstance(x, EvalHook)]
-            saving.remove_later(hooks, 'file_client')
+            # it removes the last best file before it writes the next
+            evaluates = [x for x in hooks if isinstance(x, EvalHook)]
+            saving.remove_later(evaluates, 'file_client')
             checkpoints.tidy(runner, self.log)
         facts = runners.facts_of(runner, self.train_loader)
         samples, self._epoch_samples = self._epoch_samples, 0
         done = samples // (facts.batch_size * facts.world_size)
-        self.skips = sigterm.skipped(
-            done, runner, runners.can_skip(runner), self.log
-        )
+        can_skip = runners.can_skip(runner)
+        self.skips = sigterm.skipped(done, runner, can_skip, self.log)
         self._steps_alone = not any(
-            isinstance(hook, OptimizerHook) for hook in runner.hooks
+            isinstance(x, OptimizerHook) for x in hooks
         )
-        optimizers = runners.optimizers_of(runner)
-        self._life.start(runners.model_of(runner), facts, optimizers)
+        model = runners.model_of(runner)
+        self._life.start(model, facts, runners.optimizers_of(runner))
 
     def _show(self, runner: Any) -> None:
         if self._life.is_applied:

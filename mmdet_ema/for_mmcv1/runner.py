@@ -58,12 +58,7 @@ def choose_by(hook: Any, metrics: Mapping[str, Any]) -> Tuple[str, bool]:
 
 
 def facts_of(runner: Any, loader: Any = None) -> RunFacts:
-    """Return the training run as planned.
-
-    Args:
-        runner: The runner.
-        loader: What it trains on; None for what it reads from now.
-    """
+    """Return the run as planned; it trains on ``loader``, or what it reads."""
     by_epoch = runner.max_epochs is not None
     counts = [getattr(hook, 'cumulative_iters', 1) for hook in runner.hooks]
     loader = getattr(runner, 'data_loader', None) if loader is None else loader

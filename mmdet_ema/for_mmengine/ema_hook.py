@@ -295,12 +295,11 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def _recalibrate(self, runner: Any, by_epoch: bool) -> None:
         """Estimate statistics again, before the last file is written."""
-        if not (self.enabled and self._life.options.recalibrate):
-            return  # most runs, in every iteration
-        if not runners.ends(runner, by_epoch):
+        options = self._life.options
+        if not options.recalibrate or not runners.ends(runner, by_epoch):
             return
         self._life.after_iteration(self._iteration)
-        deploy = self._life.options.deploy
+        deploy = options.deploy
         self._life.recalibrate(
             self._model,
             runner.train_dataloader,
