@@ -48,17 +48,13 @@ _IDLE = 50
 
 
 class EMALifecycle:
-    """The life of one average inside a trainer.
-
-    Attributes:
-        averager: The averager, from the first iteration that counts on, or
-            that of a file that is evaluated.
-        passes: The sets of weights that are evaluated, the main one last.
-    """
+    """The life of one average inside a trainer."""
 
     def __init__(self, options: Options, log: Any):
         self.options = options
+        # the sets of weights that are evaluated, the main one last
         self.passes = options.passes
+        # from the first iteration that counts on, or of an evaluated file
         self.averager: Optional[WeightAverager] = None
         self._log = log
         self._estimates = 0

@@ -27,19 +27,12 @@ _SIZES = ('s', 'm', 'l')
 
 @dataclass(frozen=True)
 class Choice:
-    """What the options say of the decay.
+    """What the options say of the decay."""
 
-    Attributes:
-        make: Makes the schedule, given the steps that are planned.
-        phase: Which step of an interval updates.
-        no_effect: Sentences on options that change nothing.
-        rule: Updates one average instead of the schedule.
-    """
-
-    make: Callable[[int], Schedule]
-    phase: int = 0
-    no_effect: Tuple[str, ...] = ()
-    rule: Optional[Rule] = None
+    make: Callable[[int], Schedule]  # given the steps that are planned
+    phase: int = 0  # which step of an interval updates
+    no_effect: Tuple[str, ...] = ()  # sentences on what changes nothing
+    rule: Optional[Rule] = None  # updates one average without a schedule
 
 
 def _option(

@@ -72,11 +72,7 @@ class Sigterm:
         return stops
 
     def stop(self, path: str) -> None:
-        """End the process, once every rank comes here.
-
-        Raises:
-            SystemExit: With the status of a process that SIGTERM ended.
-        """
+        """End the process, once every rank comes here."""
         if self._group is not None:
             self._work.wait()
             dist.barrier(self._group)  # the first one to leave ends the job
