@@ -13,7 +13,7 @@ import functools
 import io
 import os
 import pickle
-from typing import Any, Dict, List, MutableMapping
+from typing import Any, Dict, Iterator, List, MutableMapping
 
 import numpy as np
 import torch
@@ -191,21 +191,16 @@ def _name_last_when_whole(hook: Any) -> None:
     saving.wrap_once(hook, '_save_checkpoint_with_step', save_and_name)
 
 
-def _open_whole(path: str, mode: str = 'r', *more: Any, **named: Any) -> Any:
-    return _Whole(path) if mode == 'w' else open(path, mode, *more, **named)
-
-
-class _Whole(io.StringIO):
-    """A text file that is moved into place when all of it is written."""
-
-    def __init__(self, path: str):
-        super().__init__()
-        self._path = path
-
-    def __exit__(self, kind: Any, *error: Any) -> None:
-        if kind is None:
-            write_whole(self._path, self.getvalue().encode())
-        super().__exit__(kind, *error)
+@contextlib.contextmanager
+def _open_whole(path: str, mode: str = 'r', **named: Any) -> Iterator[Any]:
+    """Open a text file; one to write is moved into place when it is whole."""
+    if mode != 'w':
+        with open(path, mode, **named) as file:
+            yield file
+    else:
+        text = io.StringIO()
+        yield text
+        write_whole(path, text.getvalue().encode())
 
 
 def deploy_config(
