@@ -22,9 +22,8 @@ from mmcv.runner import checkpoint as mmcv_checkpoint
 from mmdet_ema.checkpoint import deployed_config, folder
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
-from mmdet_ema.training import saving
-from mmdet_ema.training.no_trace import replacing
-from mmdet_ema.training.saving import wrap_once
+from mmdet_ema.training import patches
+from mmdet_ema.training.patches import replacing, wrap_once
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Method = Callable[..., Any]
@@ -160,7 +159,7 @@ def save_whole(runner: Any, method: Method, *args: Any, **kwargs: Any) -> None:
     links = os.name == 'posix' and call.arguments.get('create_symlink', False)
     if links:
         call.arguments['create_symlink'] = False
-    with saving.moving_into_place(
+    with patches.moving_into_place(
         HardDiskBackend, runner.hooks, 'file_client'
     ) as written:
         method(*call.args, **call.kwargs)
@@ -201,7 +200,7 @@ def tidy(runner: Any, log: Any) -> None:
         place = hook.out_dir or runner.work_dir
         if not place or not os.path.isdir(place):
             continue
-        newer = saving.take_newer_best(runner, place, known, _best_of, log)
+        newer = patches.take_newer_best(runner, place, known, _best_of, log)
         if newer is not None:
             told.update(best_ckpt=newer[0], best_score=newer[1])
             hook.best_ckpt_path = newer[0]

@@ -22,7 +22,7 @@ from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
-from mmdet_ema.training import saving, sigterm
+from mmdet_ema.training import patches, sigterm
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import RAW, show_options
@@ -439,7 +439,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self.options.safe_save:
             # it removes the last best file before it writes the next
             evaluates = [x for x in hooks if isinstance(x, EvalHook)]
-            saving.remove_later(evaluates, 'file_client')
+            patches.remove_later(evaluates, 'file_client')
             checkpoints.tidy(runner, self.log)
         facts = runners.facts_of(runner, self.train_loader)
         samples, self._epoch_samples = self._epoch_samples, 0

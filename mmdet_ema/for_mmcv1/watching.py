@@ -25,8 +25,8 @@ from mmdet_ema.checkpoint.folder import remove_stopped
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmcv1.checkpoints import save_whole, watch_loading
 from mmdet_ema.training import metrics
-from mmdet_ema.training.no_trace import replacing, same_randomness
-from mmdet_ema.training.saving import wrap_once
+from mmdet_ema.training.no_trace import same_randomness
+from mmdet_ema.training.patches import replacing, wrap_once
 
 _TRAINS = ('before_train_epoch', 'before_train_iter')
 _EPOCH_IS_OVER = ('after_train_epoch', 'after_epoch', 'after_run')

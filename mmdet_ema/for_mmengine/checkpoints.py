@@ -30,8 +30,8 @@ from mmdet_ema.checkpoint.files import read_structure, write_whole
 from mmdet_ema.checkpoint.format import check_names, plain_name
 from mmdet_ema.checkpoint.weights_only import Codec
 from mmdet_ema.errors import CheckpointError
-from mmdet_ema.training import saving
-from mmdet_ema.training.no_trace import replacing
+from mmdet_ema.training import patches
+from mmdet_ema.training.patches import replacing
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Checkpoint = MutableMapping[str, Any]
@@ -78,16 +78,16 @@ def save_safely(runner: Any) -> None:
     """Let a runner move its files into place, and remove old ones then."""
     hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
     backend = 'file_backend'
-    saving.remove_later(hooks, backend)
+    patches.remove_later(hooks, backend)
     for hook in hooks:
         if hasattr(hook, backend):
             _name_last_when_whole(hook)
 
     def save_whole(save: Any, *args: Any, **kwargs: Any) -> None:
-        with saving.moving_into_place(LocalBackend, runner.hooks, backend):
+        with patches.moving_into_place(LocalBackend, runner.hooks, backend):
             save(*args, **kwargs)
 
-    saving.wrap_once(runner, 'save_checkpoint', save_whole)
+    patches.wrap_once(runner, 'save_checkpoint', save_whole)
 
 
 def tidy(runner: Any, log: Any) -> None:
@@ -112,7 +112,7 @@ def tidy(runner: Any, log: Any) -> None:
             keys = [f'best_ckpt{end}', f'best_score{end}']
             known = hub.runtime_info.get(keys[0])
             told = functools.partial(_info_of, keys=keys)
-            newer = saving.take_newer_best(runner, folder, known, told, log)
+            newer = patches.take_newer_best(runner, folder, known, told, log)
             for key, value in zip(keys, newer or ()):
                 hub.update_info(key, value)
         if hook.max_keep_ckpts > 0 and is_main:
@@ -188,7 +188,7 @@ def _name_last_when_whole(hook: Any) -> None:
         if is_main_process() and os.path.isdir(hook.out_dir):
             folders.remove_stopped(hook.out_dir)
 
-    saving.wrap_once(hook, '_save_checkpoint_with_step', save_and_name)
+    patches.wrap_once(hook, '_save_checkpoint_with_step', save_and_name)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from mmengine.runner import BaseLoop
 from mmdet_ema.for_mmengine.runner import model_of, schedulers_of
 from mmdet_ema.training import metrics as names_of_metrics
 from mmdet_ema.training.metrics import add_metrics, named
-from mmdet_ema.training.no_trace import leaving_no_trace, replacing
+from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import Options
+from mmdet_ema.training.patches import replacing
 
 _ENDS = {
     'after_val_epoch': 'before_val_epoch',

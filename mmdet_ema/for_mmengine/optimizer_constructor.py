@@ -11,7 +11,7 @@ from torch import nn
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmengine.runner import RunLog
 from mmdet_ema.optimizers.construction import Construction
-from mmdet_ema.training.no_trace import replacing
+from mmdet_ema.training.patches import replacing
 
 
 class EMAOptimizerConstructor(DefaultOptimWrapperConstructor):  # type: ignore[misc]

@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 from mmdet_ema.averaging.shards import sharded_modules
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
+from mmdet_ema.training.patches import wrap_once
 from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
-from mmdet_ema.training.saving import wrap_once
 
 # the loops, and what a subclass may not change of them
 _OWN_LOOPS = {

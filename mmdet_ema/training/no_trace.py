@@ -5,26 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import OrderedDict, defaultdict, deque
-from typing import Any, Iterator
+from typing import Iterator
 
 import torch
 from torch import nn
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
-
-
-@contextlib.contextmanager
-def replacing(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let an object have another attribute in the body."""
-    was_own, before = name in vars(owner), getattr(owner, name, None)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if was_own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
 
 
 @contextlib.contextmanager

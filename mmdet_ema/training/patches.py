@@ -1,4 +1,4 @@
-"""What both generations do when a run saves, on the run's own objects."""
+"""What both generations change on the objects of a run: how it saves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, Callable, Iterable, Iterator, List, Optional
 
 from mmdet_ema.checkpoint.files import write_whole
 from mmdet_ema.checkpoint.folder import RemovesLater, newer_best
-from mmdet_ema.training.no_trace import replacing
 
 _MARK = '_mmdet_ema_wrapped'
 
@@ -34,6 +33,20 @@ def wrap_once(owner: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(wrapped, _MARK, True)
     new = types.MethodType(wrapped, owner) if bound else wrapped
     setattr(owner, name, new)
+
+
+@contextlib.contextmanager
+def replacing(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an object have another attribute in the body."""
+    was_own, before = name in vars(owner), getattr(owner, name, None)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if was_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 def remove_later(hooks: Iterable[Any], backend: str) -> None:
