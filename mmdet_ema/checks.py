@@ -9,16 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Mapping,
-    Optional,
-    Tuple,
-    Union,
-)
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
 import torch
 
@@ -112,10 +103,8 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 def check_patterns(name: str, value: Any) -> Tuple[str, ...]:
     """Check for a list or tuple of non-empty patterns of names."""
-    right = isinstance(value, (list, tuple)) and all(
-        isinstance(pattern, str) and pattern for pattern in value
-    )
-    if not right:
+    listed = isinstance(value, (list, tuple))
+    if not listed or not all(isinstance(x, str) and x for x in value):
         raise OptionError(
             f'{name}={show(value)} is not allowed; use a list of names of the '
             f"model's state_dict, in which '*' stands for any text, as "
@@ -138,13 +127,12 @@ def check_epochs(name: str, value: Any) -> Tuple[int, ...]:
 def check_averages(name: str, value: Any) -> Dict[str, Dict[str, Any]]:
     """Check for options of further averages by name, or None for none."""
     found = {} if value is None else value
-    right = isinstance(found, Mapping) and all(
+    if not isinstance(found, Mapping) or not all(
         isinstance(key, str)
         and re.fullmatch(r'[A-Za-z]\w*', key)
         and isinstance(options, Mapping)
         for key, options in found.items()
-    )
-    if not right:
+    ):
         raise OptionError(
             f'{name}={show(value)} is not allowed; use a dict of options by '
             f'name, as {name}=dict(fast=dict(decay=0.999, tau=500)).'
@@ -168,9 +156,7 @@ def check_path(name: str, value: Any) -> Optional[str]:
     )
 
 
-def check_device(
-    device: Union[str, torch.device, None],
-) -> Optional[torch.device]:
+def check_device(device: Any) -> Optional[torch.device]:
     """Check for a device of this machine, or None for the parameters' own."""
     if device is None:
         return None

@@ -256,9 +256,6 @@ def a_tenth(schedule: Schedule) -> Schedule:
 
     Its ``tau`` is a quarter of the one that the schedule has, if it has one;
     else half of the new window.
-
-    Raises:
-        OptionError: If a schedule has no limit, or a window below 10 steps.
     """
     limit = schedule.limit
     if limit is None or limit < 0.9:
@@ -408,19 +405,15 @@ def parse_schedule(text: str) -> Schedule:
     """Return the schedule that a text names, as ``str`` of one does.
 
     Nothing is imported or run: a file may hold the text.
-
-    Raises:
-        OptionError: If it is no schedule with a name, or an option is wrong.
-
-    Example:
-        >>> parse_schedule('constant(decay=0.9)')(1)
-        0.9
     """
     match = re.fullmatch(r'\s*(\w+)\(([^()]*)\)\s*', text)
     name, inside = match.groups() if match else ('', '')
     try:
         pairs = [x.split('=') for x in inside.split(',') if x.strip()]
-        options = {key.strip(): _read_number(x) for key, x in pairs}
+        options: Dict[str, Any] = {
+            key.strip(): int(x) if x.strip().isdigit() else float(x)
+            for key, x in pairs
+        }
         name, _ = split_spec(name)
     except ValueError:
         raise OptionError(
@@ -431,14 +424,8 @@ def parse_schedule(text: str) -> Schedule:
     schedule = make_schedule(name, options)
     if kappa is None:
         return schedule
-    return to_the_power(
-        schedule, check_number('kappa', kappa, 0, math.inf, low_open=True)
-    )
-
-
-def _read_number(text: str) -> Union[float, int]:
-    number = float(text)
-    return int(number) if text.strip().isdigit() else number
+    kappa = check_number('kappa', kappa, 0, math.inf, low_open=True)
+    return to_the_power(schedule, kappa)
 
 
 def options_of(name: str) -> Dict[str, bool]:

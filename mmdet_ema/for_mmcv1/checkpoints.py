@@ -11,7 +11,7 @@ import functools
 import inspect
 import os
 import re
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 from mmcv import Config
@@ -19,21 +19,11 @@ from mmcv.fileio.file_client import HardDiskBackend
 from mmcv.runner import CheckpointHook, EvalHook
 from mmcv.runner import checkpoint as mmcv_checkpoint
 
-from mmdet_ema.checkpoint.deployed_config import (
-    TRAINING_CONFIG,
-    without_package,
-)
-from mmdet_ema.checkpoint.files import read_structure, write_whole
-from mmdet_ema.checkpoint.folder import (
-    STOPPED,
-    RemovesLater,
-    link_whole,
-    newer_best,
-    readable,
-    remove_leftovers,
-)
+from mmdet_ema.checkpoint import deployed_config, folder
+from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
-from mmdet_ema.for_mmcv1.runner import wrap_once
+from mmdet_ema.training import patches
+from mmdet_ema.training.patches import replacing, wrap_once
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Method = Callable[..., Any]
@@ -55,7 +45,7 @@ def watch_loading(runner: Any, ema: Any) -> None:
         if isinstance(path, str) and '://' not in path:
             path = os.path.expanduser(path)
             chosen = not _is_automatic(runner, path)
-            call.arguments['checkpoint'] = readable(
+            call.arguments['checkpoint'] = folder.readable(
                 path, runner.work_dir or '', chosen, ema.log
             )
         resumes = True
@@ -102,11 +92,8 @@ def reading_through(prepare: Callable[[Any], None]) -> Iterator[None]:
         prepare(checkpoint)
         return checkpoint
 
-    mmcv_checkpoint._load_checkpoint = read_and_prepare
-    try:
+    with replacing(mmcv_checkpoint, '_load_checkpoint', read_and_prepare):
         yield
-    finally:
-        mmcv_checkpoint._load_checkpoint = read
 
 
 @contextlib.contextmanager
@@ -119,14 +106,9 @@ def with_ema_part(
     """Make what the runner saves in the body hold the averages.
 
     ``state_dict`` gets the averages without a swap, so it does not matter
-    which weights the model holds; the EMA part goes into the runner's meta
-    and out again.
-
-    Args:
-        runner: The runner.
-        model: Its model, unwrapped.
-        save: Gives a checkpoint its EMA part, in place.
-        resumed: The config in the file that the run was resumed from.
+    which weights the model holds; the EMA part, which ``save`` gives to a
+    checkpoint, goes into the runner's meta and out again. ``resumed`` is the
+    config in the file that the run was resumed from.
     """
     checkpoint = {'state_dict': mmcv_checkpoint.get_state_dict(model)}
     save(checkpoint)
@@ -144,7 +126,8 @@ def with_ema_part(
     text = meta.get('config')
     # one that came from a file is not run, and was edited when it was written
     if isinstance(text, str) and text != resumed:
-        meta.update({TRAINING_CONFIG: text, 'config': _deployed(text)})
+        meta[deployed_config.TRAINING_CONFIG] = text
+        meta['config'] = _deployed(text)
     handle = model._register_state_dict_hook(replace)
     try:
         put_message(messages, checkpoint)
@@ -160,7 +143,7 @@ def _deployed(text: str) -> str:
     """Return a config's text without this package."""
     try:
         config = Config.fromstring(text, '.py')
-        return str(without_package(config).pretty_text)
+        return str(deployed_config.without_package(config).pretty_text)
     except Exception:  # what a user wrote there, which nobody has to read
         return text
 
@@ -176,79 +159,51 @@ def save_whole(runner: Any, method: Method, *args: Any, **kwargs: Any) -> None:
     links = os.name == 'posix' and call.arguments.get('create_symlink', False)
     if links:
         call.arguments['create_symlink'] = False
-    written: List[str] = []
-
-    def put_whole(backend: Any, content: bytes, path: Any) -> None:
-        write_whole(str(path), content)
-        written.append(str(path))
-
-    put = HardDiskBackend.put
-    HardDiskBackend.put = put_whole
-    try:
+    with patches.moving_into_place(
+        HardDiskBackend, runner.hooks, 'file_client'
+    ) as written:
         method(*call.args, **call.kwargs)
-    finally:
-        HardDiskBackend.put = put
-    if links and written:
-        folder, name = os.path.split(written[-1])
-        link_whole(name, os.path.join(folder, 'latest.pth'))
-    for hook in runner.hooks:
-        client = getattr(hook, 'file_client', None)
-        if isinstance(client, RemovesLater):
-            client.finish()
+        if links and written:
+            place, name = os.path.split(written[-1])
+            folder.link_whole(name, os.path.join(place, 'latest.pth'))
 
 
 def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
     """Write a file now, name it the latest one, and end the process.
 
-    Args:
-        runner: The runner, at the end of an iteration; all ranks come here.
-        sigterm: What they agreed by.
-        samples: Samples of the epoch that are trained already.
+    All ranks come here at the end of an iteration, with ``samples`` of the
+    epoch trained.
     """
     hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
-    folder = (hooks[0].out_dir if hooks else None) or runner.work_dir
-    name, meta = STOPPED.format(runner.iter + 1), {}
+    place = (hooks[0].out_dir if hooks else None) or runner.work_dir
+    name, meta = folder.STOPPED.format(runner.iter + 1), {}
     if samples:
         # the runner takes the epoch for done, and the iteration for not
         runner._epoch, runner._iter = runner.epoch - 1, runner.iter + 1
         meta[EPOCH_SAMPLES] = samples
     if runner.rank == 0:
-        runner.save_checkpoint(folder, filename_tmpl=name, meta=meta)
-    sigterm.stop(os.path.join(folder, name))
-
-
-def remove_later(runner: Any) -> None:
-    """Let ``EvalHook`` remove the last best file when the next is written."""
-    for hook in runner.hooks:
-        client = getattr(hook, 'file_client', None)
-        ready = isinstance(hook, EvalHook) and client is not None
-        if ready and not isinstance(client, RemovesLater):
-            hook.file_client = RemovesLater(client)
+        runner.save_checkpoint(place, filename_tmpl=name, meta=meta)
+    sigterm.stop(os.path.join(place, name))
 
 
 def tidy(runner: Any, log: Any) -> None:
     """Tidy up after a run that was killed between two of its files."""
-    folders = {getattr(hook, 'out_dir', None) for hook in runner.hooks}
+    places = {getattr(hook, 'out_dir', None) for hook in runner.hooks}
     if runner.rank == 0:
-        remove_leftovers(filter(None, {*folders, runner.work_dir}), log)
+        own = filter(None, {*places, runner.work_dir})
+        folder.remove_leftovers(own, log)
     told = (runner.meta or {}).get('hook_msgs', {})
     for hook in runner.hooks:
         if not isinstance(hook, EvalHook) or not hook.save_best:
             continue
         known = told.get('best_ckpt')
-        folder = hook.out_dir or runner.work_dir
-        if not folder or not os.path.isdir(folder):
+        place = hook.out_dir or runner.work_dir
+        if not place or not os.path.isdir(place):
             continue
-        newer = newer_best(folder, known, runner.iter, _best_of)
+        newer = patches.take_newer_best(runner, place, known, _best_of, log)
         if newer is not None:
             told.update(best_ckpt=newer[0], best_score=newer[1])
             hook.best_ckpt_path = newer[0]
-            log.info(
-                f'EMA: {newer[0]} (score {newer[1]:.4f}) was written after '
-                f'the file that is resumed: it is the best one.'
-            )
-            if known and runner.rank == 0 and os.path.isfile(known):
-                os.unlink(known)
 
 
 def _best_of(content: Any) -> Tuple[str, float]:

@@ -14,14 +14,9 @@ from typing import Any, Mapping, Optional
 from mmdet_ema.checks import check_count, check_flag, check_number
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.schedules import Schedule, exponential
+from mmdet_ema.training import options as ours
 from mmdet_ema.training.compatible import decay_of
-from mmdet_ema.training.options import (
-    NAMES,
-    Choice,
-    Options,
-    parse_options,
-    refuse_unknown,
-)
+from mmdet_ema.training.options import NAMES, Choice, Options
 
 COMPATIBLE = (
     *('warm_up', 'total_iter', 'skip_buffers', 'resume_from'),
@@ -47,13 +42,13 @@ def parse_compatible(hook: str, given: Mapping[str, Any]) -> Options:
     others = (*COMPATIBLE, *megvii)
     known = (*NAMES, *others)
     unknown = {name: x for name, x in given.items() if name not in known}
-    refuse_unknown(unknown, hook, known)
+    ours.refuse_unknown(unknown, hook, known)
     _check_ramps(hook, given)
     kind = hook if hook in _FIXED else _meant(given)
     options = {name: x for name, x in given.items() if name not in others}
     options['update_buffers'] = _update_buffers(kind, hook, given)
     if kind is None:
-        return parse_options(**options)
+        return ours.parse_options(**options)
     decay, momentum = given.get('decay'), given.get('momentum')
     if kind == _MEGVII and decay is momentum is None:
         decay = _MEGVII_DECAY
@@ -77,7 +72,9 @@ def parse_compatible(hook: str, given: Mapping[str, Any]) -> Options:
             total = given['total_iter']
             tau = check_number('total_iter', total, 0, math.inf, low_open=True)
         schedule = exponential(rate, tau, given.get('init_updates', 0))
-    return parse_options(Choice(lambda planned: schedule, phase), **options)
+    return ours.parse_options(
+        Choice(lambda planned: schedule, phase), **options
+    )
 
 
 def _meant(given: Mapping[str, Any]) -> Optional[str]:

@@ -9,48 +9,24 @@ import sys
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from mmcv.runner import (
-    BaseRunner,
-    DistEvalHook,
-    EvalHook,
-    Hook,
-    OptimizerHook,
-)
+from mmcv.runner import BaseRunner, DistEvalHook, EvalHook, Hook, OptimizerHook
 from mmcv.runner.checkpoint import get_state_dict
 
 from mmdet_ema.averaging.averages import read_count
+from mmdet_ema.checkpoint import mmcv1
 from mmdet_ema.checkpoint.format import EMA
-from mmdet_ema.checkpoint.mmcv1 import (
-    HOLDS,
-    MESSAGE,
-    convert_buffers,
-    drop,
-    iteration_of,
-    put_iteration,
-    take_message,
-    take_program,
-)
 from mmdet_ema.checks import check_choice, check_path
 from mmdet_ema.errors import OptionError
+from mmdet_ema.for_mmcv1 import checkpoints
 from mmdet_ema.for_mmcv1 import runner as runners
-from mmdet_ema.for_mmcv1.checkpoints import (
-    remove_later,
-    save_and_stop,
-    tidy,
-    with_ema_part,
-)
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
+from mmdet_ema.training import patches, sigterm
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import RAW, show_options
 from mmdet_ema.training.plan import check_begin, refuse_second
-from mmdet_ema.training.sigterm import (
-    EPOCH_SAMPLES,
-    Sigterm,
-    spare_workers,
-)
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -155,7 +131,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         checked = parse_compatible(self._hook, options)
         self._resume_from = check_path('resume_from', resume_from)
         if state_dict_holds is not None:
-            check_choice('state_dict_holds', state_dict_holds, HOLDS)
+            check_choice('state_dict_holds', state_dict_holds, mmcv1.HOLDS)
         self._holds = state_dict_holds
         self.enabled = checked.enabled
         self.options, self.passes = checked, checked.passes
@@ -168,7 +144,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         # iterations: of the last step that may be averaged, whose optimizer's
         # turn is over, that are in the file
         self._iteration = self._trained = self._saved_iteration = 0
-        self._sigterm = Sigterm(self.log)
+        self._sigterm = sigterm.Sigterm(self.log)
         # batches that are left out: they were trained before the resume
         self.skips = self._epoch_samples = 0
         self._resumed_from = ''
@@ -193,7 +169,10 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def before_run(self, runner: Any) -> None:
         """Check what can be checked before anything is changed."""
-        refuse_second([hook for hook in runner.hooks if _is_ema(hook)])
+        names = {'EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook'}
+        hooks = runner.hooks
+        kinds = [({k.__name__ for k in type(x).__mro__}, x) for x in hooks]
+        refuse_second([x for found, x in kinds if found & names])
         self._watch(runner)
         if self.enabled:
             check_begin(self._life.options, runners.facts_of(runner))
@@ -206,9 +185,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             watch_hooks(runner, self)
             if self.options.save_on_sigterm:
                 self._sigterm.listen()
-                spare_workers(self.train_loader)
+                sigterm.spare_workers(self.train_loader)
                 for hook in runner.hooks:
-                    spare_workers(getattr(hook, 'dataloader', None))
+                    sigterm.spare_workers(getattr(hook, 'dataloader', None))
         path = self._resume_from
         if path is not None and not runner.iter:
             runner.resume(path)
@@ -236,11 +215,10 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._iteration = runner.iter + 1
         # a runner without mmcv's OptimizerHook steps before any hook
         self._trained = runner.iter + int(self._steps_alone)
+        model = runners.model_of(runner)
+        optimizers = runners.optimizers_of(runner)
         self._life.before_iteration(
-            runners.model_of(runner),
-            runner.iter,
-            runner.epoch,
-            runners.optimizers_of(runner),
+            model, runner.iter, runner.epoch, optimizers
         )
 
     def after_train_iter(self, runner: Any) -> None:
@@ -256,7 +234,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def after_run(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
         if self.enabled and self.options.safe_save and not self._started:
-            tidy(runner, self.log)  # a run that had ended is resumed
+            checkpoints.tidy(runner, self.log)  # a run that had ended resumes
         self.catch_up()
         self._life.tell_not_recalibrated()
         self._life.finish()
@@ -271,7 +249,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if (runner.iter + 1) % facts.accumulation == 0:
             done = runner.inner_iter + 1 if facts.by_epoch else 0
             samples = done * facts.batch_size * facts.world_size
-            save_and_stop(runner, self._sigterm, samples)
+            checkpoints.save_and_stop(runner, self._sigterm, samples)
 
     def after_read_checkpoint(
         self, runner: Any, checkpoint: Any, filename: str, resumes: bool
@@ -280,17 +258,19 @@ class EMAHook(Hook):  # type: ignore[misc]
         model = runners.model_of(runner)
         self._convert(checkpoint, model, filename)
         # buffers that mmcv saves and the model does not load
-        drop(checkpoint, {*get_state_dict(model)} - {*model.state_dict()})
-        self._saved_iteration = iteration_of(checkpoint)
+        unloaded = {*get_state_dict(model)} - {*model.state_dict()}
+        mmcv1.drop(checkpoint, unloaded)
+        self._saved_iteration = mmcv1.iteration_of(checkpoint)
         if not resumes:
             self._life.fine_tune(checkpoint, model)
             return
         optimizers = runners.optimizers_of(runner)
         self._life.resume(checkpoint, model, optimizers)
         meta = checkpoint.get('meta', {})
-        self._epoch_samples = read_count(meta, EPOCH_SAMPLES, 0)
-        meta.pop(EPOCH_SAMPLES, None)  # the runner takes it into later files
-        self._config = take_program(checkpoint)
+        self._epoch_samples = read_count(meta, sigterm.EPOCH_SAMPLES, 0)
+        # the runner would take it into later files
+        meta.pop(sigterm.EPOCH_SAMPLES, None)
+        self._config = mmcv1.take_program(checkpoint)
         self._resumed_from = filename
 
     def after_resume(self, runner: Any) -> None:
@@ -310,10 +290,8 @@ class EMAHook(Hook):  # type: ignore[misc]
     ) -> Iterator[None]:
         """Evaluate the averages in the body, if they are to be evaluated.
 
-        Args:
-            runner: The runner.
-            holds: Whether they stay, unless the body raises.
-            lazily: Whether they come when the model is taken, not at once.
+        They stay under ``holds``, unless the body raises; ``lazily`` they
+        come when the model is taken, not at once.
         """
         stays, outer = self._life.is_applied, self._in_hook
         self._in_hook = outer or lazily
@@ -358,17 +336,15 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def show_raw(self) -> None:
         """Put the raw weights back, if the averages are in the model."""
-        if self._life.is_applied and any(
-            parameter._version != version
-            for parameter, version in self._versions.items()
-        ):
+        before, self._versions = self._versions, {}
+        written = any(p._version != n for p, n in before.items())
+        if self._life.is_applied and written:
             self.log.warning(
                 'EMA: a hook changed parameters while the averages were in '
                 'the model, as from the end of an epoch to the next; that is '
                 'lost now. Change them in before_train_epoch or '
                 'after_train_iter.'
             )
-        self._versions = {}
         self._life.leave_evaluation()
 
     @contextlib.contextmanager
@@ -377,12 +353,12 @@ class EMAHook(Hook):  # type: ignore[misc]
 
         def save(checkpoint: Any) -> None:
             self._life.save(checkpoint)
-            put_iteration(checkpoint, self._trained)
+            mmcv1.put_iteration(checkpoint, self._trained)
 
         self._start(runner)
         self.catch_up()
         model = runners.model_of(runner)
-        with with_ema_part(runner, model, save, self._config):
+        with checkpoints.with_ema_part(runner, model, save, self._config):
             yield
 
     def catch_up(self) -> None:
@@ -415,9 +391,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     ) -> None:
         """Estimate statistics again, when the last epoch is over.
 
-        Args:
-            runner: The runner.
-            evaluate: Evaluates what the model holds with an evaluation hook.
+        ``evaluate`` evaluates what the model holds with an evaluation hook.
         """
         if runner.max_epochs is None or runner.epoch + 1 < runner.max_epochs:
             return
@@ -461,31 +435,22 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self._started:
             return
         self._started = True
+        hooks = runner.hooks
         if self.options.safe_save:
-            remove_later(runner)
-            tidy(runner, self.log)
+            # it removes the last best file before it writes the next
+            evaluates = [x for x in hooks if isinstance(x, EvalHook)]
+            patches.remove_later(evaluates, 'file_client')
+            checkpoints.tidy(runner, self.log)
         facts = runners.facts_of(runner, self.train_loader)
         samples, self._epoch_samples = self._epoch_samples, 0
-        self.skips = samples // (facts.batch_size * facts.world_size)
-        if self.skips and not runners.can_skip(runner):
-            self.log.warning(
-                f'EMA: {type(runner).__name__} begins the epoch again, of '
-                f'which {self.skips} iterations are done already.'
-            )
-            self.skips = 0
-        elif self.skips:
-            self.log.info(
-                f'EMA: the first {self.skips} batches of the epoch are left '
-                f'out: they were trained before the file was written.'
-            )
+        done = samples // (facts.batch_size * facts.world_size)
+        can_skip = runners.can_skip(runner)
+        self.skips = sigterm.skipped(done, runner, can_skip, self.log)
         self._steps_alone = not any(
-            isinstance(hook, OptimizerHook) for hook in runner.hooks
+            isinstance(x, OptimizerHook) for x in hooks
         )
-        self._life.start(
-            runners.model_of(runner),
-            facts,
-            runners.optimizers_of(runner),
-        )
+        model = runners.model_of(runner)
+        self._life.start(model, facts, runners.optimizers_of(runner))
 
     def _show(self, runner: Any) -> None:
         if self._life.is_applied:
@@ -495,9 +460,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         model = runners.model_of(runner)
         self._life.enter_evaluation(model)
         self._versions = {
-            parameter: parameter._version
-            for parameter in model.parameters()
-            if parameter.requires_grad and not parameter.is_inference()
+            p: p._version
+            for p in model.parameters()
+            if p.requires_grad and not p.is_inference()
         }
 
     def _convert(self, checkpoint: Any, model: Any, filename: str) -> None:
@@ -509,7 +474,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         for name, tensor in model.state_dict(keep_vars=True).items():
             groups.setdefault(id(tensor), []).append(name)
         tied = [names for names in groups.values() if len(names) > 1]
-        found = convert_buffers(checkpoint, tied, filename, self._holds)
+        holds = self._holds
+        found = mmcv1.convert_buffers(checkpoint, tied, filename, holds)
         if found is not None:
             self.log.info(found.line)
             for warning in found.warnings:
@@ -517,7 +483,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def _take_late(self, runner: Any) -> None:
         """Take our part of a file that was loaded before we were there."""
-        if MESSAGE not in (runner.meta or {}).get('hook_msgs', {}):
+        if mmcv1.MESSAGE not in (runner.meta or {}).get('hook_msgs', {}):
             return
         model = runners.model_of(runner)
         optimizers = enumerate(runners.optimizers_of(runner))
@@ -526,7 +492,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             meta=dict(runner.meta, epoch=runner.epoch, iter=runner.iter),
             optimizer={str(i): x.state_dict() for i, x in optimizers},
         )
-        take_message(checkpoint)
+        mmcv1.take_message(checkpoint)
         self.after_read_checkpoint(runner, checkpoint, '', True)
         model.load_state_dict(checkpoint['state_dict'])
         self.after_resume(runner)
@@ -540,11 +506,6 @@ class _Distance(float):
 
     def __round__(self, digits: Any = None) -> Any:
         return self
-
-
-def _is_ema(hook: Any) -> bool:
-    names = {kind.__name__ for kind in type(hook).__mro__}
-    return not names.isdisjoint(('EMAHook', 'BaseEMAHook', 'MEGVIIEMAHook'))
 
 
 def _real(path: str) -> str:

@@ -15,7 +15,7 @@ from mmdet_ema.for_mmcv1.ema_hook import (
     LinearMomentumEMAHook,
 )
 from mmdet_ema.for_mmcv1.optimizer_constructor import EMAOptimizerConstructor
-from mmdet_ema.for_mmcv1.runner import wrap_once
+from mmdet_ema.training.patches import wrap_once
 
 _OURS: Dict[str, Type[EMAHook]] = {
     ours.__name__: ours

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import re
-import types
-from typing import Any, Callable, List, Mapping, Tuple
+from typing import Any, List, Mapping, Tuple
 
 from mmcv.parallel import is_module_wrapper
 from mmcv.runner import DistEvalHook, EpochBasedRunner, EvalHook
@@ -18,8 +15,6 @@ from torch.optim import Optimizer
 from mmdet_ema.frameworks import own_logger
 from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
 
-_MARK = '_mmdet_ema_wrapped'
-
 
 def logger_of_the_tool() -> logging.Logger:
     """Return the tool's logger, before there is a run: it has a file."""
@@ -28,26 +23,6 @@ def logger_of_the_tool() -> logging.Logger:
         if any(isinstance(h, logging.FileHandler) for h in logger.handlers):
             return logger
     return own_logger()
-
-
-def wrap_once(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Replace a method by ``around(method, *args, **kwargs)``.
-
-    It stays a bound method, with the signature that it has. Wrapping it again
-    does nothing.
-    """
-    method = getattr(owner, name)
-    if getattr(method, _MARK, False):
-        return
-    bound = inspect.ismethod(method)
-
-    @functools.wraps(method.__func__ if bound else method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(method, *args[bound:], **kwargs)
-
-    setattr(wrapped, _MARK, True)
-    new = types.MethodType(wrapped, owner) if bound else wrapped
-    setattr(owner, name, new)
 
 
 def model_of(runner: Any) -> nn.Module:
@@ -83,12 +58,7 @@ def choose_by(hook: Any, metrics: Mapping[str, Any]) -> Tuple[str, bool]:
 
 
 def facts_of(runner: Any, loader: Any = None) -> RunFacts:
-    """Return the training run as planned.
-
-    Args:
-        runner: The runner.
-        loader: What it trains on; None for what it reads from now.
-    """
+    """Return the run as planned; it trains on ``loader``, or what it reads."""
     by_epoch = runner.max_epochs is not None
     counts = [getattr(hook, 'cumulative_iters', 1) for hook in runner.hooks]
     loader = getattr(runner, 'data_loader', None) if loader is None else loader

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import types
 from typing import Any, Callable, ContextManager, Dict
 
 import torch.distributed as dist
@@ -25,15 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdet_ema.checkpoint.folder import remove_stopped
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmcv1.checkpoints import save_whole, watch_loading
-from mmdet_ema.for_mmcv1.runner import wrap_once
-from mmdet_ema.training.metrics import (
-    add_metrics,
-    is_of_other,
-    monitored,
-    named,
-    renamed,
-)
+from mmdet_ema.training import metrics
 from mmdet_ema.training.no_trace import same_randomness
+from mmdet_ema.training.patches import replacing, wrap_once
 
 _TRAINS = ('before_train_epoch', 'before_train_iter')
 _EPOCH_IS_OVER = ('after_train_epoch', 'after_epoch', 'after_run')
@@ -132,6 +125,10 @@ def _watch_hook(runner: Any, ema: Any, hook: Any) -> None:
         method(runner)
         ema.after_optimizer(runner)
 
+    def catch_up(method: Method, runner: Any) -> Any:
+        ema.catch_up()
+        return method(runner)
+
     def log(method: Method, runner: Any) -> Any:
         trains = runner.mode == 'train' == hook.get_mode(runner)
         if trains and runner.rank == 0:
@@ -155,7 +152,7 @@ def _watch_hook(runner: Any, ema: Any, hook: Any) -> None:
         wrap_once(hook, '_save_checkpoint', save)
     elif isinstance(hook, LoggerHook):
         # on every rank: some loggers log on one of them
-        wrap_once(hook, 'after_train_iter', _after(ema.catch_up))
+        wrap_once(hook, 'after_train_iter', catch_up)
         wrap_once(hook, 'log', log)
     kinds = [kind.__name__ for kind in type(hook).__mro__]
     # some evaluation hooks are derived from mmcv's plain Hook
@@ -174,14 +171,6 @@ def _watch_hook(runner: Any, ema: Any, hook: Any) -> None:
         wrap_once(hook, name, _inside(lambda: ema.raw(runner)))
 
 
-def _after(action: Callable[[], None]) -> Method:
-    def around(method: Method, *args: Any, **kwargs: Any) -> Any:
-        action()
-        return method(*args, **kwargs)
-
-    return around
-
-
 def _inside(context: Callable[[], ContextManager[None]]) -> Method:
     def around(method: Method, *args: Any, **kwargs: Any) -> Any:
         with context():
@@ -196,7 +185,7 @@ def _view_of(runner: Any, ema: Any) -> Any:
     It is the runner in all respects, but that the averages are put into the
     model when the hook takes it, at a moment that only the hook knows.
     """
-    kind = type(runner)
+    kind: Any = type(runner)
 
     def get(view: Any) -> Any:
         ema.on_model_taken(runner)
@@ -206,9 +195,7 @@ def _view_of(runner: Any, ema: Any) -> Any:
         runner.model = model
 
     parts = dict(model=property(get, put), __module__=kind.__module__)
-    view: Any = object.__new__(
-        types.new_class(kind.__name__, (kind,), {}, lambda x: x.update(parts))
-    )
+    view: Any = object.__new__(type(kind)(kind.__name__, (kind,), parts))
     view.__dict__ = runner.__dict__
     return view
 
@@ -222,11 +209,13 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
     best: Any = getattr(hook, 'save_best', None)
     if isinstance(best, str):
         where = type(hook).__name__
-        given, best = best, monitored(ema.options, where, 'save_best', best)
+        given = best
+        best = metrics.monitored(ema.options, where, 'save_best', given)
         if best != given:
-            ema.log.info(renamed(where, 'save_best', given, [best]))
+            said = metrics.renamed(where, 'save_best', given, [best])
+            ema.log.info(said)
             hook.save_best = best
-    by_other = is_of_other(ema.options, best)
+    by_other = metrics.is_of_other(ema.options, best)
     if by_other:  # a part of the name of a file
         hook.key_indicator = best.replace('/', '_')
     others: Dict[str, Any] = {}
@@ -241,20 +230,26 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
             # the hook does so as well, when the averages are in the model:
             # it would miss the raw statistics
             with ema.raw(runner):
-                _broadcast_statistics(runner)
+                layer: Any
+                for layer in runner.model.modules():
+                    is_norm = isinstance(layer, _BatchNorm)
+                    if is_norm and layer.track_running_stats:
+                        dist.broadcast(layer.running_var, 0)
+                        dist.broadcast(layer.running_mean, 0)
         for name in ema.passes[:-1]:
             ema.tell_evaluation(name)
             with ema.only(runner, name):
                 found = _metrics_apart(hook, again, runner)
-            add_metrics(others, named(found, name))
+            metrics.add_metrics(others, metrics.named(found, name))
         ema.tell_evaluation()
+        output = runner.log_buffer.output
         for name in others:  # of the last evaluation, if no logger is there
-            runner.log_buffer.output.pop(name, None)
+            output.pop(name, None)
         try:
             with ema.evaluating(runner):
                 result = again()
-            add_metrics(runner.log_buffer.output, others)
-            ema.tell_metrics(runner.log_buffer.output)
+            metrics.add_metrics(output, others)
+            ema.tell_metrics(output)
         finally:
             others.clear()
         return result
@@ -266,11 +261,8 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
         """
         if not by_other or hook.save_best is None:
             return method(*args, **kwargs)
-        hook.save_best = None
-        try:
+        with replacing(hook, 'save_best', None):
             method(*args, **kwargs)
-        finally:
-            hook.save_best = best
         if others and best not in others:
             raise OptionError(
                 f'save_best={show(best)} is not among the metrics of the '
@@ -280,15 +272,6 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
 
     wrap_once(hook, '_do_evaluate', do_evaluate)
     wrap_once(hook, 'evaluate', evaluate)
-
-
-def _broadcast_statistics(runner: Any) -> None:
-    """Give all ranks the BatchNorm statistics of rank 0, as mmcv's hook."""
-    for module in runner.model.modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
-            for statistics in (module.running_var, module.running_mean):
-                assert statistics is not None
-                dist.broadcast(statistics, 0)
 
 
 def _metrics_of(runner: Any, hook: Any) -> Dict[str, Any]:
@@ -301,16 +284,15 @@ def _metrics_apart(
     hook: Any, evaluate: Callable[[], Any], runner: Any
 ) -> Dict[str, Any]:
     """Evaluate what the model holds; nothing is logged or saved."""
-    buffer, best = runner.log_buffer, hook.save_best
+    buffer = runner.log_buffer
     before, ready = dict(buffer.output), buffer.ready
     buffer.output.clear()
-    hook.save_best = None
     try:
-        with same_randomness():
+        with same_randomness(), replacing(hook, 'save_best', None):
             evaluate()
         found = dict(buffer.output)
     finally:
-        hook.save_best, buffer.ready = best, ready
+        buffer.ready = ready
         buffer.output.clear()
         buffer.output.update(before)
     if runner.world_size > 1:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any
 
 from mmengine.hooks import Hook
 
-from mmdet_ema.for_mmengine.runner import (
-    RunLog,
-    facts_of,
-    optimizers_of,
-    schedulers_of,
-)
+from mmdet_ema.for_mmengine import runner as runners
 from mmdet_ema.optimizers.warmup import Warmup
 
 _RISING = ('Linear', 'Constant', 'QuadraticWarmup')
@@ -59,14 +54,23 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
             length = len(runner.train_dataloader)
         except TypeError:  # an iterable dataset without a length
             length = None
-        facts = facts_of(runner)
+        facts = runners.facts_of(runner)
         self._warmup.start(
-            optimizers_of(runner),
+            runners.optimizers_of(runner),
             iters_per_epoch=length,
             max_iters=facts.max_iters,
             samples=facts.samples,
-            log=RunLog(),
-            others=_other_warmups(runner),
+            log=runners.RunLog(),
+            others={
+                value: [
+                    f'{type(s).__name__}(end={s.end})'
+                    for s in runners.schedulers_of(runner)
+                    if type(s).__name__ in [f'{x}{ending}' for x in _RISING]
+                    if s.begin == 0
+                    if s.end > (runner.epoch if s.by_epoch else runner.iter)
+                ]
+                for value, ending in _ENDINGS.items()
+            },
         )
 
     def before_train_iter(
@@ -79,17 +83,3 @@ class BiasWarmupHook(Hook):  # type: ignore[misc]
     def after_train(self, runner: Any) -> None:
         """Leave the optimizers alone."""
         self._warmup.stop()
-
-
-def _other_warmups(runner: Any) -> Dict[str, List[str]]:
-    """Name schedulers that raise the same values from the start."""
-    return {
-        value: [
-            f'{type(s).__name__}(end={s.end})'
-            for s in schedulers_of(runner)
-            if type(s).__name__ in [f'{word}{ending}' for word in _RISING]
-            if s.begin == 0
-            if s.end > (runner.epoch if s.by_epoch else runner.iter)
-        ]
-        for value, ending in _ENDINGS.items()
-    }

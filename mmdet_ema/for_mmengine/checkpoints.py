@@ -13,7 +13,7 @@ import functools
 import io
 import os
 import pickle
-from typing import Any, Dict, List, MutableMapping
+from typing import Any, Dict, Iterator, List, MutableMapping
 
 import numpy as np
 import torch
@@ -26,31 +26,14 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
 from mmdet_ema.averaging.fsdp1 import is_fsdp1, is_local
-from mmdet_ema.checkpoint.deployed_config import (
-    TRAINING_CONFIG,
-    without_package,
-)
-from mmdet_ema.checkpoint.files import (
-    LOADS_SAFELY,
-    STATISTICS,
-    read_structure,
-    write_whole,
-)
-from mmdet_ema.checkpoint.folder import (
-    STOPPED,
-    RemovesLater,
-    newer_best,
-    remove_leftovers,
-    remove_stopped,
-)
+from mmdet_ema.checkpoint import deployed_config, files, weights_only
+from mmdet_ema.checkpoint import folder as folders
+from mmdet_ema.checkpoint.files import read_structure, write_whole
 from mmdet_ema.checkpoint.format import check_names, plain_name
-from mmdet_ema.checkpoint.weights_only import (
-    Codec,
-    foreign,
-    from_plain,
-    to_plain,
-)
+from mmdet_ema.checkpoint.weights_only import Codec
 from mmdet_ema.errors import CheckpointError
+from mmdet_ema.training import patches
+from mmdet_ema.training.patches import replacing
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 Checkpoint = MutableMapping[str, Any]
@@ -65,7 +48,7 @@ def allow_framework_types() -> None:
     A ``HistoryBuffer`` is pickled with its statistics methods, as
     ``getattr(HistoryBuffer, 'mean')``. An older torch needs no list.
     """
-    if not LOADS_SAFELY:
+    if not files.LOADS_SAFELY:
         return
     known: List[Any] = [HistoryBuffer, np.ndarray, np.dtype]
     known += {type(np.dtype(kind)) for kind in '?bBhHiIlLqQefdgFDGSU'}
@@ -85,7 +68,7 @@ def _statistics_method(owner: Any, name: str) -> Any:
     The real one would hand a malicious file any attribute of what is
     allow-listed.
     """
-    if owner is HistoryBuffer and name in STATISTICS:
+    if owner is HistoryBuffer and name in files.STATISTICS:
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(
         f'the file asks for the attribute {name!r} of {owner!r}, which a '
@@ -95,35 +78,20 @@ def _statistics_method(owner: Any, name: str) -> Any:
 
 def save_safely(runner: Any) -> None:
     """Let a runner move its files into place, and remove old ones then."""
-    for hook in runner.hooks:
-        backend = getattr(hook, 'file_backend', None)
-        ready = isinstance(hook, CheckpointHook) and backend is not None
-        if ready and not isinstance(backend, RemovesLater):
-            hook.file_backend = RemovesLater(backend)
+    hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
+    backend = 'file_backend'
+    patches.remove_later(hooks, backend)
+    for hook in hooks:
+        if hasattr(hook, backend):
             _name_last_when_whole(hook)
-    if 'save_checkpoint' in vars(runner):
-        return
-    save = runner.save_checkpoint
 
-    def put(backend: Any, content: bytes, path: Any) -> None:
-        write_whole(str(path), content)
-
-    @functools.wraps(save)
-    def save_whole(*args: Any, **kwargs: Any) -> None:
-        before = LocalBackend.put
-        LocalBackend.put = put
-        try:
+    def save_whole(save: Any, *args: Any, **kwargs: Any) -> None:
+        with patches.moving_into_place(LocalBackend, runner.hooks, backend):
             save(*args, **kwargs)
-        finally:
-            LocalBackend.put = before
-        if is_fsdp1(runner.model) and is_local(runner.model):
-            dist.barrier()  # last_checkpoint names what all have written
-        for hook in runner.hooks:
-            backend = getattr(hook, 'file_backend', None)
-            if isinstance(backend, RemovesLater):
-                backend.finish()
+            if is_fsdp1(runner.model) and is_local(runner.model):
+                dist.barrier()  # last_checkpoint names what all have written
 
-    runner.save_checkpoint = save_whole
+    patches.wrap_once(runner, 'save_checkpoint', save_whole)
 
 
 def tidy(runner: Any, log: Any) -> None:
@@ -139,7 +107,7 @@ def tidy(runner: Any, log: Any) -> None:
         if not os.path.isdir(folder):
             continue  # of a server
         if is_main:
-            remove_leftovers([folder, runner.work_dir], log)
+            folders.remove_leftovers([folder, runner.work_dir], log)
         if not (runner._resume and runner.iter):
             continue
         names = hook.key_indicators if hook.save_best else []
@@ -148,17 +116,9 @@ def tidy(runner: Any, log: Any) -> None:
             keys = [f'best_ckpt{end}', f'best_score{end}']
             known = hub.runtime_info.get(keys[0])
             told = functools.partial(_info_of, keys=keys)
-            newer = newer_best(folder, known, runner.iter, told)
-            if newer is None:
-                continue
-            for key, value in zip(keys, newer):
+            newer = patches.take_newer_best(runner, folder, known, told, log)
+            for key, value in zip(keys, newer or ()):
                 hub.update_info(key, value)
-            log.info(
-                f'EMA: {newer[0]} (score {newer[1]:.4f}) was written after '
-                f'the file that is resumed: it is the best one.'
-            )
-            if known and is_main and os.path.isfile(known):
-                os.unlink(known)
         if hook.max_keep_ckpts > 0 and is_main:
             kept = hub.runtime_info.get('keep_ckpt_ids', [])
             _remove_unkept(folder, hook.filename_tmpl, kept, log)
@@ -193,14 +153,13 @@ def _info_of(content: Any, keys: List[str]) -> List[Any]:
 def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
     """Write a file now, name it the last one, and end the process.
 
-    Args:
-        runner: The runner, between two iterations; all ranks come here.
-        sigterm: What they agreed by.
-        samples: Samples of the epoch that are trained already.
+    All ranks come here between two iterations, with ``samples`` of the epoch
+    trained.
     """
     hooks = [x for x in runner.hooks if isinstance(x, CheckpointHook)]
     hook = hooks[0] if hooks else CheckpointHook()
-    folder, name = hook.out_dir or runner.work_dir, STOPPED.format(runner.iter)
+    folder = hook.out_dir or runner.work_dir
+    name = folders.STOPPED.format(runner.iter)
     meta = dict(epoch=runner.epoch, iter=runner.iter)
     if samples:
         meta[EPOCH_SAMPLES] = samples
@@ -225,39 +184,27 @@ def _name_last_when_whole(hook: Any) -> None:
 
     The hook truncates it before it writes the name.
     """
-    if '_save_checkpoint_with_step' in vars(hook):
-        return
-    save = hook._save_checkpoint_with_step
 
-    @functools.wraps(save)
-    def save_and_name(*args: Any, **kwargs: Any) -> None:
-        checkpoint_hook.open = _open_whole
-        try:
-            with hook.file_backend.held():
-                save(*args, **kwargs)
-        finally:
-            del checkpoint_hook.open
+    def save_and_name(save: Any, *args: Any, **kwargs: Any) -> None:
+        opening = replacing(checkpoint_hook, 'open', _open_whole)
+        with opening, hook.file_backend.held():
+            save(*args, **kwargs)
         if is_main_process() and os.path.isdir(hook.out_dir):
-            remove_stopped(hook.out_dir)
+            folders.remove_stopped(hook.out_dir)
 
-    hook._save_checkpoint_with_step = save_and_name
-
-
-def _open_whole(path: str, mode: str = 'r', *more: Any, **named: Any) -> Any:
-    return _Whole(path) if mode == 'w' else open(path, mode, *more, **named)
+    patches.wrap_once(hook, '_save_checkpoint_with_step', save_and_name)
 
 
-class _Whole(io.StringIO):
-    """A text file that is moved into place when all of it is written."""
-
-    def __init__(self, path: str):
-        super().__init__()
-        self._path = path
-
-    def __exit__(self, kind: Any, *error: Any) -> None:
-        if kind is None:
-            write_whole(self._path, self.getvalue().encode())
-        super().__exit__(kind, *error)
+@contextlib.contextmanager
+def _open_whole(path: str, mode: str = 'r', **named: Any) -> Iterator[Any]:
+    """Open a text file; one to write is moved into place when it is whole."""
+    if mode != 'w':
+        with open(path, mode, **named) as file:
+            yield file
+    else:
+        text = io.StringIO()
+        yield text
+        write_whole(path, text.getvalue().encode())
 
 
 def deploy_config(
@@ -265,17 +212,14 @@ def deploy_config(
 ) -> None:
     """Let a file hold the config of the deployed model, in place.
 
-    Args:
-        checkpoint: What is to be saved.
-        config: The config of the run.
-        known: The texts that were made before: formatting one takes seconds.
+    ``known`` has the texts that were made before: making one takes seconds.
     """
     text = checkpoint.get('meta', {}).get('cfg')
     if not isinstance(text, str) or not isinstance(config, Config):
         return
     if text not in known:
-        known[text] = without_package(config).pretty_text
-    deployed = {TRAINING_CONFIG: text, 'cfg': known[text]}
+        known[text] = deployed_config.without_package(config).pretty_text
+    deployed = {deployed_config.TRAINING_CONFIG: text, 'cfg': known[text]}
     checkpoint['meta'] = {**checkpoint['meta'], **deployed}
     info = checkpoint.get('message_hub', {}).get('runtime_info', {})
     if 'cfg' in info:  # tools look here first
@@ -285,14 +229,14 @@ def deploy_config(
 def make_plain(checkpoint: Checkpoint, log: Any) -> None:
     """Make everything in a checkpoint plain; warn of what cannot be so."""
     meta = checkpoint.get('meta', {})
-    data_set = to_plain(meta.get('dataset_meta'), [])
+    data_set = weights_only.to_plain(meta.get('dataset_meta'), [])
     for key, value in checkpoint.items():
         if key not in _WEIGHTS:
-            checkpoint[key] = to_plain(value, _CODECS)
+            checkpoint[key] = weights_only.to_plain(value, _CODECS)
     if 'dataset_meta' in meta:
         # tools read it without our hook, and need what the data set gave
         checkpoint['meta']['dataset_meta'] = data_set
-    left = foreign(dict(checkpoint))
+    left = weights_only.foreign(dict(checkpoint))
     if left:
         log.warning(
             f'EMA: the checkpoint holds {", ".join(left)}; to read it with '
@@ -302,16 +246,11 @@ def make_plain(checkpoint: Checkpoint, log: Any) -> None:
 
 
 def unmake(checkpoint: Checkpoint) -> None:
-    """Make a checkpoint again what mmengine expects, in place.
-
-    Raises:
-        CheckpointError: If something in it is damaged.
-    """
-    for key, value in checkpoint.items():
-        if key in _WEIGHTS:
-            continue
+    """Make a checkpoint again what mmengine expects, in place."""
+    for key in [x for x in checkpoint if x not in _WEIGHTS]:
         try:
-            checkpoint[key] = from_plain(value, _CODECS)
+            plain = checkpoint[key]
+            checkpoint[key] = weights_only.from_plain(plain, _CODECS)
         except Exception as error:  # damaged values can raise anything
             raise CheckpointError(
                 f'{key!r} of the checkpoint is damaged '
@@ -319,7 +258,8 @@ def unmake(checkpoint: Checkpoint) -> None:
             ) from None
     meta, hub = checkpoint.get('meta'), checkpoint.get('message_hub')
     info = hub.get('runtime_info') if isinstance(hub, dict) else None
-    text = meta.get(TRAINING_CONFIG) if isinstance(meta, dict) else None
+    key = deployed_config.TRAINING_CONFIG
+    text = meta.get(key) if isinstance(meta, dict) else None
     if isinstance(info, dict) and isinstance(text, str):
         info['cfg'] = text  # a run that goes on is not of the deployed model
 
@@ -327,9 +267,7 @@ def unmake(checkpoint: Checkpoint) -> None:
 def refuse_foreign(checkpoint: Checkpoint, log: Any) -> None:
     """Refuse to resume from what mmengine's runner did not write.
 
-    Raises:
-        CheckpointError: If mmcv's runner wrote it, or it is damaged;
-            mmengine would stop later, with the weights loaded.
+    mmengine would stop later, with the weights loaded.
     """
     meta = checkpoint.get('meta')
     if isinstance(meta, dict) and 'hook_msgs' in meta:
@@ -354,9 +292,8 @@ def refuse_foreign(checkpoint: Checkpoint, log: Any) -> None:
             )
     found = checkpoint.get('param_schedulers', [])
     for states in found.values() if isinstance(found, dict) else [found]:
-        if not isinstance(states, list) or not all(
-            isinstance(x, dict) for x in states
-        ):
+        listed = isinstance(states, list)
+        if not listed or not all(isinstance(x, dict) for x in states):
             raise CheckpointError(
                 f"'param_schedulers' of the checkpoint is no list of states; "
                 f'{_DAMAGED}'
@@ -376,8 +313,7 @@ def strip_wrapper(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 def _encode_history(history: HistoryBuffer) -> Dict[str, Any]:
     values, counts = (torch.from_numpy(x.copy()) for x in history.data)
-    length = history.max_length
-    return {'values': values, 'counts': counts, 'max_length': length}
+    return dict(values=values, counts=counts, max_length=history.max_length)
 
 
 def _decode_history(plain: Dict[str, Any]) -> HistoryBuffer:

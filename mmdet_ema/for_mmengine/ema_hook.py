@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import os
 from typing import Any, Dict, Iterator, Optional, Tuple
 
@@ -19,30 +20,25 @@ from mmdet_ema.averaging.fsdp1 import is_fsdp1
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.folder import readable
 from mmdet_ema.errors import CheckpointError, OptionError, show
-from mmdet_ema.for_mmengine import checkpoints, deepspeed_files, fsdp1
-from mmdet_ema.for_mmengine import runner as runners
-from mmdet_ema.for_mmengine.evaluation import (
-    check_monitored,
-    evaluate_apart,
-    rename_history,
-    watch_loops,
+from mmdet_ema.for_mmengine import (
+    checkpoints,
+    deepspeed_files,
+    evaluation,
+    fsdp1,
 )
+from mmdet_ema.for_mmengine import runner as runners
+from mmdet_ema.schedules import Schedule
+from mmdet_ema.training import sigterm
 from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import (
     NAMES,
     RAW,
     Choice,
-    choose_rule,
     parse_options,
     show_options,
 )
 from mmdet_ema.training.plan import batch_size_of, refuse_second
-from mmdet_ema.training.sigterm import (
-    EPOCH_SAMPLES,
-    Sigterm,
-    spare_workers,
-)
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -152,7 +148,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
         self._evaluates = self._trained = False
-        self._sigterm = Sigterm(self._log)
+        self._sigterm = sigterm.Sigterm(self._log)
         self._epoch_samples = 0  # of the resumed file
 
     show_options(__init__)
@@ -175,10 +171,11 @@ class EMAHook(Hook):  # type: ignore[misc]
             runners.refuse_strategy(runner)
             if by_deepspeed:
                 self._join_deepspeed(runner)
-            watch_loops(runner, self._life.passes, self._evaluating)
+            evaluation.watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
                 self._check_order(runner)
-                check_monitored(runner, self._life.options, self._log)
+                options = self._life.options
+                evaluation.check_monitored(runner, options, self._log)
 
     def _join_deepspeed(self, runner: Any) -> None:
         """Write and read what its strategy does not ask hooks for."""
@@ -242,8 +239,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def _watch_iterations(self, runner: Any) -> int:
         """Begin in the middle of an epoch, and stop there.
 
-        Returns:
-            How many iterations of the epoch are done already.
+        Returns how many iterations of the epoch are done already.
         """
         samples, self._epoch_samples = self._epoch_samples, 0
         batch = batch_size_of(runner.train_dataloader) * runner.world_size
@@ -256,25 +252,15 @@ class EMAHook(Hook):  # type: ignore[misc]
                 samples = done * batch
                 checkpoints.save_and_stop(runner, self._sigterm, samples)
 
-        skips: int = samples // batch
-        if skips and not runners.can_skip(runner):
-            self._log.warning(
-                f'EMA: {type(runner.train_loop).__name__} begins the epoch '
-                f'again, of which {skips} iterations are done already.'
-            )
-            skips = 0
+        loop, can_skip = runner.train_loop, runners.can_skip(runner)
+        skips = sigterm.skipped(samples // batch, loop, can_skip, self._log)
         if stops:
             self._sigterm.listen()
-            spare_workers(runner.train_dataloader)
+            sigterm.spare_workers(runner.train_dataloader)
             if runner.val_loop is not None:
-                spare_workers(runner.val_loop.dataloader)
+                sigterm.spare_workers(runner.val_loop.dataloader)
         if skips or stops:
             runners.watch_iterations(runner, skips, after)
-        if skips:
-            self._log.info(
-                f'EMA: the first {skips} batches of the epoch are left out: '
-                f'they were trained before the file was written.'
-            )
         return skips
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -349,17 +335,16 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def _recalibrate(self, runner: Any, by_epoch: bool) -> None:
         """Estimate statistics again, before the last file is written."""
-        if not (self.enabled and self._life.options.recalibrate):
-            return  # most runs, in every iteration
-        if not runners.ends(runner, by_epoch):
+        options = self._life.options
+        if not options.recalibrate or not runners.ends(runner, by_epoch):
             return
         self._life.after_iteration(self._iteration)
-        deploy = self._life.options.deploy
+        deploy = options.deploy
         self._life.recalibrate(
             self._model,
             runner.train_dataloader,
             functools.partial(runners.pass_forward, runner),
-            lambda: evaluate_apart(
+            lambda: evaluation.evaluate_apart(
                 runner, self._evaluating, deploy, 'recalibrate'
             ),
             functools.partial(runners.choose_by, runner),
@@ -444,12 +429,12 @@ class EMAHook(Hook):  # type: ignore[misc]
         elif runner._resume:
             checkpoints.refuse_foreign(checkpoint, self._log)
             if RAW in self._life.passes[:-1]:
-                rename_history(checkpoint)
+                evaluation.rename_history(checkpoint)
             if not checkpoint.get('optimizer'):
                 optimizers = []  # DeepSpeed has it in files of its own
             self._life.resume(checkpoint, model, optimizers)
             self._epoch_samples = read_count(
-                checkpoint['meta'], EPOCH_SAMPLES, 0
+                checkpoint['meta'], sigterm.EPOCH_SAMPLES, 0
             )
         else:
             self._life.fine_tune(checkpoint, model)
@@ -490,4 +475,5 @@ def _rule_of_ones_own(
             instance.steps.fill_(step - 1)
             instance.avg_func(average, raw, instance.steps)
 
-    return choose_rule(kind.__name__, rule), ours
+    schedule = Schedule(kind.__name__, lambda n: math.nan)  # it has no decay
+    return Choice(lambda planned: schedule, 1, (), rule), ours

@@ -19,15 +19,11 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, Sequence
 from mmengine.runner import BaseLoop
 
 from mmdet_ema.for_mmengine.runner import model_of, schedulers_of
-from mmdet_ema.training.metrics import (
-    add_metrics,
-    monitored,
-    named,
-    of_version_0_1,
-    renamed,
-)
+from mmdet_ema.training import metrics as names_of_metrics
+from mmdet_ema.training.metrics import add_metrics, named
 from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import Options
+from mmdet_ema.training.patches import replacing
 
 _ENDS = {
     'after_val_epoch': 'before_val_epoch',
@@ -48,11 +44,9 @@ def watch_loops(
 ) -> None:
     """Let each evaluation loop, there or to come, run once a set of weights.
 
-    Args:
-        runner: The runner; each of its loops is wrapped once.
-        passes: Names of the sets; the last one has the plain names.
-        evaluating: A context for a pass on the set of that name: it takes
-            the set out again, which a loop that fails would not.
+    ``evaluating`` is a context for a pass on the set of that name: it takes
+    the set out again, which a loop that fails would not. The last one of
+    ``passes`` has the plain names.
     """
 
     def watch(loop: Any) -> Any:
@@ -69,15 +63,16 @@ def watch_loops(
             loop.run = run_passes
         return loop
 
-    def watching(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda loop: watch(build(loop))
+    def watched(build: Callable[[Any], Any], loop: Any) -> Any:
+        return watch(build(loop))
 
     for loop in (runner._val_loop, runner._test_loop):
         if isinstance(loop, BaseLoop):
             watch(loop)
     for name in ('build_val_loop', 'build_test_loop'):
         if name not in vars(runner):
-            setattr(runner, name, watching(getattr(runner, name)))
+            build = getattr(runner, name)
+            setattr(runner, name, functools.partial(watched, build))
 
 
 def check_monitored(runner: Any, options: Options, log: Any) -> None:
@@ -90,26 +85,24 @@ def check_monitored(runner: Any, options: Options, log: Any) -> None:
         given: Any = getattr(owner, word, None)
         where = type(owner).__name__
         new = {
-            name: monitored(options, where, word, name)
+            name: names_of_metrics.monitored(options, where, word, name)
             for name in (given if isinstance(given, list) else [given])
             if isinstance(name, str)
         }
-        if any(old != name for old, name in new.items()):
-            _rename(owner, word, new)
-            log.info(renamed(where, word, given, new.values()))
-
-
-def _rename(owner: Any, word: str, new: Dict[str, str]) -> None:
-    for attribute in (word, 'key_indicators'):
-        names: Any = getattr(owner, attribute, None)
-        if isinstance(names, list):
-            setattr(owner, attribute, [new[name] for name in names])
-        elif isinstance(names, str):
-            setattr(owner, attribute, new[names])
-    # of CheckpointHook: the rule was found by the name, and stays
-    better: Any = getattr(owner, 'is_better_than', None)
-    if isinstance(better, dict):
-        owner.is_better_than = {new[name]: x for name, x in better.items()}
+        if [*new] == [*new.values()]:
+            continue
+        for attribute in (word, 'key_indicators'):
+            names: Any = getattr(owner, attribute, None)
+            if isinstance(names, list):
+                setattr(owner, attribute, [new[name] for name in names])
+            elif isinstance(names, str):
+                setattr(owner, attribute, new[names])
+        # of CheckpointHook: the rule was found by the name, and stays
+        better: Any = getattr(owner, 'is_better_than', None)
+        if isinstance(better, dict):
+            owner.is_better_than = {new[k]: x for k, x in better.items()}
+        today = new.values()
+        log.info(names_of_metrics.renamed(where, word, given, today))
 
 
 def rename_history(checkpoint: Any) -> None:
@@ -118,13 +111,12 @@ def rename_history(checkpoint: Any) -> None:
     Else a run that resumes forgets its best file, and logs the last value
     under the old name for ever.
     """
-    hub = checkpoint.get('message_hub')
-    if isinstance(hub, dict):
-        for part in hub.values():
-            if isinstance(part, dict):
-                items = [(of_version_0_1(k), x) for k, x in part.items()]
-                part.clear()
-                part.update(items)
+    today, hub = names_of_metrics.of_version_0_1, checkpoint.get('message_hub')
+    for part in hub.values() if isinstance(hub, dict) else ():
+        if isinstance(part, dict):
+            items = [(today(name), value) for name, value in part.items()]
+            part.clear()
+            part.update(items)
 
 
 def _run_passes(
@@ -173,34 +165,27 @@ def _telling(
     chooses the best file, is not called. One that was told that the pass
     begins is told that it ends.
     """
-    own, call_hook = vars(runner).get('call_hook'), runner.call_hook
-    numbers = itertools.count()
+    call_hook, numbers = runner.call_hook, itertools.count()
 
     def call(stage: str, **kwargs: Any) -> None:
         metrics, begins = kwargs.get('metrics'), _ENDS.get(stage)
         if begins and name:
             kwargs['metrics'] = found = named(metrics or {}, name)
             add_metrics(kept[next(numbers)], found)
-            hooks = runner._hooks
-            runner._hooks = [
-                hook for hook in hooks if begins in hook.get_triggered_stages()
+            hooks = [
+                hook
+                for hook in runner._hooks
+                if begins in hook.get_triggered_stages()
             ]
-            try:
+            with replacing(runner, '_hooks', hooks):
                 call_hook(stage, **kwargs)
-            finally:
-                runner._hooks = hooks
             return
         if begins and isinstance(metrics, dict):
             add_metrics(metrics, kept[next(numbers)])
         call_hook(stage, **kwargs)
 
-    runner.call_hook = call
-    try:
+    with replacing(runner, 'call_hook', call):
         yield
-    finally:
-        del runner.call_hook
-        if own is not None:
-            runner.call_hook = own
 
 
 @contextlib.contextmanager
@@ -229,11 +214,7 @@ def evaluate_apart(
 ) -> Dict[str, Any]:
     """Return the numbers of a pass of its own, which hooks do not report.
 
-    Args:
-        runner: The runner.
-        evaluating: A context for a pass on a set of weights.
-        weights: The set.
-        name: What the files of metrics have in their name.
+    Files of metrics have ``name`` in theirs.
     """
     loop: Any = runner.val_loop
     found: Dict[str, Any] = {}
@@ -248,8 +229,7 @@ def evaluate_apart(
                 found.update(kwargs.get('metrics') or {})
             call_hook(stage, **kwargs)
 
-        runner.call_hook = call
-        with evaluating(weights):
+        with evaluating(weights), replacing(runner, 'call_hook', call):
             # once, not once a set
             getattr(loop.run, '__wrapped__', loop.run)()
     return {k: x for k, x in found.items() if isinstance(x, Real)}

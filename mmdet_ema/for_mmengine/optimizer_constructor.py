@@ -11,6 +11,7 @@ from torch import nn
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmengine.runner import RunLog
 from mmdet_ema.optimizers.construction import Construction
+from mmdet_ema.training.patches import replacing
 
 
 class EMAOptimizerConstructor(DefaultOptimWrapperConstructor):  # type: ignore[misc]
@@ -77,14 +78,11 @@ class EMAOptimizerConstructor(DefaultOptimWrapperConstructor):  # type: ignore[m
         """Add the groups of a model; mmengine comes back for each child."""
         # mmengine's line for each parameter has the factor of a rate for the
         # rate; our table says what was built
-        logger = MMLogger.get_current_instance()
-        before, logger.disabled = logger.disabled, True
-        try:
+        theirs = super().add_params
+        with replacing(MMLogger.get_current_instance(), 'disabled', True):
             self._construction.add_params(
-                params, module, prefix, is_dcn_module, super().add_params
+                params, module, prefix, is_dcn_module, theirs
             )
-        finally:
-            logger.disabled = before
 
     def __call__(self, model: nn.Module) -> Any:
         """Build the optimizer; return its wrapper."""

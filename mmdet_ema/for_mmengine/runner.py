@@ -26,6 +26,7 @@ from mmdet_ema.averaging.shards import sharded_modules
 from mmdet_ema.errors import OptionError
 from mmdet_ema.for_mmengine.deepspeed_files import WHOLE
 from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
+from mmdet_ema.training.patches import wrap_once
 from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
 
 # the loops, and what a subclass may not change of them
@@ -52,13 +53,8 @@ def show_distance(runner: Any) -> None:
 
     mmengine rounds to four places, and an average may be nearer than that.
     """
-    processor = runner.log_processor
-    if 'get_log_after_iter' in vars(processor):
-        return
-    get = processor.get_log_after_iter
 
-    @functools.wraps(get)
-    def get_with_digits(*args: Any, **kwargs: Any) -> Any:
+    def get_with_digits(get: Any, *args: Any, **kwargs: Any) -> Any:
         values, line = get(*args, **kwargs)
         distance = values.get('ema_distance')
         if distance is not None:
@@ -66,7 +62,7 @@ def show_distance(runner: Any) -> None:
             line = re.sub(r'ema_distance: [^ ]+', shown, line)
         return values, line
 
-    processor.get_log_after_iter = get_with_digits
+    wrap_once(runner.log_processor, 'get_log_after_iter', get_with_digits)
 
 
 def model_of(runner: Any) -> nn.Module:
@@ -89,11 +85,7 @@ def is_deepspeed(runner: Any) -> bool:
 
 
 def refuse_strategy(runner: Any) -> None:
-    """Refuse what shards a model in a way that is not averaged.
-
-    Raises:
-        OptionError: If it is not FSDP2's.
-    """
+    """Refuse what shards a model in a way that is not averaged."""
     strategy = getattr(runner, 'strategy', None)
     kinds = {kind.__name__ for kind in type(strategy).__mro__}
     if 'ColossalAIStrategy' in kinds:
@@ -155,12 +147,7 @@ def schedulers_of(runner: Any) -> List[Any]:
 
 
 def facts_of(runner: Any, skips: int = 0) -> RunFacts:
-    """Return the training run as planned.
-
-    Args:
-        runner: The runner.
-        skips: Iterations of the epoch that are done already.
-    """
+    """Return the training run as planned; ``skips`` of its epoch are done."""
     counts = [getattr(w, '_accumulative_counts', 1) for w in _wrappers(runner)]
     if is_deepspeed(runner):
         counts = [runner.model.gradient_accumulation_steps()]
@@ -202,11 +189,8 @@ def watch_iterations(
 ) -> None:
     """Be there when an iteration, with all of its hooks, is over.
 
-    Args:
-        runner: The runner.
-        skips: Batches that are left out first: they are trained already.
-        after: Is told how many iterations of the epoch are done; 0 where the
-            loop counts no epochs.
+    ``skips`` batches are left out first: they are trained already. ``after``
+    is told how many of the epoch are done; 0 where the loop counts none.
     """
     loop = runner.train_loop
     # one of an earlier training in this process

@@ -19,21 +19,15 @@ from typing import (
     List,
     Mapping,
     Optional,
-    Sequence,
     Tuple,
 )
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mmdet_ema import checks
 from mmdet_ema.averaging.distributed import world_size
-from mmdet_ema.checks import (
-    check_choice,
-    check_count,
-    check_flag,
-    check_names,
-    check_number,
-)
+from mmdet_ema.checks import check_number
 from mmdet_ema.errors import OptionError, did_you_mean, show
 from mmdet_ema.optimizers.kinds import KINDS, WEIGHT, kind_of
 from mmdet_ema.optimizers.nominal import mark, remind, scale_weight_decay
@@ -65,10 +59,9 @@ class Construction:
         self._options = _checked(paramwise_cfg)
         self._keys: Dict[str, Dict[str, Any]] = self._options['custom_keys']
         # what factors multiply: a number, a tensor, or None
-        self._bases = {
-            name: optimizer_cfg.get(name) for name in ('lr', 'weight_decay')
-        }
-        for name, base in self._bases.items():
+        self._bases: Dict[str, Any] = {}
+        for name in ('lr', 'weight_decay'):
+            base = self._bases[name] = optimizer_cfg.get(name)
             if base is not None and not isinstance(base, Tensor):
                 check_number(f'optimizer.{name}', base, 0, math.inf)
         self._log = log
@@ -83,11 +76,8 @@ class Construction:
         Flat parameters are left to us, as mmcv 1.x has no rule for them, and
         so are options of a key that are no factors.
         """
-        rules: Dict[str, Any] = {
-            name: self._options[name]
-            for name in _MULTIPLIERS
-            if name in self._options and name != 'flat_decay_mult'
-        }
+        theirs = {*_MULTIPLIERS} - {'flat_decay_mult'}
+        rules = {k: x for k, x in self._options.items() if k in theirs}
         rules['custom_keys'] = {}
         for key, options in self._keys.items():
             given = {x: options[x] for x in _FACTORS if x in options}
@@ -117,38 +107,35 @@ class Construction:
         if is_dcn_module is not None:
             add_params(params, module, prefix, is_dcn_module)
             return
+        # a group of each parameter, for base values of 1
         factors: List[Dict[str, Any]] = []
         with _all_thawed(module):
             add_params(factors, module, prefix)
         params.extend(self._groups(factors))
 
-    def _groups(
-        self, factors: Sequence[Mapping[str, Any]]
-    ) -> List[Dict[str, Any]]:
+    def _groups(self, factors: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         """Return the groups: weight, norm, bias, other.
 
         Of each kind those of the base learning rate come first, then in the
-        order of the model. ``factors`` has a group of each parameter, its
-        ``lr`` and ``weight_decay`` for base values of 1.
+        order of the model.
         """
         met, self._met = self._met, {}
-        rules: Dict[Tensor, Mapping[str, Any]] = {}
-        for rule in factors:  # a tied parameter follows its first name
-            rules.setdefault(rule['params'][0], rule)
+        # a tied parameter follows its first name
+        rules = {rule['params'][0]: rule for rule in reversed(factors)}
         followed = set()
         groups: Dict[str, Dict[str, Any]] = {}
         order = {}
         for tensor, (name, kind, is_flat) in met.items():
             # the longest key decides, then the alphabet
             matches = sorted(key for key in self._keys if key in name)
-            key = max(matches, key=len) if matches else None
+            key = max(matches, key=len, default='')
             followed.add(key)
-            options = {} if key is None else self._keys[key]
+            options = self._keys.get(key, {})
             more = {k: v for k, v in options.items() if k not in _FACTORS}
             rule = rules.get(tensor, {})
             lr, decay = rule.get('lr', 1.0), rule.get('weight_decay', math.nan)
             default = 1.0 if kind in self._options['decay_kinds'] else 0.0
-            if math.isnan(decay) and is_flat and key is None:
+            if math.isnan(decay) and is_flat and not matches:
                 decay = self._options.get('flat_decay_mult', decay)
             if math.isnan(decay):
                 decay = default
@@ -174,21 +161,15 @@ class Construction:
         base = self._bases[name]
         if base is not None:
             return {name: base * factor}
-        if factor == 1:
-            return {}
-        if factor == 0:
-            return {name: 0.0}
+        if factor in (0, 1):
+            return {name: 0.0} if factor == 0 else {}
         raise OptionError(
             f'paramwise_cfg multiplies {name} by {factor:g}, but the '
             f'optimizer is given none; add {name}=... to it.'
         )
 
     def finish(self, optimizer: Optimizer, accumulation: int) -> None:
-        """Scale the weight decay if that can be done; say what was built.
-
-        ``accumulation`` are the iterations to one step, if the framework
-        knows.
-        """
+        """Scale the weight decay if that can be done; say what was built."""
         samples = None
         if 'batch_size' in self._options:
             steps = self._options.get('accumulation', accumulation)
@@ -217,17 +198,14 @@ class Construction:
                 f'a longer key goes first; correct or remove what is not '
                 f'meant.'
             )
-        given = [
-            f'{name}={self._options[name]}'
-            for name in ('batch_size', 'accumulation')
-            if name in self._options
-        ]
-        if given and self._options['nominal_batch_size'] is None:
+        options, words = self._options, ('batch_size', 'accumulation')
+        given = [f'{x}={options[x]}' for x in words if x in options]
+        if given and options['nominal_batch_size'] is None:
             yield (
                 f'{" and ".join(given)}: nominal_batch_size=None says that '
                 f'the weight decay is not scaled; remove one of them.'
             )
-        elif given and 'batch_size' not in self._options:
+        elif given and 'batch_size' not in options:
             yield (
                 f'{given[0]} without batch_size: the hooks then find both by '
                 f'themselves; give batch_size=... too, or remove it.'
@@ -284,17 +262,15 @@ def _table(optimizer: Optimizer) -> str:
 
 def _checked(cfg: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
     """Check ``paramwise_cfg``; return what is given, and our defaults."""
-    if not isinstance(cfg, (Mapping, type(None))):
+    cfg = {} if cfg is None else cfg
+    if not isinstance(cfg, Mapping):
         raise OptionError(
             f'paramwise_cfg={show(cfg)} is not allowed; use a dict.'
         )
-    check_names('paramwise_cfg', cfg or {}, _CHECKS)
-    checked: Dict[str, Any] = {
-        'custom_keys': {},
-        'decay_kinds': (WEIGHT,),
-        'nominal_batch_size': 64,
-    }
-    for name, value in (cfg or {}).items():
+    checks.check_names('paramwise_cfg', cfg, _CHECKS)
+    checked: Dict[str, Any] = dict(custom_keys={}, decay_kinds=(WEIGHT,))
+    checked['nominal_batch_size'] = 64
+    for name, value in cfg.items():
         if value is not None:
             checked[name] = _CHECKS[name](name, value)
         elif name == 'nominal_batch_size':
@@ -328,21 +304,21 @@ def _check_keys(name: str, value: Any) -> Dict[str, Dict[str, Any]]:
     return checked
 
 
-def _check_kinds(name: str, value: Any) -> Sequence[str]:
+def _check_kinds(name: str, value: Any) -> List[str]:
     if not isinstance(value, (list, tuple)):
         raise OptionError(
             f'decay_kinds={show(value)} is not allowed; use a list of some of '
             f'{", ".join(map(repr, KINDS))}.'
         )
-    return [check_choice(name, kind, KINDS) for kind in value]
+    return [checks.check_choice(name, kind, KINDS) for kind in value]
 
 
 _factor = functools.partial(check_number, low=0, high=math.inf)
-_samples = functools.partial(check_count, least=1)
+_samples = functools.partial(checks.check_count, least=1)
 _CHECKS: Dict[str, Callable[[str, Any], Any]] = {
     'custom_keys': _check_keys,
     **dict.fromkeys(_MULTIPLIERS, _factor),
-    'bypass_duplicate': check_flag,  # a tied parameter comes once anyway
+    'bypass_duplicate': checks.check_flag,  # tied ones come once anyway
     'decay_kinds': _check_kinds,
     'nominal_batch_size': _samples,
     'batch_size': _samples,

@@ -16,9 +16,9 @@ from typing import (
     Callable,
     ContextManager,
     Dict,
+    Iterable,
     List,
     Optional,
-    Sequence,
 )
 
 from torch.optim import Optimizer
@@ -35,9 +35,7 @@ def mark(
 ) -> None:
     """Mark the groups of a new optimizer as waiting for their scaling.
 
-    Their weight decay is that of ``nominal`` samples a step; None for no
-    scaling. ``samples`` are those that the user gave; None for what a hook
-    finds.
+    ``samples`` are those that the user gave, None for what a hook finds.
     """
     if nominal is not None:
         setattr(optimizer, _GIVEN, samples)
@@ -46,13 +44,11 @@ def mark(
 
 
 def scale_weight_decay(
-    optimizers: Sequence[Optimizer], samples: int, log: Any
+    optimizers: Iterable[Any], samples: int, log: Any
 ) -> None:
     """Scale what is marked and not scaled to these samples yet.
 
-    ``samples`` are those that one optimizer step takes, over all processes;
-    what the user gave goes first. May be called again and again. Optimizers
-    of other constructors are left alone.
+    What the user gave goes first. May be called again and again.
     """
     for optimizer in optimizers:
         wanted = getattr(optimizer, _GIVEN, None) or samples
@@ -71,9 +67,9 @@ def scale_weight_decay(
             group['weight_decay'] = decay * factor
             group[_SAMPLES] = wanted
             if index == 0:  # all groups of an optimizer are scaled alike
-                before = f'nominal {nominal}'
-                if scaled_to:
-                    before = f'{scaled_to} before'
+                before = f'{scaled_to} before'
+                if not scaled_to:
+                    before = f'nominal {nominal}'
                 log.info(
                     f'EMAOptimizerConstructor: weight decay x {factor:.6g} '
                     f'for {wanted} samples a step ({before}): group '
@@ -84,12 +80,9 @@ def scale_weight_decay(
 def remind(optimizer: Optimizer, log: Any) -> None:
     """Warn at the first step if nobody has scaled the weight decay by then."""
 
-    def is_waiting() -> bool:
-        return not all(group[_SAMPLES] for group in _decayed(optimizer))
-
     def look() -> ContextManager[Any]:
         end()
-        if is_waiting():
+        if not all(group[_SAMPLES] for group in _decayed(optimizer)):
             log.warning(
                 'EMAOptimizerConstructor: the weight decay is NOT scaled to '
                 'the nominal batch size, because nothing told the batch '
@@ -99,7 +92,7 @@ def remind(optimizer: Optimizer, log: Any) -> None:
             )
         return contextlib.nullcontext()
 
-    if is_waiting():
+    if not all(group[_SAMPLES] for group in _decayed(optimizer)):
         end = around_step(optimizer, look)
 
 
@@ -122,18 +115,14 @@ def around_step(
     # torch's own step hooks know no failed step, torch 1.13 has none, and a
     # step that calls its parent's would be heard twice
     step = optimizer.step
-    active = True
+    contexts = [context]
 
     @functools.wraps(step)
     def heard(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        with context() if active else contextlib.nullcontext():
+        with contexts[0]() if contexts else contextlib.nullcontext():
             return step(*args, **kwargs)
-
-    def end() -> None:
-        # the wrapper stays: others may have wrapped it by now
-        nonlocal active
-        active = False
 
     # schedulers ask whose method it is
     optimizer.step = types.MethodType(heard, optimizer)
-    return end
+    # the wrapper stays: others may have wrapped it by now
+    return contexts.clear

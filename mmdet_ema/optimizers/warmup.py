@@ -11,16 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-)
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from torch.optim import Optimizer
 
@@ -53,9 +44,8 @@ class Warmup:
             check_count('warmup_iters', warmup_iters, 0)
         if bias_lr is not None:
             check_number('bias_lr', bias_lr, 0, math.inf)
-        self._epochs = check_number(
-            'warmup_epochs', warmup_epochs, 0, math.inf
-        )
+        inf = math.inf
+        self._epochs = check_number('warmup_epochs', warmup_epochs, 0, inf)
         self._iters, self._bias_lr = warmup_iters, bias_lr
         self._min_iters = check_count('min_iters', min_iters, 0)
         self._momentum = check_number(
@@ -68,17 +58,16 @@ class Warmup:
 
     def start(
         self,
-        optimizers: Sequence[Optimizer],
+        optimizers: List[Optimizer],
         *,
         iters_per_epoch: Optional[int],
         max_iters: int,
         samples: int,
         log: Any,
-        others: Mapping[str, Sequence[str]],
+        others: Mapping[str, List[str]],
     ) -> None:
         """Scale the weight decay, say what the warm-up will do, and begin.
 
-        ``samples`` are those of one optimizer step over all processes;
         ``others`` names what warms up 'lr' or 'momentum' as well.
         """
         scale_weight_decay(optimizers, samples, log)
@@ -159,7 +148,7 @@ class Warmup:
         return 0.0 if 'betas' in group else 0.1
 
     def _report(
-        self, max_iters: int, others: Mapping[str, Sequence[str]], log: Any
+        self, max_iters: int, others: Mapping[str, List[str]], log: Any
     ) -> None:
         groups, length = self._groups(), self._length
         rate = min(map(self._bias_start, groups), default=0.0)

@@ -12,15 +12,10 @@ from __future__ import annotations
 import math
 from typing import Any, Callable, Dict, Optional
 
+from mmdet_ema import schedules
 from mmdet_ema.checks import check_flag, check_number
 from mmdet_ema.errors import OptionError, did_you_mean, show
-from mmdet_ema.schedules import (
-    Schedule,
-    annealing,
-    constant,
-    exponential,
-    mean,
-)
+from mmdet_ema.schedules import Schedule
 
 COMPATIBLE = (
     *('ema_type', 'momentum', 'gamma'),
@@ -29,10 +24,10 @@ COMPATIBLE = (
 MOMENTUM = 0.0002
 GAMMA = {'ExpMomentumEMA': 2000.0, 'MomentumAnnealingEMA': 100.0}
 _FAMILIES: Dict[str, Callable[[float, float], Schedule]] = {
-    'ExpMomentumEMA': exponential,
-    'ExponentialMovingAverage': lambda decay, gamma: constant(decay),
-    'MomentumAnnealingEMA': annealing,
-    'StochasticWeightAverage': lambda decay, gamma: mean(),
+    'ExpMomentumEMA': schedules.exponential,
+    'ExponentialMovingAverage': lambda decay, gamma: schedules.constant(decay),
+    'MomentumAnnealingEMA': schedules.annealing,
+    'StochasticWeightAverage': lambda decay, gamma: schedules.mean(),
 }
 
 

@@ -17,7 +17,6 @@ from typing import (
     Dict,
     Iterable,
     Mapping,
-    MutableMapping,
     Optional,
     Sequence,
     Set,
@@ -26,67 +25,38 @@ from typing import (
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import MAIN, read_count
 from mmdet_ema.averaging.distributed import add_up
 from mmdet_ema.averaging.shards import gather
 from mmdet_ema.averaging.tensors import select
-from mmdet_ema.checkpoint.format import (
-    CHANGED,
-    EMAPart,
-    check_training_state,
-    pack,
-)
-from mmdet_ema.checkpoint.start import (
-    START,
-    is_there,
-    keep_start,
-    start_name,
-)
+from mmdet_ema.checkpoint import format as ema_format
+from mmdet_ema.checkpoint.format import CHANGED, EMAPart
+from mmdet_ema.checkpoint.start import START, is_there, keep_start, start_name
 from mmdet_ema.errors import NonFiniteError
 from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.schedules import check_decay
-from mmdet_ema.training import resume
+from mmdet_ema.training import recalibrate, report, resume
 from mmdet_ema.training.options import RAW, Options
 from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
-from mmdet_ema.training.recalibrate import (
-    batch_statistics,
-    first_batches,
-    is_better,
-    layers_to_estimate,
-)
-from mmdet_ema.training.report import (
-    compare,
-    describe_idle,
-    describe_replaced,
-    describe_skip,
-    report,
-    sets_of_weights,
-    side_by_side,
-)
 from mmdet_ema.training.steps import TELLS_OF_STEPS, WeightChanges
 from mmdet_ema.version import __version__
 
-Checkpoint = MutableMapping[str, Any]
+Checkpoint = Dict[str, Any]
 Metrics = Mapping[str, Any]
 # iterations without a step that are said at least to be unusual
 _IDLE = 50
 
 
 class EMALifecycle:
-    """The life of one average inside a trainer.
-
-    Attributes:
-        averager: The averager, from the first iteration that counts on, or
-            that of a file that is evaluated.
-        passes: The sets of weights that are evaluated, the main one last.
-    """
+    """The life of one average inside a trainer."""
 
     def __init__(self, options: Options, log: Any):
         self.options = options
+        # the sets of weights that are evaluated, the main one last
         self.passes = options.passes
+        # from the first iteration that counts on, or of an evaluated file
         self.averager: Optional[WeightAverager] = None
         self._log = log
         self._estimates = 0
@@ -117,17 +87,16 @@ class EMALifecycle:
         self.finish()
         if self._only_evaluates:
             self._expect(None)
-        part = self._pending
-        done = part.steps if part else 0
-        if self.averager is not None:
-            done = self.averager.num_steps
-        before = part.before if part else {}
-        # a training that goes on in this process keeps the batch size
-        known = self._plan.reference if self._plan and not before else None
+        part, done, before = self._pending, 0, {}
         if part is not None:
+            done, before = part.steps, part.before
             self._restarted = read_count(before, 'restarted', 0)
             self._changed_at = read_count(before, CHANGED, 0)
             self._start = before.get(START)
+        elif self.averager is not None:
+            done = self.averager.num_steps
+        # a training that goes on in this process keeps the batch size
+        known = self._plan.reference if self._plan and not before else None
         self._plan = Plan(self.options, facts, done, before, known)
         if part is not None:
             self._make_averager(model)
@@ -159,24 +128,35 @@ class EMALifecycle:
 
         The model is unwrapped, the optimizers are those of now.
         """
-        if self.is_applied:
+        averager, changes, plan = self.averager, self._changes, self._plan
+        if averager is not None and averager.is_applied:
             self._log.warning(
                 'EMA: an evaluation left the averages in the model; training '
                 'goes on from the raw weights.'
             )
-            self.leave_evaluation()
-        if self._pending is not None or (
-            self.averager is None and has_begun(self.options, iteration, epoch)
-        ):
-            self._make_averager(model)
+            averager.restore()
+        begins = averager is None and has_begun(self.options, iteration, epoch)
+        if begins or self._pending is not None:
+            averager = self._make_averager(model)
         if not self._reported:
             self._report(model)
-        averager, changes, plan = self.averager, self._changes, self._plan
         if averager is None or changes is None or plan is None:
             return
         if not self._iterations:
             self._first = averager.progress()
-        self._restart(averager, epoch + 1)
+        # the file says which epoch was the last one: a run that resumes
+        # within it does not restart again
+        restarts = epoch + 1 in self.options.restart_epochs
+        if restarts and epoch + 1 != self._restarted:
+            self._restarted, self._changed_at = epoch + 1, 0
+            # the steps before are told of at the end, too
+            self._first['num_steps'] -= averager.num_steps
+            averager.restart()
+            self._keep_start(averager)
+            self._log.info(
+                f'EMA: epoch {epoch + 1}: the averages start again from the '
+                f'raw weights (restart_epochs).'
+            )
         if not changes.told:
             # maybe nobody tells before the weights change
             averager.follow_changes()
@@ -184,29 +164,12 @@ class EMALifecycle:
         if replaced:
             self._replacements += 1
             if math.log10(self._replacements).is_integer():
-                self._log.info(describe_replaced(replaced))
+                self._log.info(report.describe_replaced(replaced))
         changes.begin(optimizers)
         self._iterations += 1
         times = changes.idle / max(_IDLE, 2 * plan.facts.accumulation)
         if times >= 1 and math.log10(times).is_integer():
-            self._log.warning(describe_idle(changes.idle))
-
-    def _restart(self, averager: WeightAverager, epoch: int) -> None:
-        """Start again from the raw weights, once in an epoch of that option.
-
-        The file says which was the last one: a run that resumes within that
-        epoch does not restart again.
-        """
-        if epoch in self.options.restart_epochs and epoch != self._restarted:
-            self._restarted, self._changed_at = epoch, 0
-            # the steps before are told of at the end, too
-            self._first['num_steps'] -= averager.num_steps
-            averager.restart()
-            self._keep_start(averager)
-            self._log.info(
-                f'EMA: epoch {epoch}: the averages start again from the raw '
-                f'weights (restart_epochs).'
-            )
+            self._log.warning(report.describe_idle(changes.idle))
 
     def _keep_start(self, averager: WeightAverager, new: bool = True) -> None:
         """Keep the starting weights in the work folder, or look for them."""
@@ -268,7 +231,7 @@ class EMALifecycle:
         """Tell of a skip that has come to light; on a GPU that is later."""
         if averager.known_skipped != self._told_skipped:
             self._told_skipped = averager.known_skipped
-            line = describe_skip(averager, self._updated_at)
+            line = report.describe_skip(averager, self._updated_at)
             if line:
                 self._log.warning(line)
 
@@ -298,7 +261,7 @@ class EMALifecycle:
             f'in {total} iterations.'
         )
         if not steps + skipped and total > plan.facts.accumulation:
-            self._log.warning(describe_idle(total))
+            self._log.warning(report.describe_idle(total))
 
     def scalars(self) -> Dict[str, float]:
         """Return what loggers log of the last step."""
@@ -352,18 +315,14 @@ class EMALifecycle:
             self.averager.apply(weights)
 
     def tell_evaluation(self, weights: Optional[str] = None) -> None:
-        """Say whose the metrics are that are computed next.
-
-        Args:
-            weights: One of ``passes``; the main one by default.
-        """
+        """Say whose metrics come next: of ``passes``, by default the last."""
         if self._only_evaluates or not self.options.enabled:
             return  # said when the file was read
         weights = weights or self.passes[-1]
         if self.averager is None:
             said = 'the raw weights: the average has not begun'
         else:
-            said = sets_of_weights([weights])
+            said = report.sets_of_weights([weights])
             if weights != RAW:
                 updates = self.averager.progress(weights)['num_updates']
                 said = f'{said} (n={updates})'
@@ -371,7 +330,7 @@ class EMALifecycle:
 
     def tell_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of several sets of weights side by side."""
-        table = compare(metrics, self.passes)
+        table = report.compare(metrics, self.passes)
         if table:
             self._log.info(table)
 
@@ -386,28 +345,20 @@ class EMALifecycle:
         """Estimate the deployed BatchNorm statistics again; keep the better.
 
         Call it at the end, on all ranks, before the last file is written.
-
-        Args:
-            model: The model, unwrapped, in the modes of its training.
-            loader: The training data.
-            forward: Calls the model on a batch, as training does.
-            evaluate: Returns the metrics of the deployed averages, at least
-                on rank 0.
-            choose_by: Returns the metric that is compared, and whether higher
-                is better.
+        ``forward`` calls the model on a batch, as training does; ``evaluate``
+        returns the metrics of the deployed averages, at least on rank 0;
+        ``choose_by`` that which is compared, and whether higher is better.
         """
         averager, plan, count = self.averager, self._plan, self._estimates
         if not count or plan is None or not plan.facts.recalibrates:
             return
         self._estimates = 0
         said = f'EMA: recalibrate={count}'
-        layers = layers_to_estimate(model)
+        layers = recalibrate.layers_to_estimate(model)
         if averager is None or not layers:
-            lack = (
-                'no BatchNorm layer is in training mode'
-                if averager
-                else 'the average has not begun'
-            )
+            lack = 'no BatchNorm layer is in training mode'
+            if averager is None:
+                lack = 'the average has not begun'
             self._log.warning(f'{said} has no effect: {lack}.')
             return
         self.synchronize()
@@ -418,8 +369,8 @@ class EMALifecycle:
         before = evaluate()
         deploy = self.options.deploy
         with averager.applied(deploy):
-            batches = first_batches(loader, count)
-            estimates = batch_statistics(model, batches, forward)
+            batches = recalibrate.first_batches(loader, count)
+            estimates = recalibrate.batch_statistics(model, batches, forward)
         averages = dict(averager.named_parts(deploy))
         old = {name: averages[name].clone() for name in estimates}
         is_kept = False
@@ -430,7 +381,7 @@ class EMALifecycle:
             if after:
                 metric, greater = choose_by(after)
                 left, right = before[metric], after[metric]
-                is_kept = is_better(left, right, greater)
+                is_kept = recalibrate.is_better(left, right, greater)
             # where rank 0 alone has metrics the others do what it does
             votes = torch.tensor([float(is_kept)], dtype=torch.float64)
             add_up([votes])
@@ -442,7 +393,8 @@ class EMALifecycle:
         if not after:
             self._log.warning(f'{said} has no effect: there are no metrics.')
             return
-        self._log.info(side_by_side({'after': after, 'before': before}))
+        table = report.side_by_side({'after': after, 'before': before})
+        self._log.info(table)
         better = 'higher' if greater else 'lower'
         kept = 'the new ones are kept' if is_kept else 'the old ones stay'
         self._log.info(
@@ -473,55 +425,52 @@ class EMALifecycle:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint with the live weights its EMA part, in place."""
-        averager, raws = self.averager, {}
-        averages: Dict[str, Any] = {}
-        more: Dict[str, Dict[str, Any]] = {}
-        meta: Dict[str, Any] = dict(self._plan.meta) if self._plan else {}
+        averager, deploy = self.averager, self.options.deploy
+        averages: Metrics = {}
+        raws: Metrics = {}
+        more: Dict[str, Checkpoint] = {}
+        meta = dict(self._plan.meta) if self._plan else {}
         meta['writer'] = f'mmdet_ema {__version__}'
         if averager is not None and not self._only_evaluates:
             averager.refresh()
             if averager.is_applied:
                 raws = gather(averager.named_raws())
             for name in averager.names:
-                more[name] = {
-                    'schedule': str(averager.schedules[name]),
-                    **averager.progress(name),
-                    'state_dict': gather(
-                        averager.named_averages(stored=True, name=name)
-                    ),
-                }
-            deploy = self.options.deploy
-            deployed = more.pop(deploy)
-            averages, schedule = map(deployed.pop, ('state_dict', 'schedule'))
-            meta.update(deployed)
-            if self._restarted:
-                meta['restarted'] = self._restarted
-            if self._changed_at:
-                meta[CHANGED] = self._changed_at
-            if self._start:
-                meta[START] = self._start
-            if more:
-                meta['deploy'] = deploy
-            if deploy != MAIN:
-                meta['schedule'] = schedule
-        pack(checkpoint, averages, raws, meta.get('num_steps', 0), meta, more)
+                named = averager.named_averages(stored=True, name=name)
+                schedule = str(averager.schedules[name])
+                progress, tensors = averager.progress(name), gather(named)
+                if name == deploy:
+                    averages = tensors
+                    meta.update(progress)
+                    if name != MAIN:
+                        meta['schedule'] = schedule
+                else:
+                    more[name] = dict(schedule=schedule, **progress)
+                    more[name]['state_dict'] = tensors
+            told = {
+                'restarted': self._restarted,
+                CHANGED: self._changed_at,
+                START: self._start,
+                'deploy': deploy if more else '',
+            }
+            meta.update({key: value for key, value in told.items() if value})
+        steps = meta.get('num_steps', 0)
+        ema_format.pack(checkpoint, averages, raws, steps, meta, more)
 
     def resume(
         self,
         checkpoint: Checkpoint,
         model: nn.Module,
-        optimizers: Sequence[Optimizer],
+        optimizers: Sequence[Any],
     ) -> None:
         """Go on from a checkpoint; see ``resume.for_resume``."""
-        options = self.options
-        strict = options.strict_load and options.enabled
-        part = resume.for_resume(
-            checkpoint, model, strict, self._log, options.enabled
-        )
-        check_training_state(checkpoint, optimizers, self._log)
-        self._expect(part if options.enabled else None)
-        if not options.enabled:
-            self._log.warning(
+        log, enabled = self._log, self.options.enabled
+        strict = self.options.strict_load and enabled
+        part = resume.for_resume(checkpoint, model, strict, log, enabled)
+        ema_format.check_training_state(checkpoint, optimizers, log)
+        self._expect(part if enabled else None)
+        if not enabled:
+            log.warning(
                 'EMA: enabled=False: training goes on from the raw weights, '
                 'without an average.'
             )
@@ -547,7 +496,7 @@ class EMALifecycle:
         self._start, self._restarted, self._changed_at = None, 0, 0
         self._only_evaluates = only_evaluates
 
-    def _make_averager(self, model: nn.Module) -> None:
+    def _make_averager(self, model: nn.Module) -> WeightAverager:
         """Start the average: from the weights, or where the file left it."""
         part, self._pending = self._pending, None
         plan, options = self._plan, self.options
@@ -560,40 +509,34 @@ class EMALifecycle:
         if plan is not None:
             averager.schedules.update(plan.schedules)
         if part is not None:
-            states = part.states()
-            names = averager.names
-            new = [name for name in names if name not in states]
-            gone = [name for name in states if name not in names]
+            names, states = averager.names, part.states()
             said = [f'the checkpoint has the averages {", ".join(states)}']
-            if new:
-                start = 'starts from the raw weights, n = 0'
-                said += [f'{name} {start}' for name in new]
-            said += [f'{name} is dropped' for name in gone]
-            if plan is not None:
-                # the report has the main one
-                said += [
-                    f'{name} goes on with {schedule}, not '
-                    f'{states[name]["schedule"]}'
-                    for name, schedule in plan.more.items()
-                    if states.get(name, {}).get('schedule', str(schedule))
-                    != str(schedule)
-                ]
-            if len(said) > 1:
-                self._log.warning(f'EMA: {"; ".join(said)}.')
-            if plan is not None and (
-                plan.has_changed
-                or any(
-                    states[name].get('schedule') != str(schedule)
-                    for name, schedule in plan.more.items()
-                    if name in states
-                )
-            ):
+            said += [
+                f'{name} starts from the raw weights, n = 0'
+                for name in names
+                if name not in states
+            ]
+            said += [
+                f'{name} is dropped' for name in states if name not in names
+            ]
+            # the report has the main one
+            changed = [
+                f'{name} goes on with {schedule}, not '
+                f'{states[name].get("schedule")}'
+                for name, schedule in (plan.more if plan else {}).items()
+                if name in states
+                and states[name].get('schedule') != str(schedule)
+            ]
+            if len(said + changed) > 1:
+                self._log.warning(f'EMA: {"; ".join(said + changed)}.')
+            if plan and (plan.has_changed or changed):
                 self._changed_at = part.steps
             # a file without the main ones deploys others in their place
             main = states.pop(MAIN, None) or states[part.deployed]
             averager.load_state_dict({**main, 'more': states}, strict=False)
         self._keep_start(averager, new=part is None)
         self._told_skipped = averager.known_skipped
+        return averager
 
     def _report(self, model: nn.Module) -> None:
         """Report in the first iteration: the tensors are known by then."""
@@ -603,7 +546,7 @@ class EMALifecycle:
             entries = self.averager.entries
         else:
             entries = select(model, options.update_buffers, options.copied)
-        report(self._plan, entries, self._log)
+        report.report(self._plan, entries, self._log)
         if options.overlap and not TELLS_OF_STEPS:
             self._log.warning(
                 f'EMA: overlap=True has no effect: torch {torch.__version__} '

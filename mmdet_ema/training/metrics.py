@@ -7,15 +7,7 @@ last slash.
 
 from __future__ import annotations
 
-from typing import (
-    Any,
-    Dict,
-    Iterable,
-    Mapping,
-    MutableMapping,
-    Optional,
-    Tuple,
-)
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 
 from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.errors import OptionError, show
@@ -31,14 +23,8 @@ def named(metrics: Mapping[str, Any], weights: str) -> Dict[str, Any]:
     return {metric_of(weights, k): value for k, value in metrics.items()}
 
 
-def add_metrics(
-    metrics: MutableMapping[str, Any], others: Mapping[str, Any]
-) -> None:
-    """Put the metrics of other sets next to those of the main one.
-
-    Raises:
-        OptionError: If another metric has such a name already.
-    """
+def add_metrics(metrics: Dict[str, Any], others: Mapping[str, Any]) -> None:
+    """Put the metrics of other sets next to those of the main one."""
     for name in others:
         if name in metrics:
             raise OptionError(
@@ -67,16 +53,9 @@ def _split(options: Options, name: str) -> Optional[Tuple[str, str]]:
 
 
 def monitored(options: Options, where: str, word: str, given: str) -> str:
-    """Return what the metric is called that something waits for.
+    """Return what the metric is called that ``where(word=given)`` waits for.
 
-    Args:
-        options: Of the EMA hook.
-        where: Who waits for it, for a message.
-        word: The option that names it, such as ``save_best``.
-        given: The name, maybe one of version 0.1 (``raw/coco/bbox_mAP``).
-
-    Raises:
-        OptionError: If no set that is evaluated gives it.
+    ``given`` may be a name of version 0.1 (``raw/coco/bbox_mAP``).
     """
     found = _split(options, given)
     if found is None:

@@ -37,9 +37,6 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     remembers, layers that a hook has fused, statistics in buffers. Attributes
     are kept one level deep: a list gets its items back, an object that the
     body changed inside stays changed.
-
-    Args:
-        model: The model, unwrapped.
     """
     # torch's wrappers (FSDP) keep there what one forward pass sets up for all
     modules = [

@@ -6,50 +6,19 @@ import functools
 import inspect
 import math
 from dataclasses import dataclass, field, fields
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 
+from mmdet_ema import checks, schedules
 from mmdet_ema.averaging.averager import NONFINITE, further_schedules
 from mmdet_ema.averaging.averages import MAIN, POSTHOC
 from mmdet_ema.averaging.update import Rule
-from mmdet_ema.checks import (
-    check_averages,
-    check_choice,
-    check_count,
-    check_device,
-    check_epochs,
-    check_flag,
-    check_names,
-    check_patterns,
-)
+from mmdet_ema.checks import check_choice, check_count, check_flag
 from mmdet_ema.errors import OptionError, show
-from mmdet_ema.schedules import (
-    SCHEDULES,
-    Schedule,
-    ScheduleSpec,
-    a_tenth,
-    build_schedule,
-    is_auto,
-    make_schedule,
-    options_of,
-    split_spec,
-)
-from mmdet_ema.training.compatible import (
-    COMPATIBLE,
-    decay_of,
-    evaluate_of,
-    family_schedule,
-    instead_of,
-)
+from mmdet_ema.schedules import Schedule, ScheduleSpec, is_auto, options_of
+from mmdet_ema.training import compatible
+from mmdet_ema.training.compatible import COMPATIBLE, decay_of, instead_of
 
 RAW = 'raw'
 """Name of the raw weights among the sets that are evaluated."""
@@ -58,19 +27,12 @@ _SIZES = ('s', 'm', 'l')
 
 @dataclass(frozen=True)
 class Choice:
-    """What the options say of the decay.
+    """What the options say of the decay."""
 
-    Attributes:
-        make: Makes the schedule, given the steps that are planned.
-        phase: Which step of an interval updates.
-        no_effect: Sentences on options that change nothing.
-        rule: Updates one average instead of the schedule.
-    """
-
-    make: Callable[[int], Schedule]
-    phase: int = 0
-    no_effect: Tuple[str, ...] = ()
-    rule: Optional[Rule] = None
+    make: Callable[[int], Schedule]  # given the steps that are planned
+    phase: int = 0  # which step of an interval updates
+    no_effect: Tuple[str, ...] = ()  # sentences on what changes nothing
+    rule: Optional[Rule] = None  # updates one average without a schedule
 
 
 def _option(
@@ -98,7 +60,7 @@ class Options:
     begin_epoch: int = _option(0, check_count, least=0)
     update_buffers: bool = _option(None, check_flag, averager=True)
     device: Optional[torch.device] = _option(  # noqa: RUF009
-        None, lambda name, value: check_device(value), averager=True
+        None, lambda name, value: checks.check_device(value), averager=True
     )
     overlap: bool = _option(False, check_flag, averager=True)
     evaluate: Any = None
@@ -107,14 +69,14 @@ class Options:
     )
     strict_load: bool = _option(False, check_flag)
     scale_decay: bool = _option(False, check_flag)
-    copied: Tuple[str, ...] = _option((), check_patterns, averager=True)
+    copied: Tuple[str, ...] = _option((), checks.check_patterns, averager=True)
     enabled: bool = _option(True, check_flag)
     averages: Any = _option(  # noqa: RUF009
-        None, check_averages, averager=True
+        None, checks.check_averages, averager=True
     )
     posthoc: bool = _option(False, check_flag, averager=True)
     deploy: str = MAIN
-    restart_epochs: Tuple[int, ...] = _option((), check_epochs)
+    restart_epochs: Tuple[int, ...] = _option((), checks.check_epochs)
     recalibrate: int = _option(0, check_count, least=0)
     safe_save: bool = _option(True, check_flag)
     save_on_sigterm: bool = _option(False, check_flag)
@@ -129,11 +91,11 @@ class Options:
     passes: Tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        compatible = _uses_compatible(self)
+        theirs = _uses_compatible(self)
         if self.update_buffers is None:
-            self._set('update_buffers', not compatible)
+            self._set('update_buffers', not theirs)
         on = (self.evaluate_on_ema, self.evaluate_on_origin)
-        self._set('evaluate', evaluate_of(self.evaluate, *on))
+        self._set('evaluate', compatible.evaluate_of(self.evaluate, *on))
         for option in fields(self):
             if option.metadata:
                 value = getattr(self, option.name)
@@ -154,7 +116,7 @@ class Options:
             )
         if self.choice is None:
             family = self.ema_type is not None or self.schedule is None
-            choose = _of_a_family if compatible and family else _of_our_own
+            choose = _of_a_family if theirs and family else _of_our_own
             self._set('choice', choose(self))
         self.schedules_for(10**9)  # what is wrong is found now
         if self.scale_decay and self.fits_the_run:
@@ -214,25 +176,20 @@ class Options:
         main = self.schedule_for(planned)
         more = further_schedules(self.averages, planned)
         if self.posthoc:
-            more[POSTHOC] = a_tenth(main)
+            more[POSTHOC] = schedules.a_tenth(main)
         return {MAIN: main, **more}
 
-    def of_the_averager(
-        self, schedules: Mapping[str, Schedule]
-    ) -> Dict[str, Any]:
-        """Return the options that :class:`WeightAverager` has as well."""
+    def of_the_averager(self, made: Mapping[str, Schedule]) -> Dict[str, Any]:
+        """Return the options of :class:`WeightAverager`, schedules made."""
         shared = [f.name for f in fields(self) if f.metadata.get('averager')]
-        devices = {
-            name: {k: x for k, x in given.items() if k == 'device'}
-            for name, given in self.averages.items()
-        }
+        further = {name: {'schedule': made[name]} for name in self.averages}
+        for name, given in self.averages.items():
+            if 'device' in given:
+                further[name]['device'] = given['device']
         return {
             **{name: getattr(self, name) for name in shared},
-            'schedule': schedules[MAIN],
-            'averages': {
-                name: dict(device, schedule=schedules[name])
-                for name, device in devices.items()
-            },
+            'schedule': made[MAIN],
+            'averages': further,
             'phase': self.choice.phase,
             'rule': self.choice.rule,
         }
@@ -260,13 +217,14 @@ def refuse_unknown(
     """Refuse options that a hook does not have."""
 
     def hint(name: str, value: Any) -> str:
-        homes = [kind for kind in SCHEDULES if name in options_of(kind)]
+        kinds = schedules.SCHEDULES
+        homes = [kind for kind in kinds if name in options_of(kind)]
         if instead_of(name) or not homes:
             return instead_of(name)
         own = f'schedule=dict(type={homes[0]!r}, {name}={show(value)})'
         return f' It is an option of a schedule: {own}.'
 
-    check_names(hook, unknown, names, hint)
+    checks.check_names(hook, unknown, names, hint)
 
 
 def show_options(init: Any, **more: Any) -> None:
@@ -275,21 +233,11 @@ def show_options(init: Any, **more: Any) -> None:
     ``more`` are the defaults of what a hook has besides ours.
     """
     parameters = dict(inspect.signature(init).parameters)
-    del parameters['options']
+    kind = parameters.pop('options').KEYWORD_ONLY
     for name, default in {**_DEFAULTS, **more}.items():
-        kind = inspect.Parameter.KEYWORD_ONLY
         parameter = inspect.Parameter(name, kind, default=default)
         parameters.setdefault(name, parameter)
     init.__signature__ = inspect.Signature(list(parameters.values()))
-
-
-def choose_rule(name: str, rule: Rule) -> Choice:
-    """Choose a user's own rule, and what to call it."""
-
-    def no_decay(n: int) -> float:
-        raise AssertionError('a rule has no decay')
-
-    return Choice(lambda planned: Schedule(name, no_decay), 1, (), rule)
 
 
 def _uses_compatible(options: Options) -> bool:
@@ -322,7 +270,9 @@ def _of_a_family(options: Options) -> Choice:
     """Choose the schedule of one of OpenMMLab's classes."""
     kind = options.ema_type
     rate = decay_of(options.decay, options.momentum)
-    schedule = family_schedule(kind, rate, options.gamma, options.interval)
+    schedule = compatible.family_schedule(
+        kind, rate, options.gamma, options.interval
+    )
     no_effect = [
         f'{word} has no effect with ema_type {kind!r}.'
         for word in ('decay', 'momentum')
@@ -337,12 +287,12 @@ def _of_our_own(options: Options) -> Choice:
     words = ('decay', 'tau', 'momentum')
     beside = {x: getattr(options, x) for x in words}
     beside = {word: x for word, x in beside.items() if x is not None}
+    no_effect = []
     if callable(spec) or (isinstance(spec, str) and '.' in spec):
-        schedule, by = build_schedule(spec), 'a callable schedule'
+        schedule, by = schedules.build_schedule(spec), 'a callable schedule'
         no_effect = [f'{word} has no effect with {by}.' for word in beside]
         return Choice(lambda planned: schedule, 0, tuple(no_effect))
-    name, own = split_spec(spec)
-    no_effect = []
+    name, own = schedules.split_spec(spec)
     for word, given in beside.items():
         option, value = word, given
         if word == 'momentum':
@@ -354,10 +304,8 @@ def _of_our_own(options: Options) -> Choice:
                 f'{word}={show(given)} contradicts '
                 f'schedule={show(spec)}; give {option} once.'
             )
-    return Choice(
-        lambda planned: make_schedule(name, own, planned),
-        no_effect=tuple(no_effect),
-    )
+    make = schedules.make_schedule
+    return Choice(lambda planned: make(name, own, planned), 0, (*no_effect,))
 
 
 def _agree(left: Any, right: Any) -> bool:

@@ -15,34 +15,19 @@ REFERENCE = 'reference_samples'
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A training run, as planned.
+    """A training run, as planned."""
 
-    Attributes:
-        iteration: Iterations done when training starts (above 0 on resume).
-        max_iters: Iterations that are planned in all.
-        max_epochs: Epochs that are planned in all.
-        by_epoch: Whether the loop counts epochs.
-        accumulation: Iterations to one optimizer step.
-        batch_size: Samples that one process takes in an iteration.
-        world_size: Number of processes.
-        validates: Whether it has a validation.
-        agrees: Whether it has one that is sure to be run on all ranks at
-            once.
-        doubts: Sentences on what looks wrong in its config.
-        folder: Where its files go; '' on a rank that writes none.
-    """
-
-    iteration: int
-    max_iters: int
+    iteration: int  # done when training starts; above 0 on resume
+    max_iters: int  # in all, as the epochs
     max_epochs: int
-    by_epoch: bool = True
-    accumulation: int = 1
-    batch_size: int = 1
+    by_epoch: bool = True  # whether the loop counts epochs
+    accumulation: int = 1  # iterations to one optimizer step
+    batch_size: int = 1  # samples that one process takes in an iteration
     world_size: int = 1
-    validates: bool = True
-    agrees: bool = True
-    doubts: Tuple[str, ...] = ()
-    folder: str = ''
+    validates: bool = True  # whether it has a validation
+    agrees: bool = True  # whether one is sure to be run on all ranks at once
+    doubts: Tuple[str, ...] = ()  # on what looks wrong in its config
+    folder: str = ''  # where its files go; '' on a rank that writes none
 
     @property
     def samples(self) -> int:
@@ -67,10 +52,8 @@ def refuse_second(
 ) -> None:
     """Refuse a run with several EMA hooks, ours or not.
 
-    Args:
-        hooks: The EMA hooks of the run.
-        custom_hooks: The list of the config; of mmengine, where another part
-            of the config may bring a hook as well.
+    ``custom_hooks`` are those of the config of mmengine, where another part
+    of the config may bring a hook as well.
     """
     if len(hooks) < 2:
         return
@@ -80,16 +63,12 @@ def refuse_second(
         for hook in hooks
     ]
     remedy = 'keep one in custom_hooks.'
-    # a script may have hooks in it that are made already
-    types = [
-        hook.get('type') if isinstance(hook, dict) else type(hook)
-        for hook in custom_hooks or ()
-    ]
-    ours = [
-        (i, kind)
-        for i, kind in enumerate(types)
-        if str(getattr(kind, '__name__', kind)).endswith('EMAHook')
-    ]
+    ours = []
+    for i, hook in enumerate(custom_hooks or ()):
+        # a script may have hooks in it that are made already
+        kind = hook.get('type') if isinstance(hook, dict) else type(hook)
+        if str(getattr(kind, '__name__', kind)).endswith('EMAHook'):
+            ours.append((i, kind))
     if len(ours) == 1:
         place, kind = ours[0]
         base = '_base_.' if isinstance(kind, str) else ''  # else new-style
@@ -136,20 +115,6 @@ class Plan:
     With kappa times as many samples a step as the decay was chosen for,
     ``decay ** kappa`` averages over the same number of samples (Busbridge et
     al. 2023, arXiv:2307.13813; the learning rate has to be scaled as well).
-
-    Attributes:
-        done: Steps that the average has seen already; above 0 on resume.
-        before: ``ema_meta`` of the checkpoint; empty for a new run.
-        reference: Samples a step that the decay was chosen for: what is
-            given, what the checkpoint says, or those of this run.
-        planned: Steps that the average will have seen at the end.
-        last_update: The last of them that updates the average, 0 for none.
-        unscaled: The schedule of the options.
-        schedules: The schedules that the run uses, by name.
-        schedule: That of the main average.
-        more: Those of the others.
-        kappa: Samples a step, relative to the reference.
-        meta: What a run that resumes from this one compares itself with.
     """
 
     def __init__(
@@ -160,11 +125,16 @@ class Plan:
         before: Optional[Mapping[str, Any]] = None,
         reference: Optional[int] = None,
     ):
-        self.options, self.facts, self.done = options, facts, done
-        self.before = before or {}
+        self.options, self.facts = options, facts
+        # steps that the average has seen, and will have seen at the end
+        self.done = done
         self.planned = planned_steps(options, facts, done)
+        # the last of them that updates it, 0 for none
         since = (self.planned - options.choice.phase) % options.interval
         self.last_update = max(self.planned - since, 0)
+        # ``ema_meta`` of the checkpoint; empty for a new run
+        self.before = before or {}
+        # samples a step that the decay was chosen for
         if reference is None:
             reference = _reference_of(self.before) or facts.samples
         self.reference = reference
@@ -176,6 +146,7 @@ class Plan:
                 self.schedules[name] = to_the_power(schedule, self.kappa)
         self.schedule = self.schedules[MAIN]
         self.more = {k: x for k, x in self.schedules.items() if k != MAIN}
+        # what a run that resumes from this one compares itself with
         self.meta: Dict[str, Any] = {
             'schedule': str(self.unscaled),
             'interval': options.interval,
@@ -190,27 +161,27 @@ class Plan:
 
         Then no schedule says what the average is made of.
         """
-        before = self.before
-        kappas = [
-            meta.get('batch_size', 0)
-            * meta.get('world_size', 0)
-            / (_reference_of(meta) or 1)
-            for meta in (before, self.meta)
+        told = [
+            (
+                str(meta.get('schedule')),
+                meta.get('interval'),
+                _samples_of(meta) / (_reference_of(meta) or 1),
+            )
+            for meta in (self.before, self.meta)
         ]
-        return self.done > 0 and (
-            str(before.get('schedule')) != self.meta['schedule']
-            or before.get('interval') != self.meta['interval']
-            or kappas[0] != kappas[1]
-        )
+        return self.done > 0 and told[0] != told[1]
+
+
+def _samples_of(meta: Mapping[str, Any]) -> int:
+    samples: int = meta.get('batch_size', 0) * meta.get('world_size', 0)
+    return samples
 
 
 def _reference_of(meta: Mapping[str, Any]) -> Optional[int]:
-    per_rank, ranks = meta.get('batch_size'), meta.get('world_size')
     reference = meta.get(REFERENCE)
-    if not isinstance(reference, int) and per_rank and ranks:
-        reference = per_rank * ranks
-    right = isinstance(reference, int) and reference > 0
-    return reference if right else None
+    if not isinstance(reference, int):
+        reference = _samples_of(meta)
+    return reference if reference > 0 else None
 
 
 def planned_steps(options: Options, facts: RunFacts, done: int) -> int:

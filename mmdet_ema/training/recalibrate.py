@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, Callable, Dict, Iterable, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -51,18 +51,21 @@ def batch_statistics(
 
     Args:
         model: The model, unwrapped, in the modes of its training.
-        batches: Batches of training data. On several ranks with synchronised
-            BatchNorm, as many on each.
+        batches: As many on each rank, with synchronised BatchNorm.
         forward: Calls the model on a batch, as training does.
 
     Returns:
-        Float64 tensors of shape (channels,), by their name in ``state_dict``
-        (``'norm.running_mean'``); without the layers that saw fewer than two
-        values.
+        Float64 tensors of shape (channels,), by their name in ``state_dict``;
+        without the layers that saw fewer than two values.
     """
     layers = layers_to_estimate(model)
-    estimated = {id(layer) for layer in layers.values()}
-    sums = {name: _zeros(layer) for name, layer in layers.items()}
+    estimated = set(map(id, layers.values()))
+    # of each layer the sum, the sum of squares and the count
+    sums: Dict[str, List[Tensor]] = {}
+    for name, layer in layers.items():
+        total: Any = layer.running_mean
+        total = torch.zeros_like(total, dtype=torch.float64)
+        sums[name] = [total, total.clone(), total.new_zeros(())]
 
     def adding(name: str) -> Callable[[nn.Module, Tuple[Any, ...]], None]:
         def add(layer: nn.Module, inputs: Tuple[Any, ...]) -> None:
@@ -91,7 +94,7 @@ def batch_statistics(
         finally:
             for handle in handles:
                 handle.remove()
-    add_up([sum_ for name in layers for sum_ in sums[name]])
+    add_up([*itertools.chain.from_iterable(sums.values())])
     found: Dict[str, Tensor] = {}
     for name, (total, squares, count) in sums.items():
         n = float(count)
@@ -103,13 +106,6 @@ def batch_statistics(
             variance = (squares / n - mean * mean).clamp(min=0) * (n / (n - 1))
             found[f'{prefix}running_var'] = variance
     return found
-
-
-def _zeros(layer: nn.Module) -> Tuple[Tensor, Tensor, Tensor]:
-    """Return room for the sum, the sum of squares and the count."""
-    mean: Any = layer.running_mean
-    total = torch.zeros_like(mean, dtype=torch.float64)
-    return total, torch.zeros_like(total), total.new_zeros(())
 
 
 def first_batches(loader: Iterable[Any], count: int) -> Iterator[Any]:

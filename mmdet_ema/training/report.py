@@ -5,21 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, Iterator, List, Mapping, Sequence
 
+from mmdet_ema import schedules
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import MAIN, POSTHOC
-from mmdet_ema.averaging.tensors import (
-    Entry,
-    count_roles,
-)
+from mmdet_ema.averaging.tensors import Entry, count_roles
 from mmdet_ema.errors import show
-from mmdet_ema.schedules import (
-    Schedule,
-    decay_over,
-    initial_share,
-    suited_ramp,
-    suited_window,
-    window,
-)
+from mmdet_ema.schedules import Schedule, decay_over, initial_share, window
 from mmdet_ema.training.options import RAW
 from mmdet_ema.training.plan import Plan
 
@@ -28,24 +19,23 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
     """Say at the start what the average will be, and what looks wrong."""
     options, facts = plan.options, plan.facts
     counts = count_roles(entries)
-    several = 1 + len(plan.more)
-    size = f'{several * counts["bytes"] / 2**20:.1f} MiB'
+    size = f'{len(plan.schedules) * counts["bytes"] / 2**20:.1f} MiB'
     tensors = f'{counts["averaged"]} tensors averaged in {size}'
     evaluated = f'evaluated: {sets_of_weights(options.passes)}'
-    doubts: List[str] = []
     if options.choice.rule is None:
-        lines, doubts = [*_numbers(plan)], [*_doubts_on_schedule(plan)]
+        lines, doubts = _numbers(plan), [*_doubts_on_schedule(plan)]
     else:
-        name = plan.schedule.name
+        name, doubts = plan.schedule.name, []
         lines = [f'{name} by its own avg_func: slow, one call a tensor']
     lines[0] = f'{lines[0]}; {tensors}; {evaluated}'
-    lines.append(
+    lines += [
         f'tensors: {counts["averaged"]} averaged, {counts["copied"]} copied, '
-        f'{counts["shared"]} frozen'
-    )
-    lines.append(f'memory of the averages: {size}')
+        f'{counts["shared"]} frozen',
+        f'memory of the averages: {size}',
+    ]
     for name, schedule in plan.more.items():
-        end = _window_at(schedule, plan.planned)
+        last = max(plan.planned, 1)
+        end = _steps(window(decay_over(schedule, last, last)))
         where = ', in host memory' if name == POSTHOC else ''
         lines.append(
             f'averages {name!r}: {schedule}, a window of {end}{where}'
@@ -118,25 +108,20 @@ def side_by_side(columns: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _window_at(schedule: Schedule, step: int) -> str:
-    step = max(step, 1)
-    return _steps(window(decay_over(schedule, step, step)))
-
-
 def _numbers(plan: Plan) -> List[str]:
     schedule, planned = plan.schedule, plan.planned
     interval = plan.options.interval
     every = 'step' if interval == 1 else f'{interval} steps'
     start = f', {plan.done} of them done' if plan.done else ''
     last = decay_over(schedule, max(planned, 1), max(planned, 1))
-    end = _window_at(schedule, planned)
+    end = _steps(window(last))
+    left = initial_share(schedule, plan.last_update)
     return [
         f'{schedule}, every {every}: a window of {end} at the end of '
         f'{planned}',
         f'steps: {planned} planned{start}',
         f'at the last step: decay {last:.6g}, effective window {end}',
-        f'share of the initial weights left then: '
-        f'{initial_share(schedule, plan.last_update):.3g}',
+        f'share of the initial weights left then: {left:.3g}',
     ]
 
 
@@ -250,8 +235,8 @@ _WARMER = {
 
 def _advice(schedule: Schedule, planned: int, last: float) -> str:
     """Say which options suit a run; ``last`` is its window at the end."""
-    suited = suited_window(planned)
-    half = suited_ramp(suited)
+    suited = schedules.suited_window(planned)
+    half = schedules.suited_ramp(suited)
     options = {
         'exponential': f'decay={1 - 1 / suited:.6g}, tau={half}',
         'ExpMomentumEMA': f'momentum={1 / suited:.6g}, gamma={half}',
@@ -311,9 +296,14 @@ def describe_idle(iterations: int) -> str:
 
 def describe_replaced(names: Sequence[str]) -> str:
     """Say that parameters of the model are other objects now."""
-    more = f' and {len(names) - 1} more' if len(names) > 1 else ''
     return (
-        f'EMA: {names[0]}{more} replaced in the model. The average goes on '
+        f'EMA: {first_of(names)} replaced in the model. The average goes on '
         f'with what has the same name and shape; the rest starts from its '
         f'present values.'
     )
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Return the first name, and how many more there are."""
+    more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+    return f'{names[0]}{more}'

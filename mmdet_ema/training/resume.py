@@ -9,25 +9,18 @@ raises a :class:`CheckpointError`.
 
 from __future__ import annotations
 
-from typing import Any, List, MutableMapping, Optional, Sequence
+from typing import Any, MutableMapping, Optional, Sequence
 
 import torch
 from torch import nn
 
 from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.averaging.shards import layout
-from mmdet_ema.checkpoint.format import (
-    WEIGHTS,
-    EMAPart,
-    check_names,
-    check_weights,
-    plain_name,
-    put_raw,
-    unpack,
-)
+from mmdet_ema.checkpoint import format as ema_format
+from mmdet_ema.checkpoint.format import WEIGHTS, EMAPart, put_raw, unpack
 from mmdet_ema.errors import CheckpointError
 from mmdet_ema.training.options import RAW
-from mmdet_ema.training.report import sets_of_weights
+from mmdet_ema.training.report import first_of, sets_of_weights
 
 Checkpoint = MutableMapping[str, Any]
 
@@ -41,8 +34,7 @@ def for_resume(
 ) -> Optional[EMAPart]:
     """Prepare a checkpoint that training resumes from: raw weights load.
 
-    Returns:
-        The EMA part to go on from; None to start from the loaded weights.
+    Returns the EMA part to go on from, None to start from those weights.
     """
     part = unpack(checkpoint)
     if part is None:
@@ -84,24 +76,29 @@ def for_evaluation(
 ) -> Optional[EMAPart]:
     """Prepare a checkpoint that is only evaluated, on the sets ``passes``.
 
-    Returns:
-        The EMA part if averages have to be put in for an evaluation: then
-        the raw weights load. None if what loads is evaluated.
+    Returns the EMA part if averages have to be put in for an evaluation: then
+    the raw weights load. None if what loads is evaluated.
     """
     lacking = check_architecture(checkpoint, model)
     if lacking:
         log.warning(f'EMA: {lacking}')
-    # what state_dict holds is all that is needed, even if the rest is damaged
-    part = _if_readable(checkpoint, log) if [*passes] == [MAIN] else None
-    if part is None and [*passes] == [MAIN]:
-        log.info(
-            'EMA: the checkpoint has no EMA part; evaluating its weights.'
-        )
-        return None
-    part = part or unpack(checkpoint)
+    passes = [*passes]
+    if passes == [MAIN]:
+        # state_dict is all that is needed, even if the rest is damaged
+        part = _if_readable(checkpoint, log)
+        if part is None:
+            log.info(
+                'EMA: the checkpoint has no EMA part; evaluating its weights.'
+            )
+            return None
+    else:
+        part = unpack(checkpoint)
+    # as the option says it
+    both = set(passes) == {MAIN, RAW}
+    shown = 'both' if both else passes[0] if len(passes) == 1 else passes
     if part is None:
         raise CheckpointError(
-            f'evaluate={_shown(passes)} needs raw weights, but the checkpoint '
+            f'evaluate={shown!r} needs raw weights, but the checkpoint '
             f'holds one set of weights and no EMA part; use '
             f"evaluate='ema' to evaluate what it holds."
         )
@@ -109,40 +106,29 @@ def for_evaluation(
     lost = [name for name in passes if name not in there]
     if lost:
         raise CheckpointError(
-            f'evaluate={_shown(passes)}: the checkpoint has no averages '
+            f'evaluate={shown!r}: the checkpoint has no averages '
             f'{", ".join(lost)}; it has {", ".join(there)}.'
         )
     log.info(f'EMA: evaluating {sets_of_weights(passes)} (n={part.steps}).')
-    if [*passes] == [part.deployed]:
+    if passes == [part.deployed]:
         return None
     put_raw(checkpoint, part)
-    if [*passes] == [RAW]:
+    if passes == [RAW]:
         return None
     part.check(model, False, log)
     return part
 
 
-def _shown(passes: Sequence[str]) -> str:
-    """Return sets of weights as the option says them."""
-    both = set(passes) == {MAIN, RAW}
-    return repr(
-        'both' if both else passes[0] if len(passes) == 1 else [*passes]
-    )
-
-
 def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
-    """Refuse a file of another architecture, and count what it lacks.
+    """Refuse a file of another architecture; say what weights it lacks.
 
     A framework leaves out what does not fit, and would evaluate weights that
     are random.
-
-    Returns:
-        A sentence if some of the model's weights are not in the file.
     """
     state = layout(model)
     own = {name: x for name, x in state.items() if x.is_floating_point()}
     shapes = {
-        plain_name(name, own): getattr(value, 'shape', None)
+        ema_format.plain_name(name, own): getattr(value, 'shape', None)
         for name, value in _weights_of(checkpoint, model).items()
     }
     lacking = [name for name, x in own.items() if shapes.get(name) != x.shape]
@@ -155,10 +141,9 @@ def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
         )
     if not lacking:
         return ''
-    more = f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''
     return (
         f'{text} with their shape; the others stay as they were initialised: '
-        f'{lacking[0]}{more}.'
+        f'{first_of(lacking)}.'
     )
 
 
@@ -174,12 +159,12 @@ def _if_readable(checkpoint: Checkpoint, log: Any) -> Optional[EMAPart]:
 def _weights_of(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """Return the weights that a framework loads, which may be the file."""
     weights: Checkpoint = checkpoint.get(WEIGHTS, checkpoint)
-    check_names(weights, WEIGHTS)
+    ema_format.check_names(weights, WEIGHTS)
     if not weights:
         raise CheckpointError(
             'the checkpoint holds no weights; take another checkpoint.'
         )
-    check_weights(layout(model), weights)
+    ema_format.check_weights(layout(model), weights)
     return weights
 
 
@@ -190,15 +175,15 @@ def _name_nonfinite(weights: Checkpoint, model: nn.Module, log: Any) -> None:
     bad = [k for k, v in weights.items() if k in own and _nonfinite(v)]
     if bad:
         log.warning(
-            f'EMA: the weights of the checkpoint hold {_named(bad)}; training '
-            f'starts from them as they are. Take an earlier checkpoint.'
+            f'EMA: the weights of the checkpoint hold NaN or Inf in '
+            f'{first_of(bad)}; training starts from them as they are. Take '
+            f'an earlier checkpoint.'
         )
 
 
 def _restart_nonfinite(part: EMAPart, log: Any) -> None:
     """Let averages that are not finite start again from the raw weights."""
-    bad: List[str] = []
-    lost: List[str] = []
+    bad, lost = [], []
     for name, raw in part.raws.items():
         average = part.averages.get(name)
         if _nonfinite(raw):
@@ -213,14 +198,16 @@ def _restart_nonfinite(part: EMAPart, log: Any) -> None:
             part.averages[name] = raw
     if lost:
         log.warning(
-            f'EMA: the averages of the checkpoint hold {_named(lost)}; these '
-            f'averages start again from the raw weights, which are finite.'
+            f'EMA: the averages of the checkpoint hold NaN or Inf in '
+            f'{first_of(lost)}; these averages start again from the raw '
+            f'weights, which are finite.'
         )
     if bad:
         log.warning(
-            f'EMA: the raw weights of the checkpoint hold {_named(bad)}; '
-            f'training goes on from them as they are. Take an earlier '
-            f'checkpoint, or load_from this one to start from its averages.'
+            f'EMA: the raw weights of the checkpoint hold NaN or Inf in '
+            f'{first_of(bad)}; training goes on from them as they are. Take '
+            f'an earlier checkpoint, or load_from this one to start from its '
+            f'averages.'
         )
 
 
@@ -230,8 +217,3 @@ def _nonfinite(value: Any) -> bool:
         and (value.is_floating_point() or value.is_complex())
         and not bool(torch.isfinite(value).all())
     )
-
-
-def _named(names: List[str]) -> str:
-    more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-    return f'NaN or Inf in {names[0]}{more}'

@@ -72,11 +72,7 @@ class Sigterm:
         return stops
 
     def stop(self, path: str) -> None:
-        """End the process, once every rank comes here.
-
-        Raises:
-            SystemExit: With the status of a process that SIGTERM ended.
-        """
+        """End the process, once every rank comes here."""
         if self._group is not None:
             self._work.wait()
             dist.barrier(self._group)  # the first one to leave ends the job
@@ -95,6 +91,25 @@ class Sigterm:
                 self._work.wait()
                 self._work = None
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+
+
+def skipped(done: int, loop: Any, can_skip: bool, log: Any) -> int:
+    """Return how many batches to leave out of an epoch; ``done`` are trained.
+
+    None of them where the ``loop`` cannot begin in the middle of one.
+    """
+    if done and not can_skip:
+        log.warning(
+            f'EMA: {type(loop).__name__} begins the epoch again, of which '
+            f'{done} iterations are done already.'
+        )
+        return 0
+    if done:
+        log.info(
+            f'EMA: the first {done} batches of the epoch are left out: they '
+            f'were trained before the file was written.'
+        )
+    return done
 
 
 def spare_workers(loader: Any) -> None:

@@ -52,11 +52,6 @@ class WeightChanges:
             as long as they are the same.
         before_step: Called just before a step that torch tells of.
         accumulation: Iterations to one step, as far as is known.
-
-    Attributes:
-        heard: Whether torch told before a step of this iteration.
-        told: Whether torch told of a step of this iteration.
-        idle: Iterations in a row that changed nothing, before this one.
     """
 
     def __init__(
@@ -65,7 +60,9 @@ class WeightChanges:
         before_step: Callable[[], None],
         accumulation: int = 1,
     ):
-        self.heard, self.told, self.idle = False, False, 0
+        # whether torch told before, and of, a step of this iteration
+        self.heard = self.told = False
+        self.idle = 0  # iterations in a row that changed nothing, before it
         self._list_parameters, self._before_step = parameters, before_step
         self._accumulation = accumulation
         self._parameters: Sequence[nn.Parameter] = ()
