@@ -206,7 +206,8 @@ def write_whole(
     """
     path = os.path.realpath(path)
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
+    if not os.path.isdir(folder):
+        os.makedirs(folder, exist_ok=True)
     # hidden, so that nothing that looks for checkpoints finds it
     temporary = os.path.join(folder, f'.{name}.{os.getpid()}{TEMPORARY}')
     try:
