@@ -84,6 +84,7 @@ SETTINGS = {
     x.name: x
     for x in (
         Setting('digits', 'Digits, the learning rate stays', 5),
+        Setting('falling', 'Digits, the learning rate falls', 5, cosine=True),
         # 480 steps find no tree
         Setting(
             *('trees', 'Trees, the learning rate falls', 1, True, True),
