@@ -161,6 +161,7 @@ def config_of(setting: Setting, seed: int) -> Config:
     )
     # no hook changes the data in the last epochs
     cfg.pop('train_pipeline_stage2')
+    cfg.pop('stage2_num_epochs')
     cfg.custom_hooks = [
         dict(
             type='EMAHook',
