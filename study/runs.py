@@ -84,6 +84,7 @@ SETTINGS = {
     x.name: x
     for x in (
         Setting('digits', 'Digits, the learning rate stays', 5),
+        Setting('falling', 'Digits, the learning rate falls', 5, cosine=True),
         # 480 steps find no tree
         Setting(
             *('trees', 'Trees, the learning rate falls', 1, True, True),
@@ -160,6 +161,7 @@ def config_of(setting: Setting, seed: int) -> Config:
     )
     # no hook changes the data in the last epochs
     cfg.pop('train_pipeline_stage2')
+    cfg.pop('stage2_num_epochs')
     cfg.custom_hooks = [
         dict(
             type='EMAHook',
