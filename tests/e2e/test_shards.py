@@ -36,6 +36,10 @@ strategy = dict(
             type='FullStateDictConfig', offload_to_cpu=False),
         optim_state_dict_config=dict(
             type='FullOptimStateDictConfig', offload_to_cpu=False)))
+# SyncBN needs a GPU
+for part in ('backbone', 'neck', 'bbox_head'):
+    model[part] = dict(norm_cfg=dict(type='BN'))
+del part
 """
 
 
