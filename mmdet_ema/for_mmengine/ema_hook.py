@@ -430,8 +430,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             checkpoints.refuse_foreign(checkpoint, self._log)
             if RAW in self._life.passes[:-1]:
                 evaluation.rename_history(checkpoint)
-            if not checkpoint.get('optimizer'):
-                optimizers = []  # DeepSpeed has it in files of its own
+            if runners.is_deepspeed(runner):
+                optimizers = []  # has their states in files of its own
             self._life.resume(checkpoint, model, optimizers)
             self._epoch_samples = read_count(
                 checkpoint['meta'], sigterm.EPOCH_SAMPLES, 0

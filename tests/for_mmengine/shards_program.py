@@ -237,7 +237,9 @@ def refused_sets(folder, rank, ranks):
         if name != 'missing' or rank == 0:
             data = bytearray((source / file).read_bytes())
             if name == 'damaged' and rank == 1:
-                data[len(data) // 2] ^= 255
+                weights = torch.load(source / file)['state_dict'].values()
+                largest = max(weights, key=torch.Tensor.numel)
+                data[data.find(largest.numpy().tobytes())] ^= 1
             (path / f'rank{rank}.pth').write_bytes(data)
         dist.barrier()
         try:

@@ -36,12 +36,13 @@ def runs(tmp_path_factory):
     found['one'] = [train(folder / 'one', 4)]
     path = str(folder / 'three' / 'epoch_3.pth')
     found['last'] = [train(folder / 'last', 4, path)]
-    specs = ['fsdp1:3', 'fsdp1_part:2', 'flat:3', 'local:3', 'local_part:2']
-    specs += ['fsdp1_again:3:fsdp1_part/epoch_2.pth', 'local_flat:3']
-    specs += ['local_part:3:local_part/epoch_2.pth']
-    # these save in mid-way, and the files of others are no part of theirs
-    ranks = run_ranks(PROGRAM, 2, folder, *specs)
-    found.update({name: [rank[name] for rank in ranks] for name in ranks[0]})
+    specs = ['fsdp1:3', 'fsdp1_part:2', 'flat:3']
+    specs += ['fsdp1_again:3:fsdp1_part/epoch_2.pth']
+    local = ['local:3', 'local_part:2', 'local_flat:3']
+    local += ['local_part:3:local_part/epoch_2.pth']
+    for names in (specs, local):
+        ranks = run_ranks(PROGRAM, 2, folder, *names)
+        found.update({x: [rank[x] for rank in ranks] for x in ranks[0]})
     specs = ['fsdp1_three:3:fsdp1_part/epoch_2.pth']
     three = run_ranks(PROGRAM, 3, folder, *specs)
     found['fsdp1_three'] = [rank['fsdp1_three'] for rank in three]
