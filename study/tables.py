@@ -1,4 +1,4 @@
-"""Tables and the picture of the study, written into its pages."""
+"""Tables and the pictures of the study, written into its pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from study.evaluate import AGAIN, BATCHES, TUNED
 from study.runs import AUTO, ROOT, SETTINGS, SHARES, Setting, name_of
 
 PAGES = {x: ROOT / 'docs' / x / 'study.md' for x in ('en', 'zh_cn')}
-PICTURE = ROOT / 'docs' / 'images' / 'study.png'
+PICTURES = ROOT / 'docs' / 'images'
 PARTS = ('validation', 'held out')
 TRACKED = [name_of(share) for share in SHARES]
 AUTOMATIC = name_of(AUTO)
@@ -78,7 +78,7 @@ def read() -> Results:
 
 
 def write(results: Results) -> None:
-    """Write tables into both pages, and the picture."""
+    """Write tables into both pages, and the pictures."""
     for language, page in PAGES.items():
         text = page.read_text(encoding='utf-8')
         for name, runs in results.items():
@@ -89,7 +89,8 @@ def write(results: Results) -> None:
             ):
                 text = _put(text, f'{name} {kind}', table)
         page.write_text(text, encoding='utf-8')
-    _draw(results)
+    for name, runs in results.items():
+        _draw(SETTINGS[name], runs)
 
 
 def sets_table(runs: Sequence[Dict[str, Any]], words: Dict[str, str]) -> str:
@@ -192,25 +193,24 @@ def _put(text: str, name: str, table: str) -> str:
     return found if count else text
 
 
-def _draw(results: Results) -> None:
+def _draw(setting: Setting, runs: Sequence[Dict[str, Any]]) -> None:
     """Draw the gain over the raw weights against the window."""
-    figure = Figure(figsize=(4 * len(results), 3.4), layout='constrained')
-    row = figure.subplots(1, len(results), squeeze=False)[0]
-    for (name, runs), axes in zip(results.items(), row):
-        setting = SETTINGS[name]
-        for part, color in zip(PARTS, ('tab:blue', 'tab:orange')):
-            _line(axes, part, color, setting, runs)
-        axes.axhline(0, color='gray', lw=1)
-        axes.set_xscale('log')
-        axes.set(
-            title=f'{setting.title} ({len(runs)} seeds)',
-            xlabel='window, % of the run',
-            ylabel='mAP over that of the raw weights',
-        )
-        axes.title.set_fontsize(9)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    plot.write(figure, PICTURE)
+    figure = Figure(figsize=(5, 3.4), layout='constrained')
+    axes = figure.subplots()
+    for part, color in zip(PARTS, ('tab:blue', 'tab:orange')):
+        _line(axes, part, color, setting, runs)
+    axes.axhline(0, color='gray', lw=1)
+    axes.set_xscale('log')
+    axes.set(
+        title=f'{setting.title} ({len(runs)} seed{"s" * (len(runs) > 1)})',
+        xlabel='window, % of the run',
+        ylabel='mAP over that of the raw weights',
+    )
+    axes.title.set_fontsize(9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    # a setting that is run alone leaves the pictures of the others
+    plot.write(figure, PICTURES / f'study_{setting.name}.png')
 
 
 def _line(
