@@ -33,8 +33,8 @@ test_evaluator = val_evaluator
 @pytest.fixture(scope='module')
 def sharded(tools):
     """A finished training on two ranks: its config and work folder."""
-    config = tools.config('deepspeed', SHARDED)
-    folder = tools.folder / 'deepspeed'
+    config = tools.config('zero', SHARDED)
+    folder = tools.folder / 'zero'
     words = ['--nproc_per_node', 2, '--standalone', '-m', 'mmdet_ema']
     words += ['train', config, '--launcher', 'pytorch', '--work-dir', folder]
     done = subprocess.run(
@@ -57,7 +57,7 @@ def test_one_process_tests_to_the_last_validation(tools, sharded):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     last = [line for line in lines if 'digits/mAP' in line][-1]
     file = folder / 'epoch_2.pth' / 'ema.pth'
-    metrics = tools.test(config, file, 'deepspeed', 'runner_type=Runner')
+    metrics = tools.test(config, file, 'zero', 'runner_type=Runner')
     assert last['digits/mAP'] != last['digits/mAP_raw']
     # sums of float32 in another order
     expected = pytest.approx(last['digits/mAP'], rel=1e-4)
