@@ -80,7 +80,7 @@ test-gpu: setup  ## run the tests that need a GPU
 DEEPSPEED := tests/.deepspeed
 test-deepspeed: setup $(DEEPSPEED)  ## run the tests that need DeepSpeed
 	@PYTHONPATH=$(CURDIR)/$(DEEPSPEED) $(BIN)/python -m pytest \
-		tests/for_mmengine/test_deepspeed.py $(ARGS)
+		tests/for_mmengine/test_deepspeed.py tests/e2e/test_deepspeed.py $(ARGS)
 
 $(DEEPSPEED): environments/deepspeed.txt | setup
 	@rm -rf $(DEEPSPEED) $(DEEPSPEED).part
