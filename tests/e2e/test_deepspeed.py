@@ -30,8 +30,8 @@ custom_imports = dict(imports=[
 val_evaluator = dict(_delete_=True, type='Confidence')
 test_evaluator = val_evaluator
 """
-# With three levels stage 3 hangs, without EMAHook too: DeepSpeed wants the same
-# order of modules on all ranks, which a level without any box may change.
+# With three levels stage 3 hangs, without EMAHook too: DeepSpeed wants the
+# same order of modules on all ranks.
 LEVEL = """
 model.update(
     backbone=dict(
