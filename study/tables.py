@@ -244,7 +244,7 @@ def describe(results: Results) -> str:
     for name, runs in results.items():
         setting = SETTINGS[name]
         blocks += [
-            f'{setting.title}: {len(runs)} seeds of {setting.steps} steps; '
+            f'{setting.title}: {len(runs)} seed(s) of {setting.steps} steps; '
             f'statistics from {BATCHES} batches',
             sets_table(runs, WORDS['en']),
             tune_table(setting, runs, WORDS['en']),
