@@ -806,7 +806,7 @@ class WeightAverager:
         self._modules = sharded_modules(self.model)
         reshard(self._modules)
         self._ranks = ranks_of(self.model, self._modules)
-        if self._modules and self.posthoc:
+        if (self._modules or self._ranks) and self.posthoc:
             raise OptionError(
                 'posthoc=True keeps the starting weights, which no rank of a '
                 'sharded model holds; give several averages instead: '
