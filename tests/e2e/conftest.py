@@ -72,6 +72,22 @@ class Tools:
         assert done.returncode == 0, done.stdout[-4000:]
         return done.stdout
 
+    def launch(self, *words, **variables):
+        """Run ``torchrun`` on two ranks to its end; return what it printed."""
+        launcher = ['-m', 'torch.distributed.run', '--standalone']
+        launcher.append('--nproc_per_node=2')
+        done = subprocess.run(
+            [sys.executable, *launcher, *map(str, words)],
+            cwd=self.folder,
+            env={**environment(), **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stdout[-6000:]
+        return done.stdout
+
     def test(self, config, checkpoint, name, *options):
         """Run ``tools/test.py``; return its metrics.
 
@@ -83,6 +99,13 @@ class Tools:
         self.run('test', config, out, checkpoint, *words)
         (path,) = out.glob('*/*.json')
         return json.loads(path.read_text())
+
+
+def last_validation(folder):
+    """Return the last metrics that a training has logged."""
+    (path,) = folder.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if 'digits/mAP' in line][-1]
 
 
 def load(path):

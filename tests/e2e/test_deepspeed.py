@@ -1,13 +1,9 @@
 """``mmdet-ema train`` of RTMDet under ZeRO 2 and 3, on two real ranks."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.e2e.conftest import environment, load
+from tests.e2e.conftest import last_validation, load
 
 pytest.importorskip('deepspeed')
 SHARDED = """
@@ -65,18 +61,8 @@ def sharded(tools, request):
     # a module of the name of a package would be taken for it
     config = tools.config(f'zero_{stage}', settings)
     folder = tools.folder / config.stem
-    words = ['--nproc_per_node', 2, '--standalone', '-m', 'mmdet_ema']
-    words += ['train', config, '--launcher', 'pytorch', '--work-dir', folder]
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', *map(str, words)],
-        cwd=tools.folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    words = ['-m', 'mmdet_ema', 'train', config, '--launcher', 'pytorch']
+    tools.launch(*words, '--work-dir', folder)
     return config, folder, folder / f'epoch_{epochs}.pth' / 'ema.pth'
 
 
@@ -86,9 +72,7 @@ def test_one_process_tests_to_the_last_validation(tools, sharded):
     Of the averages: raw BatchNorm statistics are those of each rank.
     """
     config, folder, file = sharded
-    (path,) = folder.glob('*/vis_data/scalars.json')
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    last = [line for line in lines if 'digits/mAP' in line][-1]
+    last = last_validation(folder)
     metrics = tools.test(config, file, config.stem, 'runner_type=Runner')
     assert last['digits/mAP'] != last['digits/mAP_raw']
     # sums of float32 in another order

@@ -1,12 +1,9 @@
 """``mmdet-ema train`` under torchrun, on two ranks of which one dies."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.e2e.conftest import environment, load
+from tests.e2e.conftest import load
 
 pytestmark = pytest.mark.e2e
 EXTRA = """
@@ -25,21 +22,15 @@ _base_.custom_hooks.append(dict(type='DiesOnceHook', mark={mark!r}))
 def train(tools, name, mark):
     """Train on two ranks, which start again when one of them dies."""
     config = tools.config(name, EXTRA.format(mark=str(mark)))
-    words = ['--nproc_per_node', 2, '--max-restarts', 1, '--standalone']
-    words += ['-m', 'mmdet_ema', 'train', config, '--launcher', 'pytorch']
-    words += ['--work-dir', tools.folder / name, '--resume']
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', *map(str, words)],
-        cwd=tools.folder,
+    words = ['--max-restarts', 1, '-m', 'mmdet_ema', 'train', config]
+    words += ['--launcher', 'pytorch', '--resume']
+    printed = tools.launch(
+        *words,
+        *('--work-dir', tools.folder / name),
         # else torch's ranks may be told the addresses of their former life
-        env={**environment(), 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout, load(tools.folder / name / 'epoch_4.pth')
+    return printed, load(tools.folder / name / 'epoch_4.pth')
 
 
 def test_elastic_restart_resumes_by_itself(tools):

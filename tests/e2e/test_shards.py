@@ -1,14 +1,10 @@
 """mmdet's tools on RTMDet, sharded over two real ranks."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from tests import needs
-from tests.e2e.conftest import environment, load
+from tests.e2e.conftest import last_validation, load
 
 pytestmark = needs.torch(2, 6, why='fully_shard')
 SETTINGS = """
@@ -47,21 +43,11 @@ def sharded(tools, request):
     name = request.param
     folder = tools.folder / name
     config = tools.config(name, SETTINGS + globals()[name])
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
     command = tools.command('train', config, folder, '--launcher', 'pytorch')
-    done = subprocess.run(
-        [*launch, '--nproc-per-node=2', *command[1:]],
-        cwd=tools.folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    tools.launch(*command[1:])
     # mmengine's own strategy shards in one process, too
     alone = tools.config('alone', SETTINGS) if name == 'FSDP1' else config
-    return alone, folder, done.stdout
+    return alone, folder
 
 
 def test_one_process_tests_to_the_last_validation(tools, sharded):
@@ -69,10 +55,8 @@ def test_one_process_tests_to_the_last_validation(tools, sharded):
 
     Of the averages: raw BatchNorm statistics are those of each rank.
     """
-    config, folder, _ = sharded
-    (path,) = folder.glob('*/vis_data/scalars.json')
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    last = [line for line in lines if 'digits/mAP' in line][-1]
+    config, folder = sharded
+    last = last_validation(folder)
     metrics = tools.test(config, folder / 'epoch_2.pth', folder.name)
     assert last['digits/mAP'] != last['digits/mAP_raw']
     # sums of float32 in another order
