@@ -10,20 +10,19 @@ from it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections import OrderedDict
 from typing import Any, Callable, ContextManager, Dict, Optional
 
 import torch
-import torch.distributed as dist
-from mmengine.dist import all_gather_object, is_main_process
+from mmengine.dist import all_gather_object, barrier, is_main_process
 from mmengine.runner.checkpoint import save_checkpoint
 from torch import Tensor, nn
 
 from mmdet_ema.averaging.shards import gather
 from mmdet_ema.checkpoint.files import LOADS_SAFELY, read_structure
 from mmdet_ema.errors import CheckpointError
+from mmdet_ema.training.patches import wrap_once
 
 WHOLE = 'ema.pth'
 """Name of that file."""
@@ -35,14 +34,13 @@ def watch_saves(
     """Let a strategy write the whole file after its own.
 
     Args:
-        strategy: The strategy of the run; it is wrapped once.
+        strategy: The strategy of the run.
         model: The model, unwrapped.
         raw: A context with the raw weights in the model.
     """
-    save = strategy.save_checkpoint
 
-    @functools.wraps(save)
     def save_both(
+        save: Any,
         filename: str,
         *,
         extra_ckpt: Optional[Dict[str, Any]] = None,
@@ -55,7 +53,7 @@ def watch_saves(
                 # not to stand beside the files of another moment
                 with contextlib.suppress(OSError):
                     os.unlink(path)
-            _wait()
+            barrier()
             save(filename, extra_ckpt=extra, **options)
             state = model.state_dict(keep_vars=True)
             weights = OrderedDict(
@@ -69,13 +67,13 @@ def watch_saves(
         checkpoint = {'state_dict': weights, **extra}
         if callback is not None:
             callback(checkpoint)
-        _wait()  # now DeepSpeed's files are whole
+        barrier()  # now DeepSpeed's files are whole
         if is_main_process():
             # without the optimizer it writes one file
             alone = os.path.isfile(filename)
             save_checkpoint(checkpoint, filename if alone else path)
 
-    strategy.save_checkpoint = save_both
+    wrap_once(strategy, 'save_checkpoint', save_both)
 
 
 def is_watched(strategy: Any) -> bool:
@@ -116,8 +114,3 @@ def read_whole(folder: str, iteration: Optional[int]) -> Any:
         )
     options = {'weights_only': True} if LOADS_SAFELY else {}
     return torch.load(path, map_location='cpu', **options)
-
-
-def _wait() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
