@@ -24,8 +24,7 @@ unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-mmcv1 demo-trees study test test-stack test-gpu
-.PHONY: test-deepspeed bench lint docs
-.PHONY: stacks clean distclean
+.PHONY: test-deepspeed bench lint docs clean distclean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' \
@@ -68,7 +67,7 @@ study: setup  ## which decay: runs, tables and picture of docs/en/study.md (half
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m study $(ARGS)
 
 test: setup  ## run the tests; what a stack does not have is left out
-	@$(BIN)/python -m pytest --junitxml=work_dirs/tests/$(STACK).xml $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 test-stack:  ## the same on another stack: STACK=name of environments/stacks.txt
 	@$(MAKE) --no-print-directory test STACK=$(STACK)
@@ -86,9 +85,6 @@ $(DEEPSPEED): environments/deepspeed.txt | setup
 	@rm -rf $(DEEPSPEED) $(DEEPSPEED).part
 	@$(PIP) install --no-deps --no-build-isolation --target $(DEEPSPEED).part \
 		-r $< && mv $(DEEPSPEED).part $(DEEPSPEED) && touch $(DEEPSPEED)
-
-stacks:  ## write the table of docs/en/appendix/what_was_run.md from the last test runs
-	@$(BIN)/python docs/what_was_run.py
 
 # peers that only the benchmark needs, in a folder that only it looks into;
 # less of it: make bench ARGS='--only update,swap --threads 1'

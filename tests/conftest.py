@@ -20,8 +20,8 @@ def has(package, part=''):
     return any(Path(folder, part).exists() for folder in folders)
 
 
-# What a stack does not have is left out; the table of what_was_run.md counts
-# what is left, so that a broken installation does not pass for a small one.
+# What a stack does not have is left out; test_stacks.py looks whether it has
+# what it should, so that a broken installation does not pass for a small one.
 MMCV1 = has('mmcv', 'runner')
 collect_ignore_glob = (
     [

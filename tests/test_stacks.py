@@ -1,6 +1,8 @@
 """The stacks: every one is pinned, and the docs and metadata agree."""
 
 import re
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,10 @@ ROWS = [
     if line[:1].isalpha()
 ]
 NAMES = [row[0] for row in ROWS]
+OPENMMLAB = (
+    *('mmengine', 'mmcv', 'mmcv-full', 'mmdet', 'mmdet3d'),
+    *('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection'),
+)
 
 
 def pins(name):
@@ -35,13 +41,32 @@ def test_every_package_of_a_stack_is_pinned_once(name):
     assert {'torch', 'numpy', 'pytest'} <= set(found)
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_every_stack_has_its_row_in_the_docs(name):
-    """The table of what was run names torch and NumPy of every stack."""
+@pytest.mark.parametrize(
+    ('name', 'python', 'purpose'), [(*x[:2], x[3]) for x in ROWS]
+)
+def test_every_stack_has_its_row_in_the_docs(name, python, purpose):
+    """The table of what was run names the versions that are pinned."""
     page = (ROOT / 'docs/en/appendix/what_was_run.md').read_text()
     (row,) = re.findall(rf'^\| `{name}`.*$', page, re.MULTILINE)
     found, _ = pins(name)
-    assert f' {found["torch"]}, {found["numpy"]} ' in row
+    openmmlab = [
+        f'{package} {found[package]}'
+        for package in OPENMMLAB
+        if package in found
+    ]
+    assert row == (
+        f'| `{name}`: {purpose} | {python} | {found["torch"]}, '
+        f'{found["numpy"]} | {", ".join(openmmlab)} |'
+    )
+
+
+def test_this_stack_has_what_is_pinned():
+    """A package that did not install is no reason to leave its tests out."""
+    name = Path(sys.prefix).name.replace('.venv-', '')
+    if name not in NAMES:
+        pytest.skip('not run in the environment of a stack')
+    found, _ = pins(name)
+    assert {x: version(x).split('+')[0] for x in found} == found
 
 
 def test_metadata_names_the_versions_that_are_tested():
