@@ -476,7 +476,10 @@ def decay_over(schedule: Schedule, first: int, last: int) -> float:
     For a constant d over k steps ``d ** k``, so that the averaging window does
     not depend on the interval.
     """
-    return math.prod(check_decay(schedule, n) for n in range(first, last + 1))
+    decay = 1.0
+    for n in range(first, last + 1):
+        decay *= check_decay(schedule, n)
+    return decay
 
 
 def window(decay: float) -> float:

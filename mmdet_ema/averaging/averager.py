@@ -204,6 +204,7 @@ class WeightAverager:
         # of the update that is under way; None if there is none
         self._verdict: Union[bool, DeviceVerdict, None] = None
         self._replaced: List[str] = []
+        self._applied: Optional[str] = None  # what the model holds now
         self._places: List[Any] = []
         self.trained: List[nn.Parameter] = []
         self._select()
@@ -260,12 +261,6 @@ class WeightAverager:
     def is_applied(self) -> bool:
         """Whether the model holds averages at this moment."""
         return self._applied is not None
-
-    @property
-    def _applied(self) -> Optional[str]:
-        """Name of the averages that the model holds at this moment."""
-        swapped = (k for k, x in self._sets.items() if x.swap.swapped)
-        return next(swapped, None)
 
     @property
     def overlaps(self) -> bool:
@@ -432,7 +427,9 @@ class WeightAverager:
                 if id(tensor) in known
             ]
             self._changes.forget_gathered()
-            self._sets[name].swap.swap_in()
+            with DeferredInterrupts():
+                self._sets[name].swap.swap_in()
+                self._applied = name
 
     def restore(self) -> None:
         """Put the raw weights back, bit for bit; no-op if they are there."""
@@ -440,7 +437,9 @@ class WeightAverager:
         name = self._applied
         if name is not None:
             self._changes.forget_gathered()
-            self._sets[name].swap.swap_out()
+            with DeferredInterrupts():
+                self._sets[name].swap.swap_out()
+                self._applied = None
             for owner, name, tensor in self._places:
                 if name in owner:
                     owner[name] = tensor
@@ -762,7 +761,7 @@ class WeightAverager:
         check_choice('name', name, self.names)
 
     def _refuse_inside(self, method: str) -> None:
-        if self.is_applied:
+        if self._applied is not None:
             raise RuntimeError(f'{method}() inside applied(): leave it first.')
 
     def _cut(self, given: Mapping[str, Tensor]) -> Dict[str, Tensor]:

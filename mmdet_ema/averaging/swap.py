@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.averaging.tensors import Entry
-from mmdet_ema.averaging.update import DeferredInterrupts, copy_all
+from mmdet_ema.averaging.update import copy_all
 
 _Trade = Tuple[List[Tensor], List[Tensor], List[Tensor]]
 # elements of the scratch: small tensors are swapped together
@@ -22,6 +22,7 @@ class Swap:
     second copy of the model is needed. A raw tensor of lower precision cannot
     hold its float32 average: there the raw values are set aside until then.
     All memory is taken before anything is changed, and kept for the way back.
+    Nothing may interrupt a swap half-way.
 
     Args:
         entries: The entries of the model.
@@ -38,28 +39,26 @@ class Swap:
     def swap_in(self) -> None:
         """Put the averages where the model sees them."""
         assert not self.swapped
-        with DeferredInterrupts():
-            same: List[int] = []
-            narrow: List[int] = []
-            for i, average in self._averages.items():
-                alike = average.dtype == self._entries[i].raw.dtype
-                (same if alike else narrow).append(i)
-            aside = {i: self._entries[i].raw.detach().clone() for i in narrow}
-            self._trades = list(self._plan_trades(same))
-            self._trade()
-            for i in narrow:
-                self._entries[i].raw.data.copy_(self._averages[i])
-            self._aside, self.swapped = aside, True
+        same: List[int] = []
+        narrow: List[int] = []
+        for i, average in self._averages.items():
+            alike = average.dtype == self._entries[i].raw.dtype
+            (same if alike else narrow).append(i)
+        aside = {i: self._entries[i].raw.detach().clone() for i in narrow}
+        self._trades = list(self._plan_trades(same))
+        self._trade()
+        for i in narrow:
+            self._entries[i].raw.data.copy_(self._averages[i])
+        self._aside, self.swapped = aside, True
 
     @torch.no_grad()
     def swap_out(self) -> None:
         """Put the raw values back."""
         assert self.swapped
-        with DeferredInterrupts():
-            self._trade()
-            for i, raw in self._aside.items():
-                self._entries[i].raw.data.copy_(raw)
-            self._aside, self._trades, self.swapped = {}, [], False
+        self._trade()
+        for i, raw in self._aside.items():
+            self._entries[i].raw.data.copy_(raw)
+        self._aside, self._trades, self.swapped = {}, [], False
 
     def average(self, i: int) -> Tensor:
         """Return the tensor that holds the average of an entry now."""

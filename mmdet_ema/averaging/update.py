@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import cmath
 import functools
-import itertools
 import math
 import signal
 import threading
@@ -66,37 +65,29 @@ class UpdatePlan:
     ):
         self._ranks = ranks
         self._entries, self._sets = entries, sets
-        owned = [
+        self._owned = [
             i for i in sets[0] if entries[i].raw.numel() and sets[0][i].numel()
         ]
-        averaged = [i for i in owned if entries[i].role is Role.AVERAGED]
-        copied = [i for i in owned if entries[i].role is Role.COPIED]
-        self._weights = [i for i in averaged if entries[i].parameters]
-        self._buffers = [i for i in averaged if not entries[i].parameters]
-        small = [i for i in self._weights if entries[i].raw.numel() < _SMALL]
-        self._small = self._gather(small)
-        self._large = [i for i in self._weights if i not in set(small)]
-        # large buffers of a CPU are read where they are: nothing runs there in
-        # parallel with a forward pass, and a copy of them takes room
-        self._direct = [
-            i
-            for i in (*self._buffers, *copied)
-            if not entries[i].raw.is_cuda and entries[i].raw.numel() >= _SMALL
-        ]
-        gathered = set(owned).difference(self._direct)
-        self._averaged = self._gather(
-            [i for i in self._buffers if i in gathered]
-        )
-        # float buffers that are copied, and what has no mean: bit for bit
-        copied = [i for i in copied if i in gathered]
-        self._copied = self._gather([i for i in copied if entries[i].has_mean])
-        self._exact = self._gather(
-            [i for i in copied if not entries[i].has_mean]
-        )
+        small: List[int] = []  # weights
+        self._large: List[int] = []
+        others: List[int] = []  # buffers, and what is copied
+        self._direct: List[int] = []
+        for i in self._owned:
+            entry = entries[i]
+            is_small = entry.raw.numel() < _SMALL
+            if entry.role is Role.AVERAGED and entry.parameters:
+                (small if is_small else self._large).append(i)
+            elif is_small or entry.raw.is_cuda:
+                others.append(i)
+            else:
+                # read where they are: nothing runs on a CPU in parallel with
+                # a forward pass, and a copy of them takes room
+                self._direct.append(i)
+        self._small, self._others = self._gather(small), self._gather(others)
         self._groups = self._group()
         self._sources = [s for sources, _ in self._groups for s in sources]
         if deferred is None:
-            devices = {entries[i].raw.device for i in owned}
+            devices = {entries[i].raw.device for i in self._owned}
             deferred = len(devices) == 1 and devices.pop().type == 'cuda'
         self._can_defer = deferred and self._can_fuse()
 
@@ -110,14 +101,13 @@ class UpdatePlan:
             updates: Whether averages are updated, or copies alone.
                 Defaults to True.
         """
-        averaged = [*self._small, *self._averaged] if updates else []
-        for gathered in (*averaged, *self._copied, *self._exact):
-            gathered.read()
+        for gathered in (*self._small, *self._others):
+            if updates or gathered.is_copied:
+                gathered.read()
 
     def look_again(self) -> None:
         """Read tensors where they are now: some lie elsewhere."""
-        parts = self._small, self._averaged, self._copied, self._exact
-        for gathered in itertools.chain(*parts):
+        for gathered in (*self._small, *self._others):
             gathered.where = None
 
     def run(
@@ -150,13 +140,9 @@ class UpdatePlan:
                     _lerp(averages[k], sources, 1 - decay, skip)
         for i in self._direct:
             self._update_direct(i, decays, check)
-        for gathered in self._averaged if given else ():
-            gathered.update(decays, check, skip)
-        copies = [0.0] * len(decays)
-        for gathered in self._copied:
-            gathered.update(copies, check, skip)
-        for gathered in self._exact:
-            gathered.update(copies, False, skip)
+        for gathered in self._others:
+            if given or gathered.is_copied:
+                gathered.update(decays, check, skip)
         return True if skip is None else DeviceVerdict(skip)
 
     def run_rule(self, rule: Rule, step: int, check: bool) -> bool:
@@ -172,9 +158,12 @@ class UpdatePlan:
         """
         if check and not self._are_finite():
             return False
-        for i in (*self._weights, *self._buffers):
-            raw = self._entries[i].raw.detach()
-            if self._entries[i].parameters or not check or is_finite(raw):
+        for i in self._owned:
+            entry = self._entries[i]
+            if entry.role is not Role.AVERAGED:
+                continue
+            raw = entry.raw.detach()
+            if entry.parameters or not check or is_finite(raw):
                 for averages in self._sets:
                     rule(averages[i], raw.to(averages[i]), step)
         return self.run([None] * len(self._sets), check) is True
@@ -199,8 +188,9 @@ class UpdatePlan:
     def _gather(self, indices: Sequence[int]) -> List[_Gathered]:
         kinds: Dict[object, List[int]] = {}
         for i in indices:
-            raw = self._entries[i].raw
-            key = raw.device, raw.dtype, self._sets[0][i].dtype
+            entry = self._entries[i]
+            dtypes = entry.raw.dtype, self._sets[0][i].dtype
+            key = entry.raw.device, dtypes, entry.role, entry.has_mean
             kinds.setdefault(key, []).append(i)
         return [
             _Gathered([self._entries[i] for i in kind], kind, self._sets)
@@ -254,6 +244,8 @@ class _Gathered:
         sets: Sequence[Dict[int, Tensor]],
     ):
         self.entries = entries
+        self.is_copied = entries[0].role is Role.COPIED
+        self._has_mean = entries[0].has_mean
         self._sizes = [entry.raw.numel() for entry in entries]
         self.flats: List[Tensor] = []
         # what is made in inference mode cannot be written outside of it
@@ -294,14 +286,19 @@ class _Gathered:
         check: bool,
         skip: Optional[Tensor],
     ) -> None:
-        """Average what was read in each set, or copy it where decay is 0.
+        """Average what was read in each set, or copy it.
 
         A tensor that holds NaN or Inf stays, and no other: NaN in the
-        statistics of one layer says nothing about the weights.
+        statistics of one layer says nothing about the weights. What has no
+        mean is copied bit for bit.
         """
         moves = None if skip is None else skip == 0
         away = self.buffer.is_cuda
-        if check and (away or not all_finite([self.buffer])):
+        if (
+            check
+            and self._has_mean
+            and (away or not all_finite([self.buffer]))
+        ):
             # the host does not wait for what a GPU finds
             device = self.buffer.device
             finite = (
@@ -318,6 +315,8 @@ class _Gathered:
             finite = finite[self._owners]
             moves = finite if moves is None else finite & moves
         for flat, decay in zip(self.flats, decays):
+            if self.is_copied:
+                decay = 0.0
             if decay is None:
                 continue
             new = self.buffer
