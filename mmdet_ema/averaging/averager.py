@@ -22,17 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ema.averaging import fsdp1
-from mmdet_ema.averaging.averages import (
-    MAIN,
-    POSTHOC,
-    Averages,
-    Progress,
-    check_fit,
-    own_memory,
-    read_count,
-    read_progress,
-    read_tensors,
-)
+from mmdet_ema.averaging.averages import MAIN, POSTHOC, Averages
 from mmdet_ema.averaging.distributed import (
     first_difference,
     make_equal,
@@ -45,6 +35,14 @@ from mmdet_ema.averaging.shards import (
     ranks_of,
     reshard,
     sharded_modules,
+)
+from mmdet_ema.averaging.state import (
+    Progress,
+    check_fit,
+    own_memory,
+    read_count,
+    read_progress,
+    read_tensors,
 )
 from mmdet_ema.averaging.tensors import (
     Role,

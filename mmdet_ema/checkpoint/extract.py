@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from mmdet_ema.averaging.averages import own_memory
+from mmdet_ema.averaging.state import own_memory
 from mmdet_ema.checkpoint import recipe as recipes
 from mmdet_ema.checkpoint import saving
 from mmdet_ema.checkpoint.contents import (

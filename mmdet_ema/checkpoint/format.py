@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmdet_ema.averaging.averages import (
-    MAIN,
+from mmdet_ema.averaging.averages import MAIN
+from mmdet_ema.averaging.shards import layout
+from mmdet_ema.averaging.state import (
     check_fit,
     is_part,
     read_count,
     read_progress,
 )
-from mmdet_ema.averaging.shards import layout
 from mmdet_ema.errors import CheckpointError
 
 WEIGHTS = 'state_dict'

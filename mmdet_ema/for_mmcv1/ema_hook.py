@@ -12,7 +12,7 @@ import torch
 from mmcv.runner import BaseRunner, DistEvalHook, EvalHook, Hook, OptimizerHook
 from mmcv.runner.checkpoint import get_state_dict
 
-from mmdet_ema.averaging.averages import read_count
+from mmdet_ema.averaging.state import read_count
 from mmdet_ema.checkpoint import mmcv1
 from mmdet_ema.checkpoint.format import EMA
 from mmdet_ema.checks import check_choice, check_path

@@ -15,8 +15,8 @@ from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdet_ema.averaging.averages import read_count
 from mmdet_ema.averaging.fsdp1 import is_fsdp1
+from mmdet_ema.averaging.state import read_count
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.folder import readable
 from mmdet_ema.errors import CheckpointError, OptionError, show

@@ -17,8 +17,8 @@ from typing import Any, Dict, List, Mapping, MutableMapping, Optional, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from mmdet_ema.averaging.averages import check_fit
 from mmdet_ema.averaging.fsdp1 import is_fsdp1, is_local, pieces, plain
+from mmdet_ema.averaging.state import check_fit
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.errors import CheckpointError
 

@@ -33,7 +33,7 @@ from mmengine.hooks import LoggerHook
 from mmengine.runner import Runner, set_random_seed
 from torch import Tensor
 
-from mmdet_ema.averaging.averages import check_fit
+from mmdet_ema.averaging.state import check_fit
 from mmdet_ema.checkpoint.average import Combination, Run, average
 from mmdet_ema.checkpoint.contents import RAW
 from mmdet_ema.checkpoint.profiles import Profile

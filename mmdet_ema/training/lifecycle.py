@@ -27,9 +27,10 @@ import torch
 from torch import nn
 
 from mmdet_ema.averaging.averager import WeightAverager
-from mmdet_ema.averaging.averages import MAIN, read_count
+from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.averaging.distributed import add_up
 from mmdet_ema.averaging.shards import gather
+from mmdet_ema.averaging.state import read_count
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint import format as ema_format
 from mmdet_ema.checkpoint.format import CHANGED, EMAPart

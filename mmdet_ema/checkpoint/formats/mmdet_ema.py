@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Dict, Mapping, Tuple
 
-from mmdet_ema.averaging.averages import MAIN, read_progress
+from mmdet_ema.averaging.averages import MAIN
+from mmdet_ema.averaging.state import read_progress
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
