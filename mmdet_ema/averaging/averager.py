@@ -22,13 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ema.averaging import fsdp1
-from mmdet_ema.averaging.averages import MAIN, POSTHOC, Averages
+from mmdet_ema.averaging.averages import (
+    MAIN,
+    POSTHOC,
+    Averages,
+    cut_into_pieces,
+    join_pieces,
+)
 from mmdet_ema.averaging.distributed import (
     first_difference,
     make_equal,
     world_size,
 )
-from mmdet_ema.averaging.model_changes import ModelChanges, parametrized
+from mmdet_ema.averaging.model_changes import ModelChanges
 from mmdet_ema.averaging.overlap import side_stream
 from mmdet_ema.averaging.shards import (
     gather,
@@ -513,38 +519,11 @@ class WeightAverager:
         stored: bool = False,
     ) -> Iterator[Tuple[str, Tensor]]:
         """Yield names of the ``state_dict`` with the value of their entry."""
-        if not self._is_cut():
+        if not fsdp1.saves_whole(self.model, self._modules):
             return averages.named(value_of, stored=stored)
         self._changes.reshard()
-        held = self._writable()
-        found = fsdp1.whole(
-            self.model,
-            [self.entries[i].raw for i in held],
-            [value_of(i) for i in held],
-        )
-        for i, entry in enumerate(self.entries):
-            names = [name for name in entry.names if name in found]
-            if stored and entry.role is Role.SHARED:
-                for name in names:
-                    del found[name]
-            elif not entry.parameters:  # nobody has gathered it
-                found.update((name, value_of(i)) for name in names)
-            elif len(entry.saved) > 1:
-                found.update((name, found[names[0]]) for name in names)
+        found = join_pieces(self.model, self.entries, value_of, stored)
         return iter(found.items())
-
-    def _writable(self) -> List[int]:
-        """Return the entries that hold whatever is written into them."""
-        return [
-            i
-            for i, entry in enumerate(self.entries)
-            if entry.parameters or entry.role is not Role.SHARED
-        ]
-
-    def _is_cut(self) -> bool:
-        """Return whether what is saved is not what this rank holds."""
-        wrapped = any(map(fsdp1.is_fsdp1, self._modules))
-        return wrapped and not fsdp1.is_local(self.model)
 
     def starting_weights(self) -> Dict[str, Tensor]:
         """Return the weights that the averages started from, by name.
@@ -687,13 +666,18 @@ class WeightAverager:
                     f'{", ".join((MAIN, *more))}.'
                 )
         owned = dict(self._sets[MAIN].owned())
-        if self._is_cut():
+        is_cut = fsdp1.saves_whole(self.model, self._modules)
+        if is_cut:
             owned = fsdp1.layout(self.model)
         for given in tensors.values():
             # all are looked at before any is changed
             check_fit(owned, given, strict)
-        if self._is_cut():
-            tensors = {x: self._cut(given) for x, given in tensors.items()}
+        if is_cut:
+            self._changes.reshard()
+            tensors = {
+                name: cut_into_pieces(self.model, self.entries, given)
+                for name, given in tensors.items()
+            }
             strict = False  # what was not given is that of the model
         for name, averages in self._sets.items():
             averages.load(
@@ -761,14 +745,6 @@ class WeightAverager:
     def _refuse_inside(self, method: str) -> None:
         if self._applied is not None:
             raise RuntimeError(f'{method}() inside applied(): leave it first.')
-
-    def _cut(self, given: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-        """Return what FSDP1 lets this rank hold of whole tensors."""
-        self._changes.reshard()
-        entries = [self.entries[i] for i in self._writable()]
-        live = [entry.raw for entry in entries]
-        pairs = zip(entries, fsdp1.cut(self.model, live, given))
-        return {name: x for entry, x in pairs for name in entry.saved}
 
     def _run(
         self, main: Progress, decays: Sequence[Optional[float]]
@@ -876,26 +852,12 @@ class WeightAverager:
         known = {id(p) for entry in before for p in entry.parameters}
         self._select()
         for name, averages in self._sets.items():
-            # names that no file holds, too
-            old = dict(
-                sets[name].named(saved=False, stored=self._ranks is not None)
+            averages.carry_over(
+                sets[name],
+                self.model,
+                self.update_buffers,
+                self._ranks is not None,
             )
-            same = {
-                id(before[i].raw): before[i].as_in_model(average)
-                for i, average in sets[name].tensors.items()
-            }
-            for entry in self.entries:
-                # it may have got another name, as those that are pruned do
-                if id(entry.raw) in same:
-                    old.update((n, same[id(entry.raw)]) for n in entry.names)
-            old.update(parametrized(self.model, old))
-            now = dict(averages.named(saved=False))
-            kept = {
-                name: average
-                for name, average in old.items()
-                if name in now and now[name].shape == average.shape
-            }
-            averages.load(kept, False, self.update_buffers)
         self._replaced += [
             entry.name
             for entry in self.entries

@@ -15,8 +15,10 @@ from typing import (
 )
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmdet_ema.averaging import fsdp1
+from mmdet_ema.averaging.model_changes import parametrized
 from mmdet_ema.averaging.shards import Ranks, is_sharded, local_part
 from mmdet_ema.averaging.state import check_fit
 from mmdet_ema.averaging.swap import Swap
@@ -150,6 +152,41 @@ class Averages:
         for i, average in self.tensors.items():
             average.copy_(loaded.get(i, self._entries[i].stepped.detach()))
 
+    def carry_over(
+        self,
+        before: Averages,
+        model: nn.Module,
+        update_buffers: bool,
+        stored: bool,
+    ) -> None:
+        """Go on with the averages of a model that was selected again.
+
+        Args:
+            before: Those from before.
+            model: The model. A tensor that is the same object may have
+                another name in it, as those that are pruned do, and another
+                object the same name.
+            update_buffers: Whether float buffers are averaged.
+            stored: Whether to leave out what had no average of its own.
+        """
+        # names that no file holds, too
+        old = dict(before.named(saved=False, stored=stored))
+        same = {
+            id(before._entries[i].raw): before._entries[i].as_in_model(average)
+            for i, average in before.tensors.items()
+        }
+        for entry in self._entries:
+            if id(entry.raw) in same:
+                old.update((name, same[id(entry.raw)]) for name in entry.names)
+        old.update(parametrized(model, old))
+        now = dict(self.named(saved=False))
+        kept = {
+            name: average
+            for name, average in old.items()
+            if name in now and now[name].shape == average.shape
+        }
+        self.load(kept, False, update_buffers)
+
     def _trained_before(
         self, given: Mapping[int, Sequence[Tensor]], ranks: Optional[Ranks]
     ) -> List[int]:
@@ -206,6 +243,51 @@ class Averages:
                     gaps.append(_squares(left - right))
                     sizes.append(_squares(right))
         return _total(gaps), _total(sizes)
+
+
+def join_pieces(
+    model: nn.Module,
+    entries: Sequence[Entry],
+    value_of: Callable[[int], Tensor],
+    stored: bool = False,
+) -> Dict[str, Tensor]:
+    """Return whole values by name, on rank 0, of what FSDP1 has cut.
+
+    All ranks call it; the arguments are those of :meth:`Averages.named`.
+    """
+    held = _writable(entries)
+    found = fsdp1.whole(
+        model, [entries[i].raw for i in held], [value_of(i) for i in held]
+    )
+    for i, entry in enumerate(entries):
+        names = [name for name in entry.names if name in found]
+        if stored and entry.role is Role.SHARED:
+            for name in names:
+                del found[name]
+        elif not entry.parameters:  # nobody has gathered it
+            found.update((name, value_of(i)) for name in names)
+        elif len(entry.saved) > 1:
+            found.update((name, found[names[0]]) for name in names)
+    return found
+
+
+def cut_into_pieces(
+    model: nn.Module, entries: Sequence[Entry], given: Mapping[str, Tensor]
+) -> Dict[str, Tensor]:
+    """Return what FSDP1 lets this rank hold of whole tensors, by name."""
+    held = [entries[i] for i in _writable(entries)]
+    pieces = fsdp1.cut(model, [entry.raw for entry in held], given)
+    pairs = zip(held, pieces)
+    return {name: piece for entry, piece in pairs for name in entry.saved}
+
+
+def _writable(entries: Sequence[Entry]) -> List[int]:
+    """Return the entries that hold whatever is written into them."""
+    return [
+        i
+        for i, entry in enumerate(entries)
+        if entry.parameters or entry.role is not Role.SHARED
+    ]
 
 
 def _is_same(raw: Tensor, average: Tensor) -> bool:

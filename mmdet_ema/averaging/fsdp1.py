@@ -143,6 +143,16 @@ def is_local(model: nn.Module) -> bool:
     return bool(settings.state_dict_type == StateDictType.LOCAL_STATE_DICT)
 
 
+def saves_whole(model: nn.Module, modules: Sequence[nn.Module]) -> bool:
+    """Return whether what is saved is not what this rank holds.
+
+    Args:
+        model: The model.
+        modules: Its sharded modules.
+    """
+    return any(map(is_fsdp1, modules)) and not is_local(model)
+
+
 def whole(
     model: nn.Module, live: Sequence[Tensor], values: Sequence[Tensor]
 ) -> Dict[str, Tensor]:
