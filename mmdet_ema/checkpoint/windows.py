@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from mmdet_ema.averaging.averages import POSTHOC
-from mmdet_ema.checkpoint.average import Combination, Run
+from mmdet_ema.checkpoint.combination import Combination
 from mmdet_ema.checkpoint.contents import AVERAGE
 from mmdet_ema.checkpoint.profiles import Profile
+from mmdet_ema.checkpoint.runs import Run
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.schedules import Schedule, exponential, window
 

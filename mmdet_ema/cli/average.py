@@ -19,7 +19,7 @@ from mmdet_ema.cli.shared import (
 from mmdet_ema.errors import OptionError
 
 if TYPE_CHECKING:
-    from mmdet_ema.checkpoint.average import Combination
+    from mmdet_ema.checkpoint.combination import Combination
 
 _OWN = (
     *('profile', 'coefficients', 'weights', 'start', 'config', 'metric'),
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         OptionError: If an option is wrong.
     """
     from mmdet_ema.checkpoint import saving
-    from mmdet_ema.checkpoint.average import Combination
+    from mmdet_ema.checkpoint.combination import Combination
 
     own = {name: getattr(options, name) for name in _OWN}
     files, said, made = recipe_of(options, own)

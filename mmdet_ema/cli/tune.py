@@ -92,7 +92,8 @@ def run(options: argparse.Namespace) -> int:
             f'number of batches.'
         )
     from mmdet_ema.checkpoint import saving
-    from mmdet_ema.checkpoint.average import Run, read_files
+    from mmdet_ema.checkpoint.combination import read_files
+    from mmdet_ema.checkpoint.runs import Run
     from mmdet_ema.checkpoint.windows import check_length, files_of, spread
     from mmdet_ema.for_mmengine import tune as evaluation
 
