@@ -1,7 +1,7 @@
 """Read a file without a framework: its tensors are mapped, not copied.
 
 Nothing in a file is run or built, on any version of torch: a pickle is read by
-:class:`~mmdet_ema.checkpoint.files.Look`, whose tensors get their bytes from
+:class:`~mmdet_ema.checkpoint.pickles.Look`, whose tensors get their bytes from
 the file when somebody looks at them. NumPy's scalars and arrays become numbers
 and lists; other objects are kept as stand-ins, which cannot be saved.
 """
@@ -18,15 +18,13 @@ from typing import Any, Dict, List, Mapping, Tuple, Union
 import torch
 from torch import Tensor
 
-from mmdet_ema.checkpoint.files import (
+from mmdet_ema.checkpoint.files import Found, look, one_line
+from mmdet_ema.checkpoint.pickles import (
     DATA,
-    Found,
     Look,
     RefusedError,
     StandIn,
     is_unsafe_chosen,
-    look,
-    one_line,
 )
 from mmdet_ema.checkpoint.recipe import KEY
 

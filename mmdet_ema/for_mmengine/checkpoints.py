@@ -26,7 +26,7 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
 from mmdet_ema.averaging.fsdp1 import is_fsdp1, is_local
-from mmdet_ema.checkpoint import deployed_config, files, weights_only
+from mmdet_ema.checkpoint import deployed_config, pickles, weights_only
 from mmdet_ema.checkpoint import folder as folders
 from mmdet_ema.checkpoint.files import read_structure, write_whole
 from mmdet_ema.checkpoint.format import check_names, plain_name
@@ -48,7 +48,7 @@ def allow_framework_types() -> None:
     A ``HistoryBuffer`` is pickled with its statistics methods, as
     ``getattr(HistoryBuffer, 'mean')``. An older torch needs no list.
     """
-    if not files.LOADS_SAFELY:
+    if not pickles.LOADS_SAFELY:
         return
     known: List[Any] = [HistoryBuffer, np.ndarray, np.dtype]
     known += {type(np.dtype(kind)) for kind in '?bBhHiIlLqQefdgFDGSU'}
@@ -68,7 +68,7 @@ def _statistics_method(owner: Any, name: str) -> Any:
     The real one would hand a malicious file any attribute of what is
     allow-listed.
     """
-    if owner is HistoryBuffer and name in files.STATISTICS:
+    if owner is HistoryBuffer and name in pickles.STATISTICS:
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(
         f'the file asks for the attribute {name!r} of {owner!r}, which a '
