@@ -75,7 +75,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
                 'is a file of safetensors, which the framework does not '
                 'read; save its tensors with torch.save.'
             )
-        found = look(path, Look)
+        found = look(path, None if is_unsafe_chosen() else Look)
     return found.content
 
 
@@ -120,16 +120,13 @@ class Found(NamedTuple):
     records: Dict[str, Union[int, bytes]]
 
 
-def look(path: str, kind: Type[Look], check: bool = True) -> Found:
-    """Look into a file that torch wrote.
+def look(path: str, kind: Optional[Type[Look]], check: bool = True) -> Found:
+    """Look into a file that torch wrote; any exception if it is damaged.
 
     Args:
         path: The file.
-        kind: Reads the pickle.
+        kind: Reads the pickle; None to look at checksums alone.
         check: Whether to compare every record with its CRC-32.
-
-    Raises:
-        Exception: Of any kind if the file is damaged; :func:`one_line`.
     """
     with open(path, 'rb') as file:
         is_zip = file.read(4) == b'PK\3\4'
@@ -143,7 +140,9 @@ def look(path: str, kind: Type[Look], check: bool = True) -> Found:
     return found
 
 
-def _look_into_zip(path: str, kind: Type[Look], check: bool) -> Found:
+def _look_into_zip(
+    path: str, kind: Optional[Type[Look]], check: bool
+) -> Found:
     if not zipfile.is_zipfile(path):
         raise RefusedError(
             f'({os.path.getsize(path)} bytes) is cut off or no checkpoint: '
@@ -164,37 +163,35 @@ def _look_into_zip(path: str, kind: Type[Look], check: bool) -> Found:
         structure, bad = f'{root}/data.pkl', None
         # torch can leave out all checksums (set_crc32_options)
         if any(info.CRC for info in records.values()):
-            is_same = zlib.crc32(pickled) == records[structure].CRC
-            bad = structure if not is_same else None
-            if is_same and check:
-                bad = archive.testzip()
-        found, named = Found({}, [], {}), bad
-        if bad != structure and not is_unsafe_chosen():
+            if zlib.crc32(pickled) != records[structure].CRC:
+                raise _not_as_written(structure)
+            bad = archive.testzip() if check else None
+        found = Found({}, [], {})
+        if kind is not None:
             reading = kind(io.BytesIO(pickled))
             found = Found(reading.load(), reading.tensors, {})
-            for tensor, storage, _ in found.tensors:
-                record = f'{root}/data/{storage.key}'
-                held = records[record].file_size if record in records else 0
-                if held < storage.nbytes:
-                    raise RefusedError(
-                        f'is damaged: it holds {held} of the '
-                        f'{storage.nbytes} bytes of '
-                        f'{_name_of(tensor, found.content)}. Take another '
-                        f'checkpoint.'
-                    )
-                if record == named:
-                    named = _name_of(tensor, found.content)
+        for tensor, storage, _ in found.tensors:
+            record = records.get(f'{root}/data/{storage.key}')
+            held = record.file_size if record else 0
+            if held < storage.nbytes:
+                raise RefusedError(
+                    f'is damaged: it holds {held} of the {storage.nbytes} '
+                    f'bytes of {_name_of(tensor, found.content)}. Take '
+                    f'another checkpoint.'
+                )
+            if record and record.filename == bad:
+                raise _not_as_written(_name_of(tensor, found.content))
+            if record and storage.key not in found.records:
+                found.records[storage.key] = _place_of(archive, record)
         if bad is not None:
-            raise RefusedError(
-                f'is damaged: {named} is not what was written. Take another '
-                f'checkpoint.'
-            )
-        keys = {storage.key for _, storage, _ in found.tensors}
-        for key in keys if kind.needs_records else ():
-            info = records.get(f'{root}/data/{key}')
-            if info is not None:
-                found.records[key] = _place_of(archive, info)
+            raise _not_as_written(bad)
     return found
+
+
+def _not_as_written(name: str) -> RefusedError:
+    return RefusedError(
+        f'is damaged: {name} is not what was written. Take another checkpoint.'
+    )
 
 
 def _place_of(
@@ -211,10 +208,12 @@ def _place_of(
     return int(info.header_offset + 30 + name + extra)
 
 
-def _look_into_old(path: str, kind: Type[Look], check: bool) -> Found:
+def _look_into_old(
+    path: str, kind: Optional[Type[Look]], check: bool
+) -> Found:
     """Look into a file of torch before 1.6: five pickles, then the data."""
     with open(path, 'rb') as file:
-        if is_unsafe_chosen():
+        if kind is None:
             return Found({}, [], {})
         # torch would find a tar archive in a file that is one, too
         if Look(file).load() != _LEGACY or tarfile.is_tarfile(path):

@@ -83,30 +83,16 @@ def read_file(
             start = file.read(9)
         if path.endswith('.safetensors') or start[8:] == b'{':
             return _read_safetensors(path)
-        if unsafe or is_unsafe_chosen():
-            if start[:4] == b'PK\3\4':
-                look(path, _Blind, check)  # its checksums
-            return _load(path)
-        found = look(path, _Reader, check)
-        return _fill(found, path)
-
-
-def _load(path: str) -> Mapping[str, Any]:
-    """Let torch read a file, and run what is in it."""
-    options: Dict[str, Any] = dict(map_location='cpu', weights_only=False)
-    content = torch.load(path, **options)
-    if not isinstance(content, Mapping):
-        raise RefusedError(
-            f'holds a {type(content).__name__}, not a dict with weights.'
-        )
-    return content
-
-
-class _Blind(Look):
-    """Does not look, for files that may run what they want."""
-
-    def load(self) -> Any:
-        return {}
+        if not unsafe and not is_unsafe_chosen():
+            return _fill(look(path, _Reader, check), path)
+        look(path, None, check)  # its checksums
+        options: Dict[str, Any] = dict(map_location='cpu', weights_only=False)
+        content = torch.load(path, **options)
+        if not isinstance(content, Mapping):
+            raise RefusedError(
+                f'holds a {type(content).__name__}, not a dict with weights.'
+            )
+        return content
 
 
 class _Dtype(StandIn):
@@ -152,8 +138,6 @@ class _Array(StandIn):
 
 class _Reader(Look):
     """Builds what can be saved again; classes need not be installed."""
-
-    needs_records = True
 
     def find_class(self, module: str, name: str) -> Any:
         full = f'{module}.{name}'

@@ -119,8 +119,6 @@ class _Instance:
 class Look(pickle.Unpickler):
     """Reads a pickle and builds dicts, lists, plain values, meta tensors."""
 
-    needs_records = False
-
     def __init__(self, file: Any):
         super().__init__(file, encoding='utf-8')
         self._file = file
