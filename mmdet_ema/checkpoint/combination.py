@@ -5,6 +5,7 @@ Sums are in float64 and one tensor at a time.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -33,18 +34,12 @@ from mmdet_ema.errors import CheckpointError
 COMMAND = 'average'
 # elements that are summed up at once
 _CHUNK = 2**20
-# buffers that have coefficients of their own where a variance needs them
-_STATISTICS = ('running_', 'moving_')
 
 
 class Term(NamedTuple):
     """A set of weights of a file, and what it counts in a sum.
 
-    Attributes:
-        contents: The file.
-        name: The set.
-        coefficient: What it counts.
-        statistics: What its running statistics count.
+    Its running statistics may count something else.
     """
 
     contents: Contents
@@ -54,8 +49,12 @@ class Term(NamedTuple):
 
     @property
     def tensors(self) -> Dict[str, Tensor]:
-        """The tensors of the set by name."""
+        """Those of the set, by name."""
         return self.contents.sets[self.name].tensors
+
+    def counts(self, key: str) -> float:
+        """Return what a tensor of it counts."""
+        return self.statistics if _is_statistic(key) else self.coefficient
 
 
 @dataclass
@@ -113,25 +112,20 @@ class Combination:
         return state  # type: ignore[no-any-return]
 
     def _sum(self, key: str) -> Tensor:
-        is_statistic = key.rpartition('.')[2].startswith(_STATISTICS)
-        parts = []
-        for term in self.terms:
-            count = term.statistics if is_statistic else term.coefficient
-            if count:
-                parts.append((term, term.tensors[key], count))
-        first = parts[0][1]
-        dtype = first.dtype
-        for _, part, _ in parts:
-            dtype = torch.promote_types(dtype, part.dtype)
-        if all(same(first, part) for _, part, _ in parts[1:]):
-            return first.to(dtype, copy=True)  # masks of -inf, too
+        terms = [term for term in self.terms if term.counts(key)]
+        parts = [term.tensors[key] for term in terms]
+        first = parts[0]
+        if all(same(first, part) for part in parts[1:]):
+            return first.clone()  # masks of -inf, too
+        dtypes = [part.dtype for part in parts]
+        dtype = functools.reduce(torch.promote_types, dtypes)
         wide = torch.promote_types(dtype, torch.float64)
         result = torch.empty(first.shape, dtype=dtype)
-        flat = [(term, x.reshape(-1), count) for term, x, count in parts]
+        flat = [part.reshape(-1) for part in parts]
         for begin in range(0, first.numel(), _CHUNK):
             here = slice(begin, begin + _CHUNK)
-            total = torch.zeros(len(flat[0][1][here]), dtype=wide)
-            for term, part, count in flat:
+            total = torch.zeros(len(flat[0][here]), dtype=wide)
+            for term, part in zip(terms, flat):
                 values = part[here].to(wide)
                 if not torch.isfinite(values).all():
                     raise CheckpointError(
@@ -139,7 +133,7 @@ class Combination:
                         f'of {term.name}; leave this file out.'
                     )
                 # a fused operation rounds once, or twice: as the CPU likes
-                total += values * count
+                total += values * term.counts(key)
             result.view(-1)[here] = total.to(dtype)
         return result
 
@@ -152,11 +146,7 @@ class Combination:
     ) -> str:
         """Write what a framework's own tools load; return its path.
 
-        Args:
-            state: The weights.
-            made: Their recipe.
-            path: The file.
-            force: Whether to replace one. Defaults to False.
+        ``made`` is the recipe of ``state``.
         """
         meta, _ = meta_for_use(self.lead[0])
         content = {'meta': meta, WEIGHTS: state}
@@ -168,8 +158,7 @@ class Combination:
     def recipe(self, options: Mapping[str, Any]) -> Dict[str, Any]:
         """Return the recipe of a file with this combination.
 
-        Args:
-            options: What it was made by, and what is done to it afterwards.
+        ``options`` are what it was made by, and is done to it afterwards.
         """
         files = [term.contents for term in self.terms] + [self.lead[0]]
         paths = list(dict.fromkeys(contents.path for contents in files))
@@ -199,13 +188,8 @@ class Combination:
     ) -> Combination:
         """Return the combination of a recipe: the same to the last bit.
 
-        Args:
-            options: Those of the recipe.
-            paths: Its files, as ``recipe.check_inputs`` returns them.
-            unsafe: Whether to run code that a file asks for.
-
-        Raises:
-            CheckpointError: If it is no such recipe.
+        ``paths`` are those of its files, as ``recipe.check_inputs`` returns
+        them.
         """
         files = read_files(paths, unsafe=unsafe)
         try:
@@ -234,14 +218,7 @@ def read_files(
 ) -> List[Contents]:
     """Read files that are to be combined: they must have the same tensors.
 
-    Args:
-        paths: The files.
-        unsafe: Whether to run code that a file asks for. Defaults to False.
-        check: Whether to compare every record with its checksum. Defaults to
-            True.
-
-    Raises:
-        CheckpointError: If one cannot be read, or has other tensors.
+    The options are those of :func:`read_contents`.
     """
     files = [read_contents(x, unsafe=unsafe, check=check) for x in paths]
     for contents in files[1:]:
@@ -262,8 +239,7 @@ def are_sound(combination: Combination) -> bool:
     # what is exact may be far below its parts, but for rounding
     share = 1e-3 if fit.error < 1e-6 else 0.5
     for key in terms[0].tensors:
-        name = key.rpartition('.')[2]
-        if not name.startswith(_STATISTICS) or name.endswith('mean'):
+        if not _is_statistic(key) or key.endswith('mean'):
             continue
         parts = [x.tensors[key].double() for x in terms if key in x.tensors]
         if len(parts) < len(terms):
@@ -309,6 +285,11 @@ def _copied(contents: Contents) -> Dict[str, None]:
     }
     floats = {name for name, tensor in first.items() if _has_mean(tensor)}
     return {} if floats <= names.keys() else names
+
+
+def _is_statistic(name: str) -> bool:
+    """Return whether a buffer may have coefficients of its own."""
+    return name.rpartition('.')[2].startswith(('running_', 'moving_'))
 
 
 def _has_mean(tensor: Tensor) -> bool:

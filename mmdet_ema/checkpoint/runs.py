@@ -53,19 +53,14 @@ class Run:
     """Files of one run, by step: what averages can be made of.
 
     Args:
-        files: Its files, in any order.
+        files: Its files, in any order; refused if they are of several runs.
         start: The file with the starting weights. Defaults to the one beside
             the files.
-
-    Raises:
-        CheckpointError: If they are not of one run, or do not tell their
-            steps.
 
     Attributes:
         files: The files, by step.
         at: The step of each.
         steps: That of the last one.
-        sources: What there is, with profiles.
         notes: Sentences that a user should read.
     """
 
@@ -82,7 +77,7 @@ class Run:
                 self.files.append(files[i])
                 self.at.append(at[i])
         self.steps = self.at[-1]
-        self.sources: List[Source] = []
+        self._sources: List[Source] = []
         self._start = _find_start(self.files[-1], start, self.notes)
         self._decays: Dict[str, Tensor] = {}
 
@@ -101,13 +96,9 @@ class Run:
         )
 
     def look(self) -> List[Source]:
-        """Return what there is, with profiles; made when first asked for.
-
-        Raises:
-            CheckpointError: If the counters of a file do not fit.
-        """
-        if self.sources:
-            return self.sources
+        """Return what there is, with profiles; made when first asked for."""
+        if self._sources:
+            return self._sources
         if self.steps > _LONGEST:
             raise CheckpointError(
                 f'{self.files[-1].path!r} says that its averages have seen '
@@ -135,17 +126,17 @@ class Run:
                 if profile is None:
                     silent.add(name)
                 else:
-                    self.sources.append(Source(contents, name, profile))
+                    self._sources.append(Source(contents, name, profile))
         if self._start is not None:
             name = self._start.choose()
             profile = profiles.raw(0, self.steps)
-            self.sources.append(Source(self._start, name, profile))
+            self._sources.append(Source(self._start, name, profile))
         for name in sorted(silent):
             self.notes.append(
                 f'{name}: the files do not say which schedule made it: it is '
                 f'not used'
             )
-        return self.sources
+        return self._sources
 
     def target(self, profile: Profile) -> Tensor:
         """Return what the run would have tracked, at its own interval."""
@@ -157,11 +148,7 @@ class Run:
         return profile.target(self.steps, interval, max(done) or None)
 
     def fit(self, profile: Profile) -> Combination:
-        """Return the combination that is nearest to a profile.
-
-        Raises:
-            CheckpointError: If it is not near enough.
-        """
+        """Return the combination nearest to a profile, if near enough."""
         combination = self.nearest(profile)
         assert combination.fit is not None
         if combination.fit.problem:
@@ -205,11 +192,7 @@ class Run:
         return made
 
     def bema(self, profile: Profile) -> Combination:
-        """Return the last average with less lag, BEMA.
-
-        Raises:
-            CheckpointError: If average, raw or starting weights are missing.
-        """
+        """Return the last average with less lag, BEMA."""
         last = self.files[-1]
         name = last.average
         if name is None or last.raw is None or self._start is None:
@@ -229,9 +212,8 @@ class Run:
             Term(last, RAW, share, share / (1 + share)),
             Term(self._start, self._start.choose(), -share, 0.0),
         ]
-        return Combination(
-            terms, (last, name), tracked=True, notes=[*self.notes]
-        )
+        notes = [*self.notes]
+        return Combination(terms, (last, name), tracked=True, notes=notes)
 
     def _profile_of(
         self, contents: Contents, name: str, at: int
@@ -327,11 +309,7 @@ def _check_one_run(files: Sequence[Contents], notes: List[str]) -> None:
 def _find_start(
     contents: Contents, path: Optional[str], notes: List[str]
 ) -> Optional[Contents]:
-    """Return the starting weights of a run, None if there are none.
-
-    Raises:
-        CheckpointError: If the file that was given is not theirs.
-    """
+    """Return the starting weights of a run, None if there are none."""
     meta, given = contents.rest.get(META, {}), path is not None
     wanted = meta.get(START)
     if path is None:
