@@ -57,14 +57,11 @@ def count_nonfinite(tensor: Tensor) -> int:
 
 
 def distances(
-    averages: Mapping[str, Tensor], raws: Mapping[str, Tensor], depth: int = 1
+    averages: Mapping[str, Tensor], raws: Mapping[str, Tensor]
 ) -> Dict[str, float]:
-    """Return ``||average - raw|| / ||raw||`` by module, and under ``''``.
+    """Return ``||average - raw|| / ||raw||`` by module; the total is ``''``.
 
-    Args:
-        averages: Averages by name.
-        raws: Raw weights by name; the total comes first.
-        depth: Parts of a name that are a module.
+    A module is the first part of a name.
     """
     sums: Dict[str, Tuple[float, float]] = {'': (0.0, 0.0)}
     seen = set()
@@ -76,8 +73,7 @@ def distances(
             continue
         seen.add(id(raw))
         found = gap(average, raw)
-        module = '.'.join(name.split('.')[:-1][:depth]) or name
-        for key in ('', module):
+        for key in ('', name.partition('.')[0]):
             squares, size = sums.get(key, (0.0, 0.0))
             sums[key] = squares + found.squares, size + found.size
     return {

@@ -99,11 +99,7 @@ def convert(
 
 
 def format_name(to: str) -> str:
-    """Return the name of a format that can be written.
-
-    Raises:
-        OptionError: If it is not known, or only read.
-    """
+    """Return the name of a format that can be written."""
     name = ALIASES.get(to.lower(), to.lower())
     known = [x.name for x in FORMATS.values() if x.write is not None]
     if name not in known:

@@ -81,11 +81,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
 
 @contextlib.contextmanager
 def one_line(path: str) -> Iterator[None]:
-    """Turn whatever damaged bytes raise in the body into one line.
-
-    Raises:
-        CheckpointError: Instead of any exception in the body.
-    """
+    """Turn whatever damaged bytes raise into a CheckpointError of one line."""
     if not os.path.isfile(path):
         raise CheckpointError(f'there is no file {path!r}; {_WRITE}.')
     try:
@@ -288,10 +284,9 @@ def write_whole(
 
 
 def lock(file: Any) -> bool:
-    """Lock a file as long as this process has it open.
+    """Lock a file as long as this process has it open, if nobody else has.
 
-    Returns:
-        False if another process has locked it, or if that cannot be known.
+    False if another process has locked it, or if that cannot be known.
     """
     if fcntl is None:
         return False

@@ -73,10 +73,6 @@ def read_file(
             the whole file. Defaults to True.
         unsafe: Whether to run what the file asks for, by ``torch.load``.
             Defaults to False.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged or not a checkpoint,
-            or if reading it could run code.
     """
     with one_line(path):
         with open(path, 'rb') as file:
@@ -116,9 +112,6 @@ class _Array(StandIn):
     """A ``numpy.ndarray``: nested lists in the end."""
 
     value: Any = None
-
-    def __init__(self, *args: Any):
-        pass
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
@@ -180,9 +173,8 @@ def _fill(found: Found, path: str) -> Mapping[str, Any]:
         base = bases[storage.key]
         size = tensor.element_size()
         flat = base[: len(base) // size * size].view(tensor.dtype)
-        strides = tuple(tensor.stride())
         filled[id(tensor)] = flat.as_strided(
-            tuple(tensor.shape), strides, start
+            tensor.shape, tensor.stride(), start
         )
     content: Mapping[str, Any] = _replaced(found.content, filled, {})
     return content
@@ -247,10 +239,8 @@ def _read_safetensors(path: str) -> Mapping[str, Any]:
         for name, entry in header.items()
     }
     # safetensors' save_model() notes them one by one
-    for name, other in {
-        **metadata,
-        **json.loads(metadata.get(TIED, '{}')),
-    }.items():
+    ties = {**metadata, **json.loads(metadata.get(TIED, '{}'))}
+    for name, other in ties.items():
         if name not in weights and other in weights:
             weights[name] = weights[other]
     meta = dict(json.loads(metadata.get(META, '{}')))

@@ -61,11 +61,7 @@ def put_message(
 
 
 def take_message(checkpoint: Checkpoint) -> None:
-    """Move the EMA part back to the top of a checkpoint, if it has one.
-
-    Raises:
-        CheckpointError: If there is something else where it belongs.
-    """
+    """Move the EMA part back to the top of a checkpoint, if it has one."""
     meta = checkpoint.get('meta')
     messages = meta.get('hook_msgs', {}) if isinstance(meta, dict) else {}
     check_names(messages, "'hook_msgs' in the meta")

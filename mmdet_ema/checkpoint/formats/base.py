@@ -100,11 +100,7 @@ def rest_of(content: Content, *known: str) -> Dict[str, Any]:
 
 
 def both(contents: Contents) -> Tuple[Weights, Weights]:
-    """Return raw weights and main average, for a file that needs both.
-
-    Raises:
-        CheckpointError: If one is not in the file, or of other tensors.
-    """
+    """Return raw weights and main average, for a file that needs both."""
     name = contents.average
     if contents.raw is None or name is None:
         found = ', '.join(contents.sets)
