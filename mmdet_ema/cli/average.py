@@ -99,12 +99,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Average files; return the exit status.
-
-    Raises:
-        CheckpointError: If the files do not allow it.
-        OptionError: If an option is wrong.
-    """
+    """Average files; return the exit status."""
     from mmdet_ema.checkpoint import saving
     from mmdet_ema.checkpoint.combination import Combination
 

@@ -22,21 +22,15 @@ def draw(
     picture: Optional[Path] = None,
     metric: Optional[str] = None,
 ) -> Path:
-    """Draw metrics by weights, decay and distance of a run.
+    """Draw metrics by weights, decay and distance of a run; return the path.
+
+    Where the run was resumed, what was done again counts.
 
     Args:
-        work_dir: The run's folder; where it was resumed, what was done again
-            counts.
-        picture: The PNG file to write; ``ema.png`` in the folder by default.
+        work_dir: The run's folder.
+        picture: The file to write; ``ema.png`` in the folder by default.
         metric: The metric; by default the one of which the logs have values
             of several sets of weights, an mAP before others.
-
-    Returns:
-        The path of the picture.
-
-    Raises:
-        OptionError: If there are no such logs or no such metric, or
-            matplotlib is missing.
     """
     lines = list(read_lines(work_dir))
     metrics, decays, distances = read_curves(lines)
@@ -110,11 +104,7 @@ def picture(path: str) -> Path:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return an empty figure of matplotlib.
-
-    Raises:
-        OptionError: If that is missing.
-    """
+    """Return an empty figure of matplotlib, which may be missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

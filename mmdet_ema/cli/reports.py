@@ -113,11 +113,7 @@ def show_several(reports: List[Dict[str, Any]]) -> None:
 
 
 def plot(reports: List[Dict[str, Any]], path: Path) -> None:
-    """Draw the distance of averages from raw weights, by module.
-
-    Raises:
-        OptionError: If there is nothing to draw, or no matplotlib.
-    """
+    """Draw the distance of averages from raw weights, by module."""
     series = {
         f'{x["path"]}: {name}': s['distance']['modules']
         for x in reports

@@ -80,11 +80,7 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
 
 
 def check_mmengine(what: str) -> None:
-    """Refuse what builds a config by mmengine where that is not used.
-
-    Raises:
-        OptionError: If it is not installed, or mmcv 1.x is.
-    """
+    """Refuse what builds a config by mmengine where that is not used."""
     if has_mmcv1() or not has_mmengine():
         raise OptionError(
             f'{what} builds the model and data of a config by mmengine, which '
@@ -99,13 +95,8 @@ def recipe_of(
 ) -> Tuple[List[str], Dict[str, Any], Optional[Dict[str, Any]]]:
     """Return input files, options, and the recipe to repeat, if one is given.
 
-    Args:
-        options: The command line.
-        own: What a recipe says of it; what is not given is None or False.
-
-    Raises:
-        OptionError: If neither a file nor a recipe is given, or options
-            contradict a recipe.
+    ``own`` is what a recipe says of the command line; what is not given is
+    None or False.
     """
     files = options.files if 'files' in options else [options.file]
     files = [x for x in files if x is not None]

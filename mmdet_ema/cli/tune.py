@@ -79,12 +79,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Test windows, print a table, draw it, write the best weights.
-
-    Raises:
-        CheckpointError: If the files do not allow it.
-        OptionError: If an option is wrong.
-    """
+    """Test windows, print a table, draw it, write the best weights."""
     check_mmengine('tune')
     if options.recalibrate < 0:
         raise OptionError(
@@ -167,11 +162,7 @@ def _changes(words: Optional[Sequence[str]]) -> Dict[str, Any]:
 
 
 def table(found: Any) -> str:
-    """Return the table of what was evaluated, and what could not be.
-
-    Args:
-        found: What :func:`mmdet_ema.for_mmengine.tune.tune` returned.
-    """
+    """Return the table of what was evaluated, and what could not be."""
     both = any(row.recalibrated for row in found.rows)
     head = ['weights', 'window', 'error', 'sum of |c|', found.metric]
     head += ['recalibrated'] if both else []
