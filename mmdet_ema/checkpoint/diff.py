@@ -100,7 +100,7 @@ def _pairs(
     a: Contents, b: Contents, weights: Optional[str], against: Optional[str]
 ) -> Tuple[List[Tuple[str, str]], List[str]]:
     if weights is not None or against is not None:
-        left = a.choose(weights if weights is not None else None)
+        left = a.choose(weights)
         return [(left, b.choose(against or left))], []
     shared = [name for name in a.sets if name in b.sets]
     if not shared:

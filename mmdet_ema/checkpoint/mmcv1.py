@@ -124,8 +124,17 @@ def _is_data(node: ast.AST) -> bool:
 
 
 class Converted(NamedTuple):
-    """A file of another hook: what was assumed, what cannot be known."""
+    """What was found in a file of another hook.
 
+    Attributes:
+        is_swapped: Whether the plain keys hold the averages.
+        roles: The same in words, and why.
+        line: All of it in a line for a log.
+        warnings: What cannot be known, or is lost.
+    """
+
+    is_swapped: bool
+    roles: str
     line: str
     warnings: List[str]
 
@@ -190,11 +199,12 @@ def convert_buffers(
             f'none of them; their average starts from the raw weights.'
         )
     kind = 'the averages' if swapped else 'the raw weights'
+    roles = f'its plain keys are taken as {kind}, because {reason}'
     line = (
         f"EMA: the checkpoint was written by mmcv's or mmdet's own EMA hook "
-        f'(n={steps}); its plain keys are taken as {kind}, because {reason}.'
+        f'(n={steps}); {roles}.'
     )
-    return Converted(line, warnings)
+    return Converted(swapped, roles, line, warnings)
 
 
 def names_by_buffer(weights: Mapping[str, Any]) -> Dict[str, List[str]]:

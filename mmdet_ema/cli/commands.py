@@ -343,6 +343,7 @@ def _loading(path: str, name: Optional[str]) -> Iterator[None]:
 
     from mmdet_ema.checkpoint.mmcv1 import convert_buffers, take_message
     from mmdet_ema.for_mmcv1.checkpoints import reading_through
+    from mmdet_ema.training.patches import replacing
     from mmdet_ema.training.resume import check_architecture
 
     load = mmcv.runner.load_checkpoint
@@ -374,8 +375,5 @@ def _loading(path: str, name: Optional[str]) -> Iterator[None]:
         with reading_through(prepare):
             return load(model, file, *args, **kw)
 
-    mmcv.runner.load_checkpoint = load_and_check
-    try:
+    with replacing(mmcv.runner, 'load_checkpoint', load_and_check):
         yield
-    finally:
-        mmcv.runner.load_checkpoint = load

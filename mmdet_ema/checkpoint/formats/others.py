@@ -29,7 +29,6 @@ from mmdet_ema.checkpoint.formats.base import (
     both,
     complete,
     is_weights,
-    lost_of,
     rest_of,
     state_dict,
 )
@@ -139,12 +138,8 @@ class Layout:
             n = torch.tensor(n) if self.tensor_count else n
             _put(content, self.count[:-1], {self.count[-1]: n})
         _put(content, self.average, state_dict(average, self.prefix))
-        kept = [contents.average, None if self.raw is None else 'raw']
-        has_n = self.count is not None
-        lost = lost_of(contents, average, *kept, has_n=has_n)
-        if contents.meta:
-            lost.append(f'meta ({", ".join(contents.meta)})')
-        return content, lost
+        meta = ', '.join(contents.meta)
+        return content, [f'meta ({meta})'] if meta else []
 
 
 LAYOUTS = (
@@ -290,7 +285,14 @@ def _read_modules(content: Content, path: str) -> Contents:
 
 
 FORMATS = [
-    *(Format(x.name, x.writer, x.recognise, x.read, x.write) for x in LAYOUTS),
+    *(
+        Format(
+            *(x.name, x.writer, x.recognise, x.read, x.write),
+            holds='one' if x.raw is None else 'both',
+            has_n=x.count is not None,
+        )
+        for x in LAYOUTS
+    ),
     # only with unsafe=True: else the file is refused
     Format('yolov5', 'YOLOv5 or ultralytics', _has_modules, _read_modules),
 ]
