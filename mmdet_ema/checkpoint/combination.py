@@ -17,6 +17,7 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
+    Set,
     Tuple,
 )
 
@@ -96,17 +97,18 @@ class Combination:
         lead = weights.tensors
         for other, which in (self.lead, *(term[:2] for term in self.terms)):
             check_same(contents, other, which)
-        copied = _copied(contents) if self.tracked else {}
-        tied: Dict[Tuple[int, ...], List[str]] = {}
+        copied = _copied(contents) if self.tracked else set()
+        state: Any = OrderedDict()
+        made: Dict[Any, Tensor] = {}  # names of one tensor stay names of one
         for key, tensor in lead.items():
             parts = (tensor, *(term.tensors[key] for term in self.terms))
-            tied.setdefault(tuple(map(id, parts)), []).append(key)
-        state: Any = OrderedDict.fromkeys(lead)
-        for names in tied.values():
-            key = names[0]
-            is_copied = key in copied or not _has_mean(lead[key])
-            made = lead[key].clone() if is_copied else self._sum(key)
-            state.update(dict.fromkeys(names, made))
+            which_parts = tuple(map(id, parts))
+            if which_parts not in made:
+                is_copied = key in copied or not _has_mean(tensor)
+                made[which_parts] = (
+                    tensor.clone() if is_copied else self._sum(key)
+                )
+            state[key] = made[which_parts]
         if weights.metadata is not None:
             state._metadata = weights.metadata
         return state  # type: ignore[no-any-return]
@@ -214,13 +216,10 @@ class Combination:
 
 
 def read_files(
-    paths: Sequence[str], *, unsafe: bool = False, check: bool = True
+    paths: Sequence[str], *, unsafe: bool = False
 ) -> List[Contents]:
-    """Read files that are to be combined: they must have the same tensors.
-
-    The options are those of :func:`read_contents`.
-    """
-    files = [read_contents(x, unsafe=unsafe, check=check) for x in paths]
+    """Read files that are to be combined: they must have the same tensors."""
+    files = [read_contents(x, unsafe=unsafe) for x in paths]
     for contents in files[1:]:
         check_same(files[0], contents)
     return files
@@ -268,23 +267,20 @@ def check_same(first: Contents, other: Contents, weights: str = '') -> None:
             )
 
 
-def _copied(contents: Contents) -> Dict[str, None]:
+def _copied(contents: Contents) -> Set[str]:
     """Return names of tensors that averages of a file copy, not average.
 
     Frozen ones, and buffers for which a mean has no meaning: all sets hold
     the same. Where everything is the same (at the start of a run), none.
     """
-    sets = [x.tensors for x in contents.sets.values()]
-    if len(sets) < 2:
-        return {}
-    first = sets[0]
+    first, *others = (x.tensors for x in contents.sets.values())
     names = {
-        name: None
+        name
         for name, tensor in first.items()
-        if all(name in x and same(tensor, x[name]) for x in sets[1:])
+        if all(name in x and same(tensor, x[name]) for x in others)
     }
     floats = {name for name, tensor in first.items() if _has_mean(tensor)}
-    return {} if floats <= names.keys() else names
+    return set() if floats <= names else names
 
 
 def _is_statistic(name: str) -> bool:

@@ -119,12 +119,9 @@ def some(names: List[str], what: str) -> List[str]:
 
 def _without_foreign(contents: Contents, to: str) -> Any:
     """Leave out what means nothing in another format, and say so."""
-    source = contents.format
-    related = any(source in x and to in x for x in _FAMILIES)
-    related = related or source == to
-    meta = contents.meta
-    if source not in _OPENMMLAB or to not in _OPENMMLAB:
-        meta = meta if source == to else {}
+    pair = {contents.format, to}
+    related = len(pair) == 1 or any(pair <= {*names} for names in _FAMILIES)
+    meta = contents.meta if related or pair <= {*_OPENMMLAB} else {}
     lost = []
     if contents.rest and not related:
         lost.append(f'the rest of the file ({", ".join(contents.rest)})')

@@ -190,10 +190,7 @@ def newer_best(
         known: The best file that the resumed one knows of.
         iteration: Iterations that are in the resumed file.
         told: Returns which file was the best when a file was written, and its
-            score.
-
-    Returns:
-        The path of the newest one and its score; None if there is none.
+            score: what is returned of the newest one.
     """
     found = []
     own = os.path.basename(known or '')

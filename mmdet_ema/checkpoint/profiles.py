@@ -102,19 +102,6 @@ def raw(step: int, total: int) -> Tensor:
     return profile
 
 
-def swa(
-    last: int, total: int, interval: int = 1, averaged: Optional[int] = None
-) -> Tensor:
-    """Return the profile of the mean of the weights of the last steps."""
-    averaged = total if averaged is None else averaged
-    profile = torch.zeros(total + 1, dtype=torch.float64)
-    # a step at least
-    first = min(max(total - last, 0), averaged - 1)
-    steps = torch.arange(averaged, first, -interval)
-    profile[steps] = 1 / len(steps)
-    return profile
-
-
 def power_decays(sigma_rel: float, steps: int) -> Tensor:
     """Return the decays of a power average, of profile ``p(t) ~ t**gamma``.
 
@@ -159,11 +146,9 @@ def wsm_coefficients(decay: str, steps: Sequence[int]) -> Tuple[float, ...]:
     return tuple(a - b for a, b in zip(factors, factors[1:]))
 
 
-def bema_share(
-    steps: int, eta: float, rho: float = 10.0, gamma: float = 1.0
-) -> float:
+def bema_share(steps: int, eta: float) -> float:
     """Return how much of ``w(steps) - w(0)`` BEMA adds to an average."""
-    return float((rho + gamma * steps) ** -eta)
+    return float((10.0 + steps) ** -eta)
 
 
 @dataclass(frozen=True)
@@ -205,7 +190,12 @@ class Profile:
                     f'{self.text}: the files end at step {steps}; ask for '
                     f'at most as many, or for a share, as swa:25%.'
                 )
-            return swa(last, steps, interval, averaged)
+            averaged = steps if averaged is None else averaged
+            first = min(steps - last, averaged - 1)  # a step at least
+            counted = torch.arange(averaged, first, -interval)
+            profile = torch.zeros(steps + 1, dtype=torch.float64)
+            profile[counted] = 1 / len(counted)
+            return profile
         if self.kind == 'power':
             decays = power_decays(self.value, steps)
         else:

@@ -166,11 +166,8 @@ def _inspect(options: argparse.Namespace) -> int:
 def _extract(options: argparse.Namespace) -> int:
     from mmdet_ema.checkpoint.extract import extract
 
-    own = {
-        'weights': options.weights,
-        'dtype': options.dtype,
-        'safetensors': options.safetensors,
-    }
+    names = ('weights', 'dtype', 'safetensors')
+    own = {name: getattr(options, name) for name in names}
     (path,), own, recipe = recipe_of(options, own)
     done = extract(
         *(path, options.out),
