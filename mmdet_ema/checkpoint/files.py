@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.checkpoint.pickles import (
-    Look,
     RefusedError,
+    SafeUnpickler,
     Storage,
     is_unsafe_chosen,
     walk,
@@ -75,7 +75,7 @@ def read_structure(path: str) -> Mapping[str, Any]:
                 'is a file of safetensors, which the framework does not '
                 'read; save its tensors with torch.save.'
             )
-        found = look(path, None if is_unsafe_chosen() else Look)
+        found = look(path, None if is_unsafe_chosen() else SafeUnpickler)
     return found.content
 
 
@@ -116,7 +116,9 @@ class Found(NamedTuple):
     records: Dict[str, Union[int, bytes]]
 
 
-def look(path: str, kind: Optional[Type[Look]], check: bool = True) -> Found:
+def look(
+    path: str, kind: Optional[Type[SafeUnpickler]], check: bool = True
+) -> Found:
     """Look into a file that torch wrote; any exception if it is damaged.
 
     Args:
@@ -137,7 +139,7 @@ def look(path: str, kind: Optional[Type[Look]], check: bool = True) -> Found:
 
 
 def _look_into_zip(
-    path: str, kind: Optional[Type[Look]], check: bool
+    path: str, kind: Optional[Type[SafeUnpickler]], check: bool
 ) -> Found:
     if not zipfile.is_zipfile(path):
         raise RefusedError(
@@ -205,21 +207,21 @@ def _place_of(
 
 
 def _look_into_old(
-    path: str, kind: Optional[Type[Look]], check: bool
+    path: str, kind: Optional[Type[SafeUnpickler]], check: bool
 ) -> Found:
     """Look into a file of torch before 1.6: five pickles, then the data."""
     with open(path, 'rb') as file:
         if kind is None:
             return Found({}, [], {})
         # torch would find a tar archive in a file that is one, too
-        if Look(file).load() != _LEGACY or tarfile.is_tarfile(path):
+        if SafeUnpickler(file).load() != _LEGACY or tarfile.is_tarfile(path):
             raise ValueError('it has another format')
         for _ in ('protocol', 'system'):
-            Look(file).load()
+            SafeUnpickler(file).load()
         reading = kind(file)
         found = Found(reading.load(), reading.tensors, {})
         stored = {x.key: (tensor, x) for tensor, x, _ in found.tensors}
-        for key in Look(file).load():
+        for key in SafeUnpickler(file).load():
             tensor, storage = stored[key]
             numel = int.from_bytes(file.read(8), 'little')
             found.records[key] = file.tell()

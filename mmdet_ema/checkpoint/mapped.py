@@ -1,9 +1,9 @@
 """Read a file without a framework: its tensors are mapped, not copied.
 
-Nothing in a file is run or built, on any version of torch: a pickle is read by
-:class:`~mmdet_ema.checkpoint.pickles.Look`, whose tensors get their bytes from
-the file when somebody looks at them. NumPy's scalars and arrays become numbers
-and lists; other objects are kept as stand-ins, which cannot be saved.
+Nothing in a file is run or built, on any version of torch. Tensors get their
+bytes from the file when somebody looks at them. NumPy's scalars and arrays
+become numbers and lists; other objects are kept as stand-ins, which cannot be
+saved.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from mmdet_ema.checkpoint.files import Found, look, one_line
 from mmdet_ema.checkpoint.pickles import (
     DATA,
-    Look,
     RefusedError,
+    SafeUnpickler,
     StandIn,
     is_unsafe_chosen,
 )
@@ -80,7 +80,7 @@ def read_file(
         if path.endswith('.safetensors') or start[8:] == b'{':
             return _read_safetensors(path)
         if not unsafe and not is_unsafe_chosen():
-            return _fill(look(path, _Reader, check), path)
+            return _fill(look(path, _Unpickler, check), path)
         look(path, None, check)  # its checksums
         options: Dict[str, Any] = dict(map_location='cpu', weights_only=False)
         content = torch.load(path, **options)
@@ -129,7 +129,7 @@ class _Array(StandIn):
             self.value = flat if shape else flat[0]
 
 
-class _Reader(Look):
+class _Unpickler(SafeUnpickler):
     """Builds what can be saved again; classes need not be installed."""
 
     def find_class(self, module: str, name: str) -> Any:

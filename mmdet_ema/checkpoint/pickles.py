@@ -116,7 +116,7 @@ class _Instance:
             raise RefusedError(_would_run(type(self).__name__))
 
 
-class Look(pickle.Unpickler):
+class SafeUnpickler(pickle.Unpickler):
     """Reads a pickle and builds dicts, lists, plain values, meta tensors."""
 
     def __init__(self, file: Any):

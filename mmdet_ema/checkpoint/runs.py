@@ -61,6 +61,7 @@ class Run:
         files: The files, by step.
         at: The step of each.
         steps: That of the last one.
+        start: The starting weights, None if they are not known.
         notes: Sentences that a user should read.
     """
 
@@ -78,7 +79,7 @@ class Run:
                 self.at.append(at[i])
         self.steps = self.at[-1]
         self._sources: List[Source] = []
-        self._start = _find_start(self.files[-1], start, self.notes)
+        self.start = _find_start(self.files[-1], start, self.notes)
         self._decays: Dict[str, Tensor] = {}
 
     def _pass_over(self, other: Contents) -> None:
@@ -127,10 +128,10 @@ class Run:
                     silent.add(name)
                 else:
                     self._sources.append(Source(contents, name, profile))
-        if self._start is not None:
-            name = self._start.choose()
+        if self.start is not None:
+            name = self.start.choose()
             profile = profiles.raw(0, self.steps)
-            self._sources.append(Source(self._start, name, profile))
+            self._sources.append(Source(self.start, name, profile))
         for name in sorted(silent):
             self.notes.append(
                 f'{name}: the files do not say which schedule made it: it is '
@@ -195,11 +196,11 @@ class Run:
         """Return the last average with less lag, BEMA."""
         last = self.files[-1]
         name = last.average
-        if name is None or last.raw is None or self._start is None:
+        if name is None or last.raw is None or self.start is None:
             found = {
                 'an average': name,
                 'raw weights': last.raw,
-                'starting weights (ema_start.pt)': self._start,
+                'starting weights (ema_start.pt)': self.start,
             }
             missing = [what for what, x in found.items() if x is None]
             raise CheckpointError(
@@ -210,7 +211,7 @@ class Run:
         terms = [
             Term(last, name, 1.0, 1 / (1 + share)),
             Term(last, RAW, share, share / (1 + share)),
-            Term(self._start, self._start.choose(), -share, 0.0),
+            Term(self.start, self.start.choose(), -share, 0.0),
         ]
         notes = [*self.notes]
         return Combination(terms, (last, name), tracked=True, notes=notes)

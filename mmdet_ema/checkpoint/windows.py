@@ -105,10 +105,8 @@ def how_to_reach(
     """Return sentences on what the next run has to record."""
     if not refused:
         return []
-    names = averages_of(run)
-    has_start = any(not source.profile[1:].any() for source in run.look())
     said = []
-    if not has_start or POSTHOC not in names:
+    if run.start is None or POSTHOC not in averages_of(run):
         said.append(
             'EMAHook(posthoc=True) adds a fast average and keeps the '
             'starting weights: windows from its own to that of the main one'
