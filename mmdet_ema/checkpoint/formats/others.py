@@ -74,7 +74,9 @@ class Layout:
         weights = _at(content, self.average)
         if not is_weights(weights):
             return False
-        if self.prefix and not any(_begins(k, self.prefix) for k in weights):
+        if self.prefix and not any(
+            isinstance(x, str) and x.startswith(self.prefix) for x in weights
+        ):
             return False
         if self.raw is not None:
             raw = _at(content, self.raw)
@@ -252,10 +254,6 @@ def _put(content: Dict[str, Any], path: Path, value: Dict[str, Any]) -> None:
 
 def _text(path: Path) -> str:
     return '.'.join(path) or 'the file'
-
-
-def _begins(name: Any, prefix: str) -> bool:
-    return isinstance(name, str) and name.startswith(prefix)
 
 
 def _has_modules(content: Content, path: str) -> bool:
