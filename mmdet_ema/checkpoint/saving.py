@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmdet_ema.checkpoint.files import write_whole
 from mmdet_ema.checkpoint.mapped import DTYPES, TIED
+from mmdet_ema.checkpoint.portable import foreign
 from mmdet_ema.checkpoint.recipe import sha256_of
-from mmdet_ema.checkpoint.weights_only import foreign
 from mmdet_ema.errors import CheckpointError
 
 STDOUT = '-'
