@@ -63,7 +63,6 @@ class Combination:
     """Sets of weights with their coefficients.
 
     Attributes:
-        terms: What is summed up.
         lead: Whose integers, and copied tensors, are taken: those of a set of
             the newest file.
         fit: What the coefficients are worth; None where they are exact.

@@ -14,13 +14,10 @@ STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 class Gap(NamedTuple):
-    """How far two tensors of one shape are apart.
+    """The largest absolute difference, and sums of squares.
 
-    Attributes:
-        largest: Largest absolute difference; infinite where one is not
-            finite and the other is something else.
-        squares: Sum of the squared differences.
-        size: Sum of the squares of the second.
+    Of the differences, and of the second tensor. All are infinite where one
+    is not finite and the other is something else.
     """
 
     largest: float

@@ -19,16 +19,7 @@ _OPENMMLAB = ('plain', *(name for names in _FAMILIES for name in names))
 
 @dataclass
 class Converted:
-    """What became of a file.
-
-    Attributes:
-        paths: The files that were written.
-        source: The format that was read.
-        target: The format that was written.
-        kept: What was kept, for people.
-        lost: What was lost, for people.
-        notes: What to know of the file that was read.
-    """
+    """What became of a file: formats by name, the rest in words."""
 
     paths: List[str]
     source: str

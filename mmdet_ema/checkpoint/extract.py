@@ -31,16 +31,7 @@ _DTYPES = ('float16', 'bfloat16', 'float32', 'float64')
 
 @dataclass
 class Extracted:
-    """What was written.
-
-    Attributes:
-        path: The file.
-        name: Name of the weights.
-        role: Their role: ``'raw'``, ``'average'`` or ``'unknown'``.
-        tensors: How many there are, each name once.
-        lost: What could not be kept, for people.
-        notes: What to know of the file that was read.
-    """
+    """Which weights were written, what was lost, notes on what was read."""
 
     path: str
     name: str

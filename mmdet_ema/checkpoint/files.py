@@ -247,16 +247,13 @@ def write_whole(
     """Write a file under a temporary name, and move it into place.
 
     A file of that name is replaced; a link is followed. Once this returns, the
-    file is on the disk, not only in the memory of the machine.
+    file is on the disk, not only in the memory of the machine. If there is no
+    room, say, what was there before is as it was.
 
     Args:
         path: The file.
         content: Its content, or what writes that into an open file.
         name_of: Returns its path once it is written, by the temporary one.
-            Defaults to ``path``.
-
-    Raises:
-        OSError: If there is no room, say: what was there before is as it was.
     """
     path = os.path.realpath(path)
     folder, name = os.path.split(path)

@@ -48,12 +48,8 @@ _DAMAGED = 'the file is damaged. Take another checkpoint'
 class EMAPart:
     """The EMA part of a checkpoint.
 
-    Attributes:
-        averages: Averages by name, as in ``state_dict``.
-        raws: Raw weights by name.
-        steps: Steps that the averages have seen.
-        meta: ``ema_meta``; empty in a file of another writer.
-        more: Further averages by name: each with its ``state_dict``.
+    ``meta`` is empty in a file of another writer; ``more`` are further
+    averages by name, each with its ``state_dict``.
     """
 
     averages: Dict[str, Any]
@@ -136,7 +132,6 @@ def pack(
         steps: Steps that the averages have seen.
         meta: What else to say in ``ema_meta``: plain values only.
         more: Further averages by name: counters, and ``state_dict``.
-            Defaults to none.
     """
     copies: Dict[Any, Tensor] = {}
 

@@ -124,14 +124,7 @@ def _is_data(node: ast.AST) -> bool:
 
 
 class Converted(NamedTuple):
-    """What was found in a file of another hook.
-
-    Attributes:
-        is_swapped: Whether the plain keys hold the averages.
-        roles: The same in words, and why.
-        line: All of it in a line for a log.
-        warnings: What cannot be known, or is lost.
-    """
+    """Whether the plain keys hold the averages, also in words; doubts."""
 
     is_swapped: bool
     roles: str

@@ -153,13 +153,7 @@ def bema_share(steps: int, eta: float) -> float:
 
 @dataclass(frozen=True)
 class Profile:
-    """What an average of files should be; made by :func:`parse_profile`.
-
-    Attributes:
-        text: What it was written as.
-        kind: What it is, the word before the colon.
-        value: What stands after it, read.
-    """
+    """What an average of files should be; made by :func:`parse_profile`."""
 
     text: str
     kind: str

@@ -52,16 +52,15 @@ class Source(NamedTuple):
 class Run:
     """Files of one run, by step: what averages can be made of.
 
+    Files of several runs are refused.
+
     Args:
-        files: Its files, in any order; refused if they are of several runs.
+        files: Its files, in any order.
         start: The file with the starting weights. Defaults to the one beside
             the files.
 
     Attributes:
-        files: The files, by step.
-        at: The step of each.
-        steps: That of the last one.
-        start: The starting weights, None if they are not known.
+        at: The step of each file.
         notes: Sentences that a user should read.
     """
 

@@ -192,10 +192,8 @@ def _scope_by_model(cfg: Any) -> str:
 def add_ema(cfg: Any, given: Mapping[str, Any]) -> str:
     """Add the package and a hook with these options to a config; in place.
 
-    Where the config has an EMA hook, the options replace its own.
-
-    Returns:
-        What was replaced, in one sentence; empty if the config had no hook.
+    Where the config has an EMA hook, the options replace its own: it is
+    returned what was replaced, in one sentence.
     """
     imports = dict(cfg.get('custom_imports') or {})
     names = imports.get('imports') or []

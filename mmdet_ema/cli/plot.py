@@ -24,13 +24,9 @@ def draw(
 ) -> Path:
     """Draw metrics by weights, decay and distance of a run; return the path.
 
-    Where the run was resumed, what was done again counts.
-
-    Args:
-        work_dir: The run's folder.
-        picture: The file to write; ``ema.png`` in the folder by default.
-        metric: The metric; by default the one of which the logs have values
-            of several sets of weights, an mAP before others.
+    Where the run was resumed, what was done again counts. The metric is by
+    default the one of which the logs have values of several sets of weights,
+    an mAP before others.
     """
     lines = list(read_lines(work_dir))
     metrics, decays, distances = read_curves(lines)
