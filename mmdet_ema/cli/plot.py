@@ -10,7 +10,6 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mmdet_ema.errors import OptionError, did_you_mean
 
-_OLD_RAW = 'raw/'  # what the raw weights' metrics began with in version 0.1
 Curve = Dict[int, float]
 """Values by epoch or iteration."""
 # what validation lines hold next to metrics
@@ -138,8 +137,7 @@ def read_curves(
     """Return metrics by name, decays and distances.
 
     Metrics come by epoch, or by iteration where the run validates by
-    iteration; decay and distance of the main averages by iteration. The names
-    of version 0.1, ``raw/<metric>``, are those of today.
+    iteration; decay and distance of the main averages by iteration.
     """
     metrics: Dict[str, Curve] = {}
     decays: Curve = {}
@@ -162,8 +160,6 @@ def read_curves(
             for name, value in line.items():
                 number = isinstance(value, (int, float))
                 if step is not None and number and name not in _NO_METRICS:
-                    if name.startswith(_OLD_RAW):
-                        name = f'{name[len(_OLD_RAW) :]}_raw'
                     metrics.setdefault(name, {})[int(step)] = value
     return metrics, decays, distances
 
