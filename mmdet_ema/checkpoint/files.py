@@ -164,9 +164,9 @@ def _look_into_zip(
             if zlib.crc32(pickled) != records[structure].CRC:
                 raise _not_as_written(structure)
             bad = archive.testzip() if check else None
-        found = Found({}, [], {})
+        found, needed = Found({}, [], {}), False
         if kind is not None:
-            reading = kind(io.BytesIO(pickled))
+            reading, needed = kind(io.BytesIO(pickled)), kind.needs_records
             found = Found(reading.load(), reading.tensors, {})
         for tensor, storage, _ in found.tensors:
             record = records.get(f'{root}/data/{storage.key}')
@@ -179,7 +179,7 @@ def _look_into_zip(
                 )
             if record and record.filename == bad:
                 raise _not_as_written(_name_of(tensor, found.content))
-            if record and storage.key not in found.records:
+            if record and needed and storage.key not in found.records:
                 found.records[storage.key] = _place_of(archive, record)
         if bad is not None:
             raise _not_as_written(bad)

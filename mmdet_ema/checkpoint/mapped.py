@@ -132,6 +132,8 @@ class _Array(StandIn):
 class _Unpickler(SafeUnpickler):
     """Builds what can be saved again; classes need not be installed."""
 
+    needs_records = True
+
     def find_class(self, module: str, name: str) -> Any:
         full = f'{module}.{name}'
         if full == 'numpy.dtype':

@@ -119,6 +119,8 @@ class _Instance:
 class SafeUnpickler(pickle.Unpickler):
     """Reads a pickle and builds dicts, lists, plain values, meta tensors."""
 
+    needs_records = False  # which may be compressed, and large
+
     def __init__(self, file: Any):
         super().__init__(file, encoding='utf-8')
         self._file = file
