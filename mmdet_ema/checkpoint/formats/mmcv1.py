@@ -51,8 +51,7 @@ def _has_buffers(content: Content, path: str) -> bool:
 def _read_buffers(content: Content, path: str) -> Contents:
     whole = dict(content)
     found = mmcv1.convert_buffers(whole, filename=path)
-    if found is None:
-        raise ValueError('it has no buffers of averages')
+    assert found is not None  # _has_buffers() says so
     said = f'assumed: {found.roles}' if found.warnings else found.roles
     meta = meta_of(content)
     steps = as_count(whole[EMA].pop(STEPS)) if 'iter' in meta else None
