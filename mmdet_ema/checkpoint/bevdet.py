@@ -7,13 +7,12 @@ and ``updates`` (its count, which starts at ``init_updates``).
 
 from __future__ import annotations
 
-import pickle
 from typing import Any, List, Mapping, MutableMapping
 
 import torch
 
-from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.format import WEIGHTS, pack, plain_name
+from mmdet_ema.checkpoint.mapped import read_file
 from mmdet_ema.errors import CheckpointError
 
 UPDATES = 'updates'
@@ -32,11 +31,7 @@ def add_averages(
     The file's count starts at the hook's ``init_updates``. Returns sentences
     on what may be wrong.
     """
-    read_structure(path)  # refuses what would run code, or is damaged
-    try:
-        second = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:
-        second = {}  # torch 1.13 reads no floats; such a file has none
+    second = read_file(path)
     updates, weights = second.get(UPDATES), second.get(WEIGHTS)
     if not isinstance(updates, int) or not isinstance(weights, Mapping):
         raise CheckpointError(

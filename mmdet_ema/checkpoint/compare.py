@@ -14,13 +14,10 @@ STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 class Gap(NamedTuple):
-    """How far two tensors of one shape are apart.
+    """The largest absolute difference, and sums of squares.
 
-    Attributes:
-        largest: Largest absolute difference; infinite where one is not
-            finite and the other is something else.
-        squares: Sum of the squared differences.
-        size: Sum of the squares of the second.
+    Of the differences, and of the second tensor. All are infinite where one
+    is not finite and the other is something else.
     """
 
     largest: float
@@ -57,14 +54,11 @@ def count_nonfinite(tensor: Tensor) -> int:
 
 
 def distances(
-    averages: Mapping[str, Tensor], raws: Mapping[str, Tensor], depth: int = 1
+    averages: Mapping[str, Tensor], raws: Mapping[str, Tensor]
 ) -> Dict[str, float]:
-    """Return ``||average - raw|| / ||raw||`` by module, and under ``''``.
+    """Return ``||average - raw|| / ||raw||`` by module; the total is ``''``.
 
-    Args:
-        averages: Averages by name.
-        raws: Raw weights by name; the total comes first.
-        depth: Parts of a name that are a module.
+    A module is the first part of a name.
     """
     sums: Dict[str, Tuple[float, float]] = {'': (0.0, 0.0)}
     seen = set()
@@ -76,8 +70,7 @@ def distances(
             continue
         seen.add(id(raw))
         found = gap(average, raw)
-        module = '.'.join(name.split('.')[:-1][:depth]) or name
-        for key in ('', module):
+        for key in ('', name.partition('.')[0]):
             squares, size = sums.get(key, (0.0, 0.0))
             sums[key] = squares + found.squares, size + found.size
     return {

@@ -59,11 +59,7 @@ class Weights:
             self.steps = self.updates
 
     def build_schedule(self) -> Optional[Schedule]:
-        """Return the schedule, None if the file tells none with a name.
-
-        Raises:
-            OptionError: If its options are wrong.
-        """
+        """Return the schedule, None if the file tells none with a name."""
         is_known = self.schedule.partition('(')[0] in SCHEDULES
         return parse_schedule(self.schedule) if is_known else None
 
@@ -209,10 +205,6 @@ def weights_of(
             checkpointing are stripped in any case.
         what: What to call the dict in an error.
         **known: Other fields of :class:`Weights`.
-
-    Raises:
-        CheckpointError: If it is no dict, a name is no text, or two names are
-            one without what wrappers add.
     """
     check_names(half, what)
     names = {

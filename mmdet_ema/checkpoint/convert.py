@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from mmdet_ema.checkpoint import recipe as recipes
 from mmdet_ema.checkpoint import saving
 from mmdet_ema.checkpoint.contents import Contents, holds, read_contents
-from mmdet_ema.checkpoint.formats import ALIASES, FORMATS
+from mmdet_ema.checkpoint.formats import ALIASES, FORMATS, Format
 from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean
 
 # files whose meta, optimizer and histories mean the same
@@ -19,16 +19,7 @@ _OPENMMLAB = ('plain', *(name for names in _FAMILIES for name in names))
 
 @dataclass
 class Converted:
-    """What became of a file.
-
-    Attributes:
-        paths: The files that were written.
-        source: The format that was read.
-        target: The format that was written.
-        kept: What was kept, for people.
-        lost: What was lost, for people.
-        notes: What to know of the file that was read.
-    """
+    """What became of a file: formats by name, the rest in words."""
 
     paths: List[str]
     source: str
@@ -73,7 +64,8 @@ def convert(
     assert form.write is not None  # format_name() has checked it
     source, lost = _without_foreign(contents, name)
     content, more = form.write(source, out)
-    lost += more
+    kept, words = _kept_and_lost(source, form)
+    lost += words + more
     second = None
     if form.write_second is not None:
         if out == saving.STDOUT:
@@ -92,18 +84,12 @@ def convert(
     if second is not None:
         recipes.add(second[1], recipe)
         paths.append(saving.save(second[1], second[0], force=force))
-    return Converted(
-        *(paths, contents.format, name, _kept(contents, lost), lost),
-        list(contents.notes),
-    )
+    notes = list(contents.notes)
+    return Converted(paths, contents.format, name, kept, lost, notes)
 
 
 def format_name(to: str) -> str:
-    """Return the name of a format that can be written.
-
-    Raises:
-        OptionError: If it is not known, or only read.
-    """
+    """Return the name of a format that can be written."""
     name = ALIASES.get(to.lower(), to.lower())
     known = [x.name for x in FORMATS.values() if x.write is not None]
     if name not in known:
@@ -124,12 +110,9 @@ def some(names: List[str], what: str) -> List[str]:
 
 def _without_foreign(contents: Contents, to: str) -> Any:
     """Leave out what means nothing in another format, and say so."""
-    source = contents.format
-    related = any(source in x and to in x for x in _FAMILIES)
-    related = related or source == to
-    meta = contents.meta
-    if source not in _OPENMMLAB or to not in _OPENMMLAB:
-        meta = meta if source == to else {}
+    pair = {contents.format, to}
+    related = len(pair) == 1 or any(pair <= {*names} for names in _FAMILIES)
+    meta = contents.meta if related or pair <= {*_OPENMMLAB} else {}
     lost = []
     if contents.rest and not related:
         lost.append(f'the rest of the file ({", ".join(contents.rest)})')
@@ -139,15 +122,24 @@ def _without_foreign(contents: Contents, to: str) -> Any:
     return replace(contents, meta=dict(meta), rest=rest), lost
 
 
-def _kept(contents: Contents, lost: List[str]) -> List[str]:
-    words = 'weights '
-    gone = [x[len(words) :].split(', ') for x in lost if x.startswith(words)]
-    without_n = any(x.startswith('n, ') for x in lost)
-    kept = []
+def _kept_and_lost(
+    contents: Contents, form: Format
+) -> Tuple[List[str], List[str]]:
+    """Return words on sets, n and schedule: what a format holds, and not."""
+    main = contents.choose()
+    held = {'all': [*contents.sets], 'both': ['raw', main], 'one': [main]}
+    kept, gone = [], []
     for name, weights in contents.sets.items():
-        if not any(name in names for names in gone):
-            n = weights.updates
-            kept.append(
-                name if n is None or without_n else f'{name} (n = {n})'
-            )
-    return kept
+        if name not in held[form.holds]:
+            gone.append(name)
+        elif weights.updates is None or form.has_n is False:
+            kept.append(name)
+        else:
+            kept.append(f'{name} (n = {weights.updates})')
+    lost = [f'weights {", ".join(gone)}'] if gone else []
+    n = contents.sets[main].updates
+    if form.has_n is (n is None):
+        lost.append(f'n, which is {"written as 0" if n is None else n}')
+    if contents.sets[main].schedule and not form.has_schedule:
+        lost.append('the schedule')
+    return kept, lost

@@ -19,10 +19,8 @@ class Difference:
 
     Attributes:
         weights: Name of the weights in the first file.
-        name: Name of the tensor.
         kind: ``'only in A'``, ``'only in B'``, ``'shape'``, ``'dtype'`` or
             ``'values'``.
-        detail: What it is in each, for people.
         largest: Largest absolute difference; None unless values differ.
         relative: ``||A - B|| / ||B||``; None unless values differ.
     """
@@ -37,13 +35,10 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What was compared, and what differs.
+    """Which weights of A and B were compared, and what differs.
 
-    Attributes:
-        pairs: Names of the weights that were compared: of A, and of B.
-        compared: How many tensors are in both.
-        differences: What differs.
-        unpaired: Names of weights that only one of the files has, with it.
+    ``compared`` is how many tensors are in both; ``unpaired`` are weights
+    that only one of the files has.
     """
 
     pairs: List[Tuple[str, str]]
@@ -100,7 +95,7 @@ def _pairs(
     a: Contents, b: Contents, weights: Optional[str], against: Optional[str]
 ) -> Tuple[List[Tuple[str, str]], List[str]]:
     if weights is not None or against is not None:
-        left = a.choose(weights if weights is not None else None)
+        left = a.choose(weights)
         return [(left, b.choose(against or left))], []
     shared = [name for name in a.sets if name in b.sets]
     if not shared:

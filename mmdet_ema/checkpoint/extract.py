@@ -31,16 +31,7 @@ _DTYPES = ('float16', 'bfloat16', 'float32', 'float64')
 
 @dataclass
 class Extracted:
-    """What was written.
-
-    Attributes:
-        path: The file.
-        name: Name of the weights.
-        role: Their role: ``'raw'``, ``'average'`` or ``'unknown'``.
-        tensors: How many there are, each name once.
-        lost: What could not be kept, for people.
-        notes: What to know of the file that was read.
-    """
+    """Which weights were written, what was lost, notes on what was read."""
 
     path: str
     name: str
@@ -97,8 +88,7 @@ def extract(
     chosen = contents.sets[name]
     safetensors = safetensors or out.endswith('.safetensors')
     if recipe is None:
-        options = {'weights': weights, 'dtype': dtype}
-        options['safetensors'] = safetensors  # type: ignore[assignment]
+        options = dict(weights=weights, dtype=dtype, safetensors=safetensors)
         recipe = recipes.make('extract', [path], options)
     recipe = {**recipe, 'holds': holds(contents, name)}
     wanted = None if dtype is None else getattr(torch, dtype)
@@ -107,8 +97,14 @@ def extract(
     place = dict(force=force, add_hash=add_hash)
     if safetensors:
         metadata = {'format': 'pt', recipes.KEY: json.dumps(recipe)}
-        if meta:
-            metadata[META] = _as_json(meta)
+        try:
+            if meta:
+                metadata[META] = json.dumps(meta)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f'the meta of the file cannot be kept in safetensors '
+                f'({error}); write a .pth file.'
+            ) from None
         written = saving.save_safetensors(
             chosen.tensors, out, metadata, **place
         )
@@ -127,16 +123,6 @@ def meta_for_use(contents: Contents) -> Tuple[Dict[str, Any], List[str]]:
     """Return what tools need of ``meta``, and the names of what is lost."""
     meta = {k: contents.meta[k] for k in _META if k in contents.meta}
     return saving.plain(meta)
-
-
-def _as_json(meta: Dict[str, Any]) -> str:
-    try:
-        return json.dumps(meta)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f'the meta of the file cannot be kept in safetensors ({error}); '
-            f'write a .pth file.'
-        ) from None
 
 
 def _cast(

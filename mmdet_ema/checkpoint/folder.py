@@ -137,15 +137,8 @@ def remove_stopped(folder: str) -> None:
 def readable(path: str, folder: str, chosen: bool, log: Any) -> str:
     """Return a checkpoint to resume from, if need be another one.
 
-    Args:
-        path: What training is to resume from.
-        folder: The folder of the run.
-        chosen: Whether a person named the file. Else the newest one was asked
-            for, and another one takes the place of one that cannot be read.
-        log: Is told of it.
-
-    Raises:
-        CheckpointError: If it cannot be read; it names one that can.
+    Where a person chose the file, the error names another one. Else the
+    newest was asked for, and the other one takes its place.
     """
     try:
         read_structure(path)
@@ -197,10 +190,7 @@ def newer_best(
         known: The best file that the resumed one knows of.
         iteration: Iterations that are in the resumed file.
         told: Returns which file was the best when a file was written, and its
-            score.
-
-    Returns:
-        The path of the newest one and its score; None if there is none.
+            score: what is returned of the newest one.
     """
     found = []
     own = os.path.basename(known or '')

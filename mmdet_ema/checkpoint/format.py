@@ -48,12 +48,8 @@ _DAMAGED = 'the file is damaged. Take another checkpoint'
 class EMAPart:
     """The EMA part of a checkpoint.
 
-    Attributes:
-        averages: Averages by name, as in ``state_dict``.
-        raws: Raw weights by name.
-        steps: Steps that the averages have seen.
-        meta: ``ema_meta``; empty in a file of another writer.
-        more: Further averages by name: each with its ``state_dict``.
+    ``meta`` is empty in a file of another writer; ``more`` are further
+    averages by name, each with its ``state_dict``.
     """
 
     averages: Dict[str, Any]
@@ -87,11 +83,7 @@ class EMAPart:
         return {k: v for k, v in half.items() if isinstance(v, Tensor)}
 
     def check(self, model: nn.Module, strict: bool, log: Any) -> None:
-        """Check that both halves fit a model, with the same names if strict.
-
-        Raises:
-            CheckpointError: If they do not.
-        """
+        """Check that both halves fit a model; if strict, names as well."""
         present = self.tensors(layout(model))
         try:
             halves = [(WEIGHTS, self.averages), (EMA, self.raws)]
@@ -140,7 +132,6 @@ def pack(
         steps: Steps that the averages have seen.
         meta: What else to say in ``ema_meta``: plain values only.
         more: Further averages by name: counters, and ``state_dict``.
-            Defaults to none.
     """
     copies: Dict[Any, Tensor] = {}
 
@@ -231,11 +222,7 @@ def unpack(checkpoint: Mapping[str, Any]) -> Optional[EMAPart]:
 
 
 def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
-    """Make ``state_dict`` hold the raw weights, for the framework to load.
-
-    Raises:
-        CheckpointError: If it lacks the raw weights of some tensors.
-    """
+    """Make ``state_dict`` hold the raw weights, for the framework to load."""
     weights = checkpoint[WEIGHTS]
     missing = [name for name in part.averages if name not in part.raws]
     if missing:
@@ -255,11 +242,7 @@ def put_raw(checkpoint: MutableMapping[str, Any], part: EMAPart) -> None:
 def put_set(
     checkpoint: MutableMapping[str, Any], part: EMAPart, name: str
 ) -> None:
-    """Make ``state_dict`` hold ``'raw'`` weights, or the averages of a name.
-
-    Raises:
-        CheckpointError: If the file has no such weights.
-    """
+    """Make ``state_dict`` hold ``'raw'`` weights, or averages of a name."""
     if name == 'raw':
         put_raw(checkpoint, part)
     elif name in part.more:
@@ -336,9 +319,7 @@ def check_training_state(
 ) -> None:
     """Check what else training resumes from, before anything is loaded.
 
-    Raises:
-        CheckpointError: If it is damaged, or of other optimizers than those
-            of the run that are made by now.
+    ``optimizers`` are those of the run that are made by now.
     """
     meta: Any = checkpoint.get('meta')
     check_names(meta, "'meta'")

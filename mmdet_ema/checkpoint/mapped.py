@@ -1,9 +1,9 @@
 """Read a file without a framework: its tensors are mapped, not copied.
 
-Nothing in a file is run or built, on any version of torch: a pickle is read by
-:class:`~mmdet_ema.checkpoint.files.Look`, whose tensors get their bytes from
-the file when somebody looks at them. NumPy's scalars and arrays become numbers
-and lists; other objects are kept as stand-ins, which cannot be saved.
+Nothing in a file is run or built, on any version of torch. Tensors get their
+bytes from the file when somebody looks at them. NumPy's scalars and arrays
+become numbers and lists; other objects are kept as stand-ins, which cannot be
+saved.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from typing import Any, Dict, List, Mapping, Tuple, Union
 import torch
 from torch import Tensor
 
-from mmdet_ema.checkpoint.files import (
+from mmdet_ema.checkpoint.files import Found, look, one_line
+from mmdet_ema.checkpoint.pickles import (
     DATA,
-    Found,
-    Look,
     RefusedError,
+    SafeUnpickler,
     StandIn,
     is_unsafe_chosen,
-    look,
-    one_line,
 )
 from mmdet_ema.checkpoint.recipe import KEY
 
@@ -75,40 +73,22 @@ def read_file(
             the whole file. Defaults to True.
         unsafe: Whether to run what the file asks for, by ``torch.load``.
             Defaults to False.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged or not a checkpoint,
-            or if reading it could run code.
     """
     with one_line(path):
         with open(path, 'rb') as file:
             start = file.read(9)
         if path.endswith('.safetensors') or start[8:] == b'{':
             return _read_safetensors(path)
-        if unsafe or is_unsafe_chosen():
-            if start[:4] == b'PK\3\4':
-                look(path, _Blind, check)  # its checksums
-            return _load(path)
-        found = look(path, _Reader, check)
-        return _fill(found, path)
-
-
-def _load(path: str) -> Mapping[str, Any]:
-    """Let torch read a file, and run what is in it."""
-    options: Dict[str, Any] = dict(map_location='cpu', weights_only=False)
-    content = torch.load(path, **options)
-    if not isinstance(content, Mapping):
-        raise RefusedError(
-            f'holds a {type(content).__name__}, not a dict with weights.'
-        )
-    return content
-
-
-class _Blind(Look):
-    """Does not look, for files that may run what they want."""
-
-    def load(self) -> Any:
-        return {}
+        if not unsafe and not is_unsafe_chosen():
+            return _fill(look(path, _Unpickler, check), path)
+        look(path, None, check)  # its checksums
+        options: Dict[str, Any] = dict(map_location='cpu', weights_only=False)
+        content = torch.load(path, **options)
+        if not isinstance(content, Mapping):
+            raise RefusedError(
+                f'holds a {type(content).__name__}, not a dict with weights.'
+            )
+        return content
 
 
 class _Dtype(StandIn):
@@ -133,9 +113,6 @@ class _Array(StandIn):
 
     value: Any = None
 
-    def __init__(self, *args: Any):
-        pass
-
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
         if isinstance(dtype, _Dtype) and dtype.kind in _CODES:
@@ -152,7 +129,7 @@ class _Array(StandIn):
             self.value = flat if shape else flat[0]
 
 
-class _Reader(Look):
+class _Unpickler(SafeUnpickler):
     """Builds what can be saved again; classes need not be installed."""
 
     needs_records = True
@@ -198,9 +175,8 @@ def _fill(found: Found, path: str) -> Mapping[str, Any]:
         base = bases[storage.key]
         size = tensor.element_size()
         flat = base[: len(base) // size * size].view(tensor.dtype)
-        strides = tuple(tensor.stride())
         filled[id(tensor)] = flat.as_strided(
-            tuple(tensor.shape), strides, start
+            tensor.shape, tensor.stride(), start
         )
     content: Mapping[str, Any] = _replaced(found.content, filled, {})
     return content
@@ -265,10 +241,8 @@ def _read_safetensors(path: str) -> Mapping[str, Any]:
         for name, entry in header.items()
     }
     # safetensors' save_model() notes them one by one
-    for name, other in {
-        **metadata,
-        **json.loads(metadata.get(TIED, '{}')),
-    }.items():
+    ties = {**metadata, **json.loads(metadata.get(TIED, '{}'))}
+    for name, other in ties.items():
         if name not in weights and other in weights:
             weights[name] = weights[other]
     meta = dict(json.loads(metadata.get(META, '{}')))

@@ -61,11 +61,7 @@ def put_message(
 
 
 def take_message(checkpoint: Checkpoint) -> None:
-    """Move the EMA part back to the top of a checkpoint, if it has one.
-
-    Raises:
-        CheckpointError: If there is something else where it belongs.
-    """
+    """Move the EMA part back to the top of a checkpoint, if it has one."""
     meta = checkpoint.get('meta')
     messages = meta.get('hook_msgs', {}) if isinstance(meta, dict) else {}
     check_names(messages, "'hook_msgs' in the meta")
@@ -128,8 +124,10 @@ def _is_data(node: ast.AST) -> bool:
 
 
 class Converted(NamedTuple):
-    """A file of another hook: what was assumed, what cannot be known."""
+    """Whether the plain keys hold the averages, also in words; doubts."""
 
+    is_swapped: bool
+    roles: str
     line: str
     warnings: List[str]
 
@@ -194,11 +192,12 @@ def convert_buffers(
             f'none of them; their average starts from the raw weights.'
         )
     kind = 'the averages' if swapped else 'the raw weights'
+    roles = f'its plain keys are taken as {kind}, because {reason}'
     line = (
         f"EMA: the checkpoint was written by mmcv's or mmdet's own EMA hook "
-        f'(n={steps}); its plain keys are taken as {kind}, because {reason}.'
+        f'(n={steps}); {roles}.'
     )
-    return Converted(line, warnings)
+    return Converted(swapped, roles, line, warnings)
 
 
 def names_by_buffer(weights: Mapping[str, Any]) -> Dict[str, List[str]]:

@@ -50,11 +50,7 @@ _RCOND = 1e-11
 
 
 def decays_of(schedule: Schedule, steps: int) -> Tensor:
-    """Return d(1), ..., d(steps).
-
-    Raises:
-        OptionError: If one of them is not in [0, 1].
-    """
+    """Return d(1), ..., d(steps), each checked to be in [0, 1]."""
     decays = [check_decay(schedule, n) for n in range(1, steps + 1)]
     return torch.tensor(decays, dtype=torch.float64)
 
@@ -91,11 +87,8 @@ def profile_of(
 def placed(profile: Tensor, at: int, total: int) -> Tensor:
     """Return a profile of an average that ends at a step of a longer run.
 
-    Args:
-        profile: Its profile; where it has fewer steps than ``at``, it started
-            later, from the weights of that moment.
-        at: The step of the run that is its last.
-        total: Steps of the run.
+    Where it has fewer steps than ``at``, it started later, from the weights
+    of that moment.
     """
     longer = profile.new_zeros(total + 1)
     longer[at + 1 - len(profile) : at + 1] = profile
@@ -106,19 +99,6 @@ def raw(step: int, total: int) -> Tensor:
     """Return the profile of the weights after a step; 0 for the start."""
     profile = torch.zeros(total + 1, dtype=torch.float64)
     profile[step] = 1
-    return profile
-
-
-def swa(
-    last: int, total: int, interval: int = 1, averaged: Optional[int] = None
-) -> Tensor:
-    """Return the profile of the mean of the weights of the last steps."""
-    averaged = total if averaged is None else averaged
-    profile = torch.zeros(total + 1, dtype=torch.float64)
-    # a step at least
-    first = min(max(total - last, 0), averaged - 1)
-    steps = torch.arange(averaged, first, -interval)
-    profile[steps] = 1 / len(steps)
     return profile
 
 
@@ -156,11 +136,7 @@ def wsm_coefficients(decay: str, steps: Sequence[int]) -> Tuple[float, ...]:
     The merge stands for a learning rate that decays from the first file on by
     the factor f, to 0 one spacing after the last: the weights that changed
     before file i count ``f(i)``, so the file counts ``f(i) - f(i + 1)``.
-    Under 'linear', all count the same.
-
-    Args:
-        decay: One of :data:`WSM`.
-        steps: The step of each file, rising.
+    Under 'linear', all count the same. ``steps`` are those of the files.
     """
     factor, count = WSM[decay], len(steps)
     if count == 1:
@@ -170,22 +146,14 @@ def wsm_coefficients(decay: str, steps: Sequence[int]) -> Tuple[float, ...]:
     return tuple(a - b for a, b in zip(factors, factors[1:]))
 
 
-def bema_share(
-    steps: int, eta: float, rho: float = 10.0, gamma: float = 1.0
-) -> float:
+def bema_share(steps: int, eta: float) -> float:
     """Return how much of ``w(steps) - w(0)`` BEMA adds to an average."""
-    return float((rho + gamma * steps) ** -eta)
+    return float((10.0 + steps) ** -eta)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What an average of files should be; made by :func:`parse_profile`.
-
-    Attributes:
-        text: What it was written as.
-        kind: What it is, the word before the colon.
-        value: What stands after it, read.
-    """
+    """What an average of files should be; made by :func:`parse_profile`."""
 
     text: str
     kind: str
@@ -206,9 +174,6 @@ class Profile:
             interval: Steps between the updates of the run: between them
                 nothing is averaged. Defaults to 1.
             averaged: The step of the last update. Defaults to the last one.
-
-        Raises:
-            OptionError: If it asks for more steps than there are.
         """
         if self.kind == 'swa':
             last = self.value
@@ -219,7 +184,12 @@ class Profile:
                     f'{self.text}: the files end at step {steps}; ask for '
                     f'at most as many, or for a share, as swa:25%.'
                 )
-            return swa(last, steps, interval, averaged)
+            averaged = steps if averaged is None else averaged
+            first = min(steps - last, averaged - 1)  # a step at least
+            counted = torch.arange(averaged, first, -interval)
+            profile = torch.zeros(steps + 1, dtype=torch.float64)
+            profile[counted] = 1 / len(counted)
+            return profile
         if self.kind == 'power':
             decays = power_decays(self.value, steps)
         else:
@@ -236,11 +206,7 @@ _FORMS = (
 
 
 def parse_profile(text: str) -> Profile:
-    """Read a profile as it is written on the command line.
-
-    Raises:
-        OptionError: If it is not known, or its value is out of range.
-    """
+    """Read a profile as it is written on the command line."""
     kind, _, given = text.partition(':')
     if '(' in text:
         return Profile(text, 'schedule', parse_schedule(text))
@@ -338,11 +304,7 @@ def fit(
     Least squares, under the conditions that the coefficients sum up to 1 and
     their absolute values to no more than ``largest_sum``.
 
-    Args:
-        bases: Profiles of what there is.
-        target: The profile that is asked for, of the same steps.
-        largest_sum: At least 1, under which no coefficient is negative.
-            Defaults to 3.
+    No coefficient is negative where that is 1.
     """
     triangle = target.new_zeros(0, len(bases) + 1)
     # R of a QR has the lengths and angles of the columns: a few rows of it

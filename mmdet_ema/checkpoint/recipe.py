@@ -22,10 +22,7 @@ def make(
 ) -> Dict[str, Any]:
     """Return the recipe of a file that is about to be made.
 
-    Args:
-        command: Name of the command.
-        inputs: Paths of the files that it reads, as they were given.
-        options: What else decides what is made: plain values only.
+    ``options`` are what else decides what is made: plain values only.
     """
     return {
         'command': command,
@@ -59,18 +56,26 @@ def find(content: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def read(path: str) -> Dict[str, Any]:
-    """Return the recipe of a file that was made, or of a YAML or JSON file.
-
-    Raises:
-        CheckpointError: If there is none in it.
-    """
+    """Return the recipe of a file that was made, or of a YAML or JSON file."""
     if path.endswith(('.yaml', '.yml', '.json')):
         recipe: Any = _read_text(path)
     else:
         from mmdet_ema.checkpoint.mapped import read_file
 
         recipe = find(read_file(path, check=False))
-    return _checked(recipe, path)
+    kinds = {'command': str, 'version': str, 'inputs': list, 'options': dict}
+    right = isinstance(recipe, dict) and all(
+        isinstance(recipe.get(key), kind) for key, kind in kinds.items()
+    )
+    if not right or not all(
+        isinstance(x, dict) and {'path', 'sha256'} <= {*x}
+        for x in recipe['inputs']
+    ):
+        raise CheckpointError(
+            f'{path!r} has no recipe of mmdet-ema in it; give a file that '
+            f'extract, convert or average made.'
+        )
+    return recipe  # type: ignore[no-any-return]
 
 
 def check_inputs(
@@ -78,12 +83,7 @@ def check_inputs(
 ) -> List[str]:
     """Return the paths of a recipe's inputs, which must be as they were.
 
-    Args:
-        recipe: The recipe.
-        paths: Where the inputs are now. Defaults to the paths in it.
-
-    Raises:
-        CheckpointError: If one is missing or has changed.
+    ``paths`` are where they are now, by default the paths in it.
     """
     entries = recipe['inputs']
     paths = list(paths) or [str(entry['path']) for entry in entries]
@@ -104,11 +104,7 @@ def check_inputs(
 
 
 def sha256_of(path: str) -> str:
-    """Return the SHA-256 of a file.
-
-    Raises:
-        CheckpointError: If there is no such file.
-    """
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     try:
         with open(path, 'rb') as file:
@@ -141,19 +137,3 @@ def _read_text(path: str) -> Any:
             f'{path!r} is no recipe ({cause}); give one that '
             f'`mmdet-ema inspect FILE --recipe` printed.'
         ) from None
-
-
-def _checked(recipe: Any, path: str) -> Dict[str, Any]:
-    kinds = {'command': str, 'version': str, 'inputs': list, 'options': dict}
-    right = isinstance(recipe, dict) and all(
-        isinstance(recipe.get(key), kind) for key, kind in kinds.items()
-    )
-    if not right or not all(
-        isinstance(x, dict) and {'path', 'sha256'} <= {*x}
-        for x in recipe['inputs']
-    ):
-        raise CheckpointError(
-            f'{path!r} has no recipe of mmdet-ema in it; give a file that '
-            f'extract, convert or average made.'
-        )
-    return recipe  # type: ignore[no-any-return]

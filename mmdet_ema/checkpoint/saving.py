@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmdet_ema.checkpoint.files import write_whole
 from mmdet_ema.checkpoint.mapped import DTYPES, TIED
+from mmdet_ema.checkpoint.portable import foreign
 from mmdet_ema.checkpoint.recipe import sha256_of
-from mmdet_ema.checkpoint.weights_only import foreign
 from mmdet_ema.errors import CheckpointError
 
 STDOUT = '-'
@@ -45,9 +45,6 @@ def save(
 
     Returns:
         The path of the file.
-
-    Raises:
-        CheckpointError: If there is such a file, or no such folder.
     """
     # equal texts as one object: pickle writes these in another way, and a
     # recipe has to give the same bytes
@@ -65,46 +62,32 @@ def save_safetensors(
     force: bool = False,
     add_hash: bool = False,
 ) -> str:
-    """Write a file of safetensors.
+    """Write a file of safetensors; the options are those of :func:`save`.
 
     That format knows no tied tensors: each is written once, under its first
     name, and the metadata has the other ones.
-
-    Args:
-        tensors: Tensors by name.
-        path: As in :func:`save`.
-        metadata: Text by name.
-        force: As in :func:`save`.
-        add_hash: As in :func:`save`.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        CheckpointError: As :func:`save`; also if a dtype has no name there.
     """
     first: Dict[int, str] = {}
     tied: Dict[str, str] = {}
-    header: Dict[str, Any] = {'__metadata__': dict(metadata)}
-    written: List[Tensor] = []
-    end = 0
     for name, tensor in tensors.items():
-        if id(tensor) in first:
-            tied[name] = first[id(tensor)]
-            continue
+        known = first.setdefault(id(tensor), name)
+        if known != name:
+            tied[name] = known
+    written = {name: tensors[name] for name in first.values()}
+    header: Dict[str, Any] = {'__metadata__': dict(metadata)}
+    end = 0
+    for name, tensor in written.items():
         if tensor.dtype not in _NAMES:
             raise CheckpointError(
                 f'{name} is of {tensor.dtype}, which safetensors does not '
                 f'know; use --dtype, or write a .pth file.'
             )
-        first[id(tensor)] = name
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             'dtype': _NAMES[tensor.dtype],
             'shape': list(tensor.shape),
             'data_offsets': [start, end],
         }
-        written.append(tensor)
     if tied:
         header['__metadata__'][TIED] = json.dumps(tied)
     text = json.dumps(header, ensure_ascii=False).encode('utf-8')
@@ -112,7 +95,7 @@ def save_safetensors(
 
     def write(file: BinaryIO) -> None:
         file.write(len(text).to_bytes(8, 'little') + text)
-        for tensor in written:
+        for tensor in written.values():
             flat = tensor.detach().reshape(-1).contiguous()
             if flat.numel():
                 values: Any = flat.view(torch.uint8).numpy()
@@ -195,11 +178,7 @@ def _write(
 
 
 def check_free(path: str, force: bool) -> None:
-    """Refuse a path that cannot be written, or that would replace a file.
-
-    Raises:
-        CheckpointError: If so.
-    """
+    """Refuse a path that cannot be written, or that would replace a file."""
     if path == STDOUT:
         return
     folder = os.path.dirname(path) or '.'

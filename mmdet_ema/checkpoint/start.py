@@ -53,11 +53,7 @@ def is_there(path: str, found: Any) -> bool:
 
 
 def keep_start(path: str, weights: Mapping[str, Tensor], log: Any) -> str:
-    """Write the starting weights unless they are there already.
-
-    Returns:
-        Their fingerprint.
-    """
+    """Write the starting weights if need be; return their fingerprint."""
     mine = fingerprint(weights)
     if not is_there(path, mine):
         if os.path.exists(path):

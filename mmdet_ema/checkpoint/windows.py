@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from mmdet_ema.averaging.averages import POSTHOC
-from mmdet_ema.checkpoint.average import Combination, Run
+from mmdet_ema.checkpoint.combination import Combination
 from mmdet_ema.checkpoint.contents import AVERAGE
 from mmdet_ema.checkpoint.profiles import Profile
+from mmdet_ema.checkpoint.runs import Run
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.schedules import Schedule, exponential, window
 
@@ -26,13 +27,7 @@ _FILES = re.compile(r'(epoch|iter)_\d+\.pth')
 
 @dataclass(frozen=True)
 class Window:
-    """A window, and how it is made of files.
-
-    Attributes:
-        steps: Its length.
-        schedule: The average that it stands for.
-        combination: Of the files of a run.
-    """
+    """A window, the average that it stands for, and how to make it."""
 
     steps: float
     schedule: Schedule
@@ -46,11 +41,7 @@ class Window:
 
 
 def files_of(work_dir: str) -> List[str]:
-    """Return the regular checkpoints in the folder of a run.
-
-    Raises:
-        CheckpointError: If there are none.
-    """
+    """Return the regular checkpoints in the folder of a run."""
     names = sorted(os.listdir(work_dir)) if os.path.isdir(work_dir) else []
     found = [x for x in names if _FILES.fullmatch(x)]
     if not found:
@@ -61,20 +52,8 @@ def files_of(work_dir: str) -> List[str]:
     return [os.path.join(work_dir, name) for name in found]
 
 
-def suited_schedule(steps: float, planned: int) -> Schedule:
-    """Return the average of a window, with a ramp that ends in time."""
-    # a ramp of half a window, as decay='auto', would still go on at the end
-    # of a run that is not much longer
-    tau = min(steps / 2, planned / 10)
-    return exponential(round(1 - 1 / steps, 12), round(max(tau, 1e-3), 6))
-
-
 def check_length(steps: float, planned: int) -> None:
-    """Refuse a window that is longer than the run, or below a step.
-
-    Raises:
-        OptionError: If it is.
-    """
+    """Refuse a window that is longer than the run, or below a step."""
     if not 1 <= steps <= planned:
         raise OptionError(
             f'a window of {steps:g} steps is not allowed: the files end at '
@@ -93,26 +72,19 @@ def spread(count: int, planned: int) -> Sequence[float]:
 def make_windows(
     run: Run, wanted: Sequence[float]
 ) -> Tuple[List[Window], List[Window]]:
-    """Return the windows that the files of a run allow, and the others.
-
-    Args:
-        run: The files.
-        wanted: Lengths in steps, from 1 to that of the run.
-
-    Raises:
-        OptionError: If a length is out of range.
-    """
-    found: List[Window] = []
+    """Return the windows that the files of a run allow, and the others."""
+    made: List[Window] = []
+    refused: List[Window] = []
     for steps in wanted:
         check_length(steps, run.steps)
-        schedule = suited_schedule(steps, run.steps)
+        # a ramp of half a window, as decay='auto', would still go on at the
+        # end of a run that is not much longer
+        tau = max(min(steps / 2, run.steps / 10), 1e-3)
+        schedule = exponential(round(1 - 1 / steps, 12), round(tau, 6))
         profile = Profile(str(schedule), 'schedule', schedule)
-        combination = run.nearest(profile)
-        found.append(Window(steps, schedule, combination))
-    return (
-        [x for x in found if not x.problem],
-        [x for x in found if x.problem],
-    )
+        found = Window(steps, schedule, run.nearest(profile))
+        (refused if found.problem else made).append(found)
+    return made, refused
 
 
 def averages_of(run: Run) -> Dict[str, Optional[float]]:
@@ -120,9 +92,9 @@ def averages_of(run: Run) -> Dict[str, Optional[float]]:
     found: Dict[str, Optional[float]] = {}
     for name, weights in run.files[-1].sets.items():
         if weights.role == AVERAGE:
-            schedule, steps = weights.build_schedule(), weights.steps
-            known = schedule is not None and steps
-            length = window(schedule(steps)) if known else math.inf  # type: ignore[misc,arg-type]
+            schedule, length = weights.build_schedule(), math.inf
+            if schedule is not None and weights.steps:
+                length = window(schedule(weights.steps))
             found[name] = length if math.isfinite(length) else None
     return found
 
@@ -130,19 +102,11 @@ def averages_of(run: Run) -> Dict[str, Optional[float]]:
 def how_to_reach(
     run: Run, made: Sequence[Window], refused: Sequence[Window]
 ) -> List[str]:
-    """Return sentences on what the next run has to record.
-
-    Args:
-        run: The files.
-        made: The windows that they allow.
-        refused: Those that they do not.
-    """
+    """Return sentences on what the next run has to record."""
     if not refused:
         return []
-    names = averages_of(run)
-    has_start = any(not source.profile[1:].any() for source in run.look())
     said = []
-    if not has_start or POSTHOC not in names:
+    if run.start is None or POSTHOC not in averages_of(run):
         said.append(
             'EMAHook(posthoc=True) adds a fast average and keeps the '
             'starting weights: windows from its own to that of the main one'

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import functools
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Iterator,
-    Mapping,
-)
+import contextlib
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
-from mmdet_ema.cli.parsers import (
+from mmdet_ema.cli.reports import aligned
+from mmdet_ema.cli.shared import (
     add_command,
+    add_made_file,
     add_metric,
     add_unsafe,
     check_mmengine,
+    recipe_of,
+    say,
 )
-from mmdet_ema.cli.reports import aligned
 from mmdet_ema.errors import OptionError
 
 if TYPE_CHECKING:
-    from mmdet_ema.checkpoint.average import Combination
+    from mmdet_ema.checkpoint.combination import Combination
 
 _OWN = (
     *('profile', 'coefficients', 'weights', 'start', 'config', 'metric'),
@@ -56,10 +53,10 @@ examples:
   mmdet-ema average --recipe e.pth -o same_as_e.pth"""
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the parser of the command, without the file that it makes."""
+def add_parser(commands: Any) -> None:
+    """Add the parser of the command."""
     does = 'average checkpoints: mean, EMA of another decay, SWA, soup'
-    parser = add_command(commands, 'average', does, _HELP)
+    parser = add_command(commands, 'average', run, does, _HELP)
     parser.add_argument(
         'files', metavar='FILE', nargs='*', help='checkpoints, of one run'
     )
@@ -98,22 +95,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help='how many batches; by default 100',
     )
     add_unsafe(parser)
-    return parser
+    add_made_file(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Average files; return the exit status.
-
-    Raises:
-        CheckpointError: If the files do not allow it.
-        OptionError: If an option is wrong.
-    """
+    """Average files; return the exit status."""
     from mmdet_ema.checkpoint import saving
-    from mmdet_ema.checkpoint.average import Combination
-    from mmdet_ema.cli import toolbox
+    from mmdet_ema.checkpoint.combination import Combination
 
     own = {name: getattr(options, name) for name in _OWN}
-    files, said, made = toolbox.recipe_of(options, own)
+    files, said, made = recipe_of(options, own)
     if made is None:
         _check(options)
     if options.config:
@@ -129,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         combination = Combination.of_recipe(said, files, options.unsafe)
     for line in _lines(combination):
-        toolbox.say(options, line)
+        say(line, options.out)
     state = combination.state_dict()
     if said.get('recalibrate'):
         from mmdet_ema.for_mmengine.tune import recalibrated, runner_of
@@ -143,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
                 state[name] = value
     path = combination.save(state, made, options.out, options.force)
     if path != saving.STDOUT:
-        toolbox.say(options, f'{path}: written')
+        say(f'{path}: written', options.out)
     return 0
 
 
@@ -178,26 +169,26 @@ def _combine(options: argparse.Namespace) -> Combination:
     text = options.profile or f'coefficients:{options.coefficients}'
     profile = parse_profile(text)
     files = average.read_files(options.files, unsafe=options.unsafe)
-    combine = functools.partial(
-        average.average,
-        files,
-        profile,
-        weights=options.weights,
-        start=options.start,
-    )
-    if options.config is None:
-        return combine()
-    from mmdet_ema.for_mmengine.tune import runner_of
+    with contextlib.ExitStack() as stack:
+        evaluate = None
+        if options.config is not None:
+            from mmdet_ema.for_mmengine.tune import runner_of
 
-    with runner_of(options.config) as runner:
-        return combine(evaluate=_score_by(runner, options))
+            runner = stack.enter_context(runner_of(options.config))
+            evaluate = _score_by(runner, options)
+        return average.average(
+            files,
+            profile,
+            weights=options.weights,
+            start=options.start,
+            evaluate=evaluate,
+        )
 
 
 def _score_by(
     runner: Any, options: argparse.Namespace
 ) -> Callable[[Mapping[str, Any]], float]:
     """Return what makes a score of weights, higher for better ones."""
-    from mmdet_ema.cli.toolbox import say
     from mmdet_ema.for_mmengine.tune import choose, evaluate_weights
 
     told = False
@@ -208,7 +199,7 @@ def _score_by(
         name, greater = choose(runner, found, options.metric)
         if not told:
             sign = '' if greater else ', negative, as lower is better'
-            say(options, f'scores are {name}{sign}')
+            say(f'scores are {name}{sign}', options.out)
             told = True
         return found[name] if greater else -found[name]
 

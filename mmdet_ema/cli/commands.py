@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.format import put_set, unpack
+from mmdet_ema.cli.shared import is_first
 from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean, show
 from mmdet_ema.frameworks import (
     has_mmcv1,
@@ -50,14 +51,15 @@ _REPLACES = {
 }
 
 
-def train(options: argparse.Namespace, rest: List[str]) -> None:
+def train(options: argparse.Namespace) -> None:
     """Run ``tools/train.py`` with EMA; ``rest`` goes to it as it is."""
     _run_tool(
-        'train', options.config, rest, lambda cfg: add_ema(cfg, options.hook)
+        *('train', options.config, options.rest),
+        lambda cfg: add_ema(cfg, options.hook),
     )
 
 
-def test(options: argparse.Namespace, rest: List[str]) -> None:
+def test(options: argparse.Namespace) -> None:
     """Run ``tools/test.py`` with one or several sets of weights."""
     path, weights = options.checkpoint, options.weights
     if '://' not in path:
@@ -69,7 +71,7 @@ def test(options: argparse.Namespace, rest: List[str]) -> None:
         _run_tool(
             'test',
             options.config,
-            [path, *rest],
+            [path, *options.rest],
             lambda cfg: choose_weights(cfg, weights),
         )
 
@@ -138,7 +140,7 @@ def _run_tool(
     cfg = Config.fromfile(path)
     tool = find_tool(scope_of(cfg, path), name)
     told = edit(cfg)  # what is wrong is refused before the tool starts
-    if told and _is_first():
+    if told and is_first():
         print(f'mmdet-ema: {told}', flush=True)
     read, argv = Config.fromfile, sys.argv
 
@@ -154,13 +156,6 @@ def _run_tool(
         runpy.run_path(str(tool), run_name='__main__')
     finally:
         Config.fromfile, sys.argv = staticmethod(read), argv
-
-
-def _is_first() -> bool:
-    """Return whether this is the first rank, as torchrun, Slurm or MPI say."""
-    ranks = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
-    found = [os.environ[name] for name in ranks if name in os.environ]
-    return (found or ['0'])[0] == '0'
 
 
 def scope_of(cfg: Any, path: str) -> str:
@@ -197,10 +192,8 @@ def _scope_by_model(cfg: Any) -> str:
 def add_ema(cfg: Any, given: Mapping[str, Any]) -> str:
     """Add the package and a hook with these options to a config; in place.
 
-    Where the config has an EMA hook, the options replace its own.
-
-    Returns:
-        What was replaced, in one sentence; empty if the config had no hook.
+    Where the config has an EMA hook, the options replace its own: it is
+    returned what was replaced, in one sentence.
     """
     imports = dict(cfg.get('custom_imports') or {})
     names = imports.get('imports') or []
@@ -348,6 +341,7 @@ def _loading(path: str, name: Optional[str]) -> Iterator[None]:
 
     from mmdet_ema.checkpoint.mmcv1 import convert_buffers, take_message
     from mmdet_ema.for_mmcv1.checkpoints import reading_through
+    from mmdet_ema.training.patches import replacing
     from mmdet_ema.training.resume import check_architecture
 
     load = mmcv.runner.load_checkpoint
@@ -379,8 +373,5 @@ def _loading(path: str, name: Optional[str]) -> Iterator[None]:
         with reading_through(prepare):
             return load(model, file, *args, **kw)
 
-    mmcv.runner.load_checkpoint = load_and_check
-    try:
+    with replacing(mmcv.runner, 'load_checkpoint', load_and_check):
         yield
-    finally:
-        mmcv.runner.load_checkpoint = load

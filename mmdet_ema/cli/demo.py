@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mmdet_ema.averaging import OptionError, WeightAverager
 from mmdet_ema.cli import plot
+from mmdet_ema.frameworks import has_package
 
 _EPOCHS = 20
 _BATCH = 32
@@ -19,14 +20,7 @@ Curves = Dict[str, List[float]]
 
 
 def run(picture: Path) -> None:
-    """Train a small network on digits, print and draw raw against EMA.
-
-    Args:
-        picture: The file to write; not written without matplotlib.
-
-    Raises:
-        OptionError: If scikit-learn is missing.
-    """
+    """Train a small network on digits, print and draw raw against EMA."""
     train, test = _digits()
     print(
         f'{len(train[0])} handwritten digits to train on, {len(test[0])} to '
@@ -43,12 +37,11 @@ def run(picture: Path) -> None:
             )
     last = {name: sum(x[-10:]) / 10 for name, x in curves.items()}
     print(f'mean of last 10 {last["raw"]:3.2f}  {last["EMA"]:6.2f}')
-    try:
+    if has_package('matplotlib'):
         _draw(curves, picture)
-    except ImportError:
-        print('\nFor a picture: pip install matplotlib')
-    else:
         print(f'\npicture: {picture}')
+    else:
+        print('\nFor a picture: pip install matplotlib')
     print(
         f'The loop is averager = WeightAverager(model, decay={_DECAY}, '
         f'tau={_TAU}), averager.update() after every optimizer step, and an '
@@ -118,9 +111,7 @@ def _digits() -> Tuple[Tuple[Tensor, Tensor], Tuple[Tensor, Tensor]]:
 
 
 def _draw(curves: Curves, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout='constrained')
+    figure = plot.new_figure(6, 3.5)
     axes = figure.subplots()
     epochs = range(1, _EPOCHS + 1)
     for (name, rates), colour in zip(

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any, List, Optional, Tuple, Type
 
-from mmdet_ema.cli import plot, toolbox
-from mmdet_ema.cli.parsers import STYLE, add_command
+from mmdet_ema.cli import average, plot, toolbox, tune
+from mmdet_ema.cli.shared import STYLE, add_command, complain
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import load_hook
 from mmdet_ema.version import __version__
 
+# they exit with 1 for what is refused
+_OF_FILES = ('average', 'convert', 'diff', 'extract', 'inspect', 'tune')
 _DESCRIPTION = """\
 Train and test OpenMMLab detectors with an exponential moving average (EMA) of
 their weights, through the framework's own tools.
@@ -54,39 +56,51 @@ def main(argv: Optional[List[str]] = None) -> None:
     runs_tool = options.command in ('train', 'test')
     if rest and not runs_tool:
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
-    if options.command in toolbox.COMMANDS:
-        sys.exit(toolbox.run(options))
+    if runs_tool:
+        options.rest = rest
     if options.command == 'train':
-        own = ('command', 'config')
-        hook = {k: x for k, x in vars(options).items() if k not in own}
-        options.hook = hook
-        if 'enabled' in hook and len(hook) > 1:
-            others = ', '.join(
-                f'--{name}' for name in hook if name != 'enabled'
+        own = ('command', 'config', 'rest', 'run')
+        options.hook = {k: x for k, x in vars(options).items() if k not in own}
+        others = [f'--{name}' for name in options.hook if name != 'enabled']
+        if 'enabled' in options.hook and others:
+            parser.error(
+                f'--no-ema contradicts {", ".join(others)}; leave one out'
             )
-            parser.error(f'--no-ema contradicts {others}; leave one out')
     expected: Tuple[Type[Exception], ...] = (OptionError, CheckpointError)
     if not runs_tool:
         expected += (OSError,)
     try:
-        if options.command == 'env':
-            from mmdet_ema.cli.environment import print_environment
-
-            print_environment()
-        elif options.command == 'plot':
-            print(plot.draw(options.work_dir, options.out, options.metric))
-        elif options.command == 'demo':
-            from mmdet_ema.cli.demo import run
-
-            run(options.out)
-        else:
-            from mmdet_ema.cli import commands
-
-            load_hook()
-            getattr(commands, options.command)(options, rest)
+        status = options.run(options)
     except expected as error:
-        print(f'mmdet-ema: error: {error}', file=sys.stderr)
-        sys.exit(2)
+        complain(error)
+        refused = options.command in _OF_FILES
+        refused = refused and not isinstance(error, OptionError)
+        status = 1 if refused else 2
+    if status is not None:
+        sys.exit(status)
+
+
+def _run_tool(options: argparse.Namespace) -> None:
+    from mmdet_ema.cli import commands
+
+    load_hook()
+    getattr(commands, options.command)(options)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    print(plot.draw(options.work_dir, options.out, options.metric))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from mmdet_ema.cli import demo
+
+    demo.run(options.out)
+
+
+def _env(options: argparse.Namespace) -> None:
+    from mmdet_ema.cli.environment import print_environment
+
+    print_environment()
 
 
 def _names(text: str) -> Any:
@@ -105,9 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         title='commands', metavar='COMMAND', dest='command', required=True
     )
 
+    does = 'train with EMA, without touching the config'
     train = add_command(
-        *(commands, 'train', 'train with EMA, without touching the config'),
-        _TRAIN,
+        *(commands, 'train', _run_tool, does, _TRAIN),
         # what is not given is not there: the config says it
         argument_default=argparse.SUPPRESS,
     )
@@ -138,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     does = 'test a checkpoint with its EMA weights, its raw ones or both'
-    test = add_command(commands, 'test', does, _TEST)
+    test = add_command(commands, 'test', _run_tool, does, _TEST)
     test.add_argument('config', metavar='CONFIG', help='a config file')
     test.add_argument('checkpoint', metavar='CHECKPOINT', help='a .pth file')
     test.add_argument(
@@ -149,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         'what the config says, or ema',
     )
     does = 'draw the metrics by weights, decay and distance of a run'
-    draw = add_command(commands, 'plot', does)
+    draw = add_command(commands, 'plot', _plot, does)
     draw.add_argument(
         'work_dir', metavar='WORK_DIR', type=Path, help="the run's folder"
     )
@@ -163,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         '--metric', metavar='NAME', help='which metric; by default an mAP'
     )
     does = 'train a small network on digits with EMA, in plain PyTorch'
-    demo = add_command(commands, 'demo', does)
+    demo = add_command(commands, 'demo', _demo, does)
     demo.add_argument(
         '--out',
         metavar='FILE',
@@ -172,6 +186,8 @@ def _parser() -> argparse.ArgumentParser:
         help='picture to write; by default %(default)s',
     )
     toolbox.add_commands(commands)
+    average.add_parser(commands)
+    tune.add_parser(commands)
     does = 'print versions, hooks and GPUs, as a bug report needs them'
-    add_command(commands, 'env', does)
+    add_command(commands, 'env', _env, does)
     return parser

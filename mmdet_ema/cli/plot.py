@@ -10,7 +10,6 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mmdet_ema.errors import OptionError, did_you_mean
 
-_OLD_RAW = 'raw/'  # what the raw weights' metrics began with in version 0.1
 Curve = Dict[int, float]
 """Values by epoch or iteration."""
 # what validation lines hold next to metrics
@@ -22,21 +21,11 @@ def draw(
     picture: Optional[Path] = None,
     metric: Optional[str] = None,
 ) -> Path:
-    """Draw metrics by weights, decay and distance of a run.
+    """Draw metrics by weights, decay and distance of a run; return the path.
 
-    Args:
-        work_dir: The run's folder; where it was resumed, what was done again
-            counts.
-        picture: The PNG file to write; ``ema.png`` in the folder by default.
-        metric: The metric; by default the one of which the logs have values
-            of several sets of weights, an mAP before others.
-
-    Returns:
-        The path of the picture.
-
-    Raises:
-        OptionError: If there are no such logs or no such metric, or
-            matplotlib is missing.
+    Where the run was resumed, what was done again counts. The metric is by
+    default the one of which the logs have values of several sets of weights,
+    an mAP before others.
     """
     lines = list(read_lines(work_dir))
     metrics, decays, distances = read_curves(lines)
@@ -110,11 +99,7 @@ def picture(path: str) -> Path:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return an empty figure of matplotlib.
-
-    Raises:
-        OptionError: If that is missing.
-    """
+    """Return an empty figure of matplotlib, which may be missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -152,8 +137,7 @@ def read_curves(
     """Return metrics by name, decays and distances.
 
     Metrics come by epoch, or by iteration where the run validates by
-    iteration; decay and distance of the main averages by iteration. The names
-    of version 0.1, ``raw/<metric>``, are those of today.
+    iteration; decay and distance of the main averages by iteration.
     """
     metrics: Dict[str, Curve] = {}
     decays: Curve = {}
@@ -176,8 +160,6 @@ def read_curves(
             for name, value in line.items():
                 number = isinstance(value, (int, float))
                 if step is not None and number and name not in _NO_METRICS:
-                    if name.startswith(_OLD_RAW):
-                        name = f'{name[len(_OLD_RAW) :]}_raw'
                     metrics.setdefault(name, {})[int(step)] = value
     return metrics, decays, distances
 

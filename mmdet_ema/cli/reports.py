@@ -8,20 +8,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from mmdet_ema.cli import plot as plots
+from mmdet_ema.cli.shared import printable, say
 from mmdet_ema.errors import OptionError
 
 _FEW = 8
 _LINES = 40
-
-
-def printable(text: str) -> str:
-    """Return a text that does nothing to a terminal but stand in it."""
-    return ''.join(x if x.isprintable() else '?' for x in text)
-
-
-def say(text: str) -> None:
-    """Print a line; names in it come from a file, which may say anything."""
-    print(printable(text))
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> List[str]:
@@ -122,11 +113,7 @@ def show_several(reports: List[Dict[str, Any]]) -> None:
 
 
 def plot(reports: List[Dict[str, Any]], path: Path) -> None:
-    """Draw the distance of averages from raw weights, by module.
-
-    Raises:
-        OptionError: If there is nothing to draw, or no matplotlib.
-    """
+    """Draw the distance of averages from raw weights, by module."""
     series = {
         f'{x["path"]}: {name}': s['distance']['modules']
         for x in reports

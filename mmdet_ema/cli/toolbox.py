@@ -1,18 +1,21 @@
-"""The toolbox for files: parsers of its commands, and thin calls.
-
-Nothing is imported here that makes ``--help`` wait.
-"""
+"""``mmdet-ema inspect``, ``extract``, ``convert`` and ``diff``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import sys
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any
 
-from mmdet_ema.cli import average, plot, reports, tune
-from mmdet_ema.cli.parsers import add_command, add_output, add_unsafe
+from mmdet_ema.cli import plot, reports
+from mmdet_ema.cli.shared import (
+    add_command,
+    add_made_file,
+    add_unsafe,
+    complain,
+    recipe_of,
+    say,
+)
 from mmdet_ema.errors import CheckpointError, OptionError
 
 _INSPECT = """\
@@ -59,9 +62,9 @@ examples:
 
 
 def add_commands(commands: Any) -> None:
-    """Add the parsers of the toolbox to the subparsers of ``mmdet-ema``."""
+    """Add the commands of the toolbox to those of ``mmdet-ema``."""
     does = 'say which weights are in checkpoint files, of any project'
-    inspect = add_command(commands, 'inspect', does, _INSPECT)
+    inspect = add_command(commands, 'inspect', _inspect, does, _INSPECT)
     inspect.add_argument('files', metavar='FILE', nargs='+')
     inspect.add_argument(
         '--quick',
@@ -82,9 +85,9 @@ def add_commands(commands: Any) -> None:
     add_unsafe(inspect)
 
     does = 'write one set of weights: to deploy, to fine-tune'
-    extract = add_command(commands, 'extract', does, _EXTRACT)
+    extract = add_command(commands, 'extract', _extract, does, _EXTRACT)
     extract.add_argument('file', metavar='FILE', nargs='?')
-    _add_made_file(extract)
+    add_made_file(extract)
     extract.add_argument(
         '--weights',
         metavar='NAME',
@@ -104,14 +107,14 @@ def add_commands(commands: Any) -> None:
     add_unsafe(extract)
 
     does = 'write a checkpoint in the format of another project'
-    convert = add_command(commands, 'convert', does, _CONVERT)
+    convert = add_command(commands, 'convert', _convert, does, _CONVERT)
     convert.add_argument('file', metavar='FILE', nargs='?')
-    _add_made_file(convert)
+    add_made_file(convert)
     convert.add_argument('--to', metavar='FORMAT', help='which format')
     add_unsafe(convert)
 
     does = 'say what differs between two files, by tensor'
-    diff = add_command(commands, 'diff', does, _DIFF)
+    diff = add_command(commands, 'diff', _diff, does, _DIFF)
     diff.add_argument('first', metavar='A')
     diff.add_argument('second', metavar='B')
     diff.add_argument(
@@ -129,90 +132,8 @@ def add_commands(commands: Any) -> None:
     diff.add_argument('--json', action='store_true', help='print JSON')
     add_unsafe(diff)
 
-    _add_made_file(average.add_parser(commands))
-    tune.add_parser(commands)
 
-
-def _add_made_file(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that makes a file of another one."""
-    said = "file to write; '-' for the standard output"
-    add_output(parser, required=True, help=said)
-    parser.add_argument(
-        '--recipe',
-        metavar='FILE',
-        help='repeat what made this file, or what a .yaml or .json says',
-    )
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run a command of the toolbox; return the exit status."""
-    try:
-        return COMMANDS[options.command](options)
-    except OptionError as error:
-        _complain(error)
-        return 2
-    except (CheckpointError, OSError) as error:
-        _complain(error)
-        return 1
-
-
-def _complain(error: Exception) -> None:
-    print(
-        f'mmdet-ema: error: {reports.printable(str(error))}', file=sys.stderr
-    )
-
-
-def say(options: argparse.Namespace, text: str) -> None:
-    """Print what was done: not into a file on the standard output."""
-    to_stdout = getattr(options, 'out', None) == '-'
-    print(
-        reports.printable(text), file=sys.stderr if to_stdout else sys.stdout
-    )
-
-
-def recipe_of(
-    options: argparse.Namespace, own: Dict[str, Any]
-) -> Tuple[List[str], Dict[str, Any], Optional[Dict[str, Any]]]:
-    """Return input files, options, and the recipe to repeat, if one is given.
-
-    Args:
-        options: The command line.
-        own: What a recipe says of it; what is not given is None or False.
-
-    Raises:
-        OptionError: If neither a file nor a recipe is given, or options
-            contradict a recipe.
-    """
-    files = options.files if 'files' in options else [options.file]
-    files = [x for x in files if x is not None]
-    if options.recipe is None:
-        if not files:
-            raise OptionError('give a FILE, or --recipe.')
-        return files, own, None
-    from mmdet_ema.checkpoint import recipe as recipes
-    from mmdet_ema.version import __version__
-
-    recipe = recipes.read(options.recipe)
-    if recipe['command'] != options.command:
-        raise OptionError(
-            f'{options.recipe!r} was made by {recipe["command"]!r:.40}; use '
-            f'mmdet-ema {recipe["command"]!s:.40} --recipe.'
-        )
-    given = [name for name, value in own.items() if value]
-    if given:
-        raise OptionError(
-            f'--recipe says all options; leave out --{", --".join(given)}.'
-        )
-    if recipe['version'] != __version__:
-        say(
-            options,
-            f'mmdet-ema: the recipe is of version {recipe["version"]!s:.20}, '
-            f'this is {__version__}: the bytes may differ',
-        )
-    return recipes.check_inputs(recipe, files), recipe['options'], recipe
-
-
-def _run_inspect(options: argparse.Namespace) -> int:
+def _inspect(options: argparse.Namespace) -> int:
     from mmdet_ema.checkpoint.inspect import inspect
 
     if options.recipe:
@@ -227,7 +148,7 @@ def _run_inspect(options: argparse.Namespace) -> int:
             report = inspect(path, quick=options.quick, unsafe=options.unsafe)
             found.append(report)
         except CheckpointError as error:
-            _complain(error)
+            complain(error)
             status = 1
     if options.json:
         print(json.dumps(found, indent=2))
@@ -242,14 +163,11 @@ def _run_inspect(options: argparse.Namespace) -> int:
     return status
 
 
-def _run_extract(options: argparse.Namespace) -> int:
+def _extract(options: argparse.Namespace) -> int:
     from mmdet_ema.checkpoint.extract import extract
 
-    own = {
-        'weights': options.weights,
-        'dtype': options.dtype,
-        'safetensors': options.safetensors,
-    }
+    names = ('weights', 'dtype', 'safetensors')
+    own = {name: getattr(options, name) for name in names}
     (path,), own, recipe = recipe_of(options, own)
     done = extract(
         *(path, options.out),
@@ -265,14 +183,14 @@ def _run_extract(options: argparse.Namespace) -> int:
         done.role, 'not known whether raw or averages'
     )
     say(
-        options,
         f'wrote {done.path}: {done.tensors} tensors of {done.name} ({role})',
+        options.out,
     )
-    _say_what_is_lost(options, done)
+    _say_what_is_lost(done, options.out)
     return 0
 
 
-def _run_convert(options: argparse.Namespace) -> int:
+def _convert(options: argparse.Namespace) -> int:
     from mmdet_ema.checkpoint.convert import convert
 
     (path,), own, recipe = recipe_of(options, {'to': options.to})
@@ -285,22 +203,22 @@ def _run_convert(options: argparse.Namespace) -> int:
         recipe=recipe,
     )
     say(
-        options,
         f'wrote {" and ".join(done.paths)}: {done.source} -> {done.target}, '
         f'with {", ".join(done.kept)}',
+        options.out,
     )
-    _say_what_is_lost(options, done)
+    _say_what_is_lost(done, options.out)
     return 0
 
 
-def _say_what_is_lost(options: argparse.Namespace, done: Any) -> None:
+def _say_what_is_lost(done: Any, out: str) -> None:
     for words in done.lost:
-        say(options, f'lost: {words}')
+        say(f'lost: {words}', out)
     for words in done.notes:
-        say(options, f'note: {words}')
+        say(f'note: {words}', out)
 
 
-def _run_diff(options: argparse.Namespace) -> int:
+def _diff(options: argparse.Namespace) -> int:
     from mmdet_ema.checkpoint.diff import diff
 
     found = diff(
@@ -315,14 +233,3 @@ def _run_diff(options: argparse.Namespace) -> int:
     else:
         reports.show_difference(found)
     return 1 if found.differences else 0
-
-
-COMMANDS: Dict[str, Callable[[argparse.Namespace], int]] = {
-    'average': average.run,
-    'convert': _run_convert,
-    'diff': _run_diff,
-    'extract': _run_extract,
-    'inspect': _run_inspect,
-    'tune': tune.run,
-}
-"""By name: runs the command, and returns the exit status."""

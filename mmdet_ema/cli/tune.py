@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
 
 from mmdet_ema.cli import plot
-from mmdet_ema.cli.parsers import (
+from mmdet_ema.cli.reports import aligned
+from mmdet_ema.cli.shared import (
     add_command,
     add_metric,
     add_output,
     check_mmengine,
+    is_first,
 )
-from mmdet_ema.cli.reports import aligned
 from mmdet_ema.errors import OptionError
 from mmdet_ema.frameworks import has_package
 
@@ -38,7 +38,7 @@ examples:
 def add_parser(commands: Any) -> None:
     """Add the parser of the command."""
     does = 'choose the window of the average after the training'
-    parser = add_command(commands, 'tune', does, _HELP)
+    parser = add_command(commands, 'tune', run, does, _HELP)
     parser.add_argument('config', metavar='CONFIG', help='that of the run')
     parser.add_argument('work_dir', metavar='WORK_DIR', help='that of the run')
     add_output(parser, help='file to write the best weights to')
@@ -79,12 +79,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Test windows, print a table, draw it, write the best weights.
-
-    Raises:
-        CheckpointError: If the files do not allow it.
-        OptionError: If an option is wrong.
-    """
+    """Test windows, print a table, draw it, write the best weights."""
     check_mmengine('tune')
     if options.recalibrate < 0:
         raise OptionError(
@@ -92,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
             f'number of batches.'
         )
     from mmdet_ema.checkpoint import saving
-    from mmdet_ema.checkpoint.average import Run, read_files
+    from mmdet_ema.checkpoint.combination import read_files
+    from mmdet_ema.checkpoint.runs import Run
     from mmdet_ema.checkpoint.windows import check_length, files_of, spread
     from mmdet_ema.for_mmengine import tune as evaluation
 
@@ -108,10 +104,9 @@ def run(options: argparse.Namespace) -> int:
         lengths = spread(lengths, files.steps)
     for length in lengths:
         check_length(length, files.steps)
-    is_main = os.environ.get('RANK', '0') == '0'
 
     def tell(line: str) -> None:
-        if is_main:
+        if is_first():
             print(f'mmdet-ema: {line}', file=sys.stderr, flush=True)
 
     tell(f'{len(files.files)} files, the last one after {files.steps} steps')
@@ -129,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
             recalibrate=options.recalibrate,
             tell=tell,
         )
-    if not is_main:
+    if not is_first():
         return 0
     print(table(found))
     if options.out:
@@ -167,11 +162,7 @@ def _changes(words: Optional[Sequence[str]]) -> Dict[str, Any]:
 
 
 def table(found: Any) -> str:
-    """Return the table of what was evaluated, and what could not be.
-
-    Args:
-        found: What :func:`mmdet_ema.for_mmengine.tune.tune` returned.
-    """
+    """Return the table of what was evaluated, and what could not be."""
     both = any(row.recalibrated for row in found.rows)
     head = ['weights', 'window', 'error', 'sum of |c|', found.metric]
     head += ['recalibrated'] if both else []

@@ -19,7 +19,7 @@ from mmcv.fileio.file_client import HardDiskBackend
 from mmcv.runner import CheckpointHook, EvalHook
 from mmcv.runner import checkpoint as mmcv_checkpoint
 
-from mmdet_ema.checkpoint import deployed_config, folder
+from mmdet_ema.checkpoint import folder, portable
 from mmdet_ema.checkpoint.files import read_structure
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
 from mmdet_ema.training import patches
@@ -126,7 +126,7 @@ def with_ema_part(
     text = meta.get('config')
     # one that came from a file is not run, and was edited when it was written
     if isinstance(text, str) and text != resumed:
-        meta[deployed_config.TRAINING_CONFIG] = text
+        meta[portable.TRAINING_CONFIG] = text
         meta['config'] = _deployed(text)
     handle = model._register_state_dict_hook(replace)
     try:
@@ -143,7 +143,7 @@ def _deployed(text: str) -> str:
     """Return a config's text without this package."""
     try:
         config = Config.fromstring(text, '.py')
-        return str(deployed_config.without_package(config).pretty_text)
+        return str(portable.without_package(config).pretty_text)
     except Exception:  # what a user wrote there, which nobody has to read
         return text
 

@@ -26,11 +26,11 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
 from mmdet_ema.averaging.fsdp1 import is_fsdp1, is_local
-from mmdet_ema.checkpoint import deployed_config, files, weights_only
 from mmdet_ema.checkpoint import folder as folders
+from mmdet_ema.checkpoint import pickles, portable
 from mmdet_ema.checkpoint.files import read_structure, write_whole
 from mmdet_ema.checkpoint.format import check_names, plain_name
-from mmdet_ema.checkpoint.weights_only import Codec
+from mmdet_ema.checkpoint.portable import Codec
 from mmdet_ema.errors import CheckpointError
 from mmdet_ema.training import patches
 from mmdet_ema.training.patches import replacing
@@ -48,7 +48,7 @@ def allow_framework_types() -> None:
     A ``HistoryBuffer`` is pickled with its statistics methods, as
     ``getattr(HistoryBuffer, 'mean')``. An older torch needs no list.
     """
-    if not files.LOADS_SAFELY:
+    if not pickles.LOADS_SAFELY:
         return
     known: List[Any] = [HistoryBuffer, np.ndarray, np.dtype]
     known += {type(np.dtype(kind)) for kind in '?bBhHiIlLqQefdgFDGSU'}
@@ -68,7 +68,7 @@ def _statistics_method(owner: Any, name: str) -> Any:
     The real one would hand a malicious file any attribute of what is
     allow-listed.
     """
-    if owner is HistoryBuffer and name in files.STATISTICS:
+    if owner is HistoryBuffer and name in pickles.STATISTICS:
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(
         f'the file asks for the attribute {name!r} of {owner!r}, which a '
@@ -218,8 +218,8 @@ def deploy_config(
     if not isinstance(text, str) or not isinstance(config, Config):
         return
     if text not in known:
-        known[text] = deployed_config.without_package(config).pretty_text
-    deployed = {deployed_config.TRAINING_CONFIG: text, 'cfg': known[text]}
+        known[text] = portable.without_package(config).pretty_text
+    deployed = {portable.TRAINING_CONFIG: text, 'cfg': known[text]}
     checkpoint['meta'] = {**checkpoint['meta'], **deployed}
     info = checkpoint.get('message_hub', {}).get('runtime_info', {})
     if 'cfg' in info:  # tools look here first
@@ -229,14 +229,14 @@ def deploy_config(
 def make_plain(checkpoint: Checkpoint, log: Any) -> None:
     """Make everything in a checkpoint plain; warn of what cannot be so."""
     meta = checkpoint.get('meta', {})
-    data_set = weights_only.to_plain(meta.get('dataset_meta'), [])
+    data_set = portable.to_plain(meta.get('dataset_meta'), [])
     for key, value in checkpoint.items():
         if key not in _WEIGHTS:
-            checkpoint[key] = weights_only.to_plain(value, _CODECS)
+            checkpoint[key] = portable.to_plain(value, _CODECS)
     if 'dataset_meta' in meta:
         # tools read it without our hook, and need what the data set gave
         checkpoint['meta']['dataset_meta'] = data_set
-    left = weights_only.foreign(dict(checkpoint))
+    left = portable.foreign(dict(checkpoint))
     if left:
         log.warning(
             f'EMA: the checkpoint holds {", ".join(left)}; to read it with '
@@ -250,7 +250,7 @@ def unmake(checkpoint: Checkpoint) -> None:
     for key in [x for x in checkpoint if x not in _WEIGHTS]:
         try:
             plain = checkpoint[key]
-            checkpoint[key] = weights_only.from_plain(plain, _CODECS)
+            checkpoint[key] = portable.from_plain(plain, _CODECS)
         except Exception as error:  # damaged values can raise anything
             raise CheckpointError(
                 f'{key!r} of the checkpoint is damaged '
@@ -258,7 +258,7 @@ def unmake(checkpoint: Checkpoint) -> None:
             ) from None
     meta, hub = checkpoint.get('meta'), checkpoint.get('message_hub')
     info = hub.get('runtime_info') if isinstance(hub, dict) else None
-    key = deployed_config.TRAINING_CONFIG
+    key = portable.TRAINING_CONFIG
     text = meta.get(key) if isinstance(meta, dict) else None
     if isinstance(info, dict) and isinstance(text, str):
         info['cfg'] = text  # a run that goes on is not of the deployed model

@@ -20,7 +20,8 @@ from mmengine.runner.checkpoint import save_checkpoint
 from torch import Tensor, nn
 
 from mmdet_ema.averaging.shards import gather
-from mmdet_ema.checkpoint.files import LOADS_SAFELY, read_structure
+from mmdet_ema.checkpoint.files import read_structure
+from mmdet_ema.checkpoint.pickles import LOADS_SAFELY
 from mmdet_ema.errors import CheckpointError
 from mmdet_ema.training.patches import wrap_once
 

@@ -34,9 +34,11 @@ from mmengine.runner import Runner, set_random_seed
 from torch import Tensor
 
 from mmdet_ema.averaging.state import check_fit
-from mmdet_ema.checkpoint.average import Combination, Run, average
+from mmdet_ema.checkpoint.average import average
+from mmdet_ema.checkpoint.combination import Combination
 from mmdet_ema.checkpoint.contents import RAW
 from mmdet_ema.checkpoint.profiles import Profile
+from mmdet_ema.checkpoint.runs import Run
 from mmdet_ema.checkpoint.windows import (
     Window,
     averages_of,

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from mmdet_ema.checkpoint.deployed_config import without_package
+from mmdet_ema.checkpoint.portable import without_package
 
 
 class EMAHook:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mmdet_ema.averaging import CheckpointError
 from mmdet_ema.checkpoint import read_structure
-from mmdet_ema.checkpoint.files import LOADS_SAFELY
+from mmdet_ema.checkpoint.pickles import LOADS_SAFELY
 from tests.averaging.models import FLOAT8, Mixed, run_python
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdet_ema.checkpoint.weights_only import (
+from mmdet_ema.checkpoint.portable import (
     Codec,
     foreign,
     from_plain,

@@ -329,11 +329,13 @@ def test_launcher_goes_to_the_tool(tmp_path, monkeypatch, capsys, launcher):
         "default_scope = 'mmdet'\n"
         "default_hooks = dict(ema=dict(type='EMAHook', decay=0.9))\n"
     )
-    options = argparse.Namespace(config=str(config), hook=dict(decay=0.8))
     words = ['--launcher', launcher, '--resume']
+    options = argparse.Namespace(
+        config=str(config), hook=dict(decay=0.8), rest=words
+    )
     for rank in '01':
         name = number.get(launcher, 'OMPI_COMM_WORLD_RANK')
         monkeypatch.setenv(name, rank)
-        commands.train(options, words)
+        commands.train(options)
     assert [[str(config), *words]] * 2 == seen
     assert 1 == capsys.readouterr().out.count('instead of decay=0.9')

@@ -17,13 +17,12 @@ MMENGINE = [
     dict(
         lr=0.008, loss=0.8, ema_decay=0.6, ema_distance=0.02, epoch=1, step=50
     ),
-    {'coco/bbox_mAP': 0.03, 'raw/coco/bbox_mAP': 0.02, 'time': 2.4, 'step': 1},
+    {'coco/bbox_mAP': 0.03, 'coco/bbox_mAP_raw': 0.02, 'time': 2.4, 'step': 1},
     dict(
         lr=0.008, loss=0.7, ema_decay=0.7, ema_distance=0.03, epoch=2, step=75
     ),
-    {'coco/bbox_mAP': 0.05, 'raw/coco/bbox_mAP': 0.04, 'time': 0.7, 'step': 2},
+    {'coco/bbox_mAP': 0.05, 'coco/bbox_mAP_raw': 0.04, 'time': 0.7, 'step': 2},
 ]
-# names of version 0.1 above, of today below
 AGAIN = [
     {'coco/bbox_mAP': 0.06, 'coco/bbox_mAP_raw': 0.01, 'time': 0.7, 'step': 2},
 ]
@@ -36,7 +35,7 @@ MMCV1 = [
         iter=100,
         lr=0.01,
         bbox_mAP=0.1,
-        **{'raw/bbox_mAP': 0.2},
+        bbox_mAP_raw=0.2,
     ),
     dict(mode='train', epoch=2, iter=50, lr=0.01, ema_decay=0.75),
     dict(
@@ -45,7 +44,7 @@ MMCV1 = [
         iter=100,
         lr=0.01,
         bbox_mAP=0.4,
-        **{'raw/bbox_mAP': 0.3},
+        bbox_mAP_raw=0.3,
     ),
 ]
 

@@ -9,7 +9,7 @@ import torch
 
 import mmdet_ema
 from mmdet_ema import CheckpointError
-from mmdet_ema.checkpoint.files import LOADS_SAFELY
+from mmdet_ema.checkpoint.pickles import LOADS_SAFELY
 from tests.conftest import MMCV1
 from tests.contract.toy import EMA, Run, Saved, ToyModel, same
 from tests.damage import Call

@@ -25,10 +25,14 @@ class Format:
         recognise: Whether what was read from a file has this format.
         read: Makes sense of it; the path says what some formats leave to the
             name of the file.
-        write: Returns what is to be saved under a path, and words on each
-            thing that is lost; None where the format is only read.
+        write: Returns what is to be saved under a path, and words on what
+            else is lost; None where the format is only read.
         write_second: Returns path and content of a second file, for what is
             written to a path; None where there is one file.
+        holds: Which sets of weights: ``'all'``, ``'both'`` (raw weights and
+            the main average) or ``'one'``.
+        has_n: Whether it holds n; None where the recipe does.
+        has_schedule: Whether it holds the schedule, or the recipe does.
     """
 
     name: str
@@ -39,6 +43,9 @@ class Format:
     write_second: Optional[
         Callable[[Contents, str], Tuple[str, Dict[str, Any]]]
     ] = None
+    holds: str = 'both'
+    has_n: Optional[bool] = True
+    has_schedule: bool = False
 
 
 def is_weights(value: Any) -> bool:
@@ -100,11 +107,7 @@ def rest_of(content: Content, *known: str) -> Dict[str, Any]:
 
 
 def both(contents: Contents) -> Tuple[Weights, Weights]:
-    """Return raw weights and main average, for a file that needs both.
-
-    Raises:
-        CheckpointError: If one is not in the file, or of other tensors.
-    """
+    """Return raw weights and main average, for a file that needs both."""
     name = contents.average
     if contents.raw is None or name is None:
         found = ', '.join(contents.sets)
@@ -123,21 +126,3 @@ def both(contents: Contents) -> Tuple[Weights, Weights]:
             f'models.'
         )
     return raw, average
-
-
-def lost_of(
-    contents: Contents,
-    average: Weights,
-    *kept: Optional[str],
-    has_n: bool = True,
-    has_schedule: bool = False,
-) -> List[str]:
-    """Say what a file does not hold of sets, n and the schedule."""
-    lost = [name for name in contents.sets if name not in kept]
-    words = [f'weights {", ".join(lost)}'] if lost else []
-    if has_n == (average.updates is None):
-        n = average.updates
-        words.append(f'n, which is {"written as 0" if n is None else n}')
-    if average.schedule and not has_schedule:
-        words.append('the schedule')
-    return words

@@ -29,7 +29,6 @@ from mmdet_ema.checkpoint.formats.base import (
     both,
     complete,
     is_weights,
-    lost_of,
     meta_of,
     rest_of,
     state_dict,
@@ -52,12 +51,8 @@ def _has_buffers(content: Content, path: str) -> bool:
 def _read_buffers(content: Content, path: str) -> Contents:
     whole = dict(content)
     found = mmcv1.convert_buffers(whole, filename=path)
-    if found is None:
-        raise ValueError('it has no buffers of averages')
-    said = found.line.partition('its plain keys')[2]
-    said = f'its plain keys{said}'.rstrip('.')
-    if found.warnings:
-        said = f'assumed: {said}'
+    assert found is not None  # _has_buffers() says so
+    said = f'assumed: {found.roles}' if found.warnings else found.roles
     meta = meta_of(content)
     steps = as_count(whole[EMA].pop(STEPS)) if 'iter' in meta else None
     if steps is not None and mmcv1.is_of_iteration(path):
@@ -73,7 +68,7 @@ def _read_buffers(content: Content, path: str) -> Contents:
     names = [x for x in map(str, content[WEIGHTS]) if x.endswith(STATISTICS)]
     averaged = any(name.startswith('ema_') for name in names)
     name = 'mmdet2' if averaged or not names else 'mmcv1'
-    deployed = 'ema' if 'taken as the averages' in said else 'raw'
+    deployed = 'ema' if found.is_swapped else 'raw'
     version = meta.get('mmcv_version')
     written = f' (mmcv {version})' if isinstance(version, str) else ''
     return Contents(
@@ -85,7 +80,7 @@ def _read_buffers(content: Content, path: str) -> Contents:
 
 def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
     raw, average = both(contents)
-    lost = lost_of(contents, average, 'raw', contents.average)
+    lost = []
     # the path that is written decides the roles, as it does for the reader
     swapped = not mmcv1.is_of_iteration(out)
     plain, held = (average, raw) if swapped else (raw, average)
@@ -169,10 +164,9 @@ def _read_pair(content: Content, path: str) -> Contents:
 
 
 def _write_first(contents: Contents, out: str) -> Written:
-    raw, average = both(contents)
-    lost = lost_of(contents, average, 'raw', contents.average)
+    raw, _ = both(contents)
     content = {'meta': dict(contents.meta), WEIGHTS: state_dict(raw)}
-    return {**content, **contents.rest}, lost
+    return {**content, **contents.rest}, []
 
 
 def _write_second(contents: Contents, out: str) -> Tuple[str, Dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, Mapping
 
 from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.averaging.state import read_progress
@@ -27,7 +27,6 @@ from mmdet_ema.checkpoint.formats.base import (
     Format,
     Written,
     both,
-    lost_of,
     meta_of,
     rest_of,
     state_dict,
@@ -108,23 +107,21 @@ def _scaled(schedule: str, meta: Mapping[str, Any]) -> str:
 
 
 def _write(contents: Contents, out: str) -> Written:
-    checkpoint, main = _packed(contents)
+    checkpoint = _packed(contents)
     if isinstance(contents.meta.get(MESSAGES), dict):  # of mmcv 1.x
         messages = checkpoint['meta'][MESSAGES] = dict(contents.meta[MESSAGES])
         put_message(messages, checkpoint)
-    return checkpoint, lost_of(
-        contents, main, *contents.sets, has_schedule=True
-    )
+    return checkpoint, []
 
 
 def _write_mmengine(contents: Contents, out: str) -> Written:
-    checkpoint, main = _packed(contents)
+    checkpoint = _packed(contents)
     for key in (META, MORE):
         checkpoint.pop(key, None)
-    return checkpoint, lost_of(contents, main, 'raw', contents.average)
+    return checkpoint, []
 
 
-def _packed(contents: Contents) -> Tuple[Dict[str, Any], Weights]:
+def _packed(contents: Contents) -> Dict[str, Any]:
     raw, main = both(contents)
     deployed = contents.average or MAIN
     before = contents.rest.get(META)
@@ -153,7 +150,7 @@ def _packed(contents: Contents) -> Tuple[Dict[str, Any], Weights]:
     }
     steps = meta['num_steps']
     pack(checkpoint, main.tensors, raw.tensors, steps, meta, more)
-    return checkpoint, main
+    return checkpoint
 
 
 def _state(weights: Weights) -> Dict[str, Any]:
@@ -173,7 +170,13 @@ def _state(weights: Weights) -> Dict[str, Any]:
 
 
 FORMAT = Format(
-    'mmdet_ema', 'EMAHook of this package', _recognise, _read, _write
+    'mmdet_ema',
+    'EMAHook of this package',
+    _recognise,
+    _read,
+    _write,
+    holds='all',
+    has_schedule=True,
 )
 MMENGINE = Format(
     'mmengine',

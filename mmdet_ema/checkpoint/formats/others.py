@@ -29,7 +29,6 @@ from mmdet_ema.checkpoint.formats.base import (
     both,
     complete,
     is_weights,
-    lost_of,
     rest_of,
     state_dict,
 )
@@ -75,7 +74,9 @@ class Layout:
         weights = _at(content, self.average)
         if not is_weights(weights):
             return False
-        if self.prefix and not any(_begins(k, self.prefix) for k in weights):
+        if self.prefix and not any(
+            isinstance(x, str) and x.startswith(self.prefix) for x in weights
+        ):
             return False
         if self.raw is not None:
             raw = _at(content, self.raw)
@@ -139,12 +140,8 @@ class Layout:
             n = torch.tensor(n) if self.tensor_count else n
             _put(content, self.count[:-1], {self.count[-1]: n})
         _put(content, self.average, state_dict(average, self.prefix))
-        kept = [contents.average, None if self.raw is None else 'raw']
-        has_n = self.count is not None
-        lost = lost_of(contents, average, *kept, has_n=has_n)
-        if contents.meta:
-            lost.append(f'meta ({", ".join(contents.meta)})')
-        return content, lost
+        meta = ', '.join(contents.meta)
+        return content, [f'meta ({meta})'] if meta else []
 
 
 LAYOUTS = (
@@ -259,10 +256,6 @@ def _text(path: Path) -> str:
     return '.'.join(path) or 'the file'
 
 
-def _begins(name: Any, prefix: str) -> bool:
-    return isinstance(name, str) and name.startswith(prefix)
-
-
 def _has_modules(content: Content, path: str) -> bool:
     return any(isinstance(content.get(k), nn.Module) for k in ('model', 'ema'))
 
@@ -290,7 +283,14 @@ def _read_modules(content: Content, path: str) -> Contents:
 
 
 FORMATS = [
-    *(Format(x.name, x.writer, x.recognise, x.read, x.write) for x in LAYOUTS),
+    *(
+        Format(
+            *(x.name, x.writer, x.recognise, x.read, x.write),
+            holds='one' if x.raw is None else 'both',
+            has_n=x.count is not None,
+        )
+        for x in LAYOUTS
+    ),
     # only with unsafe=True: else the file is refused
     Format('yolov5', 'YOLOv5 or ultralytics', _has_modules, _read_modules),
 ]

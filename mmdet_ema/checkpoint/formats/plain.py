@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+from typing import Any, Optional
 
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
     UNKNOWN,
     Contents,
-    Weights,
     weights_of,
 )
 from mmdet_ema.checkpoint.format import WEIGHTS
@@ -18,7 +17,6 @@ from mmdet_ema.checkpoint.formats.base import (
     Format,
     Written,
     is_weights,
-    lost_of,
     meta_of,
     rest_of,
     state_dict,
@@ -57,15 +55,17 @@ def _read(content: Content, path: str) -> Contents:
 
 
 def _write(contents: Contents, out: str) -> Written:
-    name = contents.choose()
-    content: Dict[str, Any] = {
-        'meta': dict(contents.meta),
-        WEIGHTS: state_dict(contents.sets[name]),
-    }
-    # n and the role are in the recipe
-    return content, lost_of(contents, Weights({}), name, has_n=False)
+    weights = contents.sets[contents.choose()]
+    return {'meta': dict(contents.meta), WEIGHTS: state_dict(weights)}, []
 
 
 FORMAT = Format(
-    'plain', 'one state_dict, of any project', _recognise, _read, _write
+    'plain',
+    'one state_dict, of any project',
+    _recognise,
+    _read,
+    _write,
+    holds='one',
+    has_n=None,  # n and the role are in the recipe
+    has_schedule=True,
 )

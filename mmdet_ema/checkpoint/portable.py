@@ -1,12 +1,18 @@
-"""Plain values: what ``torch.load(weights_only=True)`` reads anywhere.
+"""A file that anybody can read: plain values, and a config without us.
 
 A framework puts NumPy scalars, arrays and objects of its own into its files.
-:func:`to_plain` turns them into tensors and Python values under a tag, and
-:func:`from_plain` turns these back into what they were.
+:func:`to_plain` turns them into tensors and Python values under a tag, which
+``torch.load(weights_only=True)`` reads anywhere, and :func:`from_plain` turns
+these back into what they were.
+
+OpenMMLab's tools build a model from the config in ``meta``, on machines where
+this package is not: ``DetInferencer(weights=...)``, converters. The averages
+are in ``state_dict`` already, so nothing there needs the import or the hook.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any, Callable, Dict, List, NamedTuple, Type
 
@@ -19,6 +25,19 @@ _LEAVES = (
     *(bool, int, float, complex, str, bytes, type(None)),
     *(torch.Tensor, torch.nn.Parameter, torch.device, torch.dtype),
 )
+TRAINING_CONFIG = 'training_cfg'
+"""Where ``meta`` keeps the text of the config that the run was given."""
+_PACKAGE = 'mmdet_ema'
+# the names under which hooks of this package are built
+_HOOKS = (
+    'BiasWarmupHook',
+    'EMAHook',
+    'ExpMomentumEMAHook',
+    'LinearMomentumEMAHook',
+    'MEGVIIEMAHook',
+)
+_ORIGINS = ('', _PACKAGE, 'mmengine', 'mmpretrain')
+_CONSTRUCTOR = 'EMAOptimizerConstructor'
 
 
 class Codec(NamedTuple):
@@ -85,5 +104,51 @@ def _rebuild(value: Any, convert: Any, codecs: List[Codec]) -> Any:
     return value
 
 
-def _name(kind: Type[Any]) -> str:
-    return f'{kind.__module__}.{kind.__qualname__}'
+def without_package(cfg: Any) -> Any:
+    """Return a copy of a config that needs nothing of this package.
+
+    Args:
+        cfg: A config of either framework, or a dict.
+    """
+    cfg = copy.deepcopy(cfg)
+    imports = cfg.get('custom_imports')
+    if imports:
+        names = imports['imports']
+        names = [names] if isinstance(names, str) else list(names)
+        kept = [name for name in names if not _is_of_package(name)]
+        if kept:
+            imports['imports'] = kept
+        else:
+            cfg.pop('custom_imports')
+    hooks = cfg.get('custom_hooks')
+    if hooks:
+        cfg['custom_hooks'] = [hook for hook in hooks if not _is_ours(hook)]
+    hooks = cfg.get('default_hooks') or {}
+    for name in [name for name, hook in hooks.items() if _is_ours(hook)]:
+        hooks.pop(name)
+    for name in ('optim_wrapper', 'optimizer'):
+        optimizer = cfg.get(name)
+        if isinstance(optimizer, dict):
+            kind = _name(optimizer.get('constructor'))
+            if kind.rpartition('.')[2] == _CONSTRUCTOR:
+                optimizer.pop('constructor')
+    return cfg
+
+
+def _is_ours(hook: Any) -> bool:
+    kind = hook.get('type') if isinstance(hook, dict) else type(hook)
+    path, _, name = _name(kind).rpartition('.')
+    return path.partition('.')[0] in _ORIGINS and (
+        _is_of_package(path) or name in _HOOKS
+    )
+
+
+def _is_of_package(name: str) -> bool:
+    return name.partition('.')[0] == _PACKAGE
+
+
+def _name(kind: Any) -> str:
+    """Return the full name of a class, or what a config says instead."""
+    if isinstance(kind, type):
+        return f'{kind.__module__}.{kind.__qualname__}'
+    return str(kind)
