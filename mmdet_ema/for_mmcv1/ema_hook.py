@@ -24,9 +24,10 @@ from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
 from mmdet_ema.training import patches, sigterm
 from mmdet_ema.training.lifecycle import EMALifecycle
-from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import RAW, show_options
+from mmdet_ema.training.passes import leaving_no_trace
 from mmdet_ema.training.plan import check_begin, refuse_second
+from mmdet_ema.training.recalibrate import recalibrate
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -236,7 +237,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self.enabled and self.options.safe_save and not self._started:
             checkpoints.tidy(runner, self.log)  # a run that had ended resumes
         self.catch_up()
-        self._life.tell_not_recalibrated()
         self._life.finish()
         self._sigterm.ignore()
 
@@ -396,19 +396,25 @@ class EMAHook(Hook):  # type: ignore[misc]
         if runner.max_epochs is None or runner.epoch + 1 < runner.max_epochs:
             return
         hooks = [hook for hook in runner.hooks if isinstance(hook, EvalHook)]
-        model, deploy = runners.model_of(runner), self._life.options.deploy
+        model, deploy = runners.model_of(runner), self.options.deploy
+        averager = self._life.begin_recalibration(model)
+        if averager is None:
+            return
 
         def metrics() -> Dict[str, Any]:
             self.tell_evaluation(deploy)
             with leaving_no_trace(model), self.only(runner, deploy):
                 return evaluate(hooks[0])
 
-        self._life.recalibrate(
+        recalibrate(
+            averager,
+            self.options,
             model,
             self.train_loader,
             lambda batch: runner.model.train_step(batch, runner.optimizer),
             metrics,
             lambda found: runners.choose_by(hooks[0], found),
+            self.log,
         )
 
     def add_scalars(self, runner: Any) -> None:

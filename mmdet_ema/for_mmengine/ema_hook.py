@@ -33,12 +33,12 @@ from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import (
     NAMES,
-    RAW,
     Choice,
     parse_options,
     show_options,
 )
 from mmdet_ema.training.plan import batch_size_of, refuse_second
+from mmdet_ema.training.recalibrate import recalibrate
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -175,7 +175,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             if runners.is_training(runner):
                 self._check_order(runner)
                 options = self._life.options
-                evaluation.check_monitored(runner, options, self._log)
+                evaluation.check_monitored(runner, options)
 
     def _join_deepspeed(self, runner: Any) -> None:
         """Write and read what its strategy does not ask hooks for."""
@@ -297,11 +297,13 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Update the average if the weights changed."""
         if not self.enabled:
             return
+        options = self._life.options
         self._life.after_iteration(self._iteration)
         many = runner.world_size > 1
         if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
-        self._recalibrate(runner, by_epoch=False)
+        if options.recalibrate and runners.ends(runner, by_epoch=False):
+            self._recalibrate(runner)
         # the distance costs a reading of the weights: only where it is logged
         logger, loader = self._logger, runner.train_dataloader
         interval = logger.interval if logger else 10
@@ -317,10 +319,12 @@ class EMAHook(Hook):  # type: ignore[misc]
         Here, not at the validation: a file that is written first is to hold
         what is evaluated.
         """
+        options = self._life.options
         if runners.will_validate(runner, by_epoch=True):
             self._life.synchronize()
         self._life.tell_steps()
-        self._recalibrate(runner, by_epoch=True)
+        if options.recalibrate and runners.ends(runner, by_epoch=True):
+            self._recalibrate(runner)
 
     def _check_order(self, runner: Any) -> None:
         hooks = list(runner.hooks)
@@ -333,27 +337,28 @@ class EMAHook(Hook):  # type: ignore[misc]
                 f'priority out.'
             )
 
-    def _recalibrate(self, runner: Any, by_epoch: bool) -> None:
+    def _recalibrate(self, runner: Any) -> None:
         """Estimate statistics again, before the last file is written."""
-        options = self._life.options
-        if not options.recalibrate or not runners.ends(runner, by_epoch):
-            return
         self._life.after_iteration(self._iteration)
-        deploy = options.deploy
-        self._life.recalibrate(
-            self._model,
-            runner.train_dataloader,
-            functools.partial(runners.pass_forward, runner),
-            lambda: evaluation.evaluate_apart(
-                runner, self._evaluating, deploy, 'recalibrate'
-            ),
-            functools.partial(runners.choose_by, runner),
-        )
+        options, model = self._life.options, self._model
+        averager = self._life.begin_recalibration(model)
+        if averager is not None:
+            recalibrate(
+                averager,
+                options,
+                model,
+                runner.train_dataloader,
+                functools.partial(runners.pass_forward, runner),
+                lambda: evaluation.evaluate_apart(
+                    runner, self._evaluating(options.deploy), 'recalibrate'
+                ),
+                functools.partial(runners.choose_by, runner),
+                self._log,
+            )
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
         self._life.after_iteration(self._iteration)
-        self._life.tell_not_recalibrated()
         self._life.finish()
         self._sigterm.ignore()
         self._trained = True
@@ -428,8 +433,6 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._life.choose(checkpoint, model)
         elif runner._resume:
             checkpoints.refuse_foreign(checkpoint, self._log)
-            if RAW in self._life.passes[:-1]:
-                evaluation.rename_history(checkpoint)
             if runners.is_deepspeed(runner):
                 optimizers = []  # has their states in files of its own
             self._life.resume(checkpoint, model, optimizers)

@@ -52,7 +52,7 @@ from mmdet_ema.for_mmengine.runner import (
     pass_forward,
 )
 from mmdet_ema.schedules import Schedule
-from mmdet_ema.training.no_trace import same_randomness
+from mmdet_ema.training.passes import same_randomness
 from mmdet_ema.training.recalibrate import (
     batch_statistics,
     first_batches,
@@ -157,9 +157,7 @@ def evaluate_weights(
     load(runner, state)
     with _quiet():
         # what is in the model, as it is
-        found = evaluate_apart(
-            runner, lambda weights: contextlib.nullcontext(), '', 'tune'
-        )
+        found = evaluate_apart(runner, contextlib.nullcontext(), 'tune')
     return {name: float(value) for name, value in found.items()}
 
 

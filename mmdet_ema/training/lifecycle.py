@@ -12,15 +12,12 @@ import math
 import os
 from typing import (
     Any,
-    Callable,
     ContextManager,
     Dict,
-    Iterable,
     Mapping,
     Optional,
     Sequence,
     Set,
-    Tuple,
 )
 
 import torch
@@ -28,7 +25,6 @@ from torch import nn
 
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import MAIN, read_count
-from mmdet_ema.averaging.distributed import add_up
 from mmdet_ema.averaging.shards import gather
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.checkpoint import format as ema_format
@@ -37,9 +33,10 @@ from mmdet_ema.checkpoint.start import START, is_there, keep_start, start_name
 from mmdet_ema.errors import NonFiniteError
 from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.schedules import check_decay
-from mmdet_ema.training import recalibrate, report, resume
+from mmdet_ema.training import passes, report, resume
 from mmdet_ema.training.options import RAW, Options
 from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
+from mmdet_ema.training.recalibrate import layers_to_estimate
 from mmdet_ema.training.steps import TELLS_OF_STEPS, WeightChanges
 from mmdet_ema.version import __version__
 
@@ -237,6 +234,13 @@ class EMALifecycle:
 
     def finish(self) -> None:
         """Stop listening to the optimizers; the average stays."""
+        plan, count = self._plan, self._estimates
+        if count and self._iterations and plan and plan.facts.recalibrates:
+            self._estimates = 0
+            self._log.warning(
+                f'EMA: recalibrate={count} has had no effect: training ended '
+                f'before its last epoch or iteration.'
+            )
         if self._changes is not None:
             self._changes.detach()
             self._changes = None
@@ -322,7 +326,7 @@ class EMALifecycle:
         if self.averager is None:
             said = 'the raw weights: the average has not begun'
         else:
-            said = report.sets_of_weights([weights])
+            said = passes.sets_of_weights([weights])
             if weights != RAW:
                 updates = self.averager.progress(weights)['num_updates']
                 said = f'{said} (n={updates})'
@@ -330,87 +334,33 @@ class EMALifecycle:
 
     def tell_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of several sets of weights side by side."""
-        table = report.compare(metrics, self.passes)
-        if table:
-            self._log.info(table)
+        if len(self.passes) > 1:
+            table = passes.compare(metrics, self.passes)
+            if table:
+                self._log.info(table)
 
-    def recalibrate(
-        self,
-        model: nn.Module,
-        loader: Iterable[Any],
-        forward: Callable[[Any], Any],
-        evaluate: Callable[[], Metrics],
-        choose_by: Callable[[Metrics], Tuple[str, bool]],
-    ) -> None:
-        """Estimate the deployed BatchNorm statistics again; keep the better.
+    def begin_recalibration(
+        self, model: nn.Module
+    ) -> Optional[WeightAverager]:
+        """Return the averages whose statistics are estimated again, if any.
 
         Call it at the end, on all ranks, before the last file is written.
-        ``forward`` calls the model on a batch, as training does; ``evaluate``
-        returns the metrics of the deployed averages, at least on rank 0;
-        ``choose_by`` that which is compared, and whether higher is better.
         """
         averager, plan, count = self.averager, self._plan, self._estimates
         if not count or plan is None or not plan.facts.recalibrates:
-            return
-        self._estimates = 0
-        said = f'EMA: recalibrate={count}'
-        layers = recalibrate.layers_to_estimate(model)
-        if averager is None or not layers:
+            return None
+        self._estimates, lack = 0, ''
+        if averager is None:
+            lack = 'the average has not begun'
+        elif not layers_to_estimate(model):
             lack = 'no BatchNorm layer is in training mode'
-            if averager is None:
-                lack = 'the average has not begun'
-            self._log.warning(f'{said} has no effect: {lack}.')
-            return
-        self.synchronize()
-        self._log.info(
-            f'{said}: estimating the statistics of {len(layers)} BatchNorm '
-            f'layers; they are evaluated before and after'
-        )
-        before = evaluate()
-        deploy = self.options.deploy
-        with averager.applied(deploy):
-            batches = recalibrate.first_batches(loader, count)
-            estimates = recalibrate.batch_statistics(model, batches, forward)
-        averages = dict(averager.named_parts(deploy))
-        old = {name: averages[name].clone() for name in estimates}
-        is_kept = False
-        try:
-            for name, estimate in estimates.items():
-                averages[name].copy_(estimate)
-            after = evaluate()
-            if after:
-                metric, greater = choose_by(after)
-                left, right = before[metric], after[metric]
-                is_kept = recalibrate.is_better(left, right, greater)
-            # where rank 0 alone has metrics the others do what it does
-            votes = torch.tensor([float(is_kept)], dtype=torch.float64)
-            add_up([votes])
-            is_kept = bool(votes)
-        finally:
-            if not is_kept:
-                for name, value in old.items():
-                    averages[name].copy_(value)
-        if not after:
-            self._log.warning(f'{said} has no effect: there are no metrics.')
-            return
-        table = report.side_by_side({'after': after, 'before': before})
-        self._log.info(table)
-        better = 'higher' if greater else 'lower'
-        kept = 'the new ones are kept' if is_kept else 'the old ones stay'
-        self._log.info(
-            f'{said}: {kept}: {metric} {left:.4f} before, {right:.4f} after '
-            f'({better} is better)'
-        )
-
-    def tell_not_recalibrated(self) -> None:
-        """Warn where training has ended before its last epoch."""
-        plan, count = self._plan, self._estimates
-        if count and self._iterations and plan and plan.facts.recalibrates:
-            self._estimates = 0
+        if lack:
             self._log.warning(
-                f'EMA: recalibrate={count} has had no effect: training ended '
-                f'before its last epoch or iteration.'
+                f'EMA: recalibrate={count} has no effect: {lack}.'
             )
+            return None
+        self.synchronize()
+        return averager
 
     def leave_evaluation(self) -> None:
         """Put the raw weights back; safe to call at any time."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterator, List, Mapping, Sequence
+from typing import Any, Iterator, List, Sequence
 
 from mmdet_ema import schedules
 from mmdet_ema.averaging.averager import WeightAverager
-from mmdet_ema.averaging.averages import MAIN, POSTHOC
+from mmdet_ema.averaging.averages import POSTHOC
 from mmdet_ema.averaging.tensors import Entry, count_roles
 from mmdet_ema.errors import show
 from mmdet_ema.schedules import Schedule, decay_over, initial_share, window
-from mmdet_ema.training.options import RAW
+from mmdet_ema.training.passes import sets_of_weights
 from mmdet_ema.training.plan import Plan
 
 
@@ -64,48 +64,6 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
         )
     for doubt in (*doubts, *_doubts(plan, entries)):
         log.warning(f'EMA: {doubt}')
-
-
-def sets_of_weights(passes: Sequence[str]) -> str:
-    """Return the sets of weights that are evaluated in words."""
-    words = {MAIN: 'the averages', RAW: 'the raw weights'}
-    names = [passes[-1], *passes[:-1]]  # the main one first
-    return ' and '.join(words.get(x, f'the averages {x!r}') for x in names)
-
-
-def metric_of(weights: str, metric: str) -> str:
-    """Return the name of a metric of a set that is not the main one."""
-    return f'{metric}_{weights}'
-
-
-def compare(metrics: Mapping[str, Any], passes: Sequence[str]) -> str:
-    """Return a table of the metrics that several sets of weights have."""
-    columns = {passes[-1]: metrics}
-    for x in passes[:-1]:
-        columns[x] = {k: metrics.get(metric_of(x, k)) for k in metrics}
-    return side_by_side(columns)
-
-
-def side_by_side(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a table of metrics by column, the first compared with others."""
-    main, *others = columns
-    rows = []
-    for name, value in columns[main].items():
-        values = [value, *(columns[x].get(name) for x in others)]
-        if others and all(isinstance(x, (int, float)) for x in values):
-            gaps = [value - x for x in values[1:]]
-            cells = [f'{x:10.4f}' for x in values]
-            cells += [f'{x:+10.4f}' for x in gaps]
-            rows.append((name, ''.join(cells)))
-    if not rows:
-        return ''
-    head = ''.join(f'{x:>10}' for x in (main, *others))
-    head += ''.join(f'{f"- {x}":>10}' for x in others)
-    width = max(map(len, ['metric', *(name for name, _ in rows)]))
-    return '\n'.join(
-        f'EMA: {name:{width}}{cells}'
-        for name, cells in [('metric', head), *rows]
-    )
 
 
 def _numbers(plan: Plan) -> List[str]:

@@ -20,7 +20,8 @@ from mmdet_ema.checkpoint import format as ema_format
 from mmdet_ema.checkpoint.format import WEIGHTS, EMAPart, put_raw, unpack
 from mmdet_ema.errors import CheckpointError
 from mmdet_ema.training.options import RAW
-from mmdet_ema.training.report import first_of, sets_of_weights
+from mmdet_ema.training.passes import sets_of_weights
+from mmdet_ema.training.report import first_of
 
 Checkpoint = MutableMapping[str, Any]
 
