@@ -22,12 +22,18 @@ from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
-from mmdet_ema.training import patches, sigterm
+from mmdet_ema.training import patches
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import RAW, show_options
 from mmdet_ema.training.passes import leaving_no_trace
 from mmdet_ema.training.plan import check_begin, refuse_second
 from mmdet_ema.training.recalibrate import recalibrate
+from mmdet_ema.training.sigterm import (
+    EPOCH_SAMPLES,
+    Sigterm,
+    skipped,
+    spare_workers,
+)
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -145,7 +151,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         # iterations: of the last step that may be averaged, whose optimizer's
         # turn is over, that are in the file
         self._iteration = self._trained = self._saved_iteration = 0
-        self._sigterm = sigterm.Sigterm(self.log)
+        self._sigterm: Optional[Sigterm] = None
+        if checked.save_on_sigterm:
+            self._sigterm = Sigterm(self.log)
         # batches that are left out: they were trained before the resume
         self.skips = self._epoch_samples = 0
         self._resumed_from = ''
@@ -184,11 +192,11 @@ class EMAHook(Hook):  # type: ignore[misc]
                     f'counts epochs (EpochBasedRunner); leave it out.'
                 )
             watch_hooks(runner, self)
-            if self.options.save_on_sigterm:
+            if self._sigterm:
                 self._sigterm.listen()
-                sigterm.spare_workers(self.train_loader)
+                spare_workers(self.train_loader)
                 for hook in runner.hooks:
-                    sigterm.spare_workers(getattr(hook, 'dataloader', None))
+                    spare_workers(getattr(hook, 'dataloader', None))
         path = self._resume_from
         if path is not None and not runner.iter:
             runner.resume(path)
@@ -238,11 +246,12 @@ class EMAHook(Hook):  # type: ignore[misc]
             checkpoints.tidy(runner, self.log)  # a run that had ended resumes
         self.catch_up()
         self._life.finish()
-        self._sigterm.ignore()
+        if self._sigterm:
+            self._sigterm.ignore()
 
     def after_iteration(self, runner: Any) -> None:
         """Stop if SIGTERM has come; every hook of the iteration was called."""
-        if not self.options.save_on_sigterm or not self._sigterm.has_come():
+        if self._sigterm is None or not self._sigterm.has_come():
             return
         facts = runners.facts_of(runner, self.train_loader)
         # gradients that wait for a step are in no file
@@ -267,9 +276,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         optimizers = runners.optimizers_of(runner)
         self._life.resume(checkpoint, model, optimizers)
         meta = checkpoint.get('meta', {})
-        self._epoch_samples = read_count(meta, sigterm.EPOCH_SAMPLES, 0)
+        self._epoch_samples = read_count(meta, EPOCH_SAMPLES, 0)
         # the runner would take it into later files
-        meta.pop(sigterm.EPOCH_SAMPLES, None)
+        meta.pop(EPOCH_SAMPLES, None)
         self._config = mmcv1.take_program(checkpoint)
         self._resumed_from = filename
 
@@ -448,10 +457,12 @@ class EMAHook(Hook):  # type: ignore[misc]
             patches.remove_later(evaluates, 'file_client')
             checkpoints.tidy(runner, self.log)
         facts = runners.facts_of(runner, self.train_loader)
-        samples, self._epoch_samples = self._epoch_samples, 0
-        done = samples // (facts.batch_size * facts.world_size)
-        can_skip = runners.can_skip(runner)
-        self.skips = sigterm.skipped(done, runner, can_skip, self.log)
+        self.skips = 0
+        if self._epoch_samples:
+            batch = facts.batch_size * facts.world_size
+            done, self._epoch_samples = self._epoch_samples // batch, 0
+            can_skip = runners.can_skip(runner)
+            self.skips = skipped(done, runner, can_skip, self.log)
         self._steps_alone = not any(
             isinstance(x, OptimizerHook) for x in hooks
         )

@@ -28,7 +28,6 @@ from mmdet_ema.for_mmengine import (
 )
 from mmdet_ema.for_mmengine import runner as runners
 from mmdet_ema.schedules import Schedule
-from mmdet_ema.training import sigterm
 from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import (
@@ -39,6 +38,12 @@ from mmdet_ema.training.options import (
 )
 from mmdet_ema.training.plan import batch_size_of, refuse_second
 from mmdet_ema.training.recalibrate import recalibrate
+from mmdet_ema.training.sigterm import (
+    EPOCH_SAMPLES,
+    Sigterm,
+    skipped,
+    spare_workers,
+)
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -148,7 +153,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
         self._evaluates = self._trained = False
-        self._sigterm = sigterm.Sigterm(self._log)
+        self._sigterm: Optional[Sigterm] = None
+        if checked.save_on_sigterm:
+            self._sigterm = Sigterm(self._log)
         self._epoch_samples = 0  # of the resumed file
 
     show_options(__init__)
@@ -166,15 +173,17 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not by_deepspeed:
             self._check_file(runner)
         self._model = runners.model_of(runner)
-        fsdp1.prepare(runner)
+        if is_fsdp1(self._model):
+            fsdp1.prepare(runner)
         if self.enabled:
             runners.refuse_strategy(runner)
             if by_deepspeed:
                 self._join_deepspeed(runner)
             evaluation.watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
-                self._check_order(runner)
                 options = self._life.options
+                if options.recalibrate:
+                    self._check_order(runner)
                 evaluation.check_monitored(runner, options)
 
     def _join_deepspeed(self, runner: Any) -> None:
@@ -227,7 +236,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._trained = False
         self._model = runners.model_of(runner)
         optimizers = runners.optimizers_of(runner)
-        skips = self._watch_iterations(runner)
+        skips = 0
+        if self._epoch_samples or self._sigterm:
+            skips = self._watch_iterations(runner)
         facts = runners.facts_of(runner, skips)
         self._life.start(self._model, facts, optimizers)
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
@@ -241,25 +252,22 @@ class EMAHook(Hook):  # type: ignore[misc]
 
         Returns how many iterations of the epoch are done already.
         """
-        samples, self._epoch_samples = self._epoch_samples, 0
+        stop, loop = self._sigterm, runner.train_loop
         batch = batch_size_of(runner.train_dataloader) * runner.world_size
-        stops = self._life.options.save_on_sigterm
+        done, self._epoch_samples = self._epoch_samples // batch, 0
 
         def after(done: int) -> None:
             # every rank asks in every iteration
-            told = stops and self._sigterm.has_come()
-            if told and runners.has_stepped(runner):
-                samples = done * batch
-                checkpoints.save_and_stop(runner, self._sigterm, samples)
+            if stop and stop.has_come() and runners.has_stepped(runner):
+                checkpoints.save_and_stop(runner, stop, done * batch)
 
-        loop, can_skip = runner.train_loop, runners.can_skip(runner)
-        skips = sigterm.skipped(samples // batch, loop, can_skip, self._log)
-        if stops:
-            self._sigterm.listen()
-            sigterm.spare_workers(runner.train_dataloader)
+        skips = skipped(done, loop, runners.can_skip(runner), self._log)
+        if stop:
+            stop.listen()
+            spare_workers(runner.train_dataloader)
             if runner.val_loop is not None:
-                sigterm.spare_workers(runner.val_loop.dataloader)
-        if skips or stops:
+                spare_workers(runner.val_loop.dataloader)
+        if skips or stop:
             runners.watch_iterations(runner, skips, after)
         return skips
 
@@ -329,8 +337,8 @@ class EMAHook(Hook):  # type: ignore[misc]
     def _check_order(self, runner: Any) -> None:
         hooks = list(runner.hooks)
         before = hooks[: hooks.index(self)]
-        count = self._life.options.recalibrate
-        if count and any(isinstance(x, CheckpointHook) for x in before):
+        if any(isinstance(x, CheckpointHook) for x in before):
+            count = self._life.options.recalibrate
             raise OptionError(
                 f'recalibrate={count} with priority={show(self.priority)}: '
                 f'CheckpointHook would write the last file before; leave '
@@ -360,7 +368,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Stop listening to the optimizers."""
         self._life.after_iteration(self._iteration)
         self._life.finish()
-        self._sigterm.ignore()
+        if self._sigterm:
+            self._sigterm.ignore()
         self._trained = True
 
     def before_val_epoch(self, runner: Any) -> None:
@@ -419,8 +428,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Sort out which weights of the checkpoint go where."""
-        if self.enabled:  # some runners load before the run begins
-            runners.refuse_strategy(runner)
+        if self.enabled and self._model is None:
+            runners.refuse_strategy(runner)  # loads before the run begins
         checkpoints.unmake(checkpoint)
         self._model = model = runners.model_of(runner)
         optimizers = runners.optimizers_of(runner)
@@ -436,9 +445,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             if runners.is_deepspeed(runner):
                 optimizers = []  # has their states in files of its own
             self._life.resume(checkpoint, model, optimizers)
-            self._epoch_samples = read_count(
-                checkpoint['meta'], sigterm.EPOCH_SAMPLES, 0
-            )
+            meta = checkpoint['meta']
+            self._epoch_samples = read_count(meta, EPOCH_SAMPLES, 0)
         else:
             self._life.fine_tune(checkpoint, model)
 

@@ -71,9 +71,9 @@ def model_of(runner: Any) -> nn.Module:
     FSDP1's stays: without it nobody knows the whole parameters.
     """
     model = runner.model
-    while not is_fsdp1(model) and (
-        is_model_wrapper(model) or isinstance(model, BaseTTAModel)
-    ):
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        if is_fsdp1(model):
+            break
         model = model.module
     return model  # type: ignore[no-any-return]
 
@@ -126,10 +126,15 @@ def refuse_strategy(runner: Any) -> None:
 
 def optimizers_of(runner: Any) -> List[Optimizer]:
     """Return every optimizer of the run that is made by now."""
-    found = [getattr(w, 'optimizer', None) for w in _wrappers(runner)]
-    if is_deepspeed(runner):  # its own calls the one that it was given
-        found = [getattr(x, 'optimizer', x) for x in found]
-    return [optimizer for optimizer in found if optimizer is not None]
+    found = []
+    for wrapper in _wrappers(runner):
+        optimizer = getattr(wrapper, 'optimizer', None)
+        if not isinstance(optimizer, Optimizer) and is_deepspeed(runner):
+            # its own calls the one that it was given
+            optimizer = getattr(optimizer, 'optimizer', optimizer)
+        if optimizer is not None:
+            found.append(optimizer)
+    return found
 
 
 def _wrappers(runner: Any) -> List[Any]:

@@ -20,7 +20,6 @@ from typing import (
     Set,
 )
 
-import torch
 from torch import nn
 
 from mmdet_ema.averaging.averager import WeightAverager
@@ -149,7 +148,8 @@ class EMALifecycle:
             # the steps before are told of at the end, too
             self._first['num_steps'] -= averager.num_steps
             averager.restart()
-            self._keep_start(averager)
+            if self.options.posthoc:
+                self._keep_start(averager)
             self._log.info(
                 f'EMA: epoch {epoch + 1}: the averages start again from the '
                 f'raw weights (restart_epochs).'
@@ -171,7 +171,7 @@ class EMALifecycle:
     def _keep_start(self, averager: WeightAverager, new: bool = True) -> None:
         """Keep the starting weights in the work folder, or look for them."""
         folder = self._plan.facts.folder if self._plan else ''
-        if not folder or not self.options.posthoc or self._only_evaluates:
+        if not folder or self._only_evaluates:
             return
         path = os.path.join(folder, start_name(self._restarted))
         if new:
@@ -459,32 +459,15 @@ class EMALifecycle:
         if plan is not None:
             averager.schedules.update(plan.schedules)
         if part is not None:
-            names, states = averager.names, part.states()
-            said = [f'the checkpoint has the averages {", ".join(states)}']
-            said += [
-                f'{name} starts from the raw weights, n = 0'
-                for name in names
-                if name not in states
-            ]
-            said += [
-                f'{name} is dropped' for name in states if name not in names
-            ]
-            # the report has the main one
-            changed = [
-                f'{name} goes on with {schedule}, not '
-                f'{states[name].get("schedule")}'
-                for name, schedule in (plan.more if plan else {}).items()
-                if name in states
-                and states[name].get('schedule') != str(schedule)
-            ]
-            if len(said + changed) > 1:
-                self._log.warning(f'EMA: {"; ".join(said + changed)}.')
+            states, more = part.states(), plan.more if plan else {}
+            changed = resume.tell_sets(states, averager.names, more, self._log)
             if plan and (plan.has_changed or changed):
                 self._changed_at = part.steps
             # a file without the main ones deploys others in their place
             main = states.pop(MAIN, None) or states[part.deployed]
             averager.load_state_dict({**main, 'more': states}, strict=False)
-        self._keep_start(averager, new=part is None)
+        if options.posthoc:
+            self._keep_start(averager, new=part is None)
         self._told_skipped = averager.known_skipped
         return averager
 
@@ -497,18 +480,6 @@ class EMALifecycle:
         else:
             entries = select(model, options.update_buffers, options.copied)
         report.report(self._plan, entries, self._log)
-        if options.overlap and not TELLS_OF_STEPS:
-            self._log.warning(
-                f'EMA: overlap=True has no effect: torch {torch.__version__} '
-                f'does not tell of the steps of optimizers, 2.0 does.'
-            )
-        elif options.overlap and not any(
-            p.is_cuda for p in model.parameters()
-        ):
-            self._log.warning(
-                'EMA: overlap=True has no effect on a CPU, where an update '
-                'takes its time from the training wherever it runs.'
-            )
 
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:

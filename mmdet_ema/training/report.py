@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, Iterator, List, Sequence
 
+import torch
+
 from mmdet_ema import schedules
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import POSTHOC
@@ -13,6 +15,7 @@ from mmdet_ema.errors import show
 from mmdet_ema.schedules import Schedule, decay_over, initial_share, window
 from mmdet_ema.training.passes import sets_of_weights
 from mmdet_ema.training.plan import Plan
+from mmdet_ema.training.steps import TELLS_OF_STEPS
 
 
 def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
@@ -131,6 +134,18 @@ def _doubts(plan: Plan, entries: Sequence[Entry]) -> Iterator[str]:
             f'a step takes {facts.samples} samples, not {plan.reference} as '
             f'in the checkpoint; decay ** {kappa:.6g}{numbers} keeps the '
             f'averaging window in samples: {used}.'
+        )
+    if options.overlap and not TELLS_OF_STEPS:
+        yield (
+            f'overlap=True has no effect: torch {torch.__version__} does not '
+            f'tell of the steps of optimizers, 2.0 does.'
+        )
+    elif options.overlap and not any(
+        p.is_cuda for entry in entries for p in entry.parameters
+    ):
+        yield (
+            'overlap=True has no effect on a CPU, where an update takes its '
+            'time from the training wherever it runs.'
         )
 
 

@@ -9,7 +9,7 @@ raises a :class:`CheckpointError`.
 
 from __future__ import annotations
 
-from typing import Any, MutableMapping, Optional, Sequence
+from typing import Any, Mapping, MutableMapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from mmdet_ema.averaging.shards import layout
 from mmdet_ema.checkpoint import format as ema_format
 from mmdet_ema.checkpoint.format import WEIGHTS, EMAPart, put_raw, unpack
 from mmdet_ema.errors import CheckpointError
+from mmdet_ema.schedules import Schedule
 from mmdet_ema.training.options import RAW
 from mmdet_ema.training.passes import sets_of_weights
 from mmdet_ema.training.report import first_of
@@ -118,6 +119,34 @@ def for_evaluation(
         return None
     part.check(model, False, log)
     return part
+
+
+def tell_sets(
+    states: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+    more: Mapping[str, Schedule],
+    log: Any,
+) -> bool:
+    """Say which averages of a file go on; tell if one has another schedule.
+
+    ``names`` are those of this run. Of ``more``, all but the main one, the
+    schedules are compared: the report has the main one.
+    """
+    said = [f'the checkpoint has the averages {", ".join(states)}']
+    said += [
+        f'{name} starts from the raw weights, n = 0'
+        for name in names
+        if name not in states
+    ]
+    said += [f'{name} is dropped' for name in states if name not in names]
+    changed = [
+        f'{name} goes on with {schedule}, not {states[name].get("schedule")}'
+        for name, schedule in more.items()
+        if name in states and states[name].get('schedule') != str(schedule)
+    ]
+    if len(said + changed) > 1:
+        log.warning(f'EMA: {"; ".join(said + changed)}.')
+    return bool(changed)
 
 
 def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
