@@ -148,9 +148,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self.tell_evaluation = self._life.tell_evaluation
         self.tell_metrics = self._life.tell_metrics
         self._started = self._steps_alone = False
-        # iterations: of the last step that may be averaged, whose optimizer's
-        # turn is over, that are in the file
-        self._iteration = self._trained = self._saved_iteration = 0
+        # iterations: whose optimizer's turn is over, that are in the file
+        self._trained = self._saved_iteration = 0
         self._sigterm: Optional[Sigterm] = None
         if checked.save_on_sigterm:
             self._sigterm = Sigterm(self.log)
@@ -184,8 +183,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         refuse_second([x for found, x in kinds if found & names])
         self._watch(runner)
         if self.enabled:
-            check_begin(self._life.options, runners.facts_of(runner))
-            count = self._life.options.recalibrate
+            check_begin(self.options, runners.facts_of(runner))
+            count = self.options.recalibrate
             if count and runner.max_epochs is None:
                 raise OptionError(
                     f'recalibrate={count} needs a runner of mmcv 1.x that '
@@ -220,8 +219,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not self.enabled:
             return
         self._start(runner)
-        self.catch_up()
-        self._iteration = runner.iter + 1
         # a runner without mmcv's OptimizerHook steps before any hook
         self._trained = runner.iter + int(self._steps_alone)
         model = runners.model_of(runner)
@@ -291,7 +288,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             runner.meta.setdefault('config', self._config)
         if runner.max_epochs is None and self._saved_iteration:
             runner._iter = runner._inner_iter = self._saved_iteration
-        self._iteration = self._trained = runner.iter
+        self._trained = runner.iter
 
     @contextlib.contextmanager
     def evaluating(
@@ -365,14 +362,13 @@ class EMAHook(Hook):  # type: ignore[misc]
             mmcv1.put_iteration(checkpoint, self._trained)
 
         self._start(runner)
-        self.catch_up()
         model = runners.model_of(runner)
         with checkpoints.with_ema_part(runner, model, save, self._config):
             yield
 
     def catch_up(self) -> None:
         """Average a step now; other hooks may come before our turn."""
-        self._life.after_iteration(self._iteration)
+        self._life.after_iteration()
 
     def make_equal(self, runner: Any, by_epoch: bool) -> None:
         """Make buffers equal on all ranks if all evaluate now, once.
@@ -473,7 +469,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self._life.is_applied:
             return
         self._start(runner)
-        self.catch_up()
         model = runners.model_of(runner)
         self._life.enter_evaluation(model)
         self._versions = {

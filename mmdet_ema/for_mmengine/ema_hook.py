@@ -143,12 +143,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         self.priority = options.pop('priority', self.priority)
         choice, options = _rule_of_ones_own(options)
         checked = parse_options(choice, **options)
-        self.enabled = checked.enabled
+        self.enabled, self._options = checked.enabled, checked
         self._log = runners.RunLog()
         self._life = EMALifecycle(checked, self._log)
         self._model: Any = None  # unwrapped
         self._logger: Optional[LoggerHook] = None
-        self._iteration = 0
         self._configs: Dict[str, str] = {}
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
@@ -181,10 +180,9 @@ class EMAHook(Hook):  # type: ignore[misc]
                 self._join_deepspeed(runner)
             evaluation.watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
-                options = self._life.options
-                if options.recalibrate:
+                if self._options.recalibrate:
                     self._check_order(runner)
-                evaluation.check_monitored(runner, options)
+                evaluation.check_monitored(runner, self._options)
 
     def _join_deepspeed(self, runner: Any) -> None:
         """Write and read what its strategy does not ask hooks for."""
@@ -204,7 +202,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if checkpoint is not None and resumes:
             checkpoint['optimizer'] = {}  # is in files of DeepSpeed's own
             self.after_load_checkpoint(runner, checkpoint)
-        elif self._life.options.strict_load and resumes:
+        elif self._options.strict_load and resumes:
             raise CheckpointError(
                 f'strict_load=True, but {folder!r} has no file '
                 f'{deepspeed_files.WHOLE} with averages. With '
@@ -244,7 +242,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
         self._logger = loggers[0] if loggers else None
         runners.show_distance(runner)
-        if self._life.options.safe_save:
+        if self._options.safe_save:
             checkpoints.tidy(runner, self._log)
 
     def _watch_iterations(self, runner: Any) -> int:
@@ -274,7 +272,7 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
         if self.enabled:
-            if self._life.options.safe_save:
+            if self._options.safe_save:
                 checkpoints.save_safely(runner)
             self._life.before_epoch()
 
@@ -284,9 +282,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Start the average if its time has come."""
         if not self.enabled:
             return
-        # a hook that comes after ours may have changed the weights
-        self._life.after_iteration(self._iteration)
-        self._iteration = runner.iter + 1
         # another wrapper or optimizer may have taken the place of the last
         self._life.before_iteration(
             self._model,
@@ -305,12 +300,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Update the average if the weights changed."""
         if not self.enabled:
             return
-        options = self._life.options
-        self._life.after_iteration(self._iteration)
+        self._life.after_iteration()
         many = runner.world_size > 1
         if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
-        if options.recalibrate and runners.ends(runner, by_epoch=False):
+        if self._options.recalibrate and runners.ends(runner, by_epoch=False):
             self._recalibrate(runner)
         # the distance costs a reading of the weights: only where it is logged
         logger, loader = self._logger, runner.train_dataloader
@@ -327,18 +321,17 @@ class EMAHook(Hook):  # type: ignore[misc]
         Here, not at the validation: a file that is written first is to hold
         what is evaluated.
         """
-        options = self._life.options
         if runners.will_validate(runner, by_epoch=True):
             self._life.synchronize()
         self._life.tell_steps()
-        if options.recalibrate and runners.ends(runner, by_epoch=True):
+        if self._options.recalibrate and runners.ends(runner, by_epoch=True):
             self._recalibrate(runner)
 
     def _check_order(self, runner: Any) -> None:
         hooks = list(runner.hooks)
         before = hooks[: hooks.index(self)]
         if any(isinstance(x, CheckpointHook) for x in before):
-            count = self._life.options.recalibrate
+            count = self._options.recalibrate
             raise OptionError(
                 f'recalibrate={count} with priority={show(self.priority)}: '
                 f'CheckpointHook would write the last file before; leave '
@@ -347,8 +340,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def _recalibrate(self, runner: Any) -> None:
         """Estimate statistics again, before the last file is written."""
-        self._life.after_iteration(self._iteration)
-        options, model = self._life.options, self._model
+        options, model = self._options, self._model
         averager = self._life.begin_recalibration(model)
         if averager is not None:
             recalibrate(
@@ -366,7 +358,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
-        self._life.after_iteration(self._iteration)
+        self._life.after_iteration()
         self._life.finish()
         if self._sigterm:
             self._sigterm.ignore()
@@ -375,7 +367,6 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_val_epoch(self, runner: Any) -> None:
         """Put the averages into the model."""
         if self.enabled and not self._evaluates:
-            self._life.after_iteration(self._iteration)
             self._life.tell_evaluation(self._weights)
             self._life.enter_evaluation(self._model, self._weights)
             self._evaluates = True
@@ -418,8 +409,6 @@ class EMAHook(Hook):  # type: ignore[misc]
             fsdp1.finish(self._model, checkpoint)
         if not self.enabled:
             return
-        # other hooks may save before our turn comes
-        self._life.after_iteration(self._iteration)
         if runner.model is not self._model:
             model = runners.model_of(runner)
             checkpoints.strip_wrapper(checkpoint, model)

@@ -64,7 +64,9 @@ class EMALifecycle:
         self._changes: Optional[WeightChanges] = None
         self._first: Dict[str, int] = {}
         self._iterations = self._told_iterations = self._replacements = 0
-        self._updated_at = self._told_skipped = self._restarted = 0
+        self._iteration = self._updated_at = self._told_skipped = (
+            self._restarted
+        ) = 0
         self._start: Any = None  # fingerprint of the starting weights
         # the step after which a decay was last changed; 0 if it never was
         self._changed_at = 0
@@ -124,6 +126,9 @@ class EMALifecycle:
 
         The model is unwrapped, the optimizers are those of now.
         """
+        # what comes after us may have changed the weights of the last one
+        self.after_iteration()
+        self._iteration = iteration + 1
         averager, changes, plan = self.averager, self._changes, self._plan
         if averager is not None and averager.is_applied:
             self._log.warning(
@@ -194,8 +199,11 @@ class EMALifecycle:
             self._end_overlap(averager)
         averager.before_step()
 
-    def after_iteration(self, iteration: int) -> None:
-        """Update the average if the weights changed in this one, from 1."""
+    def after_iteration(self) -> None:
+        """Update the average if the weights changed; safe to call again.
+
+        Others may evaluate or save before an adapter's turn comes.
+        """
         averager, changes = self.averager, self._changes
         if averager is None:
             return
@@ -203,7 +211,7 @@ class EMALifecycle:
             try:
                 averager.wait()
                 self._tell_skipped(averager)
-                self._updated_at = iteration
+                self._updated_at = self._iteration
                 if not changes.told:
                     self._end_overlap(averager)
                 averager.update()
@@ -211,7 +219,7 @@ class EMALifecycle:
                 k = self.options.interval
                 seen = '' if k == 1 else f' (weights are seen every {k} steps)'
                 raise NonFiniteError(
-                    f'iteration {iteration}{seen}: {error}'
+                    f'iteration {self._iteration}{seen}: {error}'
                 ) from None
         self._tell_skipped(averager)
 
@@ -302,6 +310,7 @@ class EMALifecycle:
         self, model: nn.Module, weights: Optional[str] = None
     ) -> None:
         """Put one of ``passes`` into the model, the main one by default."""
+        self.after_iteration()
         if self._pending is not None:
             self._make_averager(model)
         if self.averager is None:
@@ -322,6 +331,7 @@ class EMALifecycle:
         """Say whose metrics come next: of ``passes``, by default the last."""
         if self._only_evaluates or not self.options.enabled:
             return  # said when the file was read
+        self.after_iteration()
         weights = weights or self.passes[-1]
         if self.averager is None:
             said = 'the raw weights: the average has not begun'
@@ -346,6 +356,7 @@ class EMALifecycle:
 
         Call it at the end, on all ranks, before the last file is written.
         """
+        self.after_iteration()
         averager, plan, count = self.averager, self._plan, self._estimates
         if not count or plan is None or not plan.facts.recalibrates:
             return None
@@ -375,6 +386,7 @@ class EMALifecycle:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint with the live weights its EMA part, in place."""
+        self.after_iteration()
         averager, deploy = self.averager, self.options.deploy
         averages: Metrics = {}
         raws: Metrics = {}
