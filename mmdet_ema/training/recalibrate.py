@@ -44,18 +44,10 @@ def recalibrate(
 ) -> None:
     """Estimate statistics of the deployed averages again; keep the better.
 
-    Call it on all ranks, with averages that are equal there.
-
-    Args:
-        averager: Has the averages.
-        options: Those of the hook.
-        model: The model, unwrapped, in the modes of its training.
-        loader: Training data.
-        forward: Calls the model on a batch, as training does.
-        evaluate: Returns the metrics of these averages, at least on rank 0.
-        choose_by: Returns the metric that is compared, and whether higher is
-            better.
-        log: Is told what was found.
+    Call it on all ranks, with averages that are equal there. ``forward`` calls
+    the model on a batch, as training does; ``evaluate`` returns the metrics of
+    these averages, at least on rank 0; ``choose_by`` that which is compared,
+    and whether higher is better.
     """
     deploy, count = options.deploy, options.recalibrate
     said = f'EMA: recalibrate={count}'

@@ -16,6 +16,7 @@ from torch import nn
 
 from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.averaging.shards import layout
+from mmdet_ema.averaging.tensors import is_finite
 from mmdet_ema.checkpoint import format as ema_format
 from mmdet_ema.checkpoint.format import WEIGHTS, EMAPart, put_raw, unpack
 from mmdet_ema.errors import CheckpointError
@@ -245,5 +246,5 @@ def _nonfinite(value: Any) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and (value.is_floating_point() or value.is_complex())
-        and not bool(torch.isfinite(value).all())
+        and not is_finite(value)
     )
