@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 from collections import defaultdict
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any, Callable, ContextManager, Dict, Iterator, Sequence
 
@@ -48,6 +49,7 @@ def watch_loops(
     the set out again, which a loop that fails would not. The last one of
     ``sets`` has the plain names.
     """
+    *others, main = sets
 
     def watch(loop: Any) -> Any:
         run = loop.run
@@ -55,8 +57,15 @@ def watch_loops(
         @functools.wraps(run)
         def run_passes(*args: Any, **kwargs: Any) -> Any:
             once = functools.partial(run, *args, **kwargs)
+            # a loop over two data sets reports twice in a pass: one dict each
+            kept: Kept = defaultdict(dict)
             with _metrics_of(loop) as metrics:
-                return _run_passes(runner, metrics, sets, evaluating, once)
+                for name in others:
+                    context = evaluating(name)
+                    _run_apart(runner, metrics, context, once, name, kept)
+                told = _telling(runner, kept) if others else nullcontext()
+                with told, evaluating(main):
+                    return once()
 
         if not getattr(run, _MARK, False):
             setattr(run_passes, _MARK, True)
@@ -84,26 +93,6 @@ def check_monitored(runner: Any, options: Options) -> None:
             if isinstance(name, str):
                 where = type(owner).__name__
                 passes.check_monitored(options, where, word, name)
-
-
-def _run_passes(
-    runner: Any,
-    metrics: Sequence[Any],
-    sets: Sequence[str],
-    evaluating: Evaluating,
-    run: Callable[[], Any],
-) -> Any:
-    """Run a loop once a set; every pass but the last leaves no trace."""
-    *others, main = sets
-    if not others:
-        with evaluating(main):
-            return run()
-    # a loop over two data sets reports twice in a pass: one dict each
-    kept: Kept = defaultdict(dict)
-    for name in others:
-        _run_apart(runner, metrics, evaluating(name), run, name, kept)
-    with _telling(runner, kept), evaluating(main):
-        return run()
 
 
 def _run_apart(

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import re
-from typing import Any, Callable, List, Mapping, Optional, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Set, Tuple
 
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -80,21 +80,24 @@ def model_of(runner: Any) -> nn.Module:
 
 def is_deepspeed(runner: Any) -> bool:
     """Return whether DeepSpeed steps the model and writes the files."""
+    return 'DeepSpeedStrategy' in _kinds_of(runner)
+
+
+def _kinds_of(runner: Any) -> Set[str]:
     kinds = type(getattr(runner, 'strategy', None)).__mro__
-    return any(kind.__name__ == 'DeepSpeedStrategy' for kind in kinds)
+    return {kind.__name__ for kind in kinds}
 
 
 def refuse_strategy(runner: Any) -> None:
     """Refuse what shards a model in a way that is not averaged."""
-    strategy = getattr(runner, 'strategy', None)
-    kinds = {kind.__name__ for kind in type(strategy).__mro__}
+    strategy, kinds = getattr(runner, 'strategy', None), _kinds_of(runner)
     if 'ColossalAIStrategy' in kinds:
         raise OptionError(
             'strategy of type ColossalAIStrategy: EMAHook is not asked when '
             'it writes and reads files, so that no average would be saved; '
             "use strategy=dict(type='FSDP2Strategy') or DDPStrategy."
         )
-    if is_deepspeed(runner):
+    if 'DeepSpeedStrategy' in kinds:
         if not is_training(runner):
             raise OptionError(
                 f'DeepSpeedStrategy evaluates no averages: test the file '

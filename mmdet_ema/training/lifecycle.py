@@ -64,9 +64,9 @@ class EMALifecycle:
         self._changes: Optional[WeightChanges] = None
         self._first: Dict[str, int] = {}
         self._iterations = self._told_iterations = self._replacements = 0
-        self._iteration = self._updated_at = self._told_skipped = (
-            self._restarted
-        ) = 0
+        # the present one from 1, and that of the last update
+        self._iteration = self._updated_at = 0
+        self._told_skipped = self._restarted = 0
         self._start: Any = None  # fingerprint of the starting weights
         # the step after which a decay was last changed; 0 if it never was
         self._changed_at = 0
@@ -426,29 +426,20 @@ class EMALifecycle:
         optimizers: Sequence[Any],
     ) -> None:
         """Go on from a checkpoint; see ``resume.for_resume``."""
-        log, enabled = self._log, self.options.enabled
-        strict = self.options.strict_load and enabled
-        part = resume.for_resume(checkpoint, model, strict, log, enabled)
-        ema_format.check_training_state(checkpoint, optimizers, log)
-        self._expect(part if enabled else None)
-        if not enabled:
-            log.warning(
-                'EMA: enabled=False: training goes on from the raw weights, '
-                'without an average.'
-            )
+        options, log = self.options, self._log
+        self._expect(
+            resume.for_resume(checkpoint, model, optimizers, options, log)
+        )
 
     def fine_tune(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Start again from a checkpoint's weights."""
-        enabled = self.options.enabled
-        resume.for_fine_tuning(checkpoint, model, self._log, enabled)
+        resume.for_fine_tuning(checkpoint, model, self.options, self._log)
         self._expect(None)
 
     def choose(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Evaluate a checkpoint; see ``resume.for_evaluation``."""
-        passes = self.passes
-        if len(passes) > 1 and not self.options.enabled:
-            passes = passes[-1:]  # there is no second pass
-        part = resume.for_evaluation(checkpoint, model, passes, self._log)
+        options, log = self.options, self._log
+        part = resume.for_evaluation(checkpoint, model, options, log)
         self._expect(part, only_evaluates=True)
 
     def _expect(
