@@ -28,12 +28,7 @@ from mmdet_ema.training.options import RAW, show_options
 from mmdet_ema.training.passes import leaving_no_trace
 from mmdet_ema.training.plan import check_begin, refuse_second
 from mmdet_ema.training.recalibrate import recalibrate
-from mmdet_ema.training.sigterm import (
-    EPOCH_SAMPLES,
-    Sigterm,
-    skipped,
-    spare_workers,
-)
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm, skipped
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -192,10 +187,8 @@ class EMAHook(Hook):  # type: ignore[misc]
                 )
             watch_hooks(runner, self)
             if self._sigterm:
-                self._sigterm.listen()
-                spare_workers(self.train_loader)
-                for hook in runner.hooks:
-                    spare_workers(getattr(hook, 'dataloader', None))
+                loaders = [getattr(x, 'dataloader', None) for x in hooks]
+                self._sigterm.listen([self.train_loader, *loaders])
         path = self._resume_from
         if path is not None and not runner.iter:
             runner.resume(path)

@@ -38,12 +38,7 @@ from mmdet_ema.training.options import (
 )
 from mmdet_ema.training.plan import batch_size_of, refuse_second
 from mmdet_ema.training.recalibrate import recalibrate
-from mmdet_ema.training.sigterm import (
-    EPOCH_SAMPLES,
-    Sigterm,
-    skipped,
-    spare_workers,
-)
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm, skipped
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -261,10 +256,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
         skips = skipped(done, loop, runners.can_skip(runner), self._log)
         if stop:
-            stop.listen()
-            spare_workers(runner.train_dataloader)
-            if runner.val_loop is not None:
-                spare_workers(runner.val_loop.dataloader)
+            validation = getattr(runner.val_loop, 'dataloader', None)
+            stop.listen([runner.train_dataloader, validation])
         if skips or stop:
             runners.watch_iterations(runner, skips, after)
         return skips
