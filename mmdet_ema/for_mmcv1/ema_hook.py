@@ -140,6 +140,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         self.train_loader: Any = None
         self.log = logging.LoggerAdapter(own_logger(), {})
         self._life = EMALifecycle(checked, self.log)
+        # average a step now: other hooks may come before our turn
+        self.catch_up = self._life.after_iteration
         self.tell_evaluation = self._life.tell_evaluation
         self.tell_metrics = self._life.tell_metrics
         self._started = self._steps_alone = False
@@ -358,10 +360,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         model = runners.model_of(runner)
         with checkpoints.with_ema_part(runner, model, save, self._config):
             yield
-
-    def catch_up(self) -> None:
-        """Average a step now; other hooks may come before our turn."""
-        self._life.after_iteration()
 
     def make_equal(self, runner: Any, by_epoch: bool) -> None:
         """Make buffers equal on all ranks if all evaluate now, once.

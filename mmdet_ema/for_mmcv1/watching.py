@@ -79,7 +79,9 @@ def watch(runner: Any, ema: Any) -> None:
             return method(moment)
         if moment == 'after_train_epoch':
             ema.make_equal(runner, by_epoch=True)
-            ema.recalibrate(runner, functools.partial(_metrics_of, runner))
+            if ema.options.recalibrate:
+                metrics = functools.partial(_metrics_of, runner)
+                ema.recalibrate(runner, metrics)
         with ema.evaluating(runner, holds=runs):
             return method(moment)
 
