@@ -160,9 +160,8 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
     if is_deepspeed(runner):
         counts = [runner.model.gradient_accumulation_steps()]
     loop, loader = runner.train_loop, runner.train_dataloader
-    by_epoch = not hasattr(loop, 'dataloader_iterator')
     max_iters = loop.max_iters
-    if by_epoch:
+    if _by_epoch(loop):
         # on resume with another batch size the loop's own number is wrong
         epochs = max(loop.max_epochs - runner.epoch, 0)
         max_iters = runner.iter - skips + epochs * len(loader)
@@ -170,7 +169,7 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
         iteration=runner.iter,
         max_iters=max_iters,
         max_epochs=loop.max_epochs,
-        by_epoch=by_epoch,
+        by_epoch=_by_epoch(loop),
         accumulation=min(counts, default=1),
         batch_size=batch_size_of(loader),
         world_size=runner.world_size,
@@ -183,6 +182,11 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
             "Use default_hooks = dict(ema=dict(type='EMAHook')) instead.",
         ),
     )
+
+
+def _by_epoch(loop: Any) -> bool:
+    """Return whether a training loop counts epochs."""
+    return not hasattr(loop, 'dataloader_iterator')
 
 
 def can_skip(runner: Any) -> bool:
@@ -203,7 +207,7 @@ def watch_iterations(
     loop = runner.train_loop
     # one of an earlier training in this process
     vars(loop).pop('run_iter', None)
-    run, by_epoch = loop.run_iter, not hasattr(loop, 'dataloader_iterator')
+    run = loop.run_iter
 
     @functools.wraps(run)
     def run_iter(*args: Any) -> None:
@@ -212,7 +216,7 @@ def watch_iterations(
             skips -= 1
             return
         run(*args)
-        after(args[0] + 1 if by_epoch else 0)
+        after(args[0] + 1 if _by_epoch(loop) else 0)
 
     loop.run_iter = run_iter
 
@@ -253,7 +257,7 @@ def ends(runner: Any, by_epoch: bool) -> bool:
     One of the two: whatever the loop counts, and writes files after.
     """
     loop = runner.train_loop
-    if by_epoch == hasattr(loop, 'dataloader_iterator'):
+    if by_epoch != _by_epoch(loop):
         return False
     if by_epoch:
         return bool(loop.epoch + 1 >= loop.max_epochs)
