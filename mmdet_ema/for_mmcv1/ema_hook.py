@@ -22,11 +22,13 @@ from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
 from mmdet_ema.frameworks import announce, own_logger
-from mmdet_ema.training import patches, sigterm
+from mmdet_ema.training import patches
 from mmdet_ema.training.lifecycle import EMALifecycle
-from mmdet_ema.training.no_trace import leaving_no_trace
 from mmdet_ema.training.options import RAW, show_options
+from mmdet_ema.training.passes import leaving_no_trace
 from mmdet_ema.training.plan import check_begin, refuse_second
+from mmdet_ema.training.recalibrate import recalibrate
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm, skipped
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -138,13 +140,16 @@ class EMAHook(Hook):  # type: ignore[misc]
         self.train_loader: Any = None
         self.log = logging.LoggerAdapter(own_logger(), {})
         self._life = EMALifecycle(checked, self.log)
+        # average a step now: other hooks may come before our turn
+        self.catch_up = self._life.after_iteration
         self.tell_evaluation = self._life.tell_evaluation
         self.tell_metrics = self._life.tell_metrics
         self._started = self._steps_alone = False
-        # iterations: of the last step that may be averaged, whose optimizer's
-        # turn is over, that are in the file
-        self._iteration = self._trained = self._saved_iteration = 0
-        self._sigterm = sigterm.Sigterm(self.log)
+        # iterations: whose optimizer's turn is over, that are in the file
+        self._trained = self._saved_iteration = 0
+        self._sigterm: Optional[Sigterm] = None
+        if checked.save_on_sigterm:
+            self._sigterm = Sigterm(self.log)
         # batches that are left out: they were trained before the resume
         self.skips = self._epoch_samples = 0
         self._resumed_from = ''
@@ -175,19 +180,17 @@ class EMAHook(Hook):  # type: ignore[misc]
         refuse_second([x for found, x in kinds if found & names])
         self._watch(runner)
         if self.enabled:
-            check_begin(self._life.options, runners.facts_of(runner))
-            count = self._life.options.recalibrate
+            check_begin(self.options, runners.facts_of(runner))
+            count = self.options.recalibrate
             if count and runner.max_epochs is None:
                 raise OptionError(
                     f'recalibrate={count} needs a runner of mmcv 1.x that '
                     f'counts epochs (EpochBasedRunner); leave it out.'
                 )
             watch_hooks(runner, self)
-            if self.options.save_on_sigterm:
-                self._sigterm.listen()
-                sigterm.spare_workers(self.train_loader)
-                for hook in runner.hooks:
-                    sigterm.spare_workers(getattr(hook, 'dataloader', None))
+            if self._sigterm:
+                loaders = [getattr(x, 'dataloader', None) for x in hooks]
+                self._sigterm.listen([self.train_loader, *loaders])
         path = self._resume_from
         if path is not None and not runner.iter:
             runner.resume(path)
@@ -211,8 +214,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not self.enabled:
             return
         self._start(runner)
-        self.catch_up()
-        self._iteration = runner.iter + 1
         # a runner without mmcv's OptimizerHook steps before any hook
         self._trained = runner.iter + int(self._steps_alone)
         model = runners.model_of(runner)
@@ -236,13 +237,13 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self.enabled and self.options.safe_save and not self._started:
             checkpoints.tidy(runner, self.log)  # a run that had ended resumes
         self.catch_up()
-        self._life.tell_not_recalibrated()
         self._life.finish()
-        self._sigterm.ignore()
+        if self._sigterm:
+            self._sigterm.ignore()
 
     def after_iteration(self, runner: Any) -> None:
         """Stop if SIGTERM has come; every hook of the iteration was called."""
-        if not self.options.save_on_sigterm or not self._sigterm.has_come():
+        if self._sigterm is None or not self._sigterm.has_come():
             return
         facts = runners.facts_of(runner, self.train_loader)
         # gradients that wait for a step are in no file
@@ -267,9 +268,9 @@ class EMAHook(Hook):  # type: ignore[misc]
         optimizers = runners.optimizers_of(runner)
         self._life.resume(checkpoint, model, optimizers)
         meta = checkpoint.get('meta', {})
-        self._epoch_samples = read_count(meta, sigterm.EPOCH_SAMPLES, 0)
+        self._epoch_samples = read_count(meta, EPOCH_SAMPLES, 0)
         # the runner would take it into later files
-        meta.pop(sigterm.EPOCH_SAMPLES, None)
+        meta.pop(EPOCH_SAMPLES, None)
         self._config = mmcv1.take_program(checkpoint)
         self._resumed_from = filename
 
@@ -282,7 +283,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             runner.meta.setdefault('config', self._config)
         if runner.max_epochs is None and self._saved_iteration:
             runner._iter = runner._inner_iter = self._saved_iteration
-        self._iteration = self._trained = runner.iter
+        self._trained = runner.iter
 
     @contextlib.contextmanager
     def evaluating(
@@ -356,14 +357,9 @@ class EMAHook(Hook):  # type: ignore[misc]
             mmcv1.put_iteration(checkpoint, self._trained)
 
         self._start(runner)
-        self.catch_up()
         model = runners.model_of(runner)
         with checkpoints.with_ema_part(runner, model, save, self._config):
             yield
-
-    def catch_up(self) -> None:
-        """Average a step now; other hooks may come before our turn."""
-        self._life.after_iteration(self._iteration)
 
     def make_equal(self, runner: Any, by_epoch: bool) -> None:
         """Make buffers equal on all ranks if all evaluate now, once.
@@ -396,19 +392,25 @@ class EMAHook(Hook):  # type: ignore[misc]
         if runner.max_epochs is None or runner.epoch + 1 < runner.max_epochs:
             return
         hooks = [hook for hook in runner.hooks if isinstance(hook, EvalHook)]
-        model, deploy = runners.model_of(runner), self._life.options.deploy
+        model, deploy = runners.model_of(runner), self.options.deploy
+        averager = self._life.begin_recalibration(model)
+        if averager is None:
+            return
 
         def metrics() -> Dict[str, Any]:
             self.tell_evaluation(deploy)
             with leaving_no_trace(model), self.only(runner, deploy):
                 return evaluate(hooks[0])
 
-        self._life.recalibrate(
+        recalibrate(
+            averager,
+            self.options,
             model,
             self.train_loader,
             lambda batch: runner.model.train_step(batch, runner.optimizer),
             metrics,
             lambda found: runners.choose_by(hooks[0], found),
+            self.log,
         )
 
     def add_scalars(self, runner: Any) -> None:
@@ -442,10 +444,12 @@ class EMAHook(Hook):  # type: ignore[misc]
             patches.remove_later(evaluates, 'file_client')
             checkpoints.tidy(runner, self.log)
         facts = runners.facts_of(runner, self.train_loader)
-        samples, self._epoch_samples = self._epoch_samples, 0
-        done = samples // (facts.batch_size * facts.world_size)
-        can_skip = runners.can_skip(runner)
-        self.skips = sigterm.skipped(done, runner, can_skip, self.log)
+        self.skips = 0
+        if self._epoch_samples:
+            batch = facts.batch_size * facts.world_size
+            done, self._epoch_samples = self._epoch_samples // batch, 0
+            can_skip = runners.can_skip(runner)
+            self.skips = skipped(done, runner, can_skip, self.log)
         self._steps_alone = not any(
             isinstance(x, OptimizerHook) for x in hooks
         )
@@ -456,7 +460,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         if self._life.is_applied:
             return
         self._start(runner)
-        self.catch_up()
         model = runners.model_of(runner)
         self._life.enter_evaluation(model)
         self._versions = {

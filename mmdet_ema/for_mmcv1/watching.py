@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdet_ema.checkpoint.folder import remove_stopped
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.for_mmcv1.checkpoints import save_whole, watch_loading
-from mmdet_ema.training import metrics
-from mmdet_ema.training.no_trace import same_randomness
+from mmdet_ema.training import passes
+from mmdet_ema.training.passes import same_randomness
 from mmdet_ema.training.patches import replacing, wrap_once
 
 _TRAINS = ('before_train_epoch', 'before_train_iter')
@@ -79,7 +79,9 @@ def watch(runner: Any, ema: Any) -> None:
             return method(moment)
         if moment == 'after_train_epoch':
             ema.make_equal(runner, by_epoch=True)
-            ema.recalibrate(runner, functools.partial(_metrics_of, runner))
+            if ema.options.recalibrate:
+                metrics = functools.partial(_metrics_of, runner)
+                ema.recalibrate(runner, metrics)
         with ema.evaluating(runner, holds=runs):
             return method(moment)
 
@@ -207,15 +209,9 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
     data and call the model themselves.
     """
     best: Any = getattr(hook, 'save_best', None)
-    if isinstance(best, str):
-        where = type(hook).__name__
-        given = best
-        best = metrics.monitored(ema.options, where, 'save_best', given)
-        if best != given:
-            said = metrics.renamed(where, 'save_best', given, [best])
-            ema.log.info(said)
-            hook.save_best = best
-    by_other = metrics.is_of_other(ema.options, best)
+    by_other = isinstance(best, str) and passes.check_monitored(
+        ema.options, type(hook).__name__, 'save_best', best
+    )
     if by_other:  # a part of the name of a file
         hook.key_indicator = best.replace('/', '_')
     others: Dict[str, Any] = {}
@@ -240,7 +236,7 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
             ema.tell_evaluation(name)
             with ema.only(runner, name):
                 found = _metrics_apart(hook, again, runner)
-            metrics.add_metrics(others, metrics.named(found, name))
+            passes.add_metrics(others, passes.named(found, name))
         ema.tell_evaluation()
         output = runner.log_buffer.output
         for name in others:  # of the last evaluation, if no logger is there
@@ -248,7 +244,7 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
         try:
             with ema.evaluating(runner):
                 result = again()
-            metrics.add_metrics(output, others)
+            passes.add_metrics(output, others)
             ema.tell_metrics(output)
         finally:
             others.clear()

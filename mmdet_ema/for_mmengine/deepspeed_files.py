@@ -34,10 +34,7 @@ def watch_saves(
 ) -> None:
     """Let a strategy write the whole file after its own.
 
-    Args:
-        strategy: The strategy of the run.
-        model: The model, unwrapped.
-        raw: A context with the raw weights in the model.
+    The model is unwrapped; in the context ``raw`` it has the raw weights.
     """
 
     def save_both(
@@ -85,17 +82,8 @@ def is_watched(strategy: Any) -> bool:
 def read_whole(folder: str, iteration: Optional[int]) -> Any:
     """Read the whole file of a folder that DeepSpeed has just loaded.
 
-    Args:
-        folder: The folder.
-        iteration: Iterations that DeepSpeed's part has seen; None if that
-            does not matter.
-
-    Returns:
-        The checkpoint; None if there is no such file.
-
-    Raises:
-        CheckpointError: If it is damaged, of another moment, or only some
-            ranks can see it.
+    None if there is no such file. It is refused where DeepSpeed's part has
+    seen other iterations, if they are given.
     """
     path = os.path.join(folder, WHOLE)
     seen = all_gather_object(os.path.isfile(path))

@@ -28,17 +28,17 @@ from mmdet_ema.for_mmengine import (
 )
 from mmdet_ema.for_mmengine import runner as runners
 from mmdet_ema.schedules import Schedule
-from mmdet_ema.training import sigterm
 from mmdet_ema.training.compatible import is_family
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import (
     NAMES,
-    RAW,
     Choice,
     parse_options,
     show_options,
 )
 from mmdet_ema.training.plan import batch_size_of, refuse_second
+from mmdet_ema.training.recalibrate import recalibrate
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm, skipped
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -138,17 +138,18 @@ class EMAHook(Hook):  # type: ignore[misc]
         self.priority = options.pop('priority', self.priority)
         choice, options = _rule_of_ones_own(options)
         checked = parse_options(choice, **options)
-        self.enabled = checked.enabled
+        self.enabled, self._options = checked.enabled, checked
         self._log = runners.RunLog()
         self._life = EMALifecycle(checked, self._log)
         self._model: Any = None  # unwrapped
         self._logger: Optional[LoggerHook] = None
-        self._iteration = 0
         self._configs: Dict[str, str] = {}
         # the set of weights of the pass that is going on
         self._weights: Optional[str] = None
         self._evaluates = self._trained = False
-        self._sigterm = sigterm.Sigterm(self._log)
+        self._sigterm: Optional[Sigterm] = None
+        if checked.save_on_sigterm:
+            self._sigterm = Sigterm(self._log)
         self._epoch_samples = 0  # of the resumed file
 
     show_options(__init__)
@@ -166,16 +167,17 @@ class EMAHook(Hook):  # type: ignore[misc]
         if not by_deepspeed:
             self._check_file(runner)
         self._model = runners.model_of(runner)
-        fsdp1.prepare(runner)
+        if is_fsdp1(self._model):
+            fsdp1.prepare(runner)
         if self.enabled:
             runners.refuse_strategy(runner)
             if by_deepspeed:
                 self._join_deepspeed(runner)
             evaluation.watch_loops(runner, self._life.passes, self._evaluating)
             if runners.is_training(runner):
-                self._check_order(runner)
-                options = self._life.options
-                evaluation.check_monitored(runner, options, self._log)
+                if self._options.recalibrate:
+                    self._check_order(runner)
+                evaluation.check_monitored(runner, self._options)
 
     def _join_deepspeed(self, runner: Any) -> None:
         """Write and read what its strategy does not ask hooks for."""
@@ -195,7 +197,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         if checkpoint is not None and resumes:
             checkpoint['optimizer'] = {}  # is in files of DeepSpeed's own
             self.after_load_checkpoint(runner, checkpoint)
-        elif self._life.options.strict_load and resumes:
+        elif self._options.strict_load and resumes:
             raise CheckpointError(
                 f'strict_load=True, but {folder!r} has no file '
                 f'{deepspeed_files.WHOLE} with averages. With '
@@ -227,13 +229,15 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._trained = False
         self._model = runners.model_of(runner)
         optimizers = runners.optimizers_of(runner)
-        skips = self._watch_iterations(runner)
+        skips = 0
+        if self._epoch_samples or self._sigterm:
+            skips = self._watch_iterations(runner)
         facts = runners.facts_of(runner, skips)
         self._life.start(self._model, facts, optimizers)
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
         self._logger = loggers[0] if loggers else None
         runners.show_distance(runner)
-        if self._life.options.safe_save:
+        if self._options.safe_save:
             checkpoints.tidy(runner, self._log)
 
     def _watch_iterations(self, runner: Any) -> int:
@@ -241,32 +245,27 @@ class EMAHook(Hook):  # type: ignore[misc]
 
         Returns how many iterations of the epoch are done already.
         """
-        samples, self._epoch_samples = self._epoch_samples, 0
+        stop, loop = self._sigterm, runner.train_loop
         batch = batch_size_of(runner.train_dataloader) * runner.world_size
-        stops = self._life.options.save_on_sigterm
+        done, self._epoch_samples = self._epoch_samples // batch, 0
 
         def after(done: int) -> None:
             # every rank asks in every iteration
-            told = stops and self._sigterm.has_come()
-            if told and runners.has_stepped(runner):
-                samples = done * batch
-                checkpoints.save_and_stop(runner, self._sigterm, samples)
+            if stop and stop.has_come() and runners.has_stepped(runner):
+                checkpoints.save_and_stop(runner, stop, done * batch)
 
-        loop, can_skip = runner.train_loop, runners.can_skip(runner)
-        skips = sigterm.skipped(samples // batch, loop, can_skip, self._log)
-        if stops:
-            self._sigterm.listen()
-            sigterm.spare_workers(runner.train_dataloader)
-            if runner.val_loop is not None:
-                sigterm.spare_workers(runner.val_loop.dataloader)
-        if skips or stops:
+        skips = skipped(done, loop, runners.can_skip(runner), self._log)
+        if stop:
+            validation = getattr(runner.val_loop, 'dataloader', None)
+            stop.listen([runner.train_dataloader, validation])
+        if skips or stop:
             runners.watch_iterations(runner, skips, after)
         return skips
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""
         if self.enabled:
-            if self._life.options.safe_save:
+            if self._options.safe_save:
                 checkpoints.save_safely(runner)
             self._life.before_epoch()
 
@@ -276,9 +275,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Start the average if its time has come."""
         if not self.enabled:
             return
-        # a hook that comes after ours may have changed the weights
-        self._life.after_iteration(self._iteration)
-        self._iteration = runner.iter + 1
         # another wrapper or optimizer may have taken the place of the last
         self._life.before_iteration(
             self._model,
@@ -297,11 +293,12 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Update the average if the weights changed."""
         if not self.enabled:
             return
-        self._life.after_iteration(self._iteration)
+        self._life.after_iteration()
         many = runner.world_size > 1
         if many and runners.will_validate(runner, by_epoch=False):
             self._life.synchronize()
-        self._recalibrate(runner, by_epoch=False)
+        if self._options.recalibrate and runners.ends(runner, by_epoch=False):
+            self._recalibrate(runner)
         # the distance costs a reading of the weights: only where it is logged
         logger, loader = self._logger, runner.train_dataloader
         interval = logger.interval if logger else 10
@@ -320,48 +317,49 @@ class EMAHook(Hook):  # type: ignore[misc]
         if runners.will_validate(runner, by_epoch=True):
             self._life.synchronize()
         self._life.tell_steps()
-        self._recalibrate(runner, by_epoch=True)
+        if self._options.recalibrate and runners.ends(runner, by_epoch=True):
+            self._recalibrate(runner)
 
     def _check_order(self, runner: Any) -> None:
         hooks = list(runner.hooks)
         before = hooks[: hooks.index(self)]
-        count = self._life.options.recalibrate
-        if count and any(isinstance(x, CheckpointHook) for x in before):
+        if any(isinstance(x, CheckpointHook) for x in before):
+            count = self._options.recalibrate
             raise OptionError(
                 f'recalibrate={count} with priority={show(self.priority)}: '
                 f'CheckpointHook would write the last file before; leave '
                 f'priority out.'
             )
 
-    def _recalibrate(self, runner: Any, by_epoch: bool) -> None:
+    def _recalibrate(self, runner: Any) -> None:
         """Estimate statistics again, before the last file is written."""
-        options = self._life.options
-        if not options.recalibrate or not runners.ends(runner, by_epoch):
-            return
-        self._life.after_iteration(self._iteration)
-        deploy = options.deploy
-        self._life.recalibrate(
-            self._model,
-            runner.train_dataloader,
-            functools.partial(runners.pass_forward, runner),
-            lambda: evaluation.evaluate_apart(
-                runner, self._evaluating, deploy, 'recalibrate'
-            ),
-            functools.partial(runners.choose_by, runner),
-        )
+        options, model = self._options, self._model
+        averager = self._life.begin_recalibration(model)
+        if averager is not None:
+            recalibrate(
+                averager,
+                options,
+                model,
+                runner.train_dataloader,
+                functools.partial(runners.pass_forward, runner),
+                lambda: evaluation.evaluate_apart(
+                    runner, self._evaluating(options.deploy), 'recalibrate'
+                ),
+                functools.partial(runners.choose_by, runner),
+                self._log,
+            )
 
     def after_train(self, runner: Any) -> None:
         """Stop listening to the optimizers."""
-        self._life.after_iteration(self._iteration)
-        self._life.tell_not_recalibrated()
+        self._life.after_iteration()
         self._life.finish()
-        self._sigterm.ignore()
+        if self._sigterm:
+            self._sigterm.ignore()
         self._trained = True
 
     def before_val_epoch(self, runner: Any) -> None:
         """Put the averages into the model."""
         if self.enabled and not self._evaluates:
-            self._life.after_iteration(self._iteration)
             self._life.tell_evaluation(self._weights)
             self._life.enter_evaluation(self._model, self._weights)
             self._evaluates = True
@@ -404,8 +402,6 @@ class EMAHook(Hook):  # type: ignore[misc]
             fsdp1.finish(self._model, checkpoint)
         if not self.enabled:
             return
-        # other hooks may save before our turn comes
-        self._life.after_iteration(self._iteration)
         if runner.model is not self._model:
             model = runners.model_of(runner)
             checkpoints.strip_wrapper(checkpoint, model)
@@ -414,8 +410,8 @@ class EMAHook(Hook):  # type: ignore[misc]
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Sort out which weights of the checkpoint go where."""
-        if self.enabled:  # some runners load before the run begins
-            runners.refuse_strategy(runner)
+        if self.enabled and self._model is None:
+            runners.refuse_strategy(runner)  # loads before the run begins
         checkpoints.unmake(checkpoint)
         self._model = model = runners.model_of(runner)
         optimizers = runners.optimizers_of(runner)
@@ -428,14 +424,11 @@ class EMAHook(Hook):  # type: ignore[misc]
             self._life.choose(checkpoint, model)
         elif runner._resume:
             checkpoints.refuse_foreign(checkpoint, self._log)
-            if RAW in self._life.passes[:-1]:
-                evaluation.rename_history(checkpoint)
             if runners.is_deepspeed(runner):
                 optimizers = []  # has their states in files of its own
             self._life.resume(checkpoint, model, optimizers)
-            self._epoch_samples = read_count(
-                checkpoint['meta'], sigterm.EPOCH_SAMPLES, 0
-            )
+            meta = checkpoint['meta']
+            self._epoch_samples = read_count(meta, EPOCH_SAMPLES, 0)
         else:
             self._life.fine_tune(checkpoint, model)
 

@@ -13,16 +13,16 @@ import functools
 import itertools
 import os
 from collections import defaultdict
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any, Callable, ContextManager, Dict, Iterator, Sequence
 
 from mmengine.runner import BaseLoop
 
 from mmdet_ema.for_mmengine.runner import model_of, schedulers_of
-from mmdet_ema.training import metrics as names_of_metrics
-from mmdet_ema.training.metrics import add_metrics, named
-from mmdet_ema.training.no_trace import leaving_no_trace
+from mmdet_ema.training import passes
 from mmdet_ema.training.options import Options
+from mmdet_ema.training.passes import add_metrics, leaving_no_trace, named
 from mmdet_ema.training.patches import replacing
 
 _ENDS = {
@@ -37,17 +37,19 @@ _OUTPUTS = """
 """
 _MARK = '_mmdet_ema_guard'
 Evaluating = Callable[[str], ContextManager[None]]
+Kept = Dict[int, Dict[str, Any]]
 
 
 def watch_loops(
-    runner: Any, passes: Sequence[str], evaluating: Evaluating
+    runner: Any, sets: Sequence[str], evaluating: Evaluating
 ) -> None:
     """Let each evaluation loop, there or to come, run once a set of weights.
 
     ``evaluating`` is a context for a pass on the set of that name: it takes
     the set out again, which a loop that fails would not. The last one of
-    ``passes`` has the plain names.
+    ``sets`` has the plain names.
     """
+    *others, main = sets
 
     def watch(loop: Any) -> Any:
         run = loop.run
@@ -55,8 +57,15 @@ def watch_loops(
         @functools.wraps(run)
         def run_passes(*args: Any, **kwargs: Any) -> Any:
             once = functools.partial(run, *args, **kwargs)
+            # a loop over two data sets reports twice in a pass: one dict each
+            kept: Kept = defaultdict(dict)
             with _metrics_of(loop) as metrics:
-                return _run_passes(runner, metrics, passes, evaluating, once)
+                for name in others:
+                    context = evaluating(name)
+                    _run_apart(runner, metrics, context, once, name, kept)
+                told = _telling(runner, kept) if others else nullcontext()
+                with told, evaluating(main):
+                    return once()
 
         if not getattr(run, _MARK, False):
             setattr(run_passes, _MARK, True)
@@ -75,70 +84,30 @@ def watch_loops(
             setattr(runner, name, functools.partial(watched, build))
 
 
-def check_monitored(runner: Any, options: Options, log: Any) -> None:
-    """Check that nothing waits for metrics of weights not evaluated.
-
-    What waits for one by its name of version 0.1 gets that of today.
-    """
+def check_monitored(runner: Any, options: Options) -> None:
+    """Check that nothing waits for metrics of weights not evaluated."""
     owners = [*runner.hooks, *schedulers_of(runner)]
     for owner, word in itertools.product(owners, ('save_best', 'monitor')):
         given: Any = getattr(owner, word, None)
-        where = type(owner).__name__
-        new = {
-            name: names_of_metrics.monitored(options, where, word, name)
-            for name in (given if isinstance(given, list) else [given])
-            if isinstance(name, str)
-        }
-        if [*new] == [*new.values()]:
-            continue
-        for attribute in (word, 'key_indicators'):
-            names: Any = getattr(owner, attribute, None)
-            if isinstance(names, list):
-                setattr(owner, attribute, [new[name] for name in names])
-            elif isinstance(names, str):
-                setattr(owner, attribute, new[names])
-        # of CheckpointHook: the rule was found by the name, and stays
-        better: Any = getattr(owner, 'is_better_than', None)
-        if isinstance(better, dict):
-            owner.is_better_than = {new[k]: x for k, x in better.items()}
-        today = new.values()
-        log.info(names_of_metrics.renamed(where, word, given, today))
+        for name in given if isinstance(given, list) else [given]:
+            if isinstance(name, str):
+                where = type(owner).__name__
+                passes.check_monitored(options, where, word, name)
 
 
-def rename_history(checkpoint: Any) -> None:
-    """Give metrics in the history of a checkpoint their names of today.
-
-    Else a run that resumes forgets its best file, and logs the last value
-    under the old name for ever.
-    """
-    today, hub = names_of_metrics.of_version_0_1, checkpoint.get('message_hub')
-    for part in hub.values() if isinstance(hub, dict) else ():
-        if isinstance(part, dict):
-            items = [(today(name), value) for name, value in part.items()]
-            part.clear()
-            part.update(items)
-
-
-def _run_passes(
+def _run_apart(
     runner: Any,
     metrics: Sequence[Any],
-    passes: Sequence[str],
-    evaluating: Evaluating,
+    evaluating: ContextManager[None],
     run: Callable[[], Any],
-) -> Any:
-    """Run a loop once a set; every pass but the last leaves no trace."""
-    if len(passes) == 1:
-        with evaluating(passes[0]):
-            return run()
-    # a loop over two data sets reports twice in a pass: one dict each
-    kept: Dict[int, Dict[str, Any]] = defaultdict(dict)
-    for name in passes[:-1]:
-        leaving = leaving_no_trace(model_of(runner))
-        files = _own_files(metrics, name)
-        with leaving, files, _telling(runner, kept, name), evaluating(name):
-            run()
-    with _telling(runner, kept), evaluating(passes[-1]):
-        return run()
+    name: str,
+    kept: Kept,
+) -> None:
+    """Run a loop without a trace; its metrics are kept under a name."""
+    leaving = leaving_no_trace(model_of(runner))
+    files = _own_files(metrics, name)
+    with leaving, files, _telling(runner, kept, name), evaluating:
+        run()
 
 
 @contextlib.contextmanager
@@ -156,9 +125,7 @@ def _metrics_of(loop: Any) -> Iterator[Sequence[Any]]:
 
 
 @contextlib.contextmanager
-def _telling(
-    runner: Any, kept: Dict[int, Dict[str, Any]], name: str = ''
-) -> Iterator[None]:
+def _telling(runner: Any, kept: Kept, name: str = '') -> Iterator[None]:
     """Let hooks hear of the metrics of all passes in the last one, once.
 
     Before it, in a pass with a name, they are kept: a hook that logs, or
@@ -210,26 +177,22 @@ def _own_files(metrics: Sequence[Any], name: str) -> Iterator[None]:
 
 
 def evaluate_apart(
-    runner: Any, evaluating: Evaluating, weights: str, name: str
+    runner: Any, evaluating: ContextManager[None], name: str
 ) -> Dict[str, Any]:
     """Return the numbers of a pass of its own, which hooks do not report.
 
     Files of metrics have ``name`` in theirs.
     """
     loop: Any = runner.val_loop
-    found: Dict[str, Any] = {}
-    leaving = leaving_no_trace(model_of(runner))
-    files = functools.partial(_own_files, name=name)
-    telling = _telling(runner, defaultdict(dict), name)
-    with _metrics_of(loop) as metrics, leaving, files(metrics), telling:
-        call_hook = runner.call_hook
-
-        def call(stage: str, **kwargs: Any) -> None:
-            if stage == 'after_val_epoch':
-                found.update(kwargs.get('metrics') or {})
-            call_hook(stage, **kwargs)
-
-        with evaluating(weights), replacing(runner, 'call_hook', call):
-            # once, not once a set
-            getattr(loop.run, '__wrapped__', loop.run)()
-    return {k: x for k, x in found.items() if isinstance(x, Real)}
+    # once, not once a set
+    run = getattr(loop.run, '__wrapped__', loop.run)
+    kept: Kept = defaultdict(dict)
+    with _metrics_of(loop) as metrics:
+        _run_apart(runner, metrics, evaluating, run, name, kept)
+    end = len(passes.metric_of(name, ''))
+    return {
+        metric[:-end]: x
+        for found in kept.values()
+        for metric, x in found.items()
+        if isinstance(x, Real)
+    }

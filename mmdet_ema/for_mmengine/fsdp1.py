@@ -103,14 +103,7 @@ def begin(
 ) -> None:
     """Make a checkpoint what FSDP1 loads; on all ranks.
 
-    Args:
-        model: The model.
-        checkpoint: What this rank has read.
-        optimizers: The optimizers of the run.
-        path: The local file, or folder of files, that it was read from.
-
-    Raises:
-        CheckpointError: If it is of other ranks, or another optimizer.
+    This rank has read it from the local file, or folder of files, ``path``.
     """
     if is_local(model):
         _check_set(checkpoint.get(_SET), path)

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import re
-from typing import Any, Callable, List, Mapping, Optional, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Set, Tuple
 
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -71,30 +71,33 @@ def model_of(runner: Any) -> nn.Module:
     FSDP1's stays: without it nobody knows the whole parameters.
     """
     model = runner.model
-    while not is_fsdp1(model) and (
-        is_model_wrapper(model) or isinstance(model, BaseTTAModel)
-    ):
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        if is_fsdp1(model):
+            break
         model = model.module
     return model  # type: ignore[no-any-return]
 
 
 def is_deepspeed(runner: Any) -> bool:
     """Return whether DeepSpeed steps the model and writes the files."""
+    return 'DeepSpeedStrategy' in _kinds_of(runner)
+
+
+def _kinds_of(runner: Any) -> Set[str]:
     kinds = type(getattr(runner, 'strategy', None)).__mro__
-    return any(kind.__name__ == 'DeepSpeedStrategy' for kind in kinds)
+    return {kind.__name__ for kind in kinds}
 
 
 def refuse_strategy(runner: Any) -> None:
     """Refuse what shards a model in a way that is not averaged."""
-    strategy = getattr(runner, 'strategy', None)
-    kinds = {kind.__name__ for kind in type(strategy).__mro__}
+    strategy, kinds = getattr(runner, 'strategy', None), _kinds_of(runner)
     if 'ColossalAIStrategy' in kinds:
         raise OptionError(
             'strategy of type ColossalAIStrategy: EMAHook is not asked when '
             'it writes and reads files, so that no average would be saved; '
             "use strategy=dict(type='FSDP2Strategy') or DDPStrategy."
         )
-    if is_deepspeed(runner):
+    if 'DeepSpeedStrategy' in kinds:
         if not is_training(runner):
             raise OptionError(
                 f'DeepSpeedStrategy evaluates no averages: test the file '
@@ -126,10 +129,15 @@ def refuse_strategy(runner: Any) -> None:
 
 def optimizers_of(runner: Any) -> List[Optimizer]:
     """Return every optimizer of the run that is made by now."""
-    found = [getattr(w, 'optimizer', None) for w in _wrappers(runner)]
-    if is_deepspeed(runner):  # its own calls the one that it was given
-        found = [getattr(x, 'optimizer', x) for x in found]
-    return [optimizer for optimizer in found if optimizer is not None]
+    found = []
+    for wrapper in _wrappers(runner):
+        optimizer = getattr(wrapper, 'optimizer', None)
+        if not isinstance(optimizer, Optimizer) and is_deepspeed(runner):
+            # its own calls the one that it was given
+            optimizer = getattr(optimizer, 'optimizer', optimizer)
+        if optimizer is not None:
+            found.append(optimizer)
+    return found
 
 
 def _wrappers(runner: Any) -> List[Any]:
@@ -152,9 +160,8 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
     if is_deepspeed(runner):
         counts = [runner.model.gradient_accumulation_steps()]
     loop, loader = runner.train_loop, runner.train_dataloader
-    by_epoch = not hasattr(loop, 'dataloader_iterator')
     max_iters = loop.max_iters
-    if by_epoch:
+    if _by_epoch(loop):
         # on resume with another batch size the loop's own number is wrong
         epochs = max(loop.max_epochs - runner.epoch, 0)
         max_iters = runner.iter - skips + epochs * len(loader)
@@ -162,7 +169,7 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
         iteration=runner.iter,
         max_iters=max_iters,
         max_epochs=loop.max_epochs,
-        by_epoch=by_epoch,
+        by_epoch=_by_epoch(loop),
         accumulation=min(counts, default=1),
         batch_size=batch_size_of(loader),
         world_size=runner.world_size,
@@ -175,6 +182,11 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
             "Use default_hooks = dict(ema=dict(type='EMAHook')) instead.",
         ),
     )
+
+
+def _by_epoch(loop: Any) -> bool:
+    """Return whether a training loop counts epochs."""
+    return not hasattr(loop, 'dataloader_iterator')
 
 
 def can_skip(runner: Any) -> bool:
@@ -195,7 +207,7 @@ def watch_iterations(
     loop = runner.train_loop
     # one of an earlier training in this process
     vars(loop).pop('run_iter', None)
-    run, by_epoch = loop.run_iter, not hasattr(loop, 'dataloader_iterator')
+    run = loop.run_iter
 
     @functools.wraps(run)
     def run_iter(*args: Any) -> None:
@@ -204,7 +216,7 @@ def watch_iterations(
             skips -= 1
             return
         run(*args)
-        after(args[0] + 1 if by_epoch else 0)
+        after(args[0] + 1 if _by_epoch(loop) else 0)
 
     loop.run_iter = run_iter
 
@@ -245,7 +257,7 @@ def ends(runner: Any, by_epoch: bool) -> bool:
     One of the two: whatever the loop counts, and writes files after.
     """
     loop = runner.train_loop
-    if by_epoch == hasattr(loop, 'dataloader_iterator'):
+    if by_epoch != _by_epoch(loop):
         return False
     if by_epoch:
         return bool(loop.epoch + 1 >= loop.max_epochs)

@@ -54,7 +54,7 @@ from mmdet_ema.for_mmengine.runner import (
     pass_forward,
 )
 from mmdet_ema.schedules import Schedule
-from mmdet_ema.training.no_trace import same_randomness
+from mmdet_ema.training.passes import same_randomness
 from mmdet_ema.training.recalibrate import (
     batch_statistics,
     first_batches,
@@ -142,26 +142,14 @@ class _Unwrapped(Runner):  # type: ignore[misc]
 def evaluate_weights(
     runner: Any, state: Mapping[str, Tensor]
 ) -> Dict[str, float]:
-    """Return the metrics of weights, by the validation of a runner.
+    """Return the metrics of weights that are numbers.
 
     Call it on all ranks, with the same weights.
-
-    Args:
-        runner: One that :func:`runner_of` made.
-        state: Weights by the names of the model's ``state_dict``.
-
-    Returns:
-        Metrics by name; numbers only.
-
-    Raises:
-        CheckpointError: If the weights do not fit the model.
     """
     load(runner, state)
     with _quiet():
         # what is in the model, as it is
-        found = evaluate_apart(
-            runner, lambda weights: contextlib.nullcontext(), '', 'tune'
-        )
+        found = evaluate_apart(runner, contextlib.nullcontext(), 'tune')
     return {name: float(value) for name, value in found.items()}
 
 
@@ -170,14 +158,7 @@ def recalibrated(
 ) -> Dict[str, Tensor]:
     """Return weights with BatchNorm statistics of training data.
 
-    Args:
-        runner: One that :func:`runner_of` made.
-        state: Weights by the names of the model's ``state_dict``.
-        batches: Batches of training data, the same in every call.
-
-    Raises:
-        OptionError: If the config has no training data, or the model no
-            BatchNorm layer in training mode.
+    The batches are the same in every call.
     """
     if runner.cfg.get('train_dataloader') is None:
         raise OptionError(
@@ -213,11 +194,7 @@ def recalibrated(
 
 
 def load(runner: Any, state: Mapping[str, Tensor]) -> None:
-    """Copy weights into the model of a runner.
-
-    Raises:
-        CheckpointError: If they do not fit it.
-    """
+    """Copy weights into the model of a runner, or say that they do not fit."""
     model = model_of(runner)
     try:
         check_fit(model.state_dict(), state, strict=True)
@@ -237,25 +214,14 @@ def _quiet() -> Iterator[None]:
 
 @dataclass
 class Row:
-    """Weights that were evaluated.
+    """Weights that were evaluated."""
 
-    Attributes:
-        name: ``'raw'``, the name of an average in the last file, or
-            ``'window'``.
-        length: Of the window in steps, None if it is not known.
-        combination: How they are made of files.
-        schedule: The average that a window stands for; None for what is in
-            the last file.
-        metrics: Of these weights.
-        recalibrated: Of the same with statistics of training data; empty
-            where that was not asked for.
-    """
-
-    name: str
-    length: Optional[float]
-    combination: Combination
-    schedule: Optional[Schedule] = None
+    name: str  # 'raw', that of an average in the last file, or 'window'
+    length: Optional[float]  # of the window in steps, if it is known
+    combination: Combination  # of files
+    schedule: Optional[Schedule] = None  # the average a window stands for
     metrics: Dict[str, float] = field(default_factory=dict)
+    # of the same with statistics of training data, if that was asked for
     recalibrated: Dict[str, float] = field(default_factory=dict)
 
     @property
@@ -272,29 +238,17 @@ class Row:
 
 @dataclass
 class Tuned:
-    """What :func:`tune` found.
+    """What :func:`tune` found."""
 
-    Attributes:
-        rows: Raw weights, averages of the last file, windows.
-        metric: The metric that is compared.
-        greater: Whether higher is better.
-        refused: Windows that the files do not allow.
-        next_time: What to record to reach them.
-        best: The best row.
-        is_recalibrated: Whether it is so with statistics of training data.
-        weights: Its weights.
-        run: The files.
-    """
-
-    rows: List[Row]
-    metric: str
-    greater: bool
-    refused: List[Window]
-    next_time: List[str]
+    run: Run  # the files
+    rows: List[Row]  # raw weights, averages of the last file, windows
+    metric: str  # that is compared
+    greater: bool  # whether higher is better
+    refused: List[Window]  # that the files do not allow
+    next_time: List[str]  # what to record to reach them
     best: Row
-    is_recalibrated: bool
-    weights: Dict[str, Tensor]
-    run: Run
+    is_recalibrated: bool  # whether it is so with statistics of training data
+    weights: Dict[str, Tensor]  # those of the best one
 
 
 def tune(
@@ -352,10 +306,8 @@ def tune(
         )
     if not chosen or best is None:
         raise OptionError(_NOTHING)
-    return Tuned(
-        *(rows, chosen, greater, refused, how_to_reach(run, made, refused)),
-        *(best[1], best[2], best[3], run),
-    )
+    next_time = how_to_reach(run, made, refused)
+    return Tuned(run, rows, chosen, greater, refused, next_time, *best[1:])
 
 
 def _in_last_file(run: Run) -> List[Row]:
@@ -386,11 +338,7 @@ def duration(seconds: float) -> str:
 def choose(
     runner: Any, metrics: Mapping[str, float], name: Optional[str]
 ) -> Tuple[str, bool]:
-    """Return the metric that is compared, and if higher is better.
-
-    Raises:
-        OptionError: If there is none of that name, or none at all.
-    """
+    """Return the metric that is compared, and if higher is better."""
     if not metrics:
         raise OptionError(_NOTHING)
     if name is None:

@@ -12,23 +12,18 @@ import math
 import os
 from typing import (
     Any,
-    Callable,
     ContextManager,
     Dict,
-    Iterable,
     Mapping,
     Optional,
     Sequence,
     Set,
-    Tuple,
 )
 
-import torch
 from torch import nn
 
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import MAIN
-from mmdet_ema.averaging.distributed import add_up
 from mmdet_ema.averaging.shards import gather
 from mmdet_ema.averaging.state import read_count
 from mmdet_ema.averaging.tensors import select
@@ -38,9 +33,10 @@ from mmdet_ema.checkpoint.start import START, is_there, keep_start, start_name
 from mmdet_ema.errors import NonFiniteError
 from mmdet_ema.optimizers.nominal import scale_weight_decay
 from mmdet_ema.schedules import check_decay
-from mmdet_ema.training import recalibrate, report, resume
+from mmdet_ema.training import passes, report, resume
 from mmdet_ema.training.options import RAW, Options
 from mmdet_ema.training.plan import Plan, RunFacts, check_begin, has_begun
+from mmdet_ema.training.recalibrate import layers_to_estimate
 from mmdet_ema.training.steps import TELLS_OF_STEPS, WeightChanges
 from mmdet_ema.version import __version__
 
@@ -69,7 +65,9 @@ class EMALifecycle:
         self._changes: Optional[WeightChanges] = None
         self._first: Dict[str, int] = {}
         self._iterations = self._told_iterations = self._replacements = 0
-        self._updated_at = self._told_skipped = self._restarted = 0
+        # the present one from 1, and that of the last update
+        self._iteration = self._updated_at = 0
+        self._told_skipped = self._restarted = 0
         self._start: Any = None  # fingerprint of the starting weights
         # the step after which a decay was last changed; 0 if it never was
         self._changed_at = 0
@@ -129,6 +127,9 @@ class EMALifecycle:
 
         The model is unwrapped, the optimizers are those of now.
         """
+        # what comes after us may have changed the weights of the last one
+        self.after_iteration()
+        self._iteration = iteration + 1
         averager, changes, plan = self.averager, self._changes, self._plan
         if averager is not None and averager.is_applied:
             self._log.warning(
@@ -153,7 +154,8 @@ class EMALifecycle:
             # the steps before are told of at the end, too
             self._first['num_steps'] -= averager.num_steps
             averager.restart()
-            self._keep_start(averager)
+            if self.options.posthoc:
+                self._keep_start(averager)
             self._log.info(
                 f'EMA: epoch {epoch + 1}: the averages start again from the '
                 f'raw weights (restart_epochs).'
@@ -175,7 +177,7 @@ class EMALifecycle:
     def _keep_start(self, averager: WeightAverager, new: bool = True) -> None:
         """Keep the starting weights in the work folder, or look for them."""
         folder = self._plan.facts.folder if self._plan else ''
-        if not folder or not self.options.posthoc or self._only_evaluates:
+        if not folder or self._only_evaluates:
             return
         path = os.path.join(folder, start_name(self._restarted))
         if new:
@@ -198,8 +200,11 @@ class EMALifecycle:
             self._end_overlap(averager)
         averager.before_step()
 
-    def after_iteration(self, iteration: int) -> None:
-        """Update the average if the weights changed in this one, from 1."""
+    def after_iteration(self) -> None:
+        """Update the average if the weights changed; safe to call again.
+
+        Others may evaluate or save before an adapter's turn comes.
+        """
         averager, changes = self.averager, self._changes
         if averager is None:
             return
@@ -207,7 +212,7 @@ class EMALifecycle:
             try:
                 averager.wait()
                 self._tell_skipped(averager)
-                self._updated_at = iteration
+                self._updated_at = self._iteration
                 if not changes.told:
                     self._end_overlap(averager)
                 averager.update()
@@ -215,7 +220,7 @@ class EMALifecycle:
                 k = self.options.interval
                 seen = '' if k == 1 else f' (weights are seen every {k} steps)'
                 raise NonFiniteError(
-                    f'iteration {iteration}{seen}: {error}'
+                    f'iteration {self._iteration}{seen}: {error}'
                 ) from None
         self._tell_skipped(averager)
 
@@ -238,6 +243,13 @@ class EMALifecycle:
 
     def finish(self) -> None:
         """Stop listening to the optimizers; the average stays."""
+        plan, count = self._plan, self._estimates
+        if count and self._iterations and plan and plan.facts.recalibrates:
+            self._estimates = 0
+            self._log.warning(
+                f'EMA: recalibrate={count} has had no effect: training ended '
+                f'before its last epoch or iteration.'
+            )
         if self._changes is not None:
             self._changes.detach()
             self._changes = None
@@ -299,6 +311,7 @@ class EMALifecycle:
         self, model: nn.Module, weights: Optional[str] = None
     ) -> None:
         """Put one of ``passes`` into the model, the main one by default."""
+        self.after_iteration()
         if self._pending is not None:
             self._make_averager(model)
         if self.averager is None:
@@ -319,11 +332,12 @@ class EMALifecycle:
         """Say whose metrics come next: of ``passes``, by default the last."""
         if self._only_evaluates or not self.options.enabled:
             return  # said when the file was read
+        self.after_iteration()
         weights = weights or self.passes[-1]
         if self.averager is None:
             said = 'the raw weights: the average has not begun'
         else:
-            said = report.sets_of_weights([weights])
+            said = passes.sets_of_weights([weights])
             if weights != RAW:
                 updates = self.averager.progress(weights)['num_updates']
                 said = f'{said} (n={updates})'
@@ -331,87 +345,34 @@ class EMALifecycle:
 
     def tell_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of several sets of weights side by side."""
-        table = report.compare(metrics, self.passes)
-        if table:
-            self._log.info(table)
+        if len(self.passes) > 1:
+            table = passes.compare(metrics, self.passes)
+            if table:
+                self._log.info(table)
 
-    def recalibrate(
-        self,
-        model: nn.Module,
-        loader: Iterable[Any],
-        forward: Callable[[Any], Any],
-        evaluate: Callable[[], Metrics],
-        choose_by: Callable[[Metrics], Tuple[str, bool]],
-    ) -> None:
-        """Estimate the deployed BatchNorm statistics again; keep the better.
+    def begin_recalibration(
+        self, model: nn.Module
+    ) -> Optional[WeightAverager]:
+        """Return the averages whose statistics are estimated again, if any.
 
         Call it at the end, on all ranks, before the last file is written.
-        ``forward`` calls the model on a batch, as training does; ``evaluate``
-        returns the metrics of the deployed averages, at least on rank 0;
-        ``choose_by`` that which is compared, and whether higher is better.
         """
+        self.after_iteration()
         averager, plan, count = self.averager, self._plan, self._estimates
         if not count or plan is None or not plan.facts.recalibrates:
-            return
-        self._estimates = 0
-        said = f'EMA: recalibrate={count}'
-        layers = recalibrate.layers_to_estimate(model)
-        if averager is None or not layers:
+            return None
+        self._estimates, lack = 0, ''
+        if averager is None:
+            lack = 'the average has not begun'
+        elif not layers_to_estimate(model):
             lack = 'no BatchNorm layer is in training mode'
-            if averager is None:
-                lack = 'the average has not begun'
-            self._log.warning(f'{said} has no effect: {lack}.')
-            return
-        self.synchronize()
-        self._log.info(
-            f'{said}: estimating the statistics of {len(layers)} BatchNorm '
-            f'layers; they are evaluated before and after'
-        )
-        before = evaluate()
-        deploy = self.options.deploy
-        with averager.applied(deploy):
-            batches = recalibrate.first_batches(loader, count)
-            estimates = recalibrate.batch_statistics(model, batches, forward)
-        averages = dict(averager.named_parts(deploy))
-        old = {name: averages[name].clone() for name in estimates}
-        is_kept = False
-        try:
-            for name, estimate in estimates.items():
-                averages[name].copy_(estimate)
-            after = evaluate()
-            if after:
-                metric, greater = choose_by(after)
-                left, right = before[metric], after[metric]
-                is_kept = recalibrate.is_better(left, right, greater)
-            # where rank 0 alone has metrics the others do what it does
-            votes = torch.tensor([float(is_kept)], dtype=torch.float64)
-            add_up([votes])
-            is_kept = bool(votes)
-        finally:
-            if not is_kept:
-                for name, value in old.items():
-                    averages[name].copy_(value)
-        if not after:
-            self._log.warning(f'{said} has no effect: there are no metrics.')
-            return
-        table = report.side_by_side({'after': after, 'before': before})
-        self._log.info(table)
-        better = 'higher' if greater else 'lower'
-        kept = 'the new ones are kept' if is_kept else 'the old ones stay'
-        self._log.info(
-            f'{said}: {kept}: {metric} {left:.4f} before, {right:.4f} after '
-            f'({better} is better)'
-        )
-
-    def tell_not_recalibrated(self) -> None:
-        """Warn where training has ended before its last epoch."""
-        plan, count = self._plan, self._estimates
-        if count and self._iterations and plan and plan.facts.recalibrates:
-            self._estimates = 0
+        if lack:
             self._log.warning(
-                f'EMA: recalibrate={count} has had no effect: training ended '
-                f'before its last epoch or iteration.'
+                f'EMA: recalibrate={count} has no effect: {lack}.'
             )
+            return None
+        self.synchronize()
+        return averager
 
     def leave_evaluation(self) -> None:
         """Put the raw weights back; safe to call at any time."""
@@ -426,6 +387,7 @@ class EMALifecycle:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Give a checkpoint with the live weights its EMA part, in place."""
+        self.after_iteration()
         averager, deploy = self.averager, self.options.deploy
         averages: Metrics = {}
         raws: Metrics = {}
@@ -465,29 +427,20 @@ class EMALifecycle:
         optimizers: Sequence[Any],
     ) -> None:
         """Go on from a checkpoint; see ``resume.for_resume``."""
-        log, enabled = self._log, self.options.enabled
-        strict = self.options.strict_load and enabled
-        part = resume.for_resume(checkpoint, model, strict, log, enabled)
-        ema_format.check_training_state(checkpoint, optimizers, log)
-        self._expect(part if enabled else None)
-        if not enabled:
-            log.warning(
-                'EMA: enabled=False: training goes on from the raw weights, '
-                'without an average.'
-            )
+        options, log = self.options, self._log
+        self._expect(
+            resume.for_resume(checkpoint, model, optimizers, options, log)
+        )
 
     def fine_tune(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Start again from a checkpoint's weights."""
-        enabled = self.options.enabled
-        resume.for_fine_tuning(checkpoint, model, self._log, enabled)
+        resume.for_fine_tuning(checkpoint, model, self.options, self._log)
         self._expect(None)
 
     def choose(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """Evaluate a checkpoint; see ``resume.for_evaluation``."""
-        passes = self.passes
-        if len(passes) > 1 and not self.options.enabled:
-            passes = passes[-1:]  # there is no second pass
-        part = resume.for_evaluation(checkpoint, model, passes, self._log)
+        options, log = self.options, self._log
+        part = resume.for_evaluation(checkpoint, model, options, log)
         self._expect(part, only_evaluates=True)
 
     def _expect(
@@ -510,32 +463,15 @@ class EMALifecycle:
         if plan is not None:
             averager.schedules.update(plan.schedules)
         if part is not None:
-            names, states = averager.names, part.states()
-            said = [f'the checkpoint has the averages {", ".join(states)}']
-            said += [
-                f'{name} starts from the raw weights, n = 0'
-                for name in names
-                if name not in states
-            ]
-            said += [
-                f'{name} is dropped' for name in states if name not in names
-            ]
-            # the report has the main one
-            changed = [
-                f'{name} goes on with {schedule}, not '
-                f'{states[name].get("schedule")}'
-                for name, schedule in (plan.more if plan else {}).items()
-                if name in states
-                and states[name].get('schedule') != str(schedule)
-            ]
-            if len(said + changed) > 1:
-                self._log.warning(f'EMA: {"; ".join(said + changed)}.')
+            states, more = part.states(), plan.more if plan else {}
+            changed = resume.tell_sets(states, averager.names, more, self._log)
             if plan and (plan.has_changed or changed):
                 self._changed_at = part.steps
             # a file without the main ones deploys others in their place
             main = states.pop(MAIN, None) or states[part.deployed]
             averager.load_state_dict({**main, 'more': states}, strict=False)
-        self._keep_start(averager, new=part is None)
+        if options.posthoc:
+            self._keep_start(averager, new=part is None)
         self._told_skipped = averager.known_skipped
         return averager
 
@@ -548,18 +484,6 @@ class EMALifecycle:
         else:
             entries = select(model, options.update_buffers, options.copied)
         report.report(self._plan, entries, self._log)
-        if options.overlap and not TELLS_OF_STEPS:
-            self._log.warning(
-                f'EMA: overlap=True has no effect: torch {torch.__version__} '
-                f'does not tell of the steps of optimizers, 2.0 does.'
-            )
-        elif options.overlap and not any(
-            p.is_cuda for p in model.parameters()
-        ):
-            self._log.warning(
-                'EMA: overlap=True has no effect on a CPU, where an update '
-                'takes its time from the training wherever it runs.'
-            )
 
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:

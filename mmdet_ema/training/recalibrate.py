@@ -9,14 +9,86 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.distributed import add_up
-from mmdet_ema.training.no_trace import leaving_no_trace
+from mmdet_ema.training.options import Options
+from mmdet_ema.training.passes import leaving_no_trace, side_by_side
+
+Metrics = Mapping[str, Any]
+
+
+def recalibrate(
+    averager: WeightAverager,
+    options: Options,
+    model: nn.Module,
+    loader: Iterable[Any],
+    forward: Callable[[Any], Any],
+    evaluate: Callable[[], Metrics],
+    choose_by: Callable[[Metrics], Tuple[str, bool]],
+    log: Any,
+) -> None:
+    """Estimate statistics of the deployed averages again; keep the better.
+
+    Call it on all ranks, with averages that are equal there. ``forward`` calls
+    the model on a batch, as training does; ``evaluate`` returns the metrics of
+    these averages, at least on rank 0; ``choose_by`` that which is compared,
+    and whether higher is better.
+    """
+    deploy, count = options.deploy, options.recalibrate
+    said = f'EMA: recalibrate={count}'
+    log.info(
+        f'{said}: estimating the statistics of '
+        f'{len(layers_to_estimate(model))} BatchNorm layers; they are '
+        f'evaluated before and after'
+    )
+    before = evaluate()
+    with averager.applied(deploy):
+        batches = first_batches(loader, count)
+        estimates = batch_statistics(model, batches, forward)
+    averages = dict(averager.named_parts(deploy))
+    old = {name: averages[name].clone() for name in estimates}
+    is_kept = False
+    try:
+        for name, estimate in estimates.items():
+            averages[name].copy_(estimate)
+        after = evaluate()
+        if after:
+            metric, greater = choose_by(after)
+            left, right = before[metric], after[metric]
+            is_kept = is_better(left, right, greater)
+        # where rank 0 alone has metrics the others do what it does
+        votes = torch.tensor([float(is_kept)], dtype=torch.float64)
+        add_up([votes])
+        is_kept = bool(votes)
+    finally:
+        if not is_kept:
+            for name, value in old.items():
+                averages[name].copy_(value)
+    if not after:
+        log.warning(f'{said} has no effect: there are no metrics.')
+        return
+    log.info(side_by_side({'after': after, 'before': before}))
+    better = 'higher' if greater else 'lower'
+    kept = 'the new ones are kept' if is_kept else 'the old ones stay'
+    log.info(
+        f'{said}: {kept}: {metric} {left:.4f} before, {right:.4f} after '
+        f'({better} is better)'
+    )
 
 
 def layers_to_estimate(model: nn.Module) -> Dict[str, nn.Module]:

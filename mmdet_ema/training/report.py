@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterator, List, Mapping, Sequence
+from typing import Any, Iterator, List, Sequence
+
+import torch
 
 from mmdet_ema import schedules
 from mmdet_ema.averaging.averager import WeightAverager
-from mmdet_ema.averaging.averages import MAIN, POSTHOC
+from mmdet_ema.averaging.averages import POSTHOC
 from mmdet_ema.averaging.tensors import Entry, count_roles
 from mmdet_ema.errors import show
 from mmdet_ema.schedules import Schedule, decay_over, initial_share, window
-from mmdet_ema.training.options import RAW
+from mmdet_ema.training.passes import sets_of_weights
 from mmdet_ema.training.plan import Plan
+from mmdet_ema.training.steps import TELLS_OF_STEPS
 
 
 def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
@@ -64,48 +67,6 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
         )
     for doubt in (*doubts, *_doubts(plan, entries)):
         log.warning(f'EMA: {doubt}')
-
-
-def sets_of_weights(passes: Sequence[str]) -> str:
-    """Return the sets of weights that are evaluated in words."""
-    words = {MAIN: 'the averages', RAW: 'the raw weights'}
-    names = [passes[-1], *passes[:-1]]  # the main one first
-    return ' and '.join(words.get(x, f'the averages {x!r}') for x in names)
-
-
-def metric_of(weights: str, metric: str) -> str:
-    """Return the name of a metric of a set that is not the main one."""
-    return f'{metric}_{weights}'
-
-
-def compare(metrics: Mapping[str, Any], passes: Sequence[str]) -> str:
-    """Return a table of the metrics that several sets of weights have."""
-    columns = {passes[-1]: metrics}
-    for x in passes[:-1]:
-        columns[x] = {k: metrics.get(metric_of(x, k)) for k in metrics}
-    return side_by_side(columns)
-
-
-def side_by_side(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a table of metrics by column, the first compared with others."""
-    main, *others = columns
-    rows = []
-    for name, value in columns[main].items():
-        values = [value, *(columns[x].get(name) for x in others)]
-        if others and all(isinstance(x, (int, float)) for x in values):
-            gaps = [value - x for x in values[1:]]
-            cells = [f'{x:10.4f}' for x in values]
-            cells += [f'{x:+10.4f}' for x in gaps]
-            rows.append((name, ''.join(cells)))
-    if not rows:
-        return ''
-    head = ''.join(f'{x:>10}' for x in (main, *others))
-    head += ''.join(f'{f"- {x}":>10}' for x in others)
-    width = max(map(len, ['metric', *(name for name, _ in rows)]))
-    return '\n'.join(
-        f'EMA: {name:{width}}{cells}'
-        for name, cells in [('metric', head), *rows]
-    )
 
 
 def _numbers(plan: Plan) -> List[str]:
@@ -173,6 +134,18 @@ def _doubts(plan: Plan, entries: Sequence[Entry]) -> Iterator[str]:
             f'a step takes {facts.samples} samples, not {plan.reference} as '
             f'in the checkpoint; decay ** {kappa:.6g}{numbers} keeps the '
             f'averaging window in samples: {used}.'
+        )
+    if options.overlap and not TELLS_OF_STEPS:
+        yield (
+            f'overlap=True has no effect: torch {torch.__version__} does not '
+            f'tell of the steps of optimizers, 2.0 does.'
+        )
+    elif options.overlap and not any(
+        p.is_cuda for entry in entries for p in entry.parameters
+    ):
+        yield (
+            'overlap=True has no effect on a CPU, where an update takes its '
+            'time from the training wherever it runs.'
         )
 
 

@@ -9,18 +9,21 @@ raises a :class:`CheckpointError`.
 
 from __future__ import annotations
 
-from typing import Any, MutableMapping, Optional, Sequence
+from typing import Any, Mapping, MutableMapping, Optional, Sequence
 
 import torch
 from torch import nn
 
 from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.averaging.shards import layout
+from mmdet_ema.averaging.tensors import is_finite
 from mmdet_ema.checkpoint import format as ema_format
 from mmdet_ema.checkpoint.format import WEIGHTS, EMAPart, put_raw, unpack
 from mmdet_ema.errors import CheckpointError
-from mmdet_ema.training.options import RAW
-from mmdet_ema.training.report import first_of, sets_of_weights
+from mmdet_ema.schedules import Schedule
+from mmdet_ema.training.options import RAW, Options
+from mmdet_ema.training.passes import sets_of_weights
+from mmdet_ema.training.report import first_of
 
 Checkpoint = MutableMapping[str, Any]
 
@@ -28,37 +31,46 @@ Checkpoint = MutableMapping[str, Any]
 def for_resume(
     checkpoint: Checkpoint,
     model: nn.Module,
-    strict: bool,
+    optimizers: Sequence[Any],
+    options: Options,
     log: Any,
-    enabled: bool = True,
 ) -> Optional[EMAPart]:
     """Prepare a checkpoint that training resumes from: raw weights load.
 
     Returns the EMA part to go on from, None to start from those weights.
     """
     part = unpack(checkpoint)
-    if part is None:
-        if strict:
-            raise CheckpointError(
-                'strict_load=True, but the checkpoint has no EMA part. With '
-                'strict_load=False the average starts from its weights.'
-            )
+    if part is not None:
+        part.check(model, options.strict_load and options.enabled, log)
+        _restart_nonfinite(part, log)
+        put_raw(checkpoint, part)
+    elif options.strict_load and options.enabled:
+        raise CheckpointError(
+            'strict_load=True, but the checkpoint has no EMA part. With '
+            'strict_load=False the average starts from its weights.'
+        )
+    else:
         weights = _weights_of(checkpoint, model)
-        goes_on = 'the average starts' if enabled else 'training goes on'
+        goes_on = 'the average starts'
+        if not options.enabled:
+            goes_on = 'training goes on'
         log.warning(
             f'EMA: the checkpoint has no EMA part; {goes_on} from its weights.'
         )
         _name_nonfinite(weights, model, log)
+    ema_format.check_training_state(checkpoint, optimizers, log)
+    if not options.enabled:
+        log.warning(
+            'EMA: enabled=False: training goes on from the raw weights, '
+            'without an average.'
+        )
         return None
-    part.check(model, strict, log)
-    _restart_nonfinite(part, log)
-    put_raw(checkpoint, part)
-    begun = part.steps > 0 or 'num_steps' in part.meta
+    begun = part and (part.steps > 0 or 'num_steps' in part.meta)
     return part if begun else None
 
 
 def for_fine_tuning(
-    checkpoint: Checkpoint, model: nn.Module, log: Any, enabled: bool = True
+    checkpoint: Checkpoint, model: nn.Module, options: Options, log: Any
 ) -> None:
     """Say what a new training starts from; ``state_dict`` loads as it is."""
     weights = _weights_of(checkpoint, model)
@@ -66,15 +78,15 @@ def for_fine_tuning(
     _name_nonfinite(weights, model, log)
     origin = 'weights' if part is None else f'averages ({part.steps} steps)'
     starts = 'the average starts anew (n = 0),'
-    if not enabled:
+    if not options.enabled:
         starts = 'enabled=False: without an average, training starts'
     log.info(f'EMA: {starts} from the {origin} of the checkpoint.')
 
 
 def for_evaluation(
-    checkpoint: Checkpoint, model: nn.Module, passes: Sequence[str], log: Any
+    checkpoint: Checkpoint, model: nn.Module, options: Options, log: Any
 ) -> Optional[EMAPart]:
-    """Prepare a checkpoint that is only evaluated, on the sets ``passes``.
+    """Prepare a checkpoint that is only evaluated.
 
     Returns the EMA part if averages have to be put in for an evaluation: then
     the raw weights load. None if what loads is evaluated.
@@ -82,7 +94,9 @@ def for_evaluation(
     lacking = check_architecture(checkpoint, model)
     if lacking:
         log.warning(f'EMA: {lacking}')
-    passes = [*passes]
+    passes = [*options.passes]
+    if not options.enabled:
+        passes = passes[-1:]  # there is no second pass
     if passes == [MAIN]:
         # state_dict is all that is needed, even if the rest is damaged
         part = _if_readable(checkpoint, log)
@@ -117,6 +131,34 @@ def for_evaluation(
         return None
     part.check(model, False, log)
     return part
+
+
+def tell_sets(
+    states: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+    more: Mapping[str, Schedule],
+    log: Any,
+) -> bool:
+    """Say which averages of a file go on; tell if one has another schedule.
+
+    ``names`` are those of this run. Of ``more``, all but the main one, the
+    schedules are compared: the report has the main one.
+    """
+    said = [f'the checkpoint has the averages {", ".join(states)}']
+    said += [
+        f'{name} starts from the raw weights, n = 0'
+        for name in names
+        if name not in states
+    ]
+    said += [f'{name} is dropped' for name in states if name not in names]
+    changed = [
+        f'{name} goes on with {schedule}, not {states[name].get("schedule")}'
+        for name, schedule in more.items()
+        if name in states and states[name].get('schedule') != str(schedule)
+    ]
+    if len(said + changed) > 1:
+        log.warning(f'EMA: {"; ".join(said + changed)}.')
+    return bool(changed)
 
 
 def check_architecture(checkpoint: Checkpoint, model: nn.Module) -> str:
@@ -215,5 +257,5 @@ def _nonfinite(value: Any) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and (value.is_floating_point() or value.is_complex())
-        and not bool(torch.isfinite(value).all())
+        and not is_finite(value)
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,13 @@ class Sigterm:
         self._work: Any = None
         self._flag = torch.zeros(1, dtype=torch.uint8)
 
-    def listen(self) -> None:
-        """Take the signal from now on; call it on all ranks."""
+    def listen(self, loaders: Iterable[Any]) -> None:
+        """Take the signal from now on; call it on all ranks.
+
+        It does not end the workers of these data loaders.
+        """
+        for loader in loaders:
+            spare_workers(loader)
         if self._listens:
             return
         try:

@@ -441,10 +441,9 @@ def test_metrics_that_nobody_computes(tmp_path, evaluate, advice, word, hook):
     assert run.records == []
 
 
-@pytest.mark.parametrize('name', ['raw/score', 'score_raw'])
-def test_the_main_set_has_the_plain_names(tmp_path, name):
+def test_the_main_set_has_the_plain_names(tmp_path):
     """A metric of the set that is evaluated alone is asked for without it."""
-    run = Run(tmp_path, dict(EMA, evaluate='raw'), best(name))
+    run = Run(tmp_path, dict(EMA, evaluate='raw'), best('score_raw'))
     with pytest.raises(ValueError, match=r"plain names.*save_best='score'"):
         run.train()
     assert run.records == []
@@ -464,67 +463,6 @@ def test_raw_metrics_do_not_matter_to_a_test(tmp_path):
         test_evaluator=Evaluator([Score()]),
     )
     assert set(run.runner.test()) == {'score'}
-
-
-class Loss(Score):
-    """A metric of which less is better, and mmengine knows it."""
-
-    def compute_metrics(self, results):
-        return {'toy/loss': float(np.sum(results))}
-
-
-@pytest.mark.parametrize('several', [False, True])
-def test_names_of_version_0_1(tmp_path, several):
-    """They mean the same metric; the rule and the best file stay."""
-    found = []
-    for name in ('raw/toy/loss', 'toy/loss_raw'):
-        folder, is_old = tmp_path / name, name.startswith('raw')
-        names = ['toy/loss', name] if several else name
-        hooks = dict(checkpoint=dict(type='CheckpointHook', save_best=names))
-        stop = EarlyStoppingHook(name, patience=9, min_delta=0.0)
-        options = dict(hooks=hooks, metric=Loss(), max_epochs=4)
-        run = Run(folder, ALL, stop, **options).train()
-        assert stop.best_score == min(scores(run, 'toy/loss_raw'))
-        found.append({path.name for path in folder.glob('best_*')})
-        log = next(folder.glob('*/*.log')).read_text()
-        assert log.count('waits for') == (2 if is_old else 0)
-    assert found[0] == found[1]
-    assert sum('best_toy_loss_raw_epoch_' in x for x in found[0]) == 1
-
-
-def of_version_0_1(path):
-    """Make the history of a file one that version 0.1 wrote."""
-    content = torch.load(path, weights_only=False)
-    for part in content['message_hub'].values():
-        for key in list(part):
-            for start in ('val/', 'best_score_', 'best_ckpt_'):
-                if key == f'{start}score_raw':
-                    part[f'{start}raw/score'] = part.pop(key)
-    assert 'val/raw/score' in content['message_hub']['log_scalars']
-    torch.save(content, path)
-    return path
-
-
-def test_resuming_a_run_of_version_0_1(tmp_path):
-    """Its best file stays the best; nothing is logged under the old name."""
-    names = ['score', 'raw/score']
-    checkpoint = dict(type='CheckpointHook', save_best=names, rule='greater')
-    hooks = dict(checkpoint=checkpoint)
-    whole = Run(tmp_path / 'whole', ALL, hooks=hooks, max_epochs=4).train()
-    Run(tmp_path / 'part', ALL, hooks=hooks, max_epochs=2).train()
-    path = of_version_0_1(tmp_path / 'part' / 'epoch_2.pth')
-    options = dict(hooks=hooks, max_epochs=4, load_from=str(path), resume=True)
-    rest = Run(tmp_path / 'part', ALL, **options).train()
-    left, right = (x.runner.message_hub for x in (whole, rest))
-    for metric in SETS.values():
-        # mmengine does not validate again where it resumes
-        assert scores(whole, metric)[-2:] == scores(rest, metric)[-2:]
-    for metric in ('score', 'score_raw'):
-        key = f'best_score_{metric}'
-        assert left.get_info(key) == right.get_info(key)
-        (file,) = (tmp_path / 'part').glob(f'best_{metric}_epoch_*')
-        assert (tmp_path / 'whole' / file.name).exists()
-    assert not [x for x in right.log_scalars if 'raw/' in x]
 
 
 class Twins(Score):

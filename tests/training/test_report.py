@@ -12,8 +12,9 @@ from torch import nn
 from mmdet_ema.averaging import OptionError
 from mmdet_ema.averaging.tensors import select
 from mmdet_ema.training.options import parse_options
+from mmdet_ema.training.passes import compare
 from mmdet_ema.training.plan import Plan, RunFacts
-from mmdet_ema.training.report import compare, report
+from mmdet_ema.training.report import report
 from tests import oracle
 from tests.optimizers.logs import Lines
 

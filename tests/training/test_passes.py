@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ema.training.no_trace import leaving_no_trace
+from mmdet_ema.training.passes import leaving_no_trace
 
 
 class Model(nn.Module):
