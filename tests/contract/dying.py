@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 from mmdet_ema.checkpoint import files
 from tests.conftest import MMCV1
 from tests.contract.toy import EMA, Hook, Run, Saved, same, toy
+from tests.ranks import environment, free_port
 
 EPOCHS = 4
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -299,13 +299,7 @@ def train_rank(rank, port, folder, where, more, ema):
     log = open(folder / f'rank{rank}.log', 'a')  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE='2',
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(environment(rank, 2, port))
     time.sleep = lambda seconds: None
     dist.init_process_group('gloo')
     model = FailingModel(where if rank == 1 else '')
@@ -344,9 +338,7 @@ def train_rank(rank, port, folder, where, more, ema):
 def train_ranks(folder, where='', more=((), ()), **ema):
     """Train on two ranks; return their exit codes."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [
         _CONTEXT.Process(
             target=train_rank,

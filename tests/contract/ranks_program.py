@@ -1,13 +1,9 @@
 """Run on two ranks: train, dump what was seen.
 
-Usage: python -m tests.contract.ranks_program FOLDER SPEC...
-with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+Usage: tests.ranks.run_ranks, with words of each run, joined by commas.
 """
 
-import os
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +21,7 @@ from tests.contract.toy import (
     state_of,
     toy,
 )
+from tests.ranks import main as run_main
 
 if MMCV1:
     from mmcv.parallel import MMDistributedDataParallel
@@ -146,13 +143,14 @@ def train_with_mmengine(words, hooks, folder, resume=None):
     return start, records, seen.states
 
 
-def main(folder, *specs):
-    """Train with each spec, one after the other."""
+def main(rank, count, folder, *specs):
+    """Train with each spec, one after the other; return what was seen."""
     time.sleep = lambda seconds: None
     count_collectives()
     watch_start_files()
     dist.init_process_group('gloo')
     train = train_with_mmcv if MMCV1 else train_with_mmengine
+    found = {}
     for spec in specs:
         words, before = spec.split(','), len(CALLS)
         STARTS.clear()
@@ -170,27 +168,21 @@ def main(folder, *specs):
         if 'posthoc' in words:
             hook.update(decay=0.99, tau=8, posthoc=True)
         # what resumes does so in the folder of the run before
-        work_dir = Path(folder, spec.replace(',resumed', ''))
+        work_dir = folder / spec.replace(',resumed', '')
         resume = work_dir / 'epoch_2.pth' if 'resumed' in words else None
         try:
             start, records, seen = train(words, hooks, work_dir, resume)
         except RuntimeError as error:
             if 'verify' not in words:
                 raise
-            torch.save(str(error), work_dir / f'rank{dist.get_rank()}.pt')
+            found[spec] = str(error)
             continue
         calls = len(CALLS) - before
         dump = dict(start=start, records=records, seen=seen, calls=calls)
-        dump['starts'] = [*STARTS]
-        dumps = Path(folder, spec)
-        dumps.mkdir(exist_ok=True)
-        torch.save(dump, dumps / f'rank{dist.get_rank()}.pt')
+        found[spec] = dict(dump, starts=[*STARTS])
     dist.barrier()
+    return found
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # threads of torch and gloo may abort Python's shutdown
-    os._exit(0)
+    run_main(main)

@@ -1,14 +1,11 @@
 """Run as one of several ranks: train with mmengine's ``DeepSpeedStrategy``.
 
-Usage: python -m tests.for_mmengine.deepspeed_program RANK RANKS FOLDER RUN...
-with MASTER_ADDR and MASTER_PORT in the environment; a RUN is one of ``RUNS``.
+Usage: tests.ranks.run_ranks, with names of ``RUNS``.
 """
 
 import functools
-import os
-import sys
+import shutil
 import time
-from pathlib import Path
 
 import deepspeed
 import mmengine._strategy.deepspeed as strategies
@@ -22,6 +19,7 @@ from torch import nn
 from mmdet_ema import WeightAverager
 from tests.for_mmengine.shards_program import BATCH, EMA, Failing, Model
 from tests.for_mmengine.toy import Score, loader
+from tests.ranks import main as run_main
 
 BF16 = dict(bf16=dict(enabled=True), inputs_to_half=['inputs'])
 FP16 = dict(
@@ -310,11 +308,8 @@ def fail(folder):
 
 
 def main(rank, ranks, folder, *names):
-    """Train with each spec, one after the other; dump what was seen."""
+    """Train by each name, one after the other; return what was seen."""
     time.sleep = lambda seconds: None
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
-    )
     # its operators would be compiled first
     deepspeed.ops.__compatible_ops__.clear()
     # torch can, on any CPU
@@ -333,7 +328,7 @@ def main(rank, ranks, folder, *names):
             found[name] = REFUSED[name](folder, rank, ranks)
         else:
             found[name] = train(folder / name, ranks, **RUNS[name])
-    torch.save(found, folder / f'rank{rank}.pt')
+    return found
 
 
 def refused_posthoc(folder, rank, ranks):
@@ -350,8 +345,6 @@ def refused_moment(folder, rank, ranks):
     """The file of another epoch has got into the folder."""
     given = folder / 'mixed.pth'
     if rank == 0:
-        import shutil
-
         shutil.copytree(folder / 'three' / 'epoch_2.pth', given)
         shutil.copy(folder / 'three' / 'epoch_1.pth' / 'ema.pth', given)
     dist.barrier()
@@ -370,8 +363,4 @@ REFUSED = {
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # threads of gloo may outlive Python's shutdown
-    os._exit(0)
+    run_main(main)

@@ -1,15 +1,11 @@
 """Run as one of several ranks: train with a strategy that shards.
 
-Usage: python -m tests.for_mmengine.shards_program RANK RANKS FOLDER SPEC...
-with MASTER_ADDR and MASTER_PORT in the environment; a SPEC is a folder, the
-number of epochs and the file that is resumed, if any: NAME:EPOCHS[:FILE].
+Usage: tests.ranks.run_ranks, with a folder, a number of epochs and the file
+that is resumed, if any, for each run: NAME:EPOCHS[:FILE].
 """
 
 import contextlib
-import os
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 
 from tests.for_mmengine.toy import Score, ToyModel, loader
+from tests.ranks import main as run_main
 
 EMA = dict(
     type='EMAHook',
@@ -258,11 +255,8 @@ def refused_sets(folder, rank, ranks):
 
 
 def main(rank, ranks, folder, *specs):
-    """Train with each spec, one after the other; dump what was seen."""
+    """Train with each spec, one after the other; return what was seen."""
     time.sleep = lambda seconds: None
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
-    )
     found = {}
     if specs[0].startswith(FSDP1):
         # mmengine would set the device of a GPU
@@ -286,12 +280,8 @@ def main(rank, ranks, folder, *specs):
         found['failed'] = fail(
             folder / 'failed', dict(type='FSDP2Strategy', shard=['head'])
         )
-    torch.save(found, folder / f'rank{rank}.pt')
+    return found
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # threads of gloo may outlive Python's shutdown
-    os._exit(0)
+    run_main(main)
