@@ -15,12 +15,14 @@ from tests.needs import SAFELY
 from tests.toy import (  # noqa: F401  same, for all that import the toy
     RecordingSGD,
     Samples,
+    TracedRun,
     add_layers,
     loss_of,
     outputs,
     same,
     set_weights,
     state_of,
+    untied,
 )
 
 if 'WITHOUT_EMA' not in os.environ:  # a run that shows what this changes
@@ -75,7 +77,7 @@ class Recorder(Hook):
         self.start = state_of(runner.model)
 
 
-class Run:
+class Run(TracedRun):
     """A runner, with what happened in it."""
 
     def __init__(self, work_dir, *hooks, model=None, **options):
@@ -95,11 +97,6 @@ class Run:
         return self
 
     @property
-    def records(self):
-        """States of the model after every optimizer step."""
-        return self.optimizer.records
-
-    @property
     def hook(self):
         """The EMA hook of the runner."""
         return next(h for h in self.runner.hooks if 'EMA' in type(h).__name__)
@@ -107,11 +104,6 @@ class Run:
     def load(self, name):
         """Read a checkpoint of the run, as any process could."""
         return torch.load(self.work_dir / name, weights_only=SAFELY)
-
-    def trace(self, key):
-        """Values of one tensor before and after every step, in float64."""
-        start = self.recorder.start[key].double().numpy()
-        return start, [r[key].double().numpy() for r in self.records]
 
     def scalar(self, name):
         """History of a scalar in the message hub."""
