@@ -162,6 +162,8 @@ def main(rank, count, folder, *specs):
         if 'verify' in words:
             hook['verify_ranks'] = True
             hooks.append(Plant())
+        if 'sync' in words:
+            hooks.append(dict(type='SyncBuffersHook'))
         if 'recalibrate' in words:
             hook['recalibrate'] = 9  # all batches that there are
             hooks.append(Spoil())

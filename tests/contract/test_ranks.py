@@ -8,6 +8,7 @@ from tests import oracle
 from tests.conftest import MMCV1
 from tests.contract.toy import (
     EMA,
+    STATISTICS,
     Run,
     Saved,
     assert_estimated,
@@ -44,7 +45,8 @@ def folder(tmp_path_factory):
 def seen(folder):
     """Train with every spec on two ranks; return what both saw in each."""
     without = sorted({plain(spec) for spec in SPECS})
-    specs = [*SPECS, *without, 'epochs,recalibrate', *POSTHOC, 'epochs,verify']
+    specs = [*SPECS, *without, 'epochs,recalibrate', *POSTHOC]
+    specs += ['epochs,verify', *([] if MMCV1 else ['epochs,sync'])]
     ranks = run_ranks('tests.contract.ranks_program', 2, folder, *specs)
     return {spec: [rank[spec] for rank in ranks] for spec in specs}
 
@@ -133,6 +135,18 @@ def test_recalibrated_on_two_ranks(folder, seen):
     shards = [toy.ToyData(16, rank).inputs for rank in range(2)]
     inputs = np.concatenate(shards) if MMCV1 else toy.ToyData(32, 0).inputs
     assert_estimated(weights, inputs)
+
+
+@pytest.mark.skipif(MMCV1, reason='test_own_moments.py has one of mmcv')
+def test_sync_buffers_hook(folder, seen):
+    """It means the raw buffers, we those of the averages."""
+    ranks = seen['epochs,sync']
+    saved = Saved(folder / 'epochs,sync' / 'epoch_2.pth')
+    assert [] == wrong(ranks, saved.averages, 8, 4)
+    for key in STATISTICS:
+        left, right = (rank['records'][-1][key] for rank in ranks)
+        assert not torch.equal(left, right)
+        torch.testing.assert_close(saved.raws[key], (left + right) / 2)
 
 
 def test_starting_weights_are_kept_by_one_rank(folder, seen):

@@ -5,12 +5,9 @@ Also run elsewhere: two ranks in ``tests/contract``, ``FlexibleRunner`` in
 ``test_numbers.py``.
 """
 
-import os
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
@@ -345,63 +342,6 @@ def test_published_file_holds_the_averages(tmp_path):
             published['state_dict']['head.weight'],
             whole['ema_state_dict']['module.head.weight'],
         )
-
-
-def _train_with_synced_buffers(rank, folder):
-    """One of two ranks; leaves what it saw in the folder."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    place = f'file://{folder / "store"}'
-    dist.init_process_group('gloo', place, rank=rank, world_size=2)
-    run = Run(
-        folder,
-        EMA,
-        dict(type='SyncBuffersHook'),
-        launcher='pytorch',
-        cfg=dict(model_wrapper_cfg=WRAPPER),
-    ).train()
-    start = run.recorder.start
-    start = {k.replace('module.', '', 1): v for k, v in start.items()}
-    raw = state_of(run.model)
-    dump = dict(start=start, records=run.records, raw=raw)
-    torch.save(dump, folder / f'rank{rank}.pt')
-    dist.destroy_process_group()
-    # gloo's threads may ask for the GIL while Python shuts down: SIGABRT
-    os._exit(0)
-
-
-def mean_trace(key, *dumps):
-    """Start and records of a tensor, averaged over the ranks, float64."""
-    start = np.mean([d['start'][key].double().numpy() for d in dumps], axis=0)
-    records = zip(*(d['records'] for d in dumps))
-    return start, [
-        np.mean([r[key].double().numpy() for r in pair], axis=0)
-        for pair in records
-    ]
-
-
-@needs.gloo_bfloat16
-def test_sync_buffers_hook(tmp_path):
-    """On two ranks: it means the raw buffers, we those of the averages."""
-    torch.multiprocessing.spawn(
-        _train_with_synced_buffers, (tmp_path,), nprocs=2
-    )
-    dumps = [
-        torch.load(tmp_path / f'rank{i}.pt', weights_only=needs.SAFELY)
-        for i in (0, 1)
-    ]
-    saved = torch.load(tmp_path / 'epoch_2.pth', weights_only=needs.SAFELY)
-    assert same(dumps[0]['raw'], dumps[1]['raw']) == []
-    for key in ('norm.running_mean', 'norm.running_var', 'head.weight'):
-        last = [d['records'][-1][key] for d in dumps]
-        synced = ('running' in key) is not torch.equal(*last)
-        assert synced, key  # differed before the hook came
-        start, values = mean_trace(key, *dumps)
-        expected = oracle.average(start, values, ramp)
-        error = oracle.relative_error(saved['state_dict'][key], expected)
-        assert error < TOLERANCE, key
-        raw = saved['ema_state_dict'][f'module.{key}']
-        assert torch.equal(raw, dumps[0]['raw'][key])
 
 
 class TeacherAndStudent(ToyModel):
