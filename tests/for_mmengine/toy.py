@@ -9,7 +9,7 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 
 from tests.needs import SAFELY
 from tests.toy import (  # noqa: F401  same, for all that import the toy
@@ -89,7 +89,10 @@ class Run(TracedRun):
         self.recorder = Recorder()
         options = {**_settings(self, options), **options}
         options['custom_hooks'] = [*hooks, self.recorder]
-        self.runner = Runner(**options)
+        kind = options.pop('kind', Runner)
+        if kind is FlexibleRunner:
+            options['optim_wrapper'] = dict(optimizer=self.optimizer)
+        self.runner = kind(**options)
 
     def train(self):
         """Train; return this run."""
