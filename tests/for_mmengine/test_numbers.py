@@ -2,55 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
-from tests import needs, oracle
-from tests.contract import toy as contract
+from tests import oracle
 from tests.for_mmengine.toy import Run, loader
-
-
-def ramp(n):
-    return oracle.ramp(n, 0.99, 30)
-
-
-class ScaledWrapper:
-    """mmengine's ``AmpOptimWrapper.step`` with a scaler that runs on CPU.
-
-    ``AmpOptimWrapper`` itself refuses to be made without a GPU.
-    """
-
-    @staticmethod
-    def build(optimizer, bad_iterations):
-        from mmengine.optim import OptimWrapper
-
-        class Wrapper(OptimWrapper):
-            def __init__(self):
-                super().__init__(optimizer)
-                self.scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
-
-            def backward(self, loss, **kwargs):
-                self._inner_count += 1
-                bad = self._inner_count in bad_iterations
-                loss = loss * (float('inf') if bad else 1.0)
-                self.scaler.scale(loss).backward(**kwargs)
-
-            def step(self, **kwargs):
-                self.scaler.step(self.optimizer, **kwargs)
-                self.scaler.update()
-
-        return Wrapper()
-
-
-@needs.cpu_scaler
-def test_steps_that_the_scaler_skips_do_not_count(tmp_path):
-    """An iteration whose gradients overflow leaves n and average alone."""
-    hook = dict(type='EMAHook', decay=0.99, tau=30)
-    run = contract.Run(tmp_path, hook, epochs=10)
-    wrapper = ScaledWrapper.build(run.toy.optimizer, {2, 5, 40})
-    run.toy.runner.optim_wrapper = wrapper
-    saved = run.train().load()
-    assert 37 == len(run.records) == saved.steps
-    assert {} == run.wrong(saved, ramp)
 
 
 def test_average_starts_after_init_weights(tmp_path):

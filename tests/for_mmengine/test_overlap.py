@@ -67,7 +67,7 @@ def test_equals_the_run_without(tmp_path, more):
     hook = {k: v for k, v in {**EMA, **more}.items() if v is not None}
     beside, plain = both(tmp_path, hook, max_epochs=3)
     check_equal(beside, plain)
-    said = ['overlap=True has no effect' in log_of(x) for x in (beside, plain)]
+    said = ['overlap=True has no effect' in x.log for x in (beside, plain)]
     assert [True, False] == said
     for name in ('val/score', 'train/loss'):
         assert beside.scalar(name).tolist() == plain.scalar(name).tolist()
@@ -136,10 +136,6 @@ def poisoned(*bad):
     return dict(model=model, optim_wrapper=OptimWrapper(optimizer))
 
 
-def log_of(run):
-    return max(run.work_dir.glob('*/*.log')).read_text()
-
-
 @pytest.mark.parametrize(
     'bad',
     [
@@ -160,7 +156,7 @@ def test_bad_steps(tmp_path, bad):
     beside, plain = both(tmp_path, prepare=lambda: poisoned(*bad))
     left, right = (run.load('epoch_2.pth') for run in (beside, plain))
     for run in (beside, plain):
-        assert f'iteration {bad[0]} left NaN or Inf' in log_of(run)
+        assert f'iteration {bad[0]} left NaN or Inf' in run.log
         assert run.scalar('train/ema_skipped')[-1] == len(bad)
     if 8 in bad:
         for file in (left, right):
@@ -177,8 +173,8 @@ def test_tenth_bad_step_is_reported(tmp_path):
     bad = tuple(range(3, 13))
     options = dict(train_dataloader=loader(64))
     for run in both(tmp_path, prepare=lambda: poisoned(*bad), **options):
-        assert 'iteration 3 left NaN or Inf' in log_of(run)
-        assert 'iteration 12 left NaN or Inf' in log_of(run)
+        assert 'iteration 3 left NaN or Inf' in run.log
+        assert 'iteration 12 left NaN or Inf' in run.log
 
 
 def test_bad_step_stops_the_run_if_told(tmp_path):

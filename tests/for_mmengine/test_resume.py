@@ -117,11 +117,6 @@ def test_newly_frozen_layer_keeps_its_average_on_resume(tmp_path):
     assert oracle.relative_error(found, expected) < 1e-6  # float32 rounding
 
 
-def log_of(run):
-    """Text of the last log file of a run."""
-    return max(run.work_dir.glob('*/*.log')).read_text()
-
-
 def test_resume_of_frozen_weights_shares_them_in_the_file(tmp_path):
     """A frozen tensor is stored once, under both of its names."""
     run = Run(tmp_path, EMA, max_epochs=1).train()
@@ -179,7 +174,7 @@ def test_fine_tuning_from_a_foreign_ema_part(tmp_path):
     options = dict(max_epochs=1, load_from=str(tmp_path / 'foreign.pth'))
     run = Run(tmp_path / 'run', EMA, **options).train()
     assert same(run.recorder.start, weights) == []
-    assert 'the EMA part is left out' in log_of(run)
+    assert 'the EMA part is left out' in run.log
 
 
 def test_names_with_a_wrappers_prefix_resume(tmp_path):

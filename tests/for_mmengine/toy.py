@@ -104,6 +104,11 @@ class Run(TracedRun):
         """The EMA hook of the runner."""
         return next(h for h in self.runner.hooks if 'EMA' in type(h).__name__)
 
+    @property
+    def log(self):
+        """The newest log in one line, levels included."""
+        return ' '.join(max(self.work_dir.glob('*/*.log')).read_text().split())
+
     def load(self, name):
         """Read a checkpoint of the run, as any process could."""
         return torch.load(self.work_dir / name, weights_only=SAFELY)
