@@ -24,13 +24,13 @@ def average(start, weights, decay_of):
     return mean
 
 
-def average_every(start, weights, decay_of, interval):
+def average_every(start, weights, decay_of, interval, phase=0):
     """Average every ``interval`` steps with the product of the decays."""
     mean = np.asarray(start, dtype=np.float64)
     decay = np.float64(1.0)
     for n, value in enumerate(weights, start=1):
         decay = decay * np.float64(decay_of(n))
-        if n % interval == 0:
+        if (n - phase) % interval == 0:
             mean = decay * mean + (1 - decay) * np.asarray(value, np.float64)
             decay = np.float64(1.0)
     return mean

@@ -1,9 +1,13 @@
 """What the toys of both generations are made of: data, layers, optimizer."""
 
+import copy
+
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+
+from tests import oracle
 
 
 class Samples(Dataset):
@@ -58,6 +62,51 @@ class RecordingSGD(torch.optim.SGD):
         loss = super().step(closure)
         self.records.append(state_of(self.model))
         return loss
+
+
+class TracedRun:
+    """A run with a ``recorder`` of its start and such an ``optimizer``."""
+
+    @property
+    def records(self):
+        """States of the model after every optimizer step."""
+        return self.optimizer.records
+
+    def trace(self, key, steps=None):
+        """Values of one tensor before and after every step, in float64."""
+        start = self.recorder.start[key].double().numpy()
+        return start, [r[key].double().numpy() for r in self.records[:steps]]
+
+    def wrong(self, weights, decay_of, chosen=None):
+        """Names of tensors that are not what the steps make of them.
+
+        Args:
+            weights: Tensors by name: floats are averages, integers copies.
+            decay_of: Maps n to the decay.
+            chosen: Which records were averaged; all by default.
+        """
+        found = {}
+        for key, value in weights.items():
+            start, values = self.trace(key)
+            if chosen is not None:
+                values = [values[i] for i in chosen]
+            expected = np.asarray(values[-1] if values else start)
+            if value.is_floating_point():
+                expected = oracle.average(start, values, decay_of)
+            error = oracle.relative_error(value.double(), expected)
+            # float32 rounds each of up to 200 updates to 6e-8; a model
+            # itself holds the average of a bfloat16 rounded to 8 bits
+            allowed = 2**-8 if value.dtype == torch.bfloat16 else 1e-6
+            if error > allowed:
+                found[key] = error
+        return found
+
+
+def untied(model):
+    """Nothing tied or low, where the frameworks' own hooks are right."""
+    model.tied = copy.deepcopy(model.tied)
+    model.low = nn.Parameter(torch.ones(4))
+    return model
 
 
 def state_of(model):

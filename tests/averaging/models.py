@@ -7,6 +7,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # torch before 2.1 has none
@@ -56,6 +57,40 @@ class Mixed(nn.Module):
         x = self.norm(self.conv(x)).mean((2, 3))
         x = self.tied(self.first(x)) * self.scale
         return self.frozen(x).sum() + self.low.float().sum()
+
+
+class Unsaved(nn.Linear):
+    """Leaves its weight out of the ``state_dict``."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.register_buffer('x', torch.zeros(1))
+        self._register_state_dict_hook(self._leave_out)
+
+    @staticmethod
+    def _leave_out(module, state, prefix, metadata):
+        del state[prefix + 'weight']
+
+
+def holder(*parameters, **tensors):
+    """Make a model of parameters p0, p1, ..., and of tensors by name."""
+    model = nn.Module()
+    for k, tensor in enumerate(parameters):
+        model.register_parameter(f'p{k}', nn.Parameter(tensor))
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            model.register_parameter(name, tensor)
+        else:
+            model.register_buffer(name, tensor)
+    return model
+
+
+def fill(model, value):
+    """Set every parameter and float buffer of a model."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.fill_(value)
 
 
 def perturb(model, generator, size=0.1):
@@ -119,6 +154,18 @@ def raw_bytes(tensor):
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
     flat.copy_(tensor.detach().reshape(-1))
     return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b''
+
+
+class CountCalls(TorchDispatchMode):
+    """Records the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def numpy64(tensor):

@@ -1,11 +1,7 @@
 """Run as one of three ranks: average, and make tensors equal.
 
-Usage: python -m tests.averaging.ranks_program RANK FOLDER
+Usage: tests.ranks.run_ranks
 """
-
-import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,7 +9,7 @@ from torch import nn
 
 from mmdet_ema.averaging import WeightAverager
 from mmdet_ema.averaging.distributed import make_equal
-from tests import needs
+from tests import needs, ranks
 from tests.collectives import CALLS, count_collectives
 
 RANKS, STEPS, BAD_STEP = 3, 6, 3
@@ -98,16 +94,11 @@ def verify(rank):
     return found, len(CALLS) - before
 
 
-def main(rank, folder):
-    """Go through all scenarios; dump what was seen."""
+def main(rank, count, folder):
+    """Go through all scenarios; return what was seen."""
     # where torch chooses it does not say 'gloo' afterwards
     chosen = needs.TORCH >= (2, 1) and not dist.is_nccl_available()
-    dist.init_process_group(
-        None if chosen else 'gloo',
-        init_method=f'file://{folder}/meeting',
-        rank=rank,
-        world_size=RANKS,
-    )
+    dist.init_process_group(None if chosen else 'gloo')
     count_collectives()
     found = {'averages': [average(*way) for way in WAYS]}
     found['calls of steps'] = len(CALLS)
@@ -120,11 +111,9 @@ def main(rank, folder):
     found['odd'] = make_equal([odd, torch.ones(1)], []), odd
     found['nothing'] = make_equal([], [])
     found['verified'] = verify(rank)
-    torch.save(found, folder / f'rank{rank}.pt')
     dist.barrier()
+    return found
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]), Path(sys.argv[2]))
-    # threads of gloo may outlive Python's shutdown
-    os._exit(0)
+    ranks.main(main)

@@ -1,13 +1,10 @@
 """Run as one of several ranks: average a model that torch has sharded.
 
-Usage: python -m tests.averaging.shards_program RANK RANKS FOLDER
+Usage: tests.ranks.run_ranks
 """
 
 import copy
 import functools
-import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,6 +26,7 @@ from torch.distributed.fsdp import (
 from mmdet_ema.averaging import WeightAverager
 from mmdet_ema.averaging import averager as averager_module
 from tests.collectives import CALLS, count_collectives
+from tests.ranks import main as run_main
 
 DECAYS = dict(ema=0.9, slow=0.99)
 OPTIONS = dict(
@@ -375,13 +373,8 @@ def refused(mesh):
 
 
 def main(rank, ranks, folder):
-    """Go through all scenarios; dump what was seen."""
-    dist.init_process_group(
-        'gloo',
-        init_method=f'file://{folder}/meeting',
-        rank=rank,
-        world_size=ranks,
-    )
+    """Go through all scenarios; return what was seen."""
+    dist.init_process_group('gloo')
     count_collectives()
     mesh = init_device_mesh('cpu', (ranks,))
     found = {}
@@ -419,11 +412,9 @@ def main(rank, ranks, folder):
         )
     found['dcp'] = folder_of_ranks(mesh, state[0], folder)
     found['refused'] = refused(mesh)
-    torch.save(found, folder / f'rank{rank}.pt')
     dist.barrier()
+    return found
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    # threads of gloo may outlive Python's shutdown
-    os._exit(0)
+    run_main(main)

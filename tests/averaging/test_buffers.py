@@ -186,18 +186,6 @@ def test_parametrized_in_training(put_on):
     train(model, averager, 2)
 
 
-def test_tensor_that_moved_keeps_its_average():
-    """A layer that is wrapped in mid-run has other names; it goes on."""
-    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
-    averager = WeightAverager(model, 'constant', decay=0.99)
-    train(model, averager, 5)
-    expected = averages(averager)['1.weight']
-    model[1] = nn.Sequential(nn.Identity(), model[1])
-    averager.refresh()
-    found = averages(averager)['1.1.weight']
-    np.testing.assert_array_equal(expected, found)
-
-
 def test_named_tensors_are_copied():
     """What ``copied`` names is the raw tensor after each step, exactly."""
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))

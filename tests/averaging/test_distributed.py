@@ -1,10 +1,5 @@
 """Three real ranks: each averages by itself; buffers are made equal."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,29 +12,14 @@ from tests.averaging.ranks_program import (
     tensors_of,
     weights_of,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     """What each of the ranks saw."""
     folder = tmp_path_factory.mktemp('ranks')
-    command = [sys.executable, '-m', 'tests.averaging.ranks_program']
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)],
-            cwd=ROOT,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        assert [0] * RANKS == [rank.wait(timeout=600) for rank in running]
-    finally:
-        for rank in running:
-            rank.kill()
-    return [torch.load(folder / f'rank{rank}.pt') for rank in range(RANKS)]
+    return run_ranks('tests.averaging.ranks_program', RANKS, folder)
 
 
 @pytest.mark.parametrize('way', range(len(WAYS)), ids=map(str, WAYS))

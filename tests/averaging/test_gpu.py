@@ -11,7 +11,6 @@ import gc
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_ema.averaging import NonFiniteError, WeightAverager
 from mmdet_ema.averaging import update as module
@@ -19,7 +18,13 @@ from mmdet_ema.averaging.overlap import SideStream
 from mmdet_ema.averaging.update import DeviceVerdict, UpdatePlan, all_finite
 from mmdet_ema.checkpoint.format import pack
 from tests import oracle
-from tests.averaging.models import Mixed, numpy64, perturb, state_of
+from tests.averaging.models import (
+    CountCalls,
+    Mixed,
+    numpy64,
+    perturb,
+    state_of,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -172,16 +177,6 @@ def test_verdict_on_the_device_is_used():
     averager.update()
     assert isinstance(averager._verdict, DeviceVerdict)
     assert averager.wait() is True
-
-
-class CountCalls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def calls_of(layers, **options):

@@ -54,18 +54,28 @@ def check_raw(model, averager, bits, averages):
     assert averager.update() is True
 
 
-def test_applied():
-    """Inside, the model holds the averages; afterwards the raw weights."""
+@contextlib.contextmanager
+def raw_afterwards():
+    """Give such an averager to a block that leaves the raw weights."""
     model, averager, averages = averaged()
     bits = bits_of(model)
-    with averager.applied() as inside:
-        assert inside is model
-        assert averager.is_applied is True
-        for name, value in model.state_dict().items():
-            expected = averages[name].to(value.dtype)
-            assert raw_bytes(expected) == raw_bytes(value), name
-        assert raw_bytes(model.tied.weight) == raw_bytes(model.first.weight)
+    yield averager
     check_raw(model, averager, bits, averages)
+
+
+def test_applied():
+    """Inside, the model holds the averages; afterwards the raw weights."""
+    with raw_afterwards() as averager:
+        model = averager.model
+        averages = averages_of(averager)
+        with averager.applied() as inside:
+            assert inside is model
+            assert averager.is_applied is True
+            for name, value in model.state_dict().items():
+                expected = averages[name].to(value.dtype)
+                assert raw_bytes(expected) == raw_bytes(value), name
+            first, tied = model.first.weight, model.tied.weight
+            assert raw_bytes(first) == raw_bytes(tied)
 
 
 def test_names_while_applied():
@@ -102,129 +112,83 @@ def test_objects_stay():
 )
 def test_exception_inside(error):
     """The raw weights come back after any exception, which goes on."""
-    model, averager, averages = averaged()
-    bits = bits_of(model)
-    with pytest.raises(error), averager.applied():
+    strike = pytest.raises(error)
+    with raw_afterwards() as averager, strike, averager.applied():
         raise error
-    check_raw(model, averager, bits, averages)
-
-
-def test_generator_that_is_closed():
-    """The raw weights come back when a generator is thrown away."""
-    model, averager, averages = averaged()
-    bits = bits_of(model)
-
-    def predictions():
-        with averager.applied():
-            yield 1
-            yield 2
-
-    generator = predictions()
-    next(generator)
-    generator.close()
-    check_raw(model, averager, bits, averages)
 
 
 def test_nested():
     """Only the outermost block takes the averages out again."""
-    model, averager, averages = averaged()
-    bits = bits_of(model)
-    with averager.applied():
+    with raw_afterwards() as averager:
+        model = averager.model
+        bits = bits_of(model)
         with averager.applied():
-            pass
-        with contextlib.suppress(ValueError), averager.applied():
-            raise ValueError
-        assert averager.is_applied is True
-        assert bits != bits_of(model)
-    check_raw(model, averager, bits, averages)
+            with averager.applied():
+                pass
+            with contextlib.suppress(ValueError), averager.applied():
+                raise ValueError
+            assert averager.is_applied is True
+            assert bits != bits_of(model)
 
 
 def test_apply_and_restore():
     """``apply`` and ``restore`` do nothing where nothing is to do."""
-    model, averager, averages = averaged()
-    bits = bits_of(model)
-    averager.restore()
-    assert bits == bits_of(model)
-    averager.apply()
-    averager.apply()
-    assert bits != bits_of(model)
-    averager.restore()
-    averager.restore()
-    check_raw(model, averager, bits, averages)
-
-
-def test_restored_early():
-    """A block whose body restores is left without a second swap."""
-    model, averager, averages = averaged()
-    bits = bits_of(model)
-    with averager.applied():
+    with raw_afterwards() as averager:
+        model = averager.model
+        bits = bits_of(model)
         averager.restore()
         assert bits == bits_of(model)
-    check_raw(model, averager, bits, averages)
+        averager.apply()
+        averager.apply()
+        assert bits != bits_of(model)
+        averager.restore()
+        averager.restore()
+        with averager.applied():
+            averager.restore()
+            assert bits == bits_of(model)
 
 
 def test_tensors_that_are_replaced_inside():
     """What was computed from the averages does not stay in the model."""
-    model, averager, averages = averaged()
-    bits, buffer = bits_of(model), model.norm.running_mean
-    with averager.applied():
-        model.norm.running_mean = model.norm.running_mean * 2
-        model.scale = nn.Parameter(torch.ones(()))
-    assert model.norm.running_mean is buffer
-    check_raw(model, averager, bits, averages)
-
-
-def test_decorator_and_many_times():
-    """A hundred swaps leave every bit as it was."""
-    model, averager, averages = averaged()
-    bits = bits_of(model)
-    for _ in range(100):
+    with raw_afterwards() as averager:
+        model = averager.model
+        buffer = model.norm.running_mean
         with averager.applied():
-            pass
-    check_raw(model, averager, bits, averages)
+            model.norm.running_mean = model.norm.running_mean * 2
+            model.scale = nn.Parameter(torch.ones(()))
+        assert model.norm.running_mean is buffer
 
 
 def test_update_inside():
     """An update inside is refused and changes nothing."""
-    model, averager, averages = averaged()
-    bits, progress = bits_of(model), averager.progress()
-    with averager.applied():
-        with pytest.raises(RuntimeError, match=r'applied\(\)'):
-            averager.update()
-        assert same_averages(averager, averages)
-    assert progress == averager.progress()
-    check_raw(model, averager, bits, averages)
+    with raw_afterwards() as averager:
+        averages = averages_of(averager)
+        progress = averager.progress()
+        with averager.applied():
+            with pytest.raises(RuntimeError, match=r'applied\(\)'):
+                averager.update()
+            assert same_averages(averager, averages)
+        assert progress == averager.progress()
 
 
 def test_load_inside():
     """Loading inside is refused in words and changes nothing."""
-    model, averager, averages = averaged()
-    state = averager.state_dict()
-    bits = bits_of(model)
-    with averager.applied(), pytest.raises(RuntimeError, match='applied'):
-        averager.load_state_dict(state)
-    check_raw(model, averager, bits, averages)
+    with raw_afterwards() as averager:
+        state = averager.state_dict()
+        with averager.applied(), pytest.raises(RuntimeError, match='applied'):
+            averager.load_state_dict(state)
 
 
-def test_thaw_inside():
-    """A parameter that is thawed inside does not lose the raw weights."""
-    model, averager, averages = averaged()
-    bits = bits_of(model)
-    with averager.applied():
-        model.frozen.requires_grad_(True)
-        with contextlib.suppress(RuntimeError):
-            averager.follow_changes()
-    check_raw(model, averager, bits, averages)
-
-
-def test_refresh_inside():
-    """A refresh inside changes nothing."""
-    model, averager, averages = averaged()
-    bits = bits_of(model)
-    with averager.applied():
-        averager.refresh()
-        assert averager.is_applied is True
-    check_raw(model, averager, bits, averages)
+def test_changes_are_followed_inside():
+    """A refresh, or a parameter that thaws, loses no raw weights."""
+    with raw_afterwards() as averager:
+        model = averager.model
+        with averager.applied():
+            averager.refresh()
+            assert averager.is_applied is True
+            model.frozen.requires_grad_(True)
+            with contextlib.suppress(RuntimeError):
+                averager.follow_changes()
 
 
 @pytest.mark.parametrize(
@@ -329,40 +293,23 @@ def test_interrupt_while_swapping_in():
     """Ctrl-C at any moment of the swap in leaves the raw weights."""
     entered, _ = calls_of_swap()
     for number in range(1, entered + 1):
-        model, averager, averages = averaged()
-        bits = bits_of(model)
-        reached = []
-        strike = StrikeAt(number, interrupt)
-        with strike, pytest.raises(KeyboardInterrupt), averager.applied():
-            reached.append(number)
-        assert [] == reached
-        check_raw(model, averager, bits, averages)
+        with raw_afterwards() as averager:
+            reached = []
+            strike = StrikeAt(number, interrupt)
+            with strike, pytest.raises(KeyboardInterrupt), averager.applied():
+                reached.append(number)
+            assert [] == reached
 
 
 def test_interrupt_while_swapping_out():
     """Ctrl-C at any moment of the swap out leaves the raw weights."""
     _, left = calls_of_swap()
     for number in range(1, left + 1):
-        model, averager, averages = averaged()
-        bits = bits_of(model)
-        averager.apply()
-        strike = StrikeAt(number, interrupt)
-        with strike, pytest.raises(KeyboardInterrupt):
-            averager.restore()
-        check_raw(model, averager, bits, averages)
-
-
-def test_interrupt_during_apply():
-    """After Ctrl-C in ``apply`` the averager knows what the model holds."""
-    entered, _ = calls_of_swap()
-    for number in range(1, entered + 1):
-        model, averager, averages = averaged()
-        bits = bits_of(model)
-        strike = StrikeAt(number, interrupt)
-        with strike, pytest.raises(KeyboardInterrupt):
+        with raw_afterwards() as averager:
             averager.apply()
-        averager.restore()
-        check_raw(model, averager, bits, averages)
+            strike = StrikeAt(number, interrupt)
+            with strike, pytest.raises(KeyboardInterrupt):
+                averager.restore()
 
 
 def test_interrupt_comes_through_once():
@@ -425,63 +372,48 @@ def test_error_and_interrupt():
 
 def test_other_thread():
     """A swap in another thread works without touching signals."""
-    model, averager, averages = averaged()
-    bits = bits_of(model)
-    errors = []
+    with raw_afterwards() as averager:
+        averages = averages_of(averager)
+        errors = []
 
-    def evaluate():
-        try:
-            with averager.applied():
-                assert same_averages(averager, averages)
-        except BaseException as error:
-            errors.append(error)
+        def evaluate():
+            try:
+                with averager.applied():
+                    assert same_averages(averager, averages)
+            except BaseException as error:
+                errors.append(error)
 
-    thread = threading.Thread(target=evaluate)
-    thread.start()
-    thread.join()
-    assert [] == errors
-    check_raw(model, averager, bits, averages)
+        thread = threading.Thread(target=evaluate)
+        thread.start()
+        thread.join()
+        assert [] == errors
 
 
-def test_out_of_memory_while_swapping_in():
-    """Out of memory at any moment of the swap in changes nothing."""
+@pytest.mark.parametrize('forever', [False, True])
+def test_out_of_memory_while_swapping_in(forever):
+    """At any moment of it nothing is changed, also if none comes back."""
     entered, _ = calls_of_swap(ALLOCATING)
     for number in range(1, entered + 1):
-        model, averager, averages = averaged()
-        bits = bits_of(model)
-        strike = StrikeAt(number, out_of_memory, ALLOCATING)
-        with strike, pytest.raises(OutOfMemoryError):
-            averager.apply()
-        check_raw(model, averager, bits, averages)
-
-
-def test_memory_that_stays_out():
-    """The raw weights come back also if no memory comes back."""
-    entered, _ = calls_of_swap(ALLOCATING)
-    for number in range(1, entered + 1):
-        model, averager, averages = averaged()
-        bits = bits_of(model)
-        strike = StrikeAt(number, out_of_memory, ALLOCATING, forever=True)
-        with strike, pytest.raises(OutOfMemoryError):
-            averager.apply()
-        check_raw(model, averager, bits, averages)
+        with raw_afterwards() as averager:
+            strike = StrikeAt(number, out_of_memory, ALLOCATING, forever)
+            with strike, pytest.raises(OutOfMemoryError):
+                averager.apply()
 
 
 def test_out_of_memory_while_swapping_out():
     """Out of memory in the swap out leaves averages that can be restored."""
     _, left = calls_of_swap(ALLOCATING)
     for number in range(1, left + 1):
-        model, averager, averages = averaged()
-        bits = bits_of(model)
-        averager.apply()
-        inside = bits_of(model)
-        strike = StrikeAt(number, out_of_memory, ALLOCATING)
-        with strike, pytest.raises(OutOfMemoryError):
+        with raw_afterwards() as averager:
+            model = averager.model
+            averager.apply()
+            inside = bits_of(model)
+            strike = StrikeAt(number, out_of_memory, ALLOCATING)
+            with strike, pytest.raises(OutOfMemoryError):
+                averager.restore()
+            assert averager.is_applied is True
+            assert inside == bits_of(model)
             averager.restore()
-        assert averager.is_applied is True
-        assert inside == bits_of(model)
-        averager.restore()
-        check_raw(model, averager, bits, averages)
 
 
 class WatchNew(TorchDispatchMode):

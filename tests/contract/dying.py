@@ -11,16 +11,23 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 
-import torch
 import torch.distributed as dist
-from torch import nn
 
 from mmdet_ema.checkpoint import files
 from tests.conftest import MMCV1
-from tests.contract.toy import EMA, Hook, Run, Saved, same, toy
+from tests.contract.toy import (
+    EMA,
+    Hook,
+    RankModel,
+    Run,
+    Saved,
+    newest,
+    same,
+    train_rank,
+)
+from tests.ranks import environment, free_port
 
 EPOCHS = 4
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -84,46 +91,22 @@ def make_saves_slow(pause):
         module.open = slow_open
 
 
-def newest(folder):
-    """Return what a tool resumes from; None if there is nothing."""
-    if MMCV1:
-        from mmdet.utils import find_latest_checkpoint
-
-        return find_latest_checkpoint(str(folder))
-    name = folder / 'last_checkpoint'
-    return name.read_text() if name.exists() else None
-
-
 def make_run(folder, hooks=(), iters=None, accumulation=1, **ema):
     """Make a run that keeps one file, and one best file."""
-    keep = dict(interval=1, max_keep_ckpts=1)
-    if iters:
-        keep.update(interval=4, by_epoch=False)
-    best = dict(save_best='score', rule='less')
-    if MMCV1:
-        options = dict(checkpoint=keep, evaluation=dict(best, interval=1))
-        path = newest(folder)
-        if path is not None:
-            options['resume'] = path
-    else:
-        hook = dict(type='CheckpointHook', **keep, **best)
-        options = dict(hooks=dict(checkpoint=hook))
-        if iters:
-            options['train_cfg'] = dict(
-                by_epoch=False, max_iters=iters, val_interval=4
-            )
-    run = Run(
+    return Run(
         folder,
         *hooks,
         dict(EMA, **ema),
         epochs=EPOCHS,
+        iters=iters,
+        every=4,
+        keep=1,
+        best='score',
+        rule='less',
         accumulation=accumulation,
+        resume=True,
         on_evaluation=lambda: _sleep(0.03),
-        **options,
     )
-    if not MMCV1:
-        run.toy.runner._resume = True
-    return run
 
 
 def train(folder, ready, pause, ema, more):
@@ -272,13 +255,11 @@ def kill_often(folder, kills, seed, whole, **ema):
     return found
 
 
-class FailingModel(toy.ToyModel):
+class FailingModel(RankModel):
     """Raises an error on one rank, in training or in an evaluation."""
 
     def __init__(self, where=''):
         super().__init__()
-        # gloo reduces no bfloat16
-        self.low = nn.Parameter(torch.ones(4))
         self.where, self.calls = where, 0
 
     def forward(self, *args, **kwargs):
@@ -293,63 +274,29 @@ def fail_to_write(*args, **kwargs):
     raise OSError(errno.ENOSPC, 'planned')
 
 
-def train_rank(rank, port, folder, where, more, ema):
+def fail_rank(rank, port, folder, where, more, ema):
     """Train on one of two ranks; ``where`` it fails."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log = open(folder / f'rank{rank}.log', 'a')  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE='2',
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(environment(rank, 2, port))
     time.sleep = lambda seconds: None
     dist.init_process_group('gloo')
     model = FailingModel(where if rank == 1 else '')
     if where == 'save' and rank == 0:
         files.open = fail_to_write
     hooks = [*(make() for make in more), dict(EMA, **ema)]
-    if MMCV1:
-        from mmcv.parallel import MMDistributedDataParallel
-        from mmcv.runner import DistEvalHook
-
-        run = toy.Run(
-            folder,
-            *hooks,
-            model=model,
-            wrapped=MMDistributedDataParallel(model, broadcast_buffers=False),
-            loader=toy.loader(seed=rank),
-            evaluation=dict(kind=DistEvalHook, interval=1),
-            runner=dict(max_epochs=EPOCHS),
-        )
-        run.train(resume=newest(folder))
-    else:
-        wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
-        toy.Run(
-            folder,
-            *hooks,
-            model=model,
-            train_dataloader=toy.loader(32),
-            max_epochs=EPOCHS,
-            hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
-            launcher='pytorch',
-            cfg=dict(model_wrapper_cfg=wrapper),
-            resume=True,
-        ).train()
+    train_rank(folder, *hooks, model=model, epochs=EPOCHS, resume=True)
 
 
 def train_ranks(folder, where='', more=((), ()), **ema):
     """Train on two ranks; return their exit codes."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [
         _CONTEXT.Process(
-            target=train_rank,
+            target=fail_rank,
             args=(rank, port, folder, where, more[rank], ema),
         )
         for rank in range(2)

@@ -2,7 +2,6 @@
 
 import random
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from tests.conftest import MMCV1
 from tests.contract.toy import (
-    AVERAGED,
     EMA,
     Hook,
     Run,
@@ -23,8 +21,6 @@ from tests.contract.toy import (
 from tests.toy import outputs
 
 ALL = ['ema', 'raw', 'both']
-# the model itself holds the average of a bfloat16 rounded to 8 bits
-KEYS = [key for key in AVERAGED if key != 'low']
 
 
 class Generator(Hook):
@@ -67,8 +63,7 @@ def test_raw_weights_come_back(error, evaluate, at, tmp_path):
 
 def wrong(run, seen, steps):
     """Names of the tensors that are not the average after some steps."""
-    saved = SimpleNamespace(averages=seen)
-    return run.wrong(saved, ramp, KEYS, range(steps))
+    return run.toy.wrong(seen, ramp, range(steps))
 
 
 @pytest.mark.parametrize(

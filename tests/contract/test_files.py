@@ -190,14 +190,7 @@ def test_no_file_is_lost_or_half_written(tmp_path, monkeypatch, kind, fails):
         move(path, target)
 
     monkeypatch.setattr(os, 'replace', full)
-    keep = dict(interval=1, max_keep_ckpts=1)
-    best = dict(save_best='score', rule='less')
-    if MMCV1:
-        options = dict(checkpoint=keep, evaluation=dict(best, interval=1))
-    else:
-        hook = dict(type='CheckpointHook', **keep, **best)
-        options = dict(hooks=dict(checkpoint=hook))
-    run = Run(tmp_path, EMA, **options)
+    run = Run(tmp_path, EMA, keep=1, best='score', rule='less')
     if fails:
         with pytest.raises(FullError):
             run.train()

@@ -13,8 +13,8 @@ import pytest
 from mmdet_ema import CheckpointError
 from mmdet_ema.checkpoint.files import TEMPORARY, read_structure
 from tests.conftest import MMCV1
-from tests.contract.dying import check_whole, newest
-from tests.contract.toy import EMA, Hook, Run, same
+from tests.contract.dying import check_whole
+from tests.contract.toy import EMA, Hook, Run, newest, same
 
 needs_mmengine = pytest.mark.skipif(MMCV1, reason='needs mmengine')
 
@@ -61,15 +61,8 @@ class Fill(Hook):
 
 
 def make_run(folder, *hooks, **ema):
-    keep = dict(interval=1, max_keep_ckpts=1)
-    if MMCV1:
-        options = dict(checkpoint=keep, evaluation=None)
-    else:
-        options = dict(
-            hooks=dict(checkpoint=dict(type='CheckpointHook', **keep))
-        )
-    options['resume'] = newest(folder)
-    return Run(folder, *hooks, dict(EMA, **ema), **options)
+    hooks = [*hooks, dict(EMA, **ema)]
+    return Run(folder, *hooks, keep=1, resume=newest(folder))
 
 
 def test_full_disk(tmp_path, disk):
@@ -105,13 +98,9 @@ def cut_off(tmp_path):
     return tmp_path
 
 
-def resume(folder, path=None, **options):
+def resume(folder, path=None):
     """Resume from a file, or from the newest one."""
-    if MMCV1:
-        return Run(folder, EMA, epochs=3, resume=path or newest(folder))
-    run = Run(folder, EMA, epochs=3, resume=path)
-    run.toy.runner._resume = True
-    return run
+    return Run(folder, EMA, epochs=3, resume=path or True)
 
 
 def test_newest_file_that_cannot_be_read(cut_off):

@@ -32,23 +32,20 @@ CONSTANT = dict(type='EMAHook', schedule='constant', decay=0.9)
     ids=str,
 )
 def test_200_steps(tmp_path, options, decay_of):
-    """Every average is that of the formula, BatchNorm included."""
+    """Every average is that of the formula, BatchNorm included.
+
+    That of a bfloat16 parameter, which stays one, in float32.
+    """
     run = Run(tmp_path, dict(type='EMAHook', **options), epochs=50).train()
     saved = run.load(50)
     assert 200 == len(run.records) == saved.steps
     assert {} == run.wrong(saved, decay_of)
     assert [] == same(saved.raws, run.records[-1])
+    assert torch.float32 == saved.averages['low'].dtype
+    assert torch.bfloat16 == saved.raws['low'].dtype == run.model.low.dtype
     first, tied = (saved.averages[f'{x}.weight'] for x in ('first', 'tied'))
     assert torch.equal(first, tied)
     assert 200 == saved.averages['norm.num_batches_tracked']
-
-
-def test_bfloat16_is_averaged_in_float32(tmp_path):
-    """A bfloat16 parameter has a float32 average, and stays bfloat16."""
-    run = Run(tmp_path, EMA, epochs=1).train()
-    saved = run.load(1)
-    assert torch.float32 == saved.averages['low'].dtype
-    assert torch.bfloat16 == saved.raws['low'].dtype == run.model.low.dtype
 
 
 @pytest.mark.parametrize('schedule', ['exponential', 'constant'])
@@ -272,35 +269,3 @@ def test_pattern_that_matches_nothing(tmp_path):
     with pytest.raises(OptionError, match=r"copied=\['neck\.\*'\]: no para"):
         run.train()
     assert not run.records
-
-
-class Hidden(ToyModel):
-    """Has masks of the kinds that people keep in buffers."""
-
-    def __init__(self):
-        super().__init__()
-        mask = torch.full((3, 3), torch.finfo(torch.float32).min)
-        self.register_buffer('lowest', mask.triu(1))
-        mask = torch.full((3, 3), -float('inf'))
-        self.register_buffer('infinite', mask.triu(1))
-        self.spectral = nn.utils.parametrizations.spectral_norm(
-            nn.Linear(4, 4)
-        )
-
-    def forward(self, inputs, *args, **kwargs):
-        return super().forward(self.spectral(inputs), *args, **kwargs)
-
-
-@pytest.mark.parametrize('update_buffers', [True, False])
-def test_masks_and_unit_vectors(tmp_path, update_buffers):
-    """The file holds them as the model does, and no step is skipped."""
-    hook = dict(EMA, update_buffers=update_buffers)
-    run = Run(tmp_path, hook, model=Hidden()).train()
-    saved = run.load()
-    assert 8 == saved.steps
-    vectors = [name for name in saved.averages if name[-3:] in ('._u', '._v')]
-    assert 2 == len(vectors)
-    for name in ('lowest', 'infinite', *vectors):
-        assert torch.equal(run.records[-1][name], saved.averages[name])
-    assert '8 steps averaged, 0 skipped' in run.log
-    assert 'holds NaN' not in run.log

@@ -1,11 +1,5 @@
 """Two real processes: the same averages on both, whatever the order."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +8,7 @@ from tests import oracle
 from tests.conftest import MMCV1
 from tests.contract.toy import (
     EMA,
+    STATISTICS,
     Run,
     Saved,
     assert_estimated,
@@ -21,10 +16,10 @@ from tests.contract.toy import (
     same,
     toy,
 )
+from tests.ranks import run_ranks
 
 # float32 rounds each of 8 updates to 6e-8 of the magnitude
 TOLERANCE = 1e-6
-ROOT = Path(__file__).parents[2]
 SPECS = ['epochs', 'flexible']
 if MMCV1:
     SPECS = [
@@ -42,52 +37,24 @@ POSTHOC = ['epochs,posthoc', 'epochs,posthoc,resumed']
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Train with every spec on two ranks; return the folder of all."""
-    path = tmp_path_factory.mktemp('ranks')
+    """Where the files of all runs are."""
+    return tmp_path_factory.mktemp('ranks')
+
+
+@pytest.fixture(scope='module')
+def seen(folder):
+    """Train with every spec on two ranks; return what both saw in each."""
     without = sorted({plain(spec) for spec in SPECS})
-    specs = [*SPECS, *without, 'epochs,recalibrate', *POSTHOC, 'epochs,verify']
-    program = ['-m', 'tests.contract.ranks_program', str(path), *specs]
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = dict(
-        OMP_NUM_THREADS='1',
-        WORLD_SIZE='2',
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-    )
-    # torchrun of torch 1.13 does not run under Python 3.11
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, '-W', 'ignore', *program],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                **environment,
-                'RANK': str(rank),
-                'LOCAL_RANK': str(rank),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    codes = [rank.returncode for rank in ranks]
-    assert [0, 0] == codes, '\n'.join(o[-4000:] for o in outputs)
-    return path
+    specs = [*SPECS, *without, 'epochs,recalibrate', *POSTHOC]
+    specs += ['epochs,verify', *([] if MMCV1 else ['epochs,sync'])]
+    ranks = run_ranks('tests.contract.ranks_program', 2, folder, *specs)
+    return {spec: [rank[spec] for rank in ranks] for spec in specs}
 
 
 def plain(spec):
     """Return the spec of the same run without an EMA hook."""
     kept = [w for w in spec.split(',') if w.islower() and w != 'both']
     return ','.join([*kept, 'plain'])
-
-
-def dumped(folder):
-    """Read what the two ranks dumped."""
-    return [torch.load(folder / f'rank{rank}.pt') for rank in range(2)]
 
 
 def average_of(ranks, key, steps, every):
@@ -122,7 +89,7 @@ def steps_in(path):
 
 
 @pytest.mark.parametrize('spec', SPECS)
-def test_two_ranks(spec, folder):
+def test_two_ranks(spec, folder, seen):
     """Evaluations have the averages of both ranks, and so have their files.
 
     Statistics in a file that is written without an evaluation are averages
@@ -130,8 +97,8 @@ def test_two_ranks(spec, folder):
     without an EMA hook, bit for bit.
     """
     every = 3 if 'iters' in spec else 4
-    ranks = dumped(folder / spec)
-    for rank, without in zip(ranks, dumped(folder / plain(spec))):
+    ranks = seen[spec]
+    for rank, without in zip(ranks, seen[plain(spec)]):
         assert 8 == len(rank['records'])
         assert [] == [
             step
@@ -140,10 +107,10 @@ def test_two_ranks(spec, folder):
         ]
     means = [rank['records'][0]['norm.running_mean'] for rank in ranks]
     assert not torch.equal(*means)
-    seen = [rank['seen'] for rank in ranks]
-    assert [step for step, _ in seen[0]] == [step for step, _ in seen[1]]
-    assert len(seen[0]) >= 2
-    for (step, left), (_, right) in list(zip(*seen))['both' in spec :: 2]:
+    states = [rank['seen'] for rank in ranks]
+    assert [step for step, _ in states[0]] == [step for step, _ in states[1]]
+    assert len(states[0]) >= 2
+    for (step, left), (_, right) in list(zip(*states))['both' in spec :: 2]:
         assert [] == same(left, right)
         assert [] == wrong(ranks, left, step, every)
     files = [p for p in (folder / spec).glob('*.pth') if not p.is_symlink()]
@@ -158,21 +125,33 @@ def test_two_ranks(spec, folder):
         assert [] == same(saved.raws, raw), path.name
 
 
-def test_recalibrated_on_two_ranks(folder):
+def test_recalibrated_on_two_ranks(folder, seen):
     """Both have the statistics of all data, as one process would have."""
-    spec = folder / 'epochs,recalibrate'
-    weights = Saved(spec / 'epoch_2.pth').averages
-    seen = [rank['seen'][-1][1] for rank in dumped(spec)]
-    assert [] == same(*seen)
-    assert [] == same({k: seen[0][k] for k in weights}, dict(weights))
+    spec = 'epochs,recalibrate'
+    weights = Saved(folder / spec / 'epoch_2.pth').averages
+    states = [rank['seen'][-1][1] for rank in seen[spec]]
+    assert [] == same(*states)
+    assert [] == same({k: states[0][k] for k in weights}, dict(weights))
     shards = [toy.ToyData(16, rank).inputs for rank in range(2)]
     inputs = np.concatenate(shards) if MMCV1 else toy.ToyData(32, 0).inputs
     assert_estimated(weights, inputs)
 
 
-def test_starting_weights_are_kept_by_one_rank(folder):
+@pytest.mark.skipif(MMCV1, reason='test_own_moments.py has one of mmcv')
+def test_sync_buffers_hook(folder, seen):
+    """It means the raw buffers, we those of the averages."""
+    ranks = seen['epochs,sync']
+    saved = Saved(folder / 'epochs,sync' / 'epoch_2.pth')
+    assert [] == wrong(ranks, saved.averages, 8, 4)
+    for key in STATISTICS:
+        left, right = (rank['records'][-1][key] for rank in ranks)
+        assert not torch.equal(left, right)
+        torch.testing.assert_close(saved.raws[key], (left + right) / 2)
+
+
+def test_starting_weights_are_kept_by_one_rank(folder, seen):
     """Rank 0 writes them once, finds them on resume, and the sum goes on."""
-    first, resumed = (dumped(folder / spec) for spec in POSTHOC)
+    first, resumed = (seen[spec] for spec in POSTHOC)
     assert [['written'], []] == [rank['starts'] for rank in first]
     assert [['found'], []] == [rank['starts'] for rank in resumed]
     work_dir = folder / POSTHOC[0]
@@ -194,13 +173,13 @@ def test_starting_weights_are_kept_by_one_rank(folder):
     assert error < TOLERANCE
 
 
-def test_verify_ranks_names_a_planted_difference(folder):
+def test_verify_ranks_names_a_planted_difference(seen):
     """Before the first evaluation both ranks stop, and neither hangs."""
-    for said in dumped(folder / 'epochs,verify'):
+    for said in seen['epochs,verify']:
         assert 'head.bias is not the same on all ranks after 4 steps' in said
 
 
-def test_file_of_two_ranks_resumes_in_one_process(folder, tmp_path):
+def test_file_of_two_ranks_resumes_in_one_process(folder, seen, tmp_path):
     """It has the names of one process's; the world size is reported."""
     file = folder / 'epochs' / 'epoch_2.pth'
     run = Run(tmp_path, EMA, epochs=3, resume=file).train()

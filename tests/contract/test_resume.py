@@ -1,13 +1,16 @@
 """Stop and resume, fine-tune, and what is refused."""
 
 import ast
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from mmdet_ema import CheckpointError, OptionError
-from tests import oracle
+from tests import needs, oracle
+from tests.conftest import MMCV1
 from tests.contract.toy import EMA, Hook, Run, ToyModel, ramp, same
 
 
@@ -154,6 +157,27 @@ def test_off_and_on_again(tmp_path):
     assert said in run.log
 
 
+def test_file_is_read_where_the_package_is_not(tmp_path):
+    """Any process reads the file, with nothing of ours imported."""
+    Run(tmp_path, EMA).train()
+    part = "['meta']['hook_msgs']['EMAHook']" if MMCV1 else ''
+    options = ', weights_only=True' if needs.SAFELY else ''
+    code = (
+        'import sys, torch\n'
+        f'file = torch.load(sys.argv[1]{options}){part}\n'
+        'loaded = {name.split(".")[0] for name in sys.modules}\n'
+        'print(int(file["ema_state_dict"]["steps"]))\n'
+        'print(loaded & {"mmdet_ema", "mmcv", "mmdet", "mmengine"})'
+    )
+    found = subprocess.run(
+        [sys.executable, '-c', code, tmp_path / 'epoch_2.pth'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '8\nset()\n' == found.stdout
+
+
 @pytest.mark.parametrize('resume', [False, True])
 @pytest.mark.parametrize('hooks', [[EMA], []])
 def test_off_from_a_file(tmp_path, hooks, resume):
@@ -206,8 +230,6 @@ def test_begin_past_the_end_is_refused(tmp_path, options, message):
 
 def test_two_ema_hooks_are_refused_naming_both(tmp_path):
     """Ours twice, or the framework's own beside ours."""
-    from tests.conftest import MMCV1
-
     theirs = dict(type='MMCVEMAHook' if MMCV1 else 'MMEngineEMAHook')
     for second in (EMA, theirs):
         run = Run(tmp_path, EMA, second)
@@ -231,8 +253,6 @@ class SwitchHook(Hook):
 )
 def test_last_epochs_that_no_hook_switches_to(tmp_path, line, hooks, told):
     """A list of hooks that replaced the one of the base is found."""
-    from tests.conftest import MMCV1
-
     name, value = line.split(' = ')
     options = dict(cfg={name: ast.literal_eval(value)})
     if MMCV1:

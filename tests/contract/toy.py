@@ -15,7 +15,8 @@ from tests.conftest import MMCV1
 from tests.toy import RecordingSGD, same, state_of
 
 if MMCV1:
-    from mmcv.runner import Hook
+    from mmcv.parallel import MMDistributedDataParallel
+    from mmcv.runner import DistEvalHook, Hook
 
     from tests.for_mmcv1 import toy
 else:
@@ -27,15 +28,18 @@ __all__ = [
     'EMA',
     'STATISTICS',
     'Hook',
+    'RankModel',
     'RecordingSGD',
     'Run',
     'Saved',
     'Spoil',
     'ToyModel',
     'assert_estimated',
+    'newest',
     'ramp',
     'same',
     'state_of',
+    'train_rank',
 ]
 
 ToyModel = toy.ToyModel
@@ -99,6 +103,66 @@ def assert_estimated(weights, inputs):
         np.testing.assert_allclose(weights[name], value, rtol=2e-6, atol=1e-6)
 
 
+def newest(folder):
+    """Return what a tool resumes from; None if there is nothing."""
+    if MMCV1:
+        from mmdet.utils import find_latest_checkpoint
+
+        return find_latest_checkpoint(str(folder))
+    name = folder / 'last_checkpoint'
+    return name.read_text() if name.exists() else None
+
+
+class RankModel(ToyModel):
+    """gloo reduces no bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = torch.nn.Parameter(torch.ones(4))
+
+
+def train_rank(folder, *hooks, model, epochs=2, resume=None, **options):
+    """Train on one of several ranks, with other data on each; return the run.
+
+    Args:
+        folder: Where the files of all are.
+        *hooks: Its hooks.
+        model: The model.
+        epochs: When it ends.
+        resume: A file that is resumed, or True for the newest, if any.
+        **options: Options of the toy's own run.
+    """
+    if MMCV1:
+        options.setdefault('runner', dict(max_epochs=epochs))
+        options.setdefault('evaluation', dict(kind=DistEvalHook, interval=1))
+        wrapped = MMDistributedDataParallel(model, broadcast_buffers=False)
+        run = toy.Run(
+            folder,
+            *hooks,
+            model=model,
+            wrapped=wrapped,
+            loader=toy.loader(seed=torch.distributed.get_rank()),
+            **options,
+        )
+        return run.train(newest(folder) if resume is True else resume)
+    wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
+    more = dict(launcher='pytorch', cfg=dict(model_wrapper_cfg=wrapper))
+    if 'kind' in options:  # FlexibleRunner
+        more = dict(strategy=dict(type='DDPStrategy', model_wrapper=wrapper))
+    if resume not in (None, True):
+        more['load_from'] = str(resume)
+    return toy.Run(
+        folder,
+        *hooks,
+        model=model,
+        train_dataloader=toy.loader(32),
+        max_epochs=epochs,
+        resume=resume is not None,
+        **more,
+        **options,
+    ).train()
+
+
 class _Watch(Hook):
     """Lets a run of mmengine see what is evaluated."""
 
@@ -118,9 +182,11 @@ class Run:
         *hooks: Its hooks.
         epochs: When it ends.
         iters: When it ends, where it counts no epochs.
+        every: Iterations between evaluations and files then; all by default.
+        keep: How many files it keeps, apart from the best one.
         accumulation: Iterations to one step.
         batch: Samples in a batch, of 16.
-        resume: A file that training resumes from.
+        resume: A file that training resumes from; True for the newest.
         load: A file that it starts from.
         model: The model.
         on_evaluation: Called in each pass of an evaluation.
@@ -134,6 +200,8 @@ class Run:
         *hooks,
         epochs=2,
         iters=None,
+        every=None,
+        keep=-1,
         accumulation=1,
         batch=4,
         resume=None,
@@ -148,8 +216,12 @@ class Run:
         self.seen, self._on_evaluation = [], on_evaluation
         self._length = iters or epochs
         self._unit = 'iter' if iters else 'epoch'
-        by_iter = dict(by_epoch=False, interval=iters)
+        by_iter = dict(by_epoch=False, interval=every or iters)
+        checkpoint = dict(interval=1, max_keep_ckpts=keep)
+        if iters:
+            checkpoint.update(by_iter)
         if MMCV1:
+            resume = newest(work_dir) if resume is True else resume
             self._files = dict(resume=resume, load=load)
             options.update(
                 runner=dict(type='IterBasedRunner', max_iters=iters)
@@ -159,8 +231,8 @@ class Run:
                 logger=toy.quiet(self._said),
             )
             evaluation = dict(test_fn=self._evaluate)
+            options.setdefault('checkpoint', checkpoint)
             if iters:
-                options['checkpoint'] = by_iter
                 evaluation.update(by_iter)
             if best:
                 evaluation.update(save_best=best, rule=rule)
@@ -172,11 +244,12 @@ class Run:
                 )
         else:
             hooks = (*hooks, _Watch(self))
-            checkpoint = dict(type='CheckpointHook', interval=1)
+            checkpoint['type'] = 'CheckpointHook'
             if iters:
-                checkpoint.update(by_iter)
                 options['train_cfg'] = dict(
-                    by_epoch=False, max_iters=iters, val_interval=iters
+                    by_epoch=False,
+                    max_iters=iters,
+                    val_interval=every or iters,
                 )
             if best:
                 checkpoint.update(save_best=best, rule=rule)
@@ -186,9 +259,10 @@ class Run:
                 train_dataloader=toy.loader(batch=batch),
                 accumulative_counts=accumulation,
             )
-            if resume or load:
-                options['load_from'] = str(resume or load)
             options['resume'] = bool(resume)
+            given = load if resume is True else resume or load
+            if given:
+                options['load_from'] = str(given)
         self.toy = toy.Run(work_dir, *hooks, **options)
         if not MMCV1:
             self.toy.runner.logger.addHandler(self._said)
@@ -270,38 +344,11 @@ class Run:
         return dict(averager.named_averages()) if averager else None
 
     def wrong(self, saved, decay_of, keys=None, chosen=None):
-        """Names of the tensors of a file that are not the oracle's average.
+        """Names of the averages of a file that are not the oracle's.
 
-        Args:
-            saved: The file.
-            decay_of: Maps n to the decay.
-            keys: Names to look at; all averaged ones by default.
-            chosen: Which records were averaged; all by default.
+        All are looked at by default, and all records are averaged.
         """
-        found = {}
-        for key in AVERAGED if keys is None else keys:
-            start, values = self.trace(key)
-            if chosen is not None:
-                values = [values[i] for i in chosen]
-            expected = oracle.average(start, values, decay_of)
-            average = saved.averages[key].double()
-            error = oracle.relative_error(average, expected)
-            # float32 rounds each of up to 200 updates to 6e-8
-            if error > 1e-6:
-                found[key] = error
-        return found
-
-
-AVERAGED = [
-    'low',
-    'first.weight',
-    'first.bias',
-    'norm.weight',
-    'norm.bias',
-    'norm.running_mean',
-    'norm.running_var',
-    'tied.weight',
-    'tied.bias',
-    'head.weight',
-    'head.bias',
-]
+        averages = saved.averages
+        if keys is not None:
+            averages = {key: averages[key] for key in keys}
+        return self.toy.wrong(averages, decay_of, chosen)

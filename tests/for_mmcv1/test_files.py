@@ -80,13 +80,3 @@ def test_file_that_is_given_twice_is_one(tmp_path, other, monkeypatch):
     run.train(resume=path)
     assert 8 == len(run.records)
     assert [] == [x for x in lines.lines if 'another checkpoint' in x]
-
-
-def test_another_file_is_still_told(tmp_path):
-    """The hook's word has no effect in a run that resumed from elsewhere."""
-    Run(tmp_path, EMA).train()
-    lines = Lines()
-    hook = dict(EMA, resume_from=str(tmp_path / 'epoch_1.pth'))
-    run = Run(tmp_path, hook, runner=EPOCHS, logger=quiet(lines))
-    run.train(resume=tmp_path / 'epoch_2.pth')
-    assert [x for x in lines.lines if 'another checkpoint' in x]

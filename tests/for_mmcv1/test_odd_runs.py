@@ -10,7 +10,6 @@ from mmcv.runner.builder import RUNNERS
 from torch import nn
 
 from mmdet_ema import OptionError
-from mmdet_ema.for_mmcv1.ema_hook import EMAHook
 from tests.for_mmcv1.test_orders import wrong
 from tests.for_mmcv1.toy import (
     EMA,
@@ -144,13 +143,6 @@ def test_hook_that_is_registered_after_the_resume(tmp_path):
     saved, expected = rest.load('epoch_4.pth'), whole.load('epoch_4.pth')
     raws = raw_of(saved), raw_of(expected)
     assert [] == same(*raws)
-
-
-@pytest.mark.parametrize('path', ['', 5])
-def test_resume_from_that_is_no_path(path):
-    """What is no path is refused with its value."""
-    with pytest.raises(OptionError, match=f'resume_from={path!r} is no path'):
-        EMAHook(resume_from=path)
 
 
 class OneLoader(EpochBasedRunner):

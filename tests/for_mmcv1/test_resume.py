@@ -1,9 +1,5 @@
 """Stop and resume, fine-tune, and what is in the files."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from mmcv.runner import RUNNERS, EpochBasedRunner, load_checkpoint
@@ -109,31 +105,12 @@ def test_plain_keys_load_into_the_model_without_a_word(tmp_path):
     assert weights['low'].dtype == torch.float32
 
 
-def test_file_is_read_where_the_package_is_not(tmp_path):
-    """Any process reads the file, with nothing of ours imported."""
-    Run(tmp_path, EMA).train()
-    code = (
-        'import sys, torch\n'
-        'part = torch.load(sys.argv[1])["meta"]["hook_msgs"]["EMAHook"]\n'
-        'print(int(part["ema_state_dict"]["steps"]))\n'
-        'loaded = {name.split(".")[0] for name in sys.modules}\n'
-        'print(sorted(loaded & {"mmdet_ema", "mmcv", "mmdet"}))'
-    )
-    path = tmp_path / 'epoch_2.pth'
-    found = subprocess.run(
-        [sys.executable, '-c', code, path],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, 'PYTHONPATH': ''},
-    )
-    assert '8\n[]\n' == found.stdout
-
-
 def test_nothing_of_ours_stays_in_the_runner(tmp_path):
     """No tensors stay in ``runner.meta``, no hook on the model."""
     run = Run(tmp_path, EMA, meta=None, evaluation=None).train()
     assert run.runner.meta == {} or run.runner.meta is None
+    # what it has to say is in the file all the same
+    assert 8 == steps_of(run.load('epoch_2.pth'))
     assert not run.model._state_dict_hooks
     Run(tmp_path, EMA, runner=EPOCHS).train(resume=tmp_path / 'latest.pth')
     run = Run(tmp_path, EMA, runner=EPOCHS)
@@ -141,20 +118,11 @@ def test_nothing_of_ours_stays_in_the_runner(tmp_path):
     assert 'EMAHook' not in run.runner.meta['hook_msgs']
 
 
-def test_run_without_meta_saves_the_part(tmp_path):
-    """A runner without ``meta`` writes it for the file alone."""
-    run = Run(tmp_path, EMA, meta=None, evaluation=None).train()
-    assert 8 == steps_of(run.load('epoch_2.pth'))
-
-
-@pytest.mark.parametrize('runner', ['epochs', 'iters'])
-def test_going_on_without_an_average(runner, tmp_path):
+def test_iterations_that_go_on_without_an_average(tmp_path):
     """``enabled=False`` takes the raw weights and leaves nothing of ours."""
-    lengths = dict(
-        epochs=[dict(max_epochs=n) for n in (2, 4)],
-        iters=[dict(type='IterBasedRunner', max_iters=n) for n in (8, 16)],
+    first, second = (
+        dict(type='IterBasedRunner', max_iters=n) for n in (8, 16)
     )
-    first, second = lengths[runner]
     log = dict(interval=1, hooks=[dict(type='TextLoggerHook')])
     whole = Run(tmp_path / 'whole', runner=second).train()
     Run(tmp_path / 'half', EMA, runner=first).train()
@@ -163,27 +131,12 @@ def test_going_on_without_an_average(runner, tmp_path):
     rest = Run(
         tmp_path / 'half', off, runner=second, log=log, logger=quiet(lines)
     )
-    names = {'epochs': ('epoch_2', 'epoch_4'), 'iters': ('iter_8', 'iter_16')}
-    before, after = (f'{name}.pth' for name in names[runner])
-    rest.train(resume=tmp_path / 'half' / before)
+    rest.train(resume=tmp_path / 'half' / 'iter_8.pth')
     assert [] == same(whole.records[-1], rest.records[-1])
     assert [x for x in lines.lines if 'enabled=False' in x]
-    saved, expected = rest.load(after), whole.load(after)
+    saved, expected = rest.load('iter_16.pth'), whole.load('iter_16.pth')
     assert [] == same(saved['state_dict'], expected['state_dict'])
     assert 'EMAHook' not in saved['meta'].get('hook_msgs', {})
-
-
-@pytest.mark.parametrize('size', [10, 1000])
-def test_damaged_file_is_refused_before_anything_changes(size, tmp_path):
-    """One line names the file; the weights are as they were."""
-    Run(tmp_path, EMA).train()
-    path = tmp_path / 'epoch_2.pth'
-    path.write_bytes(path.read_bytes()[:size])
-    run = Run(tmp_path, EMA, runner=EPOCHS)
-    before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    with pytest.raises(CheckpointError, match='cut off or no checkpoint'):
-        run.train(resume=path)
-    assert [] == same(before, run.model.state_dict())
 
 
 def test_missing_file_is_named(tmp_path):
@@ -193,19 +146,3 @@ def test_missing_file_is_named(tmp_path):
     hook = dict(EMA, resume_from='nowhere.pth')
     with pytest.raises(CheckpointError, match=r'no file .*nowhere\.pth'):
         Run(tmp_path, hook).train()
-
-
-def test_a_file_is_never_half_written(tmp_path, monkeypatch):
-    """A write that fails leaves the old file, and no other."""
-    run = Run(tmp_path, EMA).train()
-    before = (tmp_path / 'epoch_2.pth').read_bytes()
-    names = sorted(os.listdir(tmp_path))
-
-    def fail(*args):
-        raise OSError('disk full')
-
-    monkeypatch.setattr(os, 'replace', fail)
-    with pytest.raises(OSError, match='disk full'):
-        run.runner.save_checkpoint(str(tmp_path), 'epoch_2.pth')
-    assert before == (tmp_path / 'epoch_2.pth').read_bytes()
-    assert names == sorted(os.listdir(tmp_path))

@@ -119,6 +119,8 @@ def test_interval_keeps_the_window(kind, phase, tmp_path):
         (dict(total_iter=0), 'total_iter=0'),
         (dict(type=EXP, tau=-1), '-1'),
         (dict(interval=0), 'interval=0'),
+        (dict(resume_from=''), "resume_from='' is no path"),
+        (dict(resume_from=5), 'resume_from=5 is no path'),
         (dict(skip_buffers=1), 'skip_buffers=1 is not allowed'),
         (dict(decay=0.9, momentum=0.1), 'decay=0.9 and momentum=0.1'),
         (dict(warm_up=3, decay=0.9, momentum=0.1), 'one option'),

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tests.toy import (  # noqa: F401  same, for all that import the toy
     RecordingSGD,
     Samples,
+    TracedRun,
     add_layers,
     loss_of,
     outputs,
@@ -79,7 +80,7 @@ class Recorder(Hook):
             return [x for d in loader for x in bare(return_loss=False, **d)]
 
 
-class Run:
+class Run(TracedRun):
     """A runner with its hooks, as mmdet 2's ``train_detector`` makes it."""
 
     def __init__(self, work_dir, *hooks, model=None, **options):
@@ -138,19 +139,9 @@ class Run:
         self.runner.run(loaders, self.workflow)
         return self
 
-    @property
-    def records(self):
-        """States of the model after every optimizer step."""
-        return self.optimizer.records
-
     def load(self, name):
         """Read a checkpoint of the run, as any process could."""
         return torch.load(self.work_dir / name, map_location='cpu')
-
-    def trace(self, key, steps=None):
-        """Values of one tensor before and after every step, in float64."""
-        start = self.recorder.start[key].double().numpy()
-        return start, [r[key].double().numpy() for r in self.records[:steps]]
 
 
 def raw_of(checkpoint):

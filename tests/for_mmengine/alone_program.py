@@ -1,11 +1,9 @@
 """Run on two ranks: moments at which one of them is alone.
 
-Usage: python -m tests.for_mmengine.alone_program RANK FOLDER
+Usage: tests.ranks.run_ranks
 """
 
 import datetime
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +17,15 @@ from torch import nn
 from torch.distributed.algorithms.join import Join
 
 from tests.collectives import CALLS, count_collectives
-from tests.for_mmengine.toy import Run, Score, ToyData, ToyModel, state_of
+from tests.for_mmengine.toy import (
+    Run,
+    Score,
+    ToyData,
+    ToyModel,
+    loader,
+    state_of,
+)
+from tests.ranks import main as run_main
 
 EMA = dict(type='EMAHook', schedule='constant', decay=0.9)
 LOWEST = torch.finfo(torch.float32).min
@@ -105,13 +111,7 @@ def data(size, batch, split=True):
     """A loader whose samples are shared out, or the same on both ranks."""
     if not split:
         return torch.utils.data.DataLoader(ToyData(size, 0), batch_size=batch)
-    return dict(
-        dataset=ToyData(size, 0),
-        batch_size=batch,
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='default_collate'),
-        num_workers=0,
-    )
+    return loader(size, batch)
 
 
 def train(folder, name, *hooks, model=None, wrapper=None, ema=EMA, **options):
@@ -174,16 +174,10 @@ def stop(runner):
     raise AssertionError('the loss is not finite')
 
 
-def main(rank, folder):
-    """Go through the scenarios; dump what was seen."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank))
-    dist.init_process_group(
-        'gloo',
-        init_method=f'file://{folder}/meeting',
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=120),
-    )
+def main(rank, count, folder):
+    """Go through the scenarios; return what was seen."""
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group('gloo', timeout=timeout)
     count_collectives()
     local = dict(
         val_evaluator=Local([Score()]), val_dataloader=data(4, 2, False)
@@ -217,13 +211,9 @@ def main(rank, folder):
     found = {}
     for name, (hooks, options) in runs.items():
         found[name] = train(folder, name, *hooks, **options)
-    torch.save(found, folder / f'rank{rank}.pt')
     dist.barrier()
+    return found
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]), Path(sys.argv[2]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # threads of gloo may outlive Python's shutdown
-    os._exit(0)
+    run_main(main)

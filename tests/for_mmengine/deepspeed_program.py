@@ -1,27 +1,30 @@
 """Run as one of several ranks: train with mmengine's ``DeepSpeedStrategy``.
 
-Usage: python -m tests.for_mmengine.deepspeed_program RANK RANKS FOLDER RUN...
-with MASTER_ADDR and MASTER_PORT in the environment; a RUN is one of ``RUNS``.
+Usage: tests.ranks.run_ranks, with names of ``RUNS``.
 """
 
 import functools
-import os
-import sys
+import shutil
 import time
-from pathlib import Path
 
 import deepspeed
 import mmengine._strategy.deepspeed as strategies
 import torch
 import torch.distributed as dist
-from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import FlexibleRunner
 from torch import nn
 
 from mmdet_ema import WeightAverager
-from tests.for_mmengine.shards_program import BATCH, EMA, Failing, Model
-from tests.for_mmengine.toy import Score, loader
+from tests.for_mmengine.shards_program import (
+    BATCH,
+    EMA,
+    Failing,
+    Model,
+    Recorder,
+    make_runner,
+)
+from tests.ranks import main as run_main
 
 BF16 = dict(bf16=dict(enabled=True), inputs_to_half=['inputs'])
 FP16 = dict(
@@ -72,17 +75,18 @@ class Low(Model):
         )
 
 
-class Recorder(Hook):
+class Stepped(Recorder):
     """Gathers what is stepped before and after every step, and metrics."""
 
-    priority = 'VERY_HIGH'
-
     def __init__(self, bad=None):
-        self.raws, self.metrics, self.applied = [], [], []
-        self.bad = bad
+        super().__init__()
+        self.applied, self.bad = [], bad
 
-    def before_train(self, runner):
-        self.raws.append(gathered(runner.model))
+    def gathered(self, model):
+        return gathered(model)
+
+    def parts_of(self, model):
+        return parts_of(model)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if self.bad == 'gradient' and batch_idx == 1 and dist.get_rank() == 1:
@@ -95,11 +99,7 @@ class Recorder(Hook):
         if self.bad == 'weight' and batch_idx == 1 and dist.get_rank() == 1:
             # of the second part of a matrix alone
             runner.model.module.first.weight.ds_tensor[-1] = float('nan')
-        self.raws.append(gathered(runner.model))
-        Recorder.parts = parts_of(runner.model)
-
-    def after_val_epoch(self, runner, metrics=None):
-        self.metrics.append(dict(metrics))
+        super().after_train_iter(runner, batch_idx)
 
 
 class Mending(Hook):
@@ -157,30 +157,21 @@ def train(
     metric=None,
 ):
     """Train; return what was recorded."""
-    recorder = Recorder(bad)
+    recorder = Stepped(bad)
     zero = zero or dict(stage3_param_persistence_threshold=0)
-    runner = FlexibleRunner(
-        model=Low() if low else Model(),
-        work_dir=str(folder),
-        train_dataloader=loader(48, BATCH // ranks),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+    hooks = [{**EMA, **(ema or {})}, recorder]
+    runner = make_runner(
+        folder,
+        epochs,
+        ranks,
+        Low() if low else Model(),
+        hooks + [Mending()] * (bad == 'weight'),
+        metric,
+        file,
         optim_wrapper=dict(
             type='DeepSpeedOptimWrapper',
             optimizer=dict(type='AdamW', lr=0.01),
         ),
-        param_scheduler=dict(type='ExponentialLR', gamma=0.9, end=9),
-        val_dataloader=loader(4, 2, seed=1),
-        val_cfg=dict(),
-        val_evaluator=Evaluator([metric or Score()]),
-        default_hooks=dict(
-            logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(type='CheckpointHook', interval=1, **file or {}),
-        ),
-        custom_hooks=[
-            {**EMA, **(ema or {})},
-            recorder,
-            *([Mending()] if bad == 'weight' else []),
-        ],
         resume=str(folder.parent / resume) if resume else False,
         launcher='pytorch',
         strategy=dict(
@@ -310,11 +301,8 @@ def fail(folder):
 
 
 def main(rank, ranks, folder, *names):
-    """Train with each spec, one after the other; dump what was seen."""
+    """Train by each name, one after the other; return what was seen."""
     time.sleep = lambda seconds: None
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
-    )
     # its operators would be compiled first
     deepspeed.ops.__compatible_ops__.clear()
     # torch can, on any CPU
@@ -333,7 +321,7 @@ def main(rank, ranks, folder, *names):
             found[name] = REFUSED[name](folder, rank, ranks)
         else:
             found[name] = train(folder / name, ranks, **RUNS[name])
-    torch.save(found, folder / f'rank{rank}.pt')
+    return found
 
 
 def refused_posthoc(folder, rank, ranks):
@@ -350,8 +338,6 @@ def refused_moment(folder, rank, ranks):
     """The file of another epoch has got into the folder."""
     given = folder / 'mixed.pth'
     if rank == 0:
-        import shutil
-
         shutil.copytree(folder / 'three' / 'epoch_2.pth', given)
         shutil.copy(folder / 'three' / 'epoch_1.pth' / 'ema.pth', given)
     dist.barrier()
@@ -370,8 +356,4 @@ REFUSED = {
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # threads of gloo may outlive Python's shutdown
-    os._exit(0)
+    run_main(main)

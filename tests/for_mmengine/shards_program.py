@@ -1,15 +1,11 @@
 """Run as one of several ranks: train with a strategy that shards.
 
-Usage: python -m tests.for_mmengine.shards_program RANK RANKS FOLDER SPEC...
-with MASTER_ADDR and MASTER_PORT in the environment; a SPEC is a folder, the
-number of epochs and the file that is resumed, if any: NAME:EPOCHS[:FILE].
+Usage: tests.ranks.run_ranks, with a folder, a number of epochs and the file
+that is resumed, if any, for each run: NAME:EPOCHS[:FILE].
 """
 
 import contextlib
-import os
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 
 from tests.for_mmengine.toy import Score, ToyModel, loader
+from tests.ranks import main as run_main
 
 EMA = dict(
     type='EMAHook',
@@ -76,15 +73,21 @@ class Recorder(Hook):
         self.raws, self.metrics = [], []
 
     def before_train(self, runner):
-        self.raws.append(gathered(runner.model))
+        self.raws.append(self.gathered(runner.model))
 
     def after_train_iter(
         self, runner, batch_idx, data_batch=None, outputs=None
     ):
-        self.raws.append(gathered(runner.model))
-        Recorder.parts = [
+        self.raws.append(self.gathered(runner.model))
+        Recorder.parts = self.parts_of(runner.model)
+
+    def gathered(self, model):
+        return gathered(model)
+
+    def parts_of(self, model):
+        return [
             getattr(x, '_local_tensor', x).detach().clone()
-            for x in runner.model.parameters()
+            for x in model.parameters()
         ]
 
     def after_val_epoch(self, runner, metrics=None):
@@ -163,6 +166,39 @@ def fail(folder, strategy):
         ]
 
 
+def make_runner(
+    folder,
+    epochs,
+    ranks,
+    model,
+    hooks,
+    metric=None,
+    checkpoint=None,
+    **options,
+):
+    """Put together a run of the toy on several ranks."""
+    return FlexibleRunner(
+        model=model,
+        work_dir=str(folder),
+        train_dataloader=loader(48, BATCH // ranks),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        param_scheduler=dict(type='ExponentialLR', gamma=0.9, end=9),
+        val_dataloader=loader(4, 2, seed=1),
+        val_cfg=dict(),
+        val_evaluator=Evaluator([metric or Score()]),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1),
+            checkpoint=dict(
+                type='CheckpointHook', interval=1, **checkpoint or {}
+            ),
+        ),
+        custom_hooks=hooks,
+        # those of one second would share a message hub
+        experiment_name=f'{folder.name}{ranks}{epochs}',
+        **options,
+    )
+
+
 def train(
     folder, epochs, resume=None, ranks=1, model=None, metric=None, **options
 ):
@@ -173,29 +209,21 @@ def train(
     if folder.name.startswith('local'):
         keep = dict(max_keep_ckpts=1, save_best='score', rule='greater')
     unclipped = folder.name.startswith((*FSDP1, 'unclipped'))
-    runner = FlexibleRunner(
-        model=model or Model(),
-        work_dir=str(folder),
-        train_dataloader=loader(48, BATCH // ranks),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+    runner = make_runner(
+        folder,
+        epochs,
+        ranks,
+        model or Model(),
+        [EMA, recorder],
+        metric,
+        keep,
         optim_wrapper=dict(
             optimizer=dict(type='AdamW', lr=0.01),
             # mmengine clips FSDP1's by the norm of each rank's pieces
             clip_grad=None if unclipped else dict(max_norm=0.5),
             accumulative_counts=counts,
         ),
-        param_scheduler=dict(type='ExponentialLR', gamma=0.9, end=9),
-        val_dataloader=loader(4, 2, seed=1),
-        val_cfg=dict(),
-        val_evaluator=Evaluator([metric or Score()]),
-        default_hooks=dict(
-            logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(type='CheckpointHook', interval=1, **keep),
-        ),
-        custom_hooks=[EMA, recorder],
         resume=resume or False,
-        # those of one second would share a message hub
-        experiment_name=f'{folder.name}{ranks}{epochs}',
         **options,
     )
     runner.train()
@@ -258,11 +286,8 @@ def refused_sets(folder, rank, ranks):
 
 
 def main(rank, ranks, folder, *specs):
-    """Train with each spec, one after the other; dump what was seen."""
+    """Train with each spec, one after the other; return what was seen."""
     time.sleep = lambda seconds: None
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
-    )
     found = {}
     if specs[0].startswith(FSDP1):
         # mmengine would set the device of a GPU
@@ -286,12 +311,8 @@ def main(rank, ranks, folder, *specs):
         found['failed'] = fail(
             folder / 'failed', dict(type='FSDP2Strategy', shard=['head'])
         )
-    torch.save(found, folder / f'rank{rank}.pt')
+    return found
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # threads of gloo may outlive Python's shutdown
-    os._exit(0)
+    run_main(main)

@@ -1,51 +1,26 @@
 """Two real ranks: nobody is asked but at a validation of all."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from tests import oracle
 from tests.needs import SAFELY
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 LOWEST = torch.finfo(torch.float32).min
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Go through all scenarios on two ranks; return the folder."""
-    path = tmp_path_factory.mktemp('alone')
-    program = ['-m', 'tests.for_mmengine.alone_program']
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *program, rank, str(path)],
-            cwd=ROOT,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in '01'
-    ]
-    try:
-        texts = [rank.communicate(timeout=900)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    codes = [rank.returncode for rank in ranks]
-    assert [0, 0] == codes, '\n'.join(text[-4000:] for text in texts)
-    return path
+    """Where the files of all scenarios are."""
+    return tmp_path_factory.mktemp('alone')
 
 
 @pytest.fixture(scope='module')
 def seen(folder):
     """What the two ranks saw, by scenario."""
-    dumps = [torch.load(folder / f'rank{i}.pt') for i in (0, 1)]
+    dumps = run_ranks('tests.for_mmengine.alone_program', 2, folder)
     return {name: [dump[name] for dump in dumps] for name in dumps[0]}
 
 

@@ -6,29 +6,30 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.runner.checkpoint import _load_checkpoint
 
-from tests.for_mmengine.toy import Run, ToyData, ToyModel, loader, same
+from tests.for_mmengine.toy import (
+    Run,
+    ToyData,
+    ToyModel,
+    loader,
+    same,
+    untied,
+)
 
 EMA = dict(type='EMAHook', decay=0.9, tau=2)
 THEIRS = dict(type='MMEngineEMAHook', momentum=0.1)
-
-
-class Untied(ToyModel):
-    """Without tied weights, which mmengine's hook averages twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.tied.weight = torch.nn.Parameter(torch.ones(4, 4))
 
 
 @pytest.mark.parametrize('resume', [True, False])
 @pytest.mark.parametrize('theirs', [(), (THEIRS,)], ids=['none', 'theirs'])
 def test_files_of_the_framework_are_read(tmp_path, theirs, resume):
     """Whether they were written with its EMA hook or without one."""
-    first = Run(tmp_path, *theirs, model=Untied(), max_epochs=1).train()
+    options = dict(model=untied(ToyModel()), max_epochs=1)
+    first = Run(tmp_path, *theirs, **options).train()
     path = tmp_path / 'epoch_1.pth'
     saved = torch.load(path, weights_only=False)
     given = dict(load_from=str(path), resume=resume)
-    run = Run(tmp_path / 'given', EMA, model=Untied(), **given).train()
+    given['model'] = untied(ToyModel())
+    run = Run(tmp_path / 'given', EMA, **given).train()
     expected = first.records[-1] if resume else saved['state_dict']
     assert [] == same(run.recorder.start, expected)
     assert (4 if resume else 8) == len(run.records)

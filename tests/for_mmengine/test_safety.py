@@ -17,29 +17,8 @@ EMA = dict(type='EMAHook', schedule='constant', decay=0.9)
 class Failing(Score):
     """Raises in the middle of an evaluation, with the averages applied."""
 
-    def __init__(self, model, action):
-        super().__init__()
-        self.model, self.action = model, action
-
     def process(self, data_batch, data_samples):
-        self.during = state_of(self.model)
-        self.action()
-
-
-def fail():
-    raise RuntimeError('metric failed')
-
-
-def test_training_can_go_on_after_a_broken_validation(tmp_path):
-    """After a failed validation the same hook still averages right."""
-    metric = Failing(ToyModel(), fail)
-    run = Run(tmp_path, EMA, metric=metric, max_epochs=1)
-    with pytest.raises(RuntimeError, match='metric failed'):
-        run.train()
-    metric.action = lambda: None
-    before = state_of(run.model)
-    run.runner.val_loop.run()
-    assert same(state_of(run.model), before) == []
+        raise RuntimeError('metric failed')
 
 
 class SaveInValidation(Hook):
@@ -58,20 +37,6 @@ def test_checkpoint_written_in_validation_has_the_right_roles(tmp_path):
     assert same(state_of(run.model), run.records[-1]) == []
 
 
-class Poisoned(ToyModel):
-    """Has NaN in a weight after the third step, and for that step only."""
-
-    def train_step(self, data, optim_wrapper):
-        self.calls = getattr(self, 'calls', 0) + 1
-        if self.calls == 4:
-            self.head.bias.data.copy_(self.healthy)
-        log = super().train_step(data, optim_wrapper)
-        if self.calls == 3:
-            self.healthy = self.head.bias.data.clone()
-            self.head.bias.data[1] = float('nan')
-        return log
-
-
 class BrokenTest(Hook):
     """Runs a test that fails in the middle of training, and goes on."""
 
@@ -84,16 +49,13 @@ class BrokenTest(Hook):
 
 def test_training_never_goes_on_with_averages(tmp_path):
     """A test loop made late, that fails, leaves nothing in the model."""
-    model = ToyModel()
-    metric = Failing(model, fail)
     run = Run(
         tmp_path / 'a',
         EMA,
         BrokenTest(),
-        model=model,
         test_dataloader=loader(4, seed=1),
         test_cfg=dict(),
-        test_evaluator=Evaluator([metric]),
+        test_evaluator=Evaluator([Failing()]),
     ).train()
     plain = Run(tmp_path / 'b', EMA).train()
     found = [same(a, b) for a, b in zip(run.records, plain.records)]
@@ -134,28 +96,6 @@ def test_validation_inside_an_iteration_sees_its_step(tmp_path, priority):
     assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
 
 
-class Lookahead(torch.optim.Optimizer):
-    """Never calls torch's constructor, as wrappers in the field do."""
-
-    def __init__(self, inner):
-        self.inner, self.param_groups = inner, inner.param_groups
-        self.defaults, self.state = inner.defaults, inner.state
-
-    def step(self, closure=None):
-        return self.inner.step(closure)
-
-    def state_dict(self):
-        return self.inner.state_dict()
-
-
-def test_optimizer_that_skips_torchs_constructor_is_listened_to(tmp_path):
-    """Steps of such a wrapper count as they do without it."""
-    run = Run(tmp_path, EMA, max_epochs=1)
-    run.runner.optim_wrapper.optimizer = Lookahead(run.optimizer)
-    run.train()
-    assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
-
-
 class Barred(ToyModel):
     """Has a trainable parameter with minus infinity in it."""
 
@@ -174,32 +114,4 @@ def test_parameter_with_infinity_from_the_start_is_copied(tmp_path):
     """It is named at the start, and skips no step."""
     run = Run(tmp_path, EMA, model=Barred(), max_epochs=1).train()
     assert run.load('epoch_1.pth')['ema_state_dict']['steps'] == 4
-    log = next(tmp_path.glob('*/*.log')).read_text()
-    assert 'low (1 parameters) held NaN or Inf before training' in log
-
-
-class Prototype(Poisoned):
-    """Replaces a buffer by a new tensor in every forward pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer('prototype', torch.zeros(3))
-
-    def forward(self, inputs, mode='tensor'):
-        self.prototype = self.prototype * 0.9 + 1
-        return super().forward(inputs, mode)
-
-
-def test_buffer_that_is_replaced_in_every_step(tmp_path):
-    """It is averaged by the formula; a NaN step beside it is still skipped."""
-    run = Run(tmp_path, EMA, model=Prototype(), max_epochs=2).train()
-    saved = run.load('epoch_2.pth')
-    for key in ('prototype', 'head.weight'):
-        start, values = run.trace(key)
-        expected = oracle.average(
-            start, values[:2] + values[3:], lambda n: 0.9
-        )
-        # float32 rounding
-        assert oracle.relative_error(saved['state_dict'][key], expected) < 1e-6
-    assert saved['ema_state_dict']['steps'] == 7
-    assert torch.isfinite(saved['state_dict']['head.bias']).all()
+    assert 'low (1 parameters) held NaN or Inf before training' in run.log

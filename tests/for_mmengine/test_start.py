@@ -2,23 +2,18 @@
 
 import numpy as np
 import pytest
-import torch
 from mmengine.registry import HOOKS, DefaultScope
 
 import mmdet_ema
 from tests import needs, oracle
-from tests.for_mmengine.toy import Run, loader
-
-
-def log_of(run):
-    """Text of the log of a run, line breaks within a message folded."""
-    return ' '.join(next(run.work_dir.glob('*/*.log')).read_text().split())
+from tests.for_mmengine.toy import Run
 
 
 def test_report_at_the_start(tmp_path):
-    """Schedule, window, decay, share, tensors and memory are said."""
+    """Schedule, window, decay, share, tensors, memory; nothing is warned."""
     hook = dict(type='EMAHook', decay=0.5, tau=1)
-    log = log_of(Run(tmp_path, hook, max_epochs=3).train())
+    run = Run(tmp_path, hook, max_epochs=3).train()
+    log = run.log
     assert 'EMA: exponential(decay=0.5, tau=1.0), every step' in log
     assert 'steps: 12 planned' in log
     assert 'decay 0.499997, effective window 2 steps' in log
@@ -26,53 +21,15 @@ def test_report_at_the_start(tmp_path):
     assert f'share of the initial weights left then: {share:.3g}' in log
     assert 'tensors: 10 averaged, 1 copied, 2 frozen' in log
     assert 'memory of the averages: 0.0 MiB' in log
+    assert 'WARNING - EMA' not in log
 
 
-@pytest.mark.parametrize(
-    ('options', 'warning'),
-    [
-        (dict(), 'cannot saturate in 8 steps'),
-        (dict(tau=1, decay=0.9, schedule='constant'), 'tau has no effect'),
-        (dict(schedule='constant'), '100% of the average will still be'),
-        (dict(interval=9, tau=1, decay=0.5), 'interval=9 is more than'),
-    ],
-)
-def test_warnings(tmp_path, options, warning):
+def test_warnings_at_the_start(tmp_path):
     """Each thing that will not work as promised gets a line."""
-    run = Run(tmp_path, dict(type='EMAHook', **options)).train()
-    lines = [
-        line
-        for line in next(tmp_path.glob('*/*.log')).read_text().splitlines()
-        if 'WARNING' in line and warning in line
-    ]
-    assert len(lines) == 1, log_of(run)
-
-
-def test_nothing_to_warn_of(tmp_path):
-    """A schedule that fits the run gives no warning."""
-    hook = dict(type='EMAHook', decay=0.5, tau=1)
-    run = Run(tmp_path, hook).train()
-    lines = next(run.work_dir.glob('*/*.log')).read_text().splitlines()
-    assert [x for x in lines if 'WARNING' in x and 'EMA' in x] == []
-
-
-@pytest.mark.parametrize(
-    ('content', 'message'),
-    [
-        (b'hello', 'is no checkpoint'),
-        (b'PK\x03\x04' + b'x' * 100, 'is cut off'),
-        (None, 'there is no file'),
-    ],
-)
-def test_file_that_is_no_checkpoint_is_refused(tmp_path, content, message):
-    """A bad file is named before the model is touched."""
-    path = tmp_path / 'file.pth'
-    if content is not None:
-        path.write_bytes(content)
-    run = Run(tmp_path / 'run', dict(type='EMAHook'), load_from=str(path))
-    with pytest.raises(ValueError, match=message) as error:
-        run.train()
-    assert str(path) in str(error.value)
+    hook = dict(type='EMAHook', tau=1, schedule='constant')
+    log = Run(tmp_path, hook).train().log
+    for warning in ('tau has no effect', '100% of the average will still be'):
+        assert 1 == log.count(f'WARNING - EMA: {warning}')
 
 
 @needs.mmdet
@@ -87,36 +44,6 @@ def test_hook_of_the_package_is_built_from_any_scope():
         with DefaultScope.overwrite_default_scope(scope):
             kinds.add(type(HOOKS.build(dict(type='EMAHook'))))
     assert kinds == {mmdet_ema.EMAHook}
-
-
-def test_raw_weights_stay_where_they_are(tmp_path):
-    """``device='cpu'`` averages in host memory, with the same numbers."""
-    runs = [
-        Run(tmp_path / str(device), dict(type='EMAHook', device=device))
-        for device in (None, 'cpu')
-    ]
-    left, right = (r.train().load('epoch_2.pth')['state_dict'] for r in runs)
-    assert all(torch.equal(left[k], right[k]) for k in left)
-
-
-def test_schedule_by_dict_and_by_callable(tmp_path):
-    """A dict with options and a function of n are schedules too."""
-    hooks = [
-        dict(type='EMAHook', schedule=dict(type='constant', decay=0.9)),
-        dict(type='EMAHook', schedule=lambda n: 0.9),
-    ]
-    states = [
-        Run(tmp_path / str(i), hook).train().load('epoch_2.pth')['state_dict']
-        for i, hook in enumerate(hooks)
-    ]
-    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-
-
-def test_cosine_takes_the_planned_steps(tmp_path):
-    """``schedule='cosine'`` runs over the whole run by itself."""
-    hook = dict(type='EMAHook', schedule='cosine')
-    log = log_of(Run(tmp_path, hook, train_dataloader=loader(32)).train())
-    assert 'cosine(total_steps=16' in log
 
 
 def half_way(n):
@@ -165,10 +92,3 @@ def test_numpy_numbers_are_numbers():
 def test_priority_may_be_given_to_the_class():
     """``EMAHook(priority=49)`` is what ``dict(priority=49)`` is."""
     assert mmdet_ema.EMAHook(priority=49).priority == 49
-
-
-def test_share_counts_the_updates_that_are_made(tmp_path):
-    """Steps after the last update of an interval take nothing in."""
-    hook = dict(type='EMAHook', schedule='constant', decay=0.5, interval=5)
-    log = log_of(Run(tmp_path, hook).train())
-    assert 'share of the initial weights left then: 0.0312' in log

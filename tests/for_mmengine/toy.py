@@ -9,18 +9,20 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 
 from tests.needs import SAFELY
 from tests.toy import (  # noqa: F401  same, for all that import the toy
     RecordingSGD,
     Samples,
+    TracedRun,
     add_layers,
     loss_of,
     outputs,
     same,
     set_weights,
     state_of,
+    untied,
 )
 
 if 'WITHOUT_EMA' not in os.environ:  # a run that shows what this changes
@@ -75,7 +77,7 @@ class Recorder(Hook):
         self.start = state_of(runner.model)
 
 
-class Run:
+class Run(TracedRun):
     """A runner, with what happened in it."""
 
     def __init__(self, work_dir, *hooks, model=None, **options):
@@ -87,7 +89,10 @@ class Run:
         self.recorder = Recorder()
         options = {**_settings(self, options), **options}
         options['custom_hooks'] = [*hooks, self.recorder]
-        self.runner = Runner(**options)
+        kind = options.pop('kind', Runner)
+        if kind is FlexibleRunner:
+            options['optim_wrapper'] = dict(optimizer=self.optimizer)
+        self.runner = kind(**options)
 
     def train(self):
         """Train; return this run."""
@@ -95,23 +100,18 @@ class Run:
         return self
 
     @property
-    def records(self):
-        """States of the model after every optimizer step."""
-        return self.optimizer.records
-
-    @property
     def hook(self):
         """The EMA hook of the runner."""
         return next(h for h in self.runner.hooks if 'EMA' in type(h).__name__)
 
+    @property
+    def log(self):
+        """The newest log in one line, levels included."""
+        return ' '.join(max(self.work_dir.glob('*/*.log')).read_text().split())
+
     def load(self, name):
         """Read a checkpoint of the run, as any process could."""
         return torch.load(self.work_dir / name, weights_only=SAFELY)
-
-    def trace(self, key):
-        """Values of one tensor before and after every step, in float64."""
-        start = self.recorder.start[key].double().numpy()
-        return start, [r[key].double().numpy() for r in self.records]
 
     def scalar(self, name):
         """History of a scalar in the message hub."""

@@ -72,6 +72,9 @@ def test_lines():
         (100, dict(schedule='mean'), 'decay 0.99, effective window 100 steps'),
         (10, dict(schedule=dict(type='cosine', total_steps=9)), 'all steps'),
         (10, dict(schedule='constant', decay=0.5), 'window 2 steps'),
+        # steps after the last update of an interval take nothing in
+        (8, dict(schedule='constant', decay=0.5, interval=5), ' then: 0.0312'),
+        (16, dict(schedule='cosine'), 'cosine(total_steps=16'),
         (10, dict(schedule='constant', decay=1 - 1 / 123456), ' 123,456 '),
         (0, {}, 'EMA: steps: 0 planned'),
     ],

@@ -1,12 +1,7 @@
-"""Run by ``torchrun`` on two ranks: build optimizers, dump their groups.
+"""Run on two ranks: build optimizers, return their groups.
 
-Usage: torchrun --nproc-per-node 2 \
-    -m tests.optimizers.mmengine.ranks_program FILE
+Usage: tests.ranks.run_ranks
 """
-
-import json
-import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -17,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmdet_ema  # noqa: F401  registers the constructor
 from tests.optimizers.models import rows
+from tests.ranks import main as run_main
 
 CFG = dict(
     constructor='EMAOptimizerConstructor',
@@ -46,22 +42,15 @@ def groups(wrapped):
     return rows(optimizer, wrapped.module)
 
 
-def main(path):
-    """Build for each wrapper; write what this rank has."""
+def main(rank, count, folder):
+    """Build for each wrapper; return what this rank has."""
     dist.init_process_group('gloo')
-    found = dict(
+    return dict(
         ddp=groups(DistributedDataParallel(model())),
         fsdp=groups(sharded(use_orig_params=True)),
         flat=groups(sharded(use_orig_params=False)),
     )
-    with open(f'{path}.{dist.get_rank()}', 'w') as file:
-        json.dump(found, file)
-    dist.destroy_process_group()
 
 
 if __name__ == '__main__':
-    main(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # gloo's threads may ask for the GIL while Python shuts down: SIGABRT
-    os._exit(0)
+    run_main(main)

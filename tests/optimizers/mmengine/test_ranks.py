@@ -1,42 +1,26 @@
 """Two real ranks: samples of both count, sharded weights stay weights."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.averaging.models import ROOT
+from tests.ranks import run_ranks
 
 ROWS = {
-    '0.weight': ['weight', 0.01, 0.064 * (4 * 2 * 2) / 64],
-    '0.bias': ['bias', 0.01, 0.0],
-    '1.weight': ['norm', 0.01, 0.0],
-    '1.bias': ['bias', 0.01, 0.0],
-    '3.weight': ['weight', 0.01, 0.064 * (4 * 2 * 2) / 64],
-    '3.bias': ['bias', 0.01, 0.0],
+    '0.weight': ('weight', 0.01, 0.064 * (4 * 2 * 2) / 64),
+    '0.bias': ('bias', 0.01, 0.0),
+    '1.weight': ('norm', 0.01, 0.0),
+    '1.bias': ('bias', 0.01, 0.0),
+    '3.weight': ('weight', 0.01, 0.064 * (4 * 2 * 2) / 64),
+    '3.bias': ('bias', 0.01, 0.0),
 }
 
 
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     """Build on two gloo ranks; return what they printed and had."""
-    path = tmp_path_factory.mktemp('ranks') / 'groups'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node', '2', '-m']
-    done = subprocess.run(
-        [*command, 'tests.optimizers.mmengine.ranks_program', str(path)],
-        cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    files = (path.with_name(f'groups.{rank}') for rank in (0, 1))
-    return done.stdout, [json.loads(file.read_text()) for file in files]
+    folder = tmp_path_factory.mktemp('ranks')
+    found = run_ranks('tests.optimizers.mmengine.ranks_program', 2, folder)
+    logs = (folder / f'rank{rank}.log' for rank in (0, 1))
+    return ''.join(log.read_text() for log in logs), found
 
 
 @pytest.mark.parametrize('wrapper', ['ddp', 'fsdp'])
