@@ -208,10 +208,16 @@ def _watch_evaluation(ema: Any, hook: Any) -> None:
     Each set of weights gets a pass, the main one last: mmcv's hooks read the
     data and call the model themselves.
     """
-    best: Any = getattr(hook, 'save_best', None)
-    by_other = isinstance(best, str) and passes.check_monitored(
-        ema.options, type(hook).__name__, 'save_best', best
-    )
+    given: Any = getattr(hook, 'save_best', None)
+    best, by_other = given, False
+    if isinstance(given, str):
+        where = type(hook).__name__
+        best, by_other = passes.monitored(
+            ema.options, where, 'save_best', given
+        )
+    if best != given:
+        ema.log.info(passes.renamed(where, 'save_best', given, [best]))
+        hook.save_best = best
     if by_other:  # a part of the name of a file
         hook.key_indicator = best.replace('/', '_')
     others: Dict[str, Any] = {}

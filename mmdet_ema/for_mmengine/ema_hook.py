@@ -177,7 +177,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             if runners.is_training(runner):
                 if self._options.recalibrate:
                     self._check_order(runner)
-                evaluation.check_monitored(runner, self._options)
+                evaluation.check_monitored(runner, self._options, self._log)
 
     def _join_deepspeed(self, runner: Any) -> None:
         """Write and read what its strategy does not ask hooks for."""

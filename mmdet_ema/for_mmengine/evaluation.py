@@ -84,15 +84,33 @@ def watch_loops(
             setattr(runner, name, functools.partial(watched, build))
 
 
-def check_monitored(runner: Any, options: Options) -> None:
-    """Check that nothing waits for metrics of weights not evaluated."""
+def check_monitored(runner: Any, options: Options, log: Any) -> None:
+    """Check that nothing waits for metrics of weights not evaluated.
+
+    What waits for one by a name of older configs gets that of today.
+    """
     owners = [*runner.hooks, *schedulers_of(runner)]
     for owner, word in itertools.product(owners, ('save_best', 'monitor')):
         given: Any = getattr(owner, word, None)
-        for name in given if isinstance(given, list) else [given]:
-            if isinstance(name, str):
-                where = type(owner).__name__
-                passes.check_monitored(options, where, word, name)
+        where = type(owner).__name__
+        new = {
+            name: passes.monitored(options, where, word, name)[0]
+            for name in (given if isinstance(given, list) else [given])
+            if isinstance(name, str)
+        }
+        if [*new] == [*new.values()]:
+            continue
+        for attribute in (word, 'key_indicators'):
+            names: Any = getattr(owner, attribute, None)
+            if isinstance(names, list):
+                setattr(owner, attribute, [new[name] for name in names])
+            elif isinstance(names, str):
+                setattr(owner, attribute, new[names])
+        # of CheckpointHook: the rule was found by the name, and stays
+        better: Any = getattr(owner, 'is_better_than', None)
+        if isinstance(better, dict):
+            owner.is_better_than = {new[k]: x for k, x in better.items()}
+        log.info(passes.renamed(where, word, given, new.values()))
 
 
 def _run_apart(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import OrderedDict, defaultdict, deque
-from typing import Any, Dict, Iterator, Mapping, Sequence
+from typing import Any, Dict, Iterable, Iterator, Mapping, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.training.options import RAW, Options
 
+_OLD = f'{RAW}/'
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
@@ -51,13 +52,16 @@ def add_metrics(metrics: Dict[str, Any], others: Mapping[str, Any]) -> None:
     metrics.update(others)
 
 
-def check_monitored(
+def monitored(
     options: Options, where: str, word: str, given: str
-) -> bool:
+) -> Tuple[str, bool]:
     """Check that ``where(word=given)`` waits for a metric that is computed.
 
-    Returns whether it is of another set of weights than the main one.
+    Returns its name, as ``given`` may be ``raw/coco/bbox_mAP`` of an older
+    config, and whether it is of another set of weights than the main one.
     """
+    if given.startswith(_OLD):
+        given = metric_of(RAW, given[len(_OLD) :])
     known = (MAIN, RAW, *options.further)
     # 'very_fast' before 'fast'
     for weights in sorted(known, key=len, reverse=True):
@@ -65,10 +69,10 @@ def check_monitored(
         if metric and given == metric_of(weights, metric):
             break
     else:
-        return False
+        return given, False
     *others, main = options.passes
     if weights in others:
-        return True
+        return given, True
     plain, what = f'{word}={show(metric)}', sets_of_weights([weights])
     if weights == main:
         raise OptionError(
@@ -81,6 +85,14 @@ def check_monitored(
         f'{where}({word}={show(given)}) needs the metrics of {what} beside '
         f'those of {sets_of_weights(options.passes)}; give EMAHook '
         f'evaluate={wanted!r}, or use {plain}.'
+    )
+
+
+def renamed(where: str, word: str, given: Any, new: Iterable[str]) -> str:
+    """Say that something waits for metrics by other names than given."""
+    return (
+        f'EMA: {where}({word}={show(given)}) waits for {", ".join(new)}: the '
+        f'set of weights comes last in the names of metrics now.'
     )
 
 

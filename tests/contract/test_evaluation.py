@@ -124,9 +124,12 @@ def score_of(weights):
     return float(outputs(model.eval(), inputs).double().sum())
 
 
-@pytest.mark.parametrize('best', ['score_raw', 'score'])
+@pytest.mark.parametrize('best', ['score_raw', 'raw/score', 'score'])
 def test_best_file_by_either_metric(best, tmp_path):
-    """``save_best='..._raw'`` chooses by the raw weights' metric."""
+    """``save_best='..._raw'`` chooses by the raw weights' metric.
+
+    So does ``raw/...`` of older configs; the file has the name of today.
+    """
     ema = dict(EMA, evaluate='both')
     run = Run(tmp_path, ema, epochs=4, best=best).train()
     scores = [score_of(seen) for _, seen in run.seen[best == 'score' :: 2]]
@@ -138,7 +141,9 @@ def test_best_file_by_either_metric(best, tmp_path):
     )
     # float32 sums in another order
     assert found == pytest.approx(max(scores), rel=1e-5)
-    saved = run.load(chosen, f'best_{best}_')
+    name = 'score' if best == 'score' else 'score_raw'
+    assert run.log.count('waits for score_raw') == (best == 'raw/score')
+    saved = run.load(chosen, f'best_{name}_')
     steps = 4 * chosen
     assert {} == run.wrong(saved, ramp, chosen=range(steps))
     assert [] == same(saved.raws, run.records[steps - 1])

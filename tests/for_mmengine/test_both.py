@@ -417,9 +417,10 @@ def test_metrics_that_nobody_computes(tmp_path, evaluate, advice, word, hook):
     assert run.records == []
 
 
-def test_the_main_set_has_the_plain_names(tmp_path):
+@pytest.mark.parametrize('name', ['raw/score', 'score_raw'])
+def test_the_main_set_has_the_plain_names(tmp_path, name):
     """A metric of the set that is evaluated alone is asked for without it."""
-    run = Run(tmp_path, dict(EMA, evaluate='raw'), best('score_raw'))
+    run = Run(tmp_path, dict(EMA, evaluate='raw'), best(name))
     with pytest.raises(ValueError, match=r"plain names.*save_best='score'"):
         run.train()
     assert run.records == []
@@ -439,6 +440,31 @@ def test_raw_metrics_do_not_matter_to_a_test(tmp_path):
         test_evaluator=Evaluator([Score()]),
     )
     assert set(run.runner.test()) == {'score'}
+
+
+class Loss(Score):
+    """A metric of which less is better, and mmengine knows it."""
+
+    def compute_metrics(self, results):
+        return {'toy/loss': float(np.sum(results))}
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_names_of_older_configs(tmp_path, several):
+    """They mean the same metric; the rule and the best file stay."""
+    found = []
+    for name in ('raw/toy/loss', 'toy/loss_raw'):
+        folder, is_old = tmp_path / name, name.startswith('raw')
+        names = ['toy/loss', name] if several else name
+        hooks = dict(checkpoint=dict(type='CheckpointHook', save_best=names))
+        stop = EarlyStoppingHook(name, patience=9, min_delta=0.0)
+        options = dict(hooks=hooks, metric=Loss(), max_epochs=4)
+        run = Run(folder, ALL, stop, **options).train()
+        assert stop.best_score == min(scores(run, 'toy/loss_raw'))
+        found.append({path.name for path in folder.glob('best_*')})
+        assert run.log.count('waits for') == (2 if is_old else 0)
+    assert found[0] == found[1]
+    assert sum('best_toy_loss_raw_epoch_' in x for x in found[0]) == 1
 
 
 class Twins(Score):
