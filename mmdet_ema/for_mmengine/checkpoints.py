@@ -13,7 +13,7 @@ import functools
 import io
 import os
 import pickle
-from typing import Any, Dict, Iterator, List, MutableMapping
+from typing import Any, Dict, Iterator, List, MutableMapping, Optional
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook, checkpoint_hook
 from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from mmdet_ema.averaging.fsdp1 import is_fsdp1, is_local
@@ -32,9 +33,11 @@ from mmdet_ema.checkpoint.files import read_structure, write_whole
 from mmdet_ema.checkpoint.format import check_names, plain_name
 from mmdet_ema.checkpoint.portable import Codec
 from mmdet_ema.errors import CheckpointError
+from mmdet_ema.for_mmengine.runner import counts_epochs, has_stepped
 from mmdet_ema.training import patches
 from mmdet_ema.training.patches import replacing
-from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
+from mmdet_ema.training.plan import batch_size_of
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm, skipped
 
 Checkpoint = MutableMapping[str, Any]
 
@@ -150,7 +153,43 @@ def _info_of(content: Any, keys: List[str]) -> List[Any]:
     return [info[key] for key in keys]
 
 
-def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
+def watch_iterations(
+    runner: Any, sigterm: Optional[Sigterm], samples: int, log: Any
+) -> int:
+    """Begin in the middle of an epoch, and stop there after SIGTERM.
+
+    Batches of so many samples are left out: they are trained already.
+    Returns how many iterations that is.
+    """
+    loop, loader = runner.train_loop, runner.train_dataloader
+    batch = batch_size_of(loader) * runner.world_size
+    own = EpochBasedTrainLoop.run_epoch
+    can_skip = getattr(type(loop), 'run_epoch', None) is own
+    skips = left = skipped(samples // batch, loop, can_skip, log)
+    if sigterm:
+        validation = getattr(runner.val_loop, 'dataloader', None)
+        sigterm.listen([loader, validation])
+    # one of an earlier training in this process
+    vars(loop).pop('run_iter', None)
+    run = loop.run_iter
+
+    @functools.wraps(run)
+    def run_iter(*args: Any) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            return
+        run(*args)
+        # every rank asks in every iteration
+        if sigterm and sigterm.has_come() and has_stepped(runner):
+            done = args[0] + 1 if counts_epochs(loop) else 0
+            _save_and_stop(runner, sigterm, done * batch)
+
+    loop.run_iter = run_iter
+    return skips
+
+
+def _save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:
     """Write a file now, name it the last one, and end the process.
 
     All ranks come here between two iterations, with ``samples`` of the epoch

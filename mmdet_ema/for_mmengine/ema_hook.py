@@ -36,9 +36,9 @@ from mmdet_ema.training.options import (
     parse_options,
     show_options,
 )
-from mmdet_ema.training.plan import batch_size_of, refuse_second
+from mmdet_ema.training.plan import refuse_second
 from mmdet_ema.training.recalibrate import recalibrate
-from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm, skipped
+from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm
 
 
 class EMAHook(Hook):  # type: ignore[misc]
@@ -229,9 +229,11 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._trained = False
         self._model = runners.model_of(runner)
         optimizers = runners.optimizers_of(runner)
-        skips = 0
-        if self._epoch_samples or self._sigterm:
-            skips = self._watch_iterations(runner)
+        skips, samples, self._epoch_samples = 0, self._epoch_samples, 0
+        if samples or self._sigterm:
+            skips = checkpoints.watch_iterations(
+                runner, self._sigterm, samples, self._log
+            )
         facts = runners.facts_of(runner, skips)
         self._life.start(self._model, facts, optimizers)
         loggers = [x for x in runner.hooks if isinstance(x, LoggerHook)]
@@ -239,28 +241,6 @@ class EMAHook(Hook):  # type: ignore[misc]
         runners.show_distance(runner)
         if self._options.safe_save:
             checkpoints.tidy(runner, self._log)
-
-    def _watch_iterations(self, runner: Any) -> int:
-        """Begin in the middle of an epoch, and stop there.
-
-        Returns how many iterations of the epoch are done already.
-        """
-        stop, loop = self._sigterm, runner.train_loop
-        batch = batch_size_of(runner.train_dataloader) * runner.world_size
-        done, self._epoch_samples = self._epoch_samples // batch, 0
-
-        def after(done: int) -> None:
-            # every rank asks in every iteration
-            if stop and stop.has_come() and runners.has_stepped(runner):
-                checkpoints.save_and_stop(runner, stop, done * batch)
-
-        skips = skipped(done, loop, runners.can_skip(runner), self._log)
-        if stop:
-            validation = getattr(runner.val_loop, 'dataloader', None)
-            stop.listen([runner.train_dataloader, validation])
-        if skips or stop:
-            runners.watch_iterations(runner, skips, after)
-        return skips
 
     def before_train_epoch(self, runner: Any) -> None:
         """Follow tensors that were replaced."""

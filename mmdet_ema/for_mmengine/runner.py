@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import logging
 import os
 import re
-from typing import Any, Callable, List, Mapping, Optional, Set, Tuple
+from typing import Any, List, Mapping, Optional, Set, Tuple
 
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -161,7 +160,7 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
         counts = [runner.model.gradient_accumulation_steps()]
     loop, loader = runner.train_loop, runner.train_dataloader
     max_iters = loop.max_iters
-    if _by_epoch(loop):
+    if counts_epochs(loop):
         # on resume with another batch size the loop's own number is wrong
         epochs = max(loop.max_epochs - runner.epoch, 0)
         max_iters = runner.iter - skips + epochs * len(loader)
@@ -169,7 +168,7 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
         iteration=runner.iter,
         max_iters=max_iters,
         max_epochs=loop.max_epochs,
-        by_epoch=_by_epoch(loop),
+        by_epoch=counts_epochs(loop),
         accumulation=min(counts, default=1),
         batch_size=batch_size_of(loader),
         world_size=runner.world_size,
@@ -184,41 +183,9 @@ def facts_of(runner: Any, skips: int = 0) -> RunFacts:
     )
 
 
-def _by_epoch(loop: Any) -> bool:
+def counts_epochs(loop: Any) -> bool:
     """Return whether a training loop counts epochs."""
     return not hasattr(loop, 'dataloader_iterator')
-
-
-def can_skip(runner: Any) -> bool:
-    """Return whether an epoch can begin in its middle."""
-    kind = type(runner.train_loop)
-    own = EpochBasedTrainLoop.run_epoch
-    return getattr(kind, 'run_epoch', None) is own
-
-
-def watch_iterations(
-    runner: Any, skips: int, after: Callable[[int], None]
-) -> None:
-    """Be there when an iteration, with all of its hooks, is over.
-
-    ``skips`` batches are left out first: they are trained already. ``after``
-    is told how many of the epoch are done; 0 where the loop counts none.
-    """
-    loop = runner.train_loop
-    # one of an earlier training in this process
-    vars(loop).pop('run_iter', None)
-    run = loop.run_iter
-
-    @functools.wraps(run)
-    def run_iter(*args: Any) -> None:
-        nonlocal skips
-        if skips:
-            skips -= 1
-            return
-        run(*args)
-        after(args[0] + 1 if _by_epoch(loop) else 0)
-
-    loop.run_iter = run_iter
 
 
 def has_stepped(runner: Any) -> bool:
@@ -257,7 +224,7 @@ def ends(runner: Any, by_epoch: bool) -> bool:
     One of the two: whatever the loop counts, and writes files after.
     """
     loop = runner.train_loop
-    if by_epoch != _by_epoch(loop):
+    if by_epoch != counts_epochs(loop):
         return False
     if by_epoch:
         return bool(loop.epoch + 1 >= loop.max_epochs)
