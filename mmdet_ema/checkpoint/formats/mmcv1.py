@@ -17,22 +17,18 @@ from mmdet_ema.checkpoint.compare import STATISTICS
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
-    Contents,
-    as_count,
-    weights_of,
-)
-from mmdet_ema.checkpoint.format import EMA, PREFIX, STEPS, WEIGHTS
-from mmdet_ema.checkpoint.formats.base import (
     Content,
+    Contents,
     Format,
     Written,
-    both,
+    as_count,
     complete,
     is_weights,
     meta_of,
     rest_of,
-    state_dict,
+    weights_of,
 )
+from mmdet_ema.checkpoint.format import EMA, PREFIX, STEPS, WEIGHTS
 from mmdet_ema.checkpoint.mapped import read_file
 from mmdet_ema.errors import CheckpointError
 
@@ -79,12 +75,12 @@ def _read_buffers(content: Content, path: str) -> Contents:
 
 
 def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
-    raw, average = both(contents)
+    raw, average = contents.both()
     lost = []
     # the path that is written decides the roles, as it does for the reader
     swapped = not mmcv1.is_of_iteration(out)
     plain, held = (average, raw) if swapped else (raw, average)
-    state: Any = state_dict(plain)
+    state: Any = plain.state_dict()
     by_buffer: Dict[str, List[str]] = {}
     for name in plain.tensors:
         if whole_state or not name.endswith(STATISTICS):
@@ -164,8 +160,8 @@ def _read_pair(content: Content, path: str) -> Contents:
 
 
 def _write_first(contents: Contents, out: str) -> Written:
-    raw, _ = both(contents)
-    content = {'meta': dict(contents.meta), WEIGHTS: state_dict(raw)}
+    raw, _ = contents.both()
+    content = {'meta': dict(contents.meta), WEIGHTS: raw.state_dict()}
     return {**content, **contents.rest}, []
 
 
@@ -177,12 +173,12 @@ def _write_second(contents: Contents, out: str) -> Tuple[str, Dict[str, Any]]:
             f'epoch_N.pth or iter_N.pth: the averages go to epoch_N_ema.pth '
             f'beside it.'
         )
-    _, average = both(contents)
+    _, average = contents.both()
     unit = 'iter' if 'iter_' in os.path.basename(out) else 'epoch'
     number = int(re.findall(r'\d+', os.path.basename(out))[-1])
     return path, {
         unit: number,
-        WEIGHTS: state_dict(average),
+        WEIGHTS: average.state_dict(),
         bevdet.UPDATES: average.updates or 0,
     }
 
