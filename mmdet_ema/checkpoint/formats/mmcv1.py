@@ -12,7 +12,7 @@ import os
 import re
 from typing import Any, Dict, List, Optional, Tuple
 
-from mmdet_ema.checkpoint import bevdet, mmcv1
+from mmdet_ema.checkpoint import mmcv1
 from mmdet_ema.checkpoint.compare import STATISTICS
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
@@ -119,17 +119,17 @@ def _first_of(path: str) -> Optional[str]:
 def _is_pair(content: Content, path: str) -> bool:
     if not is_weights(content.get(WEIGHTS)):
         return False
-    if bevdet.is_second_file(content):
+    if mmcv1.is_second_file(content):
         return True
     beside = _second_of(path)
     if 'meta' not in content or beside is None or not os.path.isfile(beside):
         return False
-    return bevdet.is_second_file(read_file(beside, check=False))
+    return mmcv1.is_second_file(read_file(beside, check=False))
 
 
 def _read_pair(content: Content, path: str) -> Contents:
     second_path = str(_second_of(path))
-    if bevdet.is_second_file(content):
+    if mmcv1.is_second_file(content):
         second, second_path, first_path = content, path, _first_of(path)
         first: Content = {}
         if first_path is not None and os.path.isfile(first_path):
@@ -139,7 +139,7 @@ def _read_pair(content: Content, path: str) -> Contents:
     else:
         first, second = content, read_file(second_path)
     said = 'BEVDet writes averages and updates into a second file, *_ema'
-    count = as_count(second[bevdet.UPDATES])
+    count = as_count(second[mmcv1.UPDATES])
     average = weights_of(
         second[WEIGHTS], role=AVERAGE, evidence=said, updates=count
     )
@@ -149,7 +149,7 @@ def _read_pair(content: Content, path: str) -> Contents:
         raw = weights_of(first[WEIGHTS], role=RAW, evidence=said)
         notes += complete(average, raw)
         sets = {'raw': raw, 'ema': average}
-        notes += bevdet.other_moments(second, meta_of(first), second_path)
+        notes += mmcv1.other_moments(second, meta_of(first), second_path)
     else:
         notes.append('the raw weights are in the file beside: it is not there')
     deployed = 'raw' if first is content else 'ema'
@@ -179,7 +179,7 @@ def _write_second(contents: Contents, out: str) -> Tuple[str, Dict[str, Any]]:
     return path, {
         unit: number,
         WEIGHTS: average.state_dict(),
-        bevdet.UPDATES: average.updates or 0,
+        mmcv1.UPDATES: average.updates or 0,
     }
 
 
