@@ -19,7 +19,7 @@ from mmdet_ema.errors import CheckpointError, OptionError, show
 
 Evaluate = Callable[[Mapping[str, Tensor]], float]
 
-__all__ = ['average', 'read_files']
+__all__ = ['Run', 'average', 'read_files']
 
 
 def average(

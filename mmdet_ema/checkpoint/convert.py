@@ -7,8 +7,13 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from mmdet_ema.checkpoint import recipe as recipes
 from mmdet_ema.checkpoint import saving
-from mmdet_ema.checkpoint.contents import Contents, holds, read_contents
-from mmdet_ema.checkpoint.formats import ALIASES, FORMATS, Format
+from mmdet_ema.checkpoint.contents import (
+    Contents,
+    Format,
+    holds,
+    read_contents,
+)
+from mmdet_ema.checkpoint.formats import ALIASES, FORMATS
 from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean
 
 # files whose meta, optimizer and histories mean the same

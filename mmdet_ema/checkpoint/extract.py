@@ -20,7 +20,6 @@ from mmdet_ema.checkpoint.contents import (
     read_contents,
 )
 from mmdet_ema.checkpoint.format import WEIGHTS
-from mmdet_ema.checkpoint.formats.base import state_dict
 from mmdet_ema.checkpoint.mapped import META
 from mmdet_ema.errors import CheckpointError, OptionError
 
@@ -109,7 +108,7 @@ def extract(
             chosen.tensors, out, metadata, **place
         )
     else:
-        content = {'meta': meta, WEIGHTS: state_dict(chosen)}
+        content = {'meta': meta, WEIGHTS: chosen.state_dict()}
         recipes.add(content, recipe)
         written = saving.save(content, out, **place)
     lost = [f'{x} of meta, which only its own code reads' for x in unread]

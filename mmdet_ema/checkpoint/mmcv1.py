@@ -6,6 +6,10 @@ moves between there and the layout of :mod:`mmdet_ema.checkpoint.format`.
 mmcv's own EMA hook and mmdet 2's two keep root buffers ``ema_a_b_c`` beside a
 parameter ``a.b.c`` (mmdet's, beside buffers too), in one flat ``state_dict``.
 They swap the two after an epoch and back before the next one.
+
+BEVDet's ``MEGVIIEMAHook`` writes ``epoch_N_ema.pth`` (or ``iter_N_ema.pth``)
+beside a raw ``epoch_N.pth``: with ``epoch`` or ``iter``, ``state_dict`` (the
+averages) and ``updates`` (its count, which starts at ``init_updates``).
 """
 
 from __future__ import annotations
@@ -36,9 +40,14 @@ from mmdet_ema.checkpoint.format import (
     STEPS,
     WEIGHTS,
     check_names,
+    pack,
+    plain_name,
 )
+from mmdet_ema.checkpoint.mapped import read_file
+from mmdet_ema.errors import CheckpointError
 
 MESSAGE = 'EMAHook'
+UPDATES = 'updates'
 ITERATION = 'iteration'
 HOLDS = ('ema', 'raw')
 
@@ -245,3 +254,76 @@ def _is_swapped(
         "state_dict_holds='raw', else 'ema'."
     )
     return True, 'it was saved by epoch', [warning]
+
+
+def is_second_file(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether what was read is the second file of BEVDet's hook."""
+    return UPDATES in checkpoint and WEIGHTS in checkpoint
+
+
+def add_averages(
+    checkpoint: Checkpoint, path: str, init_updates: int
+) -> List[str]:
+    """Give a raw checkpoint, in place, the averages of a second file.
+
+    The file's count starts at the hook's ``init_updates``. Returns sentences
+    on what may be wrong.
+    """
+    second = read_file(path)
+    updates, weights = second.get(UPDATES), second.get(WEIGHTS)
+    if not isinstance(updates, int) or not isinstance(weights, Mapping):
+        raise CheckpointError(
+            f"resume={path!r} is no EMA file of BEVDet's MEGVIIEMAHook, with "
+            f"'{UPDATES}' and '{WEIGHTS}' in it; give the epoch_N_ema.pth "
+            f'or iter_N_ema.pth of that hook, or leave resume out.'
+        )
+    if updates < init_updates:
+        raise CheckpointError(
+            f'init_updates={init_updates} is more than the {updates} updates '
+            f'that {path!r} has seen; use the init_updates of the run that '
+            f'wrote it.'
+        )
+    raws = checkpoint[WEIGHTS]
+    found = {plain_name(k, raws): v for k, v in weights.items()}
+    unknown = [name for name in found if name not in raws]
+    if unknown:
+        raise CheckpointError(
+            f'{path!r} has averages of {len(unknown)} tensors '
+            f'({", ".join(unknown[:3])}) that the checkpoint does not have; '
+            f'give the file beside it, of the same run.'
+        )
+    # that hook leaves integers as they were at the start
+    averages = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    pack(checkpoint, averages, {}, updates - init_updates, {})
+    doubts = []
+    missing = sorted(raws.keys() - found.keys())
+    if missing:
+        doubts.append(
+            f'{len(missing)} tensors of the checkpoint are not in {path!r} '
+            f'({", ".join(missing[:3])}); their average starts from the raw '
+            f'weights.'
+        )
+    return doubts + other_moments(second, checkpoint.get('meta') or {}, path)
+
+
+def other_moments(
+    second: Mapping[str, Any], meta: Mapping[str, Any], path: str
+) -> List[str]:
+    """Return a sentence if a second file was not written with the first."""
+    # a hook may note the number before or after the runner counts up, and
+    # mmcv's own `iter` may be one less than the iterations done
+    for unit, late in (('epoch', 0), ('iter', 1)):
+        theirs, ours = second.get(unit), meta.get(unit)
+        if not isinstance(theirs, int) or not isinstance(ours, int):
+            continue
+        if not -1 <= theirs - ours <= late:
+            return [
+                f'{path!r} was written at {unit} {theirs}, the checkpoint at '
+                f'{unit} {ours}: averages and raw weights of different '
+                f'moments. Give the file beside the checkpoint.'
+            ]
+    return []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, Optional
 
-from mmdet_ema.checkpoint.bevdet import add_averages, is_second_file
 from mmdet_ema.checkpoint.format import EMA
+from mmdet_ema.checkpoint.mmcv1 import add_averages, is_second_file
 from mmdet_ema.checks import check_count, check_path
 from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE

@@ -6,13 +6,8 @@ a ``Format`` where a row cannot say it.
 
 from typing import Dict
 
-from mmdet_ema.checkpoint.formats import (
-    mmcv1,
-    mmdet_ema,
-    others,
-    plain,
-)
-from mmdet_ema.checkpoint.formats.base import Format
+from mmdet_ema.checkpoint.contents import Format
+from mmdet_ema.checkpoint.formats import mmcv1, mmdet_ema, others
 
 FORMATS: Dict[str, Format] = {
     form.name: form
@@ -21,7 +16,6 @@ FORMATS: Dict[str, Format] = {
         mmdet_ema.MMENGINE,
         *mmcv1.FORMATS,
         *others.FORMATS,
-        plain.FORMAT,
     )
 }
 """By name; the first that recognises a file reads it."""
@@ -34,5 +28,3 @@ ALIASES = {
     'torch': 'averaged-model',
 }
 """Other names of formats."""
-
-__all__ = ['ALIASES', 'FORMATS', 'Format']

@@ -12,27 +12,23 @@ import os
 import re
 from typing import Any, Dict, List, Optional, Tuple
 
-from mmdet_ema.checkpoint import bevdet, mmcv1
+from mmdet_ema.checkpoint import mmcv1
 from mmdet_ema.checkpoint.compare import STATISTICS
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
-    Contents,
-    as_count,
-    weights_of,
-)
-from mmdet_ema.checkpoint.format import EMA, PREFIX, STEPS, WEIGHTS
-from mmdet_ema.checkpoint.formats.base import (
     Content,
+    Contents,
     Format,
     Written,
-    both,
+    as_count,
     complete,
     is_weights,
     meta_of,
     rest_of,
-    state_dict,
+    weights_of,
 )
+from mmdet_ema.checkpoint.format import EMA, PREFIX, STEPS, WEIGHTS
 from mmdet_ema.checkpoint.mapped import read_file
 from mmdet_ema.errors import CheckpointError
 
@@ -79,12 +75,12 @@ def _read_buffers(content: Content, path: str) -> Contents:
 
 
 def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
-    raw, average = both(contents)
+    raw, average = contents.both()
     lost = []
     # the path that is written decides the roles, as it does for the reader
     swapped = not mmcv1.is_of_iteration(out)
     plain, held = (average, raw) if swapped else (raw, average)
-    state: Any = state_dict(plain)
+    state: Any = plain.state_dict()
     by_buffer: Dict[str, List[str]] = {}
     for name in plain.tensors:
         if whole_state or not name.endswith(STATISTICS):
@@ -123,17 +119,17 @@ def _first_of(path: str) -> Optional[str]:
 def _is_pair(content: Content, path: str) -> bool:
     if not is_weights(content.get(WEIGHTS)):
         return False
-    if bevdet.is_second_file(content):
+    if mmcv1.is_second_file(content):
         return True
     beside = _second_of(path)
     if 'meta' not in content or beside is None or not os.path.isfile(beside):
         return False
-    return bevdet.is_second_file(read_file(beside, check=False))
+    return mmcv1.is_second_file(read_file(beside, check=False))
 
 
 def _read_pair(content: Content, path: str) -> Contents:
     second_path = str(_second_of(path))
-    if bevdet.is_second_file(content):
+    if mmcv1.is_second_file(content):
         second, second_path, first_path = content, path, _first_of(path)
         first: Content = {}
         if first_path is not None and os.path.isfile(first_path):
@@ -143,7 +139,7 @@ def _read_pair(content: Content, path: str) -> Contents:
     else:
         first, second = content, read_file(second_path)
     said = 'BEVDet writes averages and updates into a second file, *_ema'
-    count = as_count(second[bevdet.UPDATES])
+    count = as_count(second[mmcv1.UPDATES])
     average = weights_of(
         second[WEIGHTS], role=AVERAGE, evidence=said, updates=count
     )
@@ -153,7 +149,7 @@ def _read_pair(content: Content, path: str) -> Contents:
         raw = weights_of(first[WEIGHTS], role=RAW, evidence=said)
         notes += complete(average, raw)
         sets = {'raw': raw, 'ema': average}
-        notes += bevdet.other_moments(second, meta_of(first), second_path)
+        notes += mmcv1.other_moments(second, meta_of(first), second_path)
     else:
         notes.append('the raw weights are in the file beside: it is not there')
     deployed = 'raw' if first is content else 'ema'
@@ -164,8 +160,8 @@ def _read_pair(content: Content, path: str) -> Contents:
 
 
 def _write_first(contents: Contents, out: str) -> Written:
-    raw, _ = both(contents)
-    content = {'meta': dict(contents.meta), WEIGHTS: state_dict(raw)}
+    raw, _ = contents.both()
+    content = {'meta': dict(contents.meta), WEIGHTS: raw.state_dict()}
     return {**content, **contents.rest}, []
 
 
@@ -177,13 +173,13 @@ def _write_second(contents: Contents, out: str) -> Tuple[str, Dict[str, Any]]:
             f'epoch_N.pth or iter_N.pth: the averages go to epoch_N_ema.pth '
             f'beside it.'
         )
-    _, average = both(contents)
+    _, average = contents.both()
     unit = 'iter' if 'iter_' in os.path.basename(out) else 'epoch'
     number = int(re.findall(r'\d+', os.path.basename(out))[-1])
     return path, {
         unit: number,
-        WEIGHTS: state_dict(average),
-        bevdet.UPDATES: average.updates or 0,
+        WEIGHTS: average.state_dict(),
+        mmcv1.UPDATES: average.updates or 0,
     }
 
 

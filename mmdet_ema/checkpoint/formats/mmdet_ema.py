@@ -9,8 +9,13 @@ from mmdet_ema.averaging.state import read_progress
 from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
+    Content,
     Contents,
+    Format,
     Weights,
+    Written,
+    meta_of,
+    rest_of,
     weights_of,
 )
 from mmdet_ema.checkpoint.format import (
@@ -21,15 +26,6 @@ from mmdet_ema.checkpoint.format import (
     WEIGHTS,
     pack,
     unpack,
-)
-from mmdet_ema.checkpoint.formats.base import (
-    Content,
-    Format,
-    Written,
-    both,
-    meta_of,
-    rest_of,
-    state_dict,
 )
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
 
@@ -122,7 +118,7 @@ def _write_mmengine(contents: Contents, out: str) -> Written:
 
 
 def _packed(contents: Contents) -> Dict[str, Any]:
-    raw, main = both(contents)
+    raw, main = contents.both()
     deployed = contents.average or MAIN
     before = contents.rest.get(META)
     meta: Dict[str, Any] = dict(before) if isinstance(before, dict) else {}
@@ -145,7 +141,7 @@ def _packed(contents: Contents) -> Dict[str, Any]:
     live = Weights({**main.tensors, **raw.tensors}, metadata=raw.metadata)
     checkpoint: Dict[str, Any] = {
         'meta': dict(contents.meta),
-        WEIGHTS: state_dict(live),
+        WEIGHTS: live.state_dict(),
         **{k: x for k, x in contents.rest.items() if k != META},
     }
     steps = meta['num_steps']

@@ -1,7 +1,8 @@
 """Other projects: which key holds what, under which prefix, and where n is.
 
 A row of :data:`LAYOUTS` is a format. Keys are given as a path: ``('ema',
-'module')`` is ``content['ema']['module']``, ``()`` the content itself.
+'module')`` is ``content['ema']['module']``, ``()`` the content itself. The
+last format is one ``state_dict`` of nobody knows whom.
 """
 
 from __future__ import annotations
@@ -17,21 +18,20 @@ from mmdet_ema.checkpoint.contents import (
     AVERAGE,
     RAW,
     UNKNOWN,
-    Contents,
-    Weights,
-    as_count,
-    weights_of,
-)
-from mmdet_ema.checkpoint.formats.base import (
     Content,
+    Contents,
     Format,
+    Weights,
     Written,
-    both,
+    as_count,
     complete,
     is_weights,
+    meta_of,
     rest_of,
-    state_dict,
+    weights_of,
 )
+from mmdet_ema.checkpoint.format import WEIGHTS
+from mmdet_ema.checkpoint.recipe import KEY
 from mmdet_ema.errors import CheckpointError
 
 Path = Tuple[str, ...]
@@ -129,17 +129,17 @@ class Layout:
                 )
             average = contents.sets[name]
         else:
-            raw, average = both(contents)
+            raw, average = contents.both()
         content: Dict[str, Any] = {} if self.average else OrderedDict()
         # what is in the file stays, if it came from such a file
         content.update({**self.also, **contents.rest})
         if raw is not None and self.raw is not None:
-            _put(content, self.raw, state_dict(raw, self.raw_prefix))
+            _put(content, self.raw, raw.state_dict(self.raw_prefix))
         if self.count is not None:
             n: Any = average.updates or 0
             n = torch.tensor(n) if self.tensor_count else n
             _put(content, self.count[:-1], {self.count[-1]: n})
-        _put(content, self.average, state_dict(average, self.prefix))
+        _put(content, self.average, average.state_dict(self.prefix))
         meta = ', '.join(contents.meta)
         return content, [f'meta ({meta})'] if meta else []
 
@@ -282,6 +282,42 @@ def _read_modules(content: Content, path: str) -> Contents:
     )
 
 
+_PLACES = (WEIGHTS, 'model', 'model_state_dict', 'network', 'weights')
+
+
+def _place(content: Content) -> Optional[str]:
+    found = [key for key in _PLACES if is_weights(content.get(key))]
+    return found[0] if found else None
+
+
+def _is_plain(content: Content, path: str) -> bool:
+    return _place(content) is not None or is_weights(content)
+
+
+def _read_plain(content: Content, path: str) -> Contents:
+    place = _place(content)
+    half = content if place is None else content[place]
+    meta = meta_of(content)
+    name, role, said = 'weights', UNKNOWN, 'the file does not tell'
+    made: Any = meta.get(KEY)
+    made = made.get('holds') if isinstance(made, dict) else None
+    if isinstance(made, dict) and made.get('role') in (RAW, AVERAGE):
+        role, said = made['role'], 'its recipe says so'
+        name = str(made.get('name', name))
+    weights = weights_of(half, what=place or 'the file', role=role)
+    weights.evidence = said
+    if role == AVERAGE and isinstance(made.get('updates'), int):
+        weights.updates = made['updates']
+    rest = rest_of(content, place, 'meta') if place else {}
+    what = 'mmdet_ema' if role != UNKNOWN else 'unknown'
+    return Contents(path, 'plain', what, {name: weights}, name, meta, rest)
+
+
+def _write_plain(contents: Contents, out: str) -> Written:
+    weights = contents.sets[contents.choose()]
+    return {'meta': dict(contents.meta), WEIGHTS: weights.state_dict()}, []
+
+
 FORMATS = [
     *(
         Format(
@@ -293,4 +329,11 @@ FORMATS = [
     ),
     # only with unsafe=True: else the file is refused
     Format('yolov5', 'YOLOv5 or ultralytics', _has_modules, _read_modules),
+    Format(
+        *('plain', 'one state_dict, of any project', _is_plain, _read_plain),
+        _write_plain,
+        holds='one',
+        has_n=None,  # n and the role are in the recipe
+        has_schedule=True,
+    ),
 ]
