@@ -93,18 +93,6 @@ def test_buffer_that_grows_with_every_step():
         assert model.memory.tolist() == found.tolist()
 
 
-def test_parameter_of_another_shape_is_named():
-    """Where an average cannot follow, the tensor and a way out are named."""
-    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2), nn.Linear(2, 2))
-    averager = WeightAverager(model, 'constant', decay=0.9)
-    model[1].weight.data = torch.ones(2, 3)
-    with pytest.raises(RuntimeError, match=r'^1\.weight, .* refresh\(\)'):
-        averager.update()
-    averager.refresh()
-    assert averager.update()
-    assert (2, 3) == averages(averager)['1.weight'].shape
-
-
 @pytest.mark.parametrize('decay', [0.5, 0.999])
 def test_unit_vectors_keep_their_length(decay):
     """The vectors of spectral norm are copied, and stay of length one."""

@@ -187,6 +187,9 @@ def test_bad_averages(averages, match):
     """One clear line before anything is made."""
     with pytest.raises(OptionError, match=match):
         WeightAverager(Mixed(), averages=averages)
+    # a rule of one's own updates one average alone
+    with pytest.raises(OptionError, match='leave one of the two out'):
+        WeightAverager(Mixed(), rule=print, averages=dict(a={}))
 
 
 def test_posthoc():
@@ -284,11 +287,3 @@ def test_unknown_name():
     averager = WeightAverager(Mixed(), averages=dict(fast=dict(decay=0.9)))
     with pytest.raises(OptionError, match="choose one of 'ema', 'fast'"):
         averager.apply('fats')
-
-
-def test_a_rule_has_no_schedules_beside_it():
-    """A rule of one's own updates one average alone."""
-    with pytest.raises(OptionError, match='leave one of the two out'):
-        WeightAverager(
-            Mixed(), rule=lambda *a: None, averages=dict(a=dict(decay=0.9))
-        )

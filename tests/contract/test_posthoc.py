@@ -167,9 +167,6 @@ def test_evaluated_and_deployed(tmp_path):
 @pytest.mark.parametrize(
     ('options', 'match'),
     [
-        (dict(decay=0.5), 'exponential.*has the limit 0.5; use one of 0.9'),
-        (dict(schedule='mean'), r'mean\(\) has no limit; use one of 0.9'),
-        (dict(averages=dict(posthoc={})), "the name 'posthoc' is taken"),
         (dict(posthoc=1), 'posthoc=1 is not allowed; use True or False'),
         (
             dict(decay='auto', schedule='cosine'),

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,8 @@ _base_.custom_hooks[1].update(switch_epoch=2)
 class Tools:
     """Runs mmdet's own tools on a small config."""
 
+    package = 'mmdet'
+
     def __init__(self, folder, data):
         self.folder, self.data = folder, data
 
@@ -49,9 +53,8 @@ class Tools:
 
     def path(self, tool):
         """Return the path of a tool."""
-        (package,) = importlib.util.find_spec(
-            'mmdet'
-        ).submodule_search_locations
+        spec = importlib.util.find_spec(self.package)
+        (package,) = spec.submodule_search_locations
         return Path(package) / '.mim' / 'tools' / f'{tool}.py'
 
     def command(self, tool, config, work_dir, *arguments):
@@ -61,32 +64,51 @@ class Tools:
 
     def run(self, tool, config, work_dir, *arguments):
         """Run a tool to its end; return what it printed."""
+        return self.finish(self.command(tool, config, work_dir, *arguments))
+
+    def finish(self, words, status=0, stderr=subprocess.STDOUT, **variables):
+        """Run a program to its end; return what it printed."""
         done = subprocess.run(
-            self.command(tool, config, work_dir, *arguments),
+            list(map(str, words)),
+            cwd=self.folder,
+            env={**environment(), **variables},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            timeout=1800,
+        )
+        printed = done.stdout + (done.stderr or '')
+        assert done.returncode == status, printed[-6000:]
+        return printed
+
+    def kill(self, words, work_dir, when):
+        """Start a tool, and kill it when something is so; no file is last."""
+        process = subprocess.Popen(
+            words,
             cwd=self.folder,
             env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        assert done.returncode == 0, done.stdout[-4000:]
-        return done.stdout
+        deadline = time.monotonic() + 240
+        while not when():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (work_dir / 'epoch_4.pth').exists()
 
     def launch(self, *words, **variables):
         """Run ``torchrun`` on two ranks to its end; return what it printed."""
         launcher = ['-m', 'torch.distributed.run', '--standalone']
         launcher.append('--nproc_per_node=2')
-        done = subprocess.run(
-            [sys.executable, *launcher, *map(str, words)],
-            cwd=self.folder,
-            env={**environment(), **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stdout[-6000:]
-        return done.stdout
+        return self.finish([sys.executable, *launcher, *words], **variables)
+
+    def cli(self, *words, status=0):
+        """Run the command line; return what it printed, errors last."""
+        words = [sys.executable, '-m', 'mmdet_ema', *words]
+        return self.finish(words, status, stderr=subprocess.PIPE)
 
     def test(self, config, checkpoint, name, *options):
         """Run ``tools/test.py``; return its metrics.
@@ -99,6 +121,11 @@ class Tools:
         self.run('test', config, out, checkpoint, *words)
         (path,) = out.glob('*/*.json')
         return json.loads(path.read_text())
+
+
+def maps(metrics):
+    """Leave out how long a test took."""
+    return {name: x for name, x in metrics.items() if 'mAP' in name}
 
 
 def last_validation(folder):
@@ -126,24 +153,32 @@ def differing(left, right):
     return names
 
 
+def assert_mean(average, *files, kept):
+    """An average is the mean of the raw weights of files.
+
+    Args:
+        average: The weights.
+        *files: What has the raw ones.
+        kept: Whether BatchNorm statistics have been estimated again.
+    """
+    halves = [file['ema_state_dict'] for file in files]
+    for name, value in average.items():
+        if kept and name.endswith(('running_mean', 'running_var')):
+            continue
+        # what is frozen has one value
+        if value.is_floating_point() and f'module.{name}' in halves[0]:
+            raws = [half[f'module.{name}'].double() for half in halves]
+            # one rounding of the sum and one of each half
+            torch.testing.assert_close(
+                value.double(), sum(raws) / len(raws), rtol=1e-6, atol=1e-7
+            )
+
+
 def environment():
     """Return an environment for a tool: one thread, no spinning."""
     paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     path = os.pathsep.join(paths)
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
-
-
-def cli(tools, *words, status=0):
-    """Run the command line; return what it printed."""
-    done = subprocess.run(
-        [sys.executable, '-m', 'mmdet_ema', *map(str, words)],
-        cwd=tools.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope='session')
@@ -165,3 +200,18 @@ def trained(tools):
     work_dir = tools.folder / 'whole'
     log = tools.run('train', config, work_dir)
     return config, work_dir, log
+
+
+@pytest.fixture(scope='session')
+def tested(tools, trained):
+    """MAPs of each set of weights of its last file, tested alone.
+
+    The predictions are in ``test_NAME/out.pkl``.
+    """
+    config, work_dir, _ = trained
+    file = work_dir / 'epoch_4.pth'
+    found = {}
+    for name in ('ema', 'raw', 'fast'):
+        option = f'custom_hooks.0.evaluate={name}'
+        found[name] = maps(tools.test(config, file, name, option))
+    return found

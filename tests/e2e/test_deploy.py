@@ -51,39 +51,33 @@ def alone(program, *words):
     return done.stdout
 
 
-@pytest.fixture(scope='module')
-def tested(tools, trained):
-    """Pictures, and the scores that ``tools/test.py`` gave for them."""
-    config, work_dir, _ = trained
-    tools.test(config, work_dir / 'epoch_4.pth', 'deployed')
-    found = pickle.loads((tools.folder / 'test_deployed/out.pkl').read_bytes())
-    pictures = [scene['img_path'] for scene in found]
-    return pictures, [scene['pred_instances']['scores'] for scene in found]
-
-
-def same(scores, tested):
-    """Compare; batches of other sizes give other roundings."""
+def check_alone(tools, weights, file, way='init_detector'):
+    """A file gives the scores that ``tools/test.py`` gave for the weights."""
+    path = tools.folder / f'test_{weights}' / 'out.pkl'
+    tested = pickle.loads(path.read_bytes())
+    text = alone(INFER, file, way, *(scene['img_path'] for scene in tested))
+    scores = json.loads(text.split('scores ')[1])
     assert len(scores) == len(tested)
-    for mine, theirs in zip(scores, tested):
+    for mine, scene in zip(scores, tested):
+        theirs = scene['pred_instances']['scores']
+        # batches of other sizes give other roundings
         top = np.sort(np.asarray(theirs))[::-1][:20]
         mine = np.sort(np.asarray(mine))[::-1][: len(top)]
         np.testing.assert_allclose(mine, top, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures('tested')
 @pytest.mark.parametrize('way', ['inferencer', 'init_detector'])
-def test_file_alone_is_enough(trained, tested, way):
+def test_file_alone_is_enough(tools, trained, way):
     """The config in the file builds the model, and the averages are in it."""
     _, work_dir, _ = trained
-    pictures, scores = tested
-    text = alone(INFER, work_dir / 'epoch_4.pth', way, *pictures)
-    (line,) = (x for x in text.splitlines() if x.startswith('scores '))
-    same(json.loads(line[7:]), scores)
+    check_alone(tools, 'ema', work_dir / 'epoch_4.pth', way)
 
 
-def test_published_file(tools, trained, tested):
+@pytest.mark.usefixtures('tested')
+def test_published_file(tools, trained):
     """``publish_model.py`` leaves a file of weights that does the same."""
     _, work_dir, _ = trained
-    pictures, scores = tested
     out = tools.folder / 'published.pth'
     tool = tools.path('model_converters/publish_model')
     program = (
@@ -93,8 +87,7 @@ def test_published_file(tools, trained, tested):
     alone(program, tool, work_dir / 'epoch_4.pth', out)
     (published,) = tools.folder.glob('published-*.pth')
     assert {'optimizer', 'ema_state_dict'}.isdisjoint(load(published))
-    text = alone(INFER, published, 'init_detector', *pictures)
-    same(json.loads(text.split('scores ')[1]), scores)
+    check_alone(tools, 'ema', published)
 
 
 def test_config_of_the_training_is_kept(trained):

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import mmdet.models  # noqa: F401  registers what the configs name
@@ -26,7 +25,7 @@ from mmdet_ema.averaging.tensors import Role, select
 from tests import oracle
 from tests.e2e import ema_configs_lap as lap
 from tests.e2e import ema_configs_list as configs
-from tests.e2e.conftest import ROOT, environment
+from tests.e2e.conftest import ROOT
 from tests.e2e.ema_configs_small import annotate, small, untouched
 
 pytestmark = pytest.mark.e2e
@@ -159,16 +158,8 @@ def tool(tools, kind, config, work_dir, *arguments):
         folder.mkdir(exist_ok=True)
         shutil.copy(lap.__file__, folder / 'lap.py')
         path.append(str(folder))
-    done = subprocess.run(
-        tools.command(kind, config, work_dir, *arguments),
-        cwd=tools.folder,
-        env={**environment(), 'PYTHONPATH': os.pathsep.join(path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+    words = tools.command(kind, config, work_dir, *arguments)
+    return tools.finish(words, PYTHONPATH=os.pathsep.join(path))
 
 
 SWITCHES = {

@@ -4,16 +4,14 @@ import itertools
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from tests import needs
-from tests.e2e.conftest import differing, environment, load
+from tests.e2e.conftest import differing, environment, load, maps
 
 pytestmark = pytest.mark.e2e
 # what the names of metrics end with
@@ -48,60 +46,30 @@ def test_tied_head_is_averaged_once(trained):
     assert len(pointers) == 1
 
 
-def test_resumed_training_equals_the_uninterrupted_one(tools, trained):
-    """4 epochs at once equal 2 and, with ``--resume``, 2 more."""
-    config, whole, _ = trained
-    part = tools.folder / 'part'
-    short = tools.config('part', 'train_cfg = dict(max_epochs=2)\n')
-    tools.run('train', short, part)
-    tools.run('train', config, part, '--resume')
-    left, right = load(whole / 'epoch_4.pth'), load(part / 'epoch_4.pth')
-    assert differing(left, right) == []
-    assert left['ema_meta'] == right['ema_meta']
-
-
 def test_killed_training_resumes_exactly(tools, trained):
     """A process killed in its third epoch goes on as if it had not been."""
     config, whole, _ = trained
     work_dir = tools.folder / 'killed'
-    process = subprocess.Popen(
-        tools.command('train', config, work_dir),
-        cwd=tools.folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     last = work_dir / 'last_checkpoint'
-    deadline = time.monotonic() + 240
-    while not last.exists() or 'epoch_2' not in last.read_text():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    tools.kill(
+        tools.command('train', config, work_dir),
+        work_dir,
+        lambda: last.exists() and 'epoch_2' in last.read_text(),
+    )
     tools.run('train', config, work_dir, '--resume')
     left, right = load(whole / 'epoch_4.pth'), load(work_dir / 'epoch_4.pth')
     assert differing(left, right) == []
+    assert left['ema_meta'] == right['ema_meta']
 
 
-def test_test_tool_uses_the_weights_it_is_told(tools, trained):
+def test_test_tool_uses_the_weights_it_is_told(tools, trained, tested):
     """'all' gives each set of weights the metrics that it has alone."""
     config, work_dir, _ = trained
-    file = work_dir / 'epoch_4.pth'
-    found = {
-        weights: tools.test(
-            config, file, weights, f'custom_hooks.0.evaluate={weights}'
-        )
-        for weights in (*ENDS, 'all')
-    }
-    score = {
-        name: {k: v for k, v in metrics.items() if 'mAP' in k}
-        for name, metrics in found.items()
-    }
-    assert score['all'] == {
+    file, option = work_dir / 'epoch_4.pth', 'custom_hooks.0.evaluate=all'
+    assert maps(tools.test(config, file, 'all', option)) == {
         k + end: v
         for name, end in ENDS.items()
-        for k, v in score[name].items()
+        for k, v in tested[name].items()
     }
     boxes = {name: predictions(tools.folder / f'test_{name}') for name in ENDS}
     for name, end in ENDS.items():

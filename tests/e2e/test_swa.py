@@ -1,20 +1,18 @@
 """The configs of stochastic weight averaging, on the digits set."""
 
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
-from tests.e2e.conftest import CONFIG, load
+from tests.e2e.conftest import CONFIG, assert_mean, load
 
 pytestmark = pytest.mark.e2e
 
 SHORT = """
 _base_.custom_hooks[0].update(begin_epoch=3, recalibrate=2)
 """
-STATISTICS = ('running_mean', 'running_var')
 
 
 def config_of(kind):
@@ -40,18 +38,7 @@ def test_mean_of_the_last_epochs(tools, kind):
     )
     if kind == 'constant':
         return
-    for name, average in fourth['state_dict'].items():
-        if average.is_floating_point() and not (
-            kept and name.endswith(STATISTICS)
-        ):
-            raws = [
-                file['ema_state_dict'][f'module.{name}'].double().numpy()
-                for file in (third, fourth)
-            ]
-            # one rounding of the sum and one of each half
-            np.testing.assert_allclose(
-                average.numpy(), np.mean(raws, 0), rtol=1e-6, atol=1e-7
-            )
+    assert_mean(fourth['state_dict'], third, fourth, kept=kept)
     metrics = tools.test(config, work_dir / 'epoch_4.pth', f'swa_{kind}')
     last = f'coco/bbox_mAP: {metrics["coco/bbox_mAP"]:.4f}'
     assert last in log.rpartition('Epoch(val)')[2]

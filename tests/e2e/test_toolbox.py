@@ -1,55 +1,45 @@
 """Extracted and converted files of a real run score as the run's own file."""
 
-import json
-import pickle
-
 import pytest
 import torch
 
 from mmdet_ema.checkpoint.contents import read_contents
-from tests.e2e.conftest import cli, load
-from tests.e2e.test_deploy import INFER, alone, same
+from tests.e2e.conftest import load, maps
+from tests.e2e.test_deploy import check_alone
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.parametrize('weights', ['ema', 'raw'])
-def test_extracted_file_scores_as_the_whole(tools, trained, weights):
+def test_extracted_file_scores_as_the_whole(tools, trained, tested, weights):
     """In tools/test.py, as .pth and through safetensors, and by itself."""
     config, work_dir, _ = trained
     whole = work_dir / 'epoch_4.pth'
-    expected = scores(tools, config, whole, f'whole_{weights}', weights)
     name = f'only_{weights}'
     words = ('--weights', weights)
     out, safe, back = (
         tools.folder / f'{name}{end}'
         for end in ('.pth', '.safetensors', '_back.pth')
     )
-    cli(tools, 'extract', whole, '-o', out, *words)
-    cli(tools, 'extract', whole, '-o', safe, *words)
-    cli(tools, 'extract', safe, '-o', back)
+    tools.cli('extract', whole, '-o', out, *words)
+    tools.cli('extract', whole, '-o', safe, *words)
+    tools.cli('extract', safe, '-o', back)
     for path in (out, back):
         # a file of one set is all that the hook can evaluate
-        found = scores(tools, config, path, path.stem, 'ema')
-        assert found == expected
+        option = 'custom_hooks.0.evaluate=ema'
+        found = tools.test(config, path, path.stem, option)
+        assert maps(found) == tested[weights]
     again = tools.folder / f'{name}_again.pth'
-    cli(tools, 'extract', '--recipe', out, '-o', again)
+    tools.cli('extract', '--recipe', out, '-o', again)
     assert again.read_bytes() == out.read_bytes()
-    found = pickle.loads(
-        (tools.folder / f'test_{name}' / 'out.pkl').read_bytes()
-    )
-    pictures = [scene['img_path'] for scene in found]
-    tested = [scene['pred_instances']['scores'] for scene in found]
-    text = alone(INFER, out, 'init_detector', *pictures)
-    same(json.loads(text.split('scores ')[1]), tested)
+    check_alone(tools, weights, out)
 
 
 def test_converted_file_resumes_the_same(tools, trained):
     """A file of mmengine's layout, made of ours: same weights, same n."""
     _, work_dir, _ = trained
     out = tools.folder / 'mmengine.pth'
-    said = cli(
-        tools,
+    said = tools.cli(
         *('convert', work_dir / 'epoch_4.pth', '-o', out),
         *('--to', 'mmengine'),
     )
@@ -63,10 +53,3 @@ def test_converted_file_resumes_the_same(tools, trained):
     # that layout has one average
     assert 'weights fast' == said.partition('lost: ')[2].split('\n')[0]
     assert read_contents(str(out)).format == 'mmengine'
-
-
-def scores(tools, config, path, name, weights):
-    """Return the mAPs that mmdet's own tool gives."""
-    option = f'custom_hooks.0.evaluate={weights}'
-    found = tools.test(config, path, name, option)
-    return {k: x for k, x in found.items() if 'mAP' in k}

@@ -2,14 +2,12 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from mmdet_ema.cli.main import main
-from tests.e2e.conftest import cli, environment, load
+from tests.e2e.conftest import load
 
 pytestmark = pytest.mark.e2e
 
@@ -39,7 +37,7 @@ def tuned(tools, run):
     """What the command printed, and the file that it wrote."""
     out = tools.folder / 'best.pth'
     words = ('--windows', '1.5,2,4,6', '-o', out)
-    return cli(tools, 'tune', *run, *words), out
+    return tools.cli('tune', *run, *words), out
 
 
 def rows(text):
@@ -79,7 +77,7 @@ def test_file(tools, run, tuned):
     metrics = tools.test(config, out, 'tune_best')
     assert f'{best:.4f}' == f'{metrics[METRIC]:.4f}'
     again = tools.folder / 'again.pth'
-    cli(tools, 'average', '--recipe', out, '-o', again)
+    tools.cli('average', '--recipe', out, '-o', again)
     assert out.read_bytes() == again.read_bytes()
 
 
@@ -95,33 +93,24 @@ def test_refused_windows(tuned):
 
 def test_two_ranks(tools, run, tuned):
     """They print one table, the same as one rank does."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    words = ['--nproc_per_node', '2', '-m', 'mmdet_ema', 'tune', *run]
-    words += ['--windows', '1.5,2,4,6', '--launcher', 'pytorch']
-    done = subprocess.run(
-        [*command, *map(str, words)],
-        cwd=tools.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    alone = rows(tuned[0])
+    words = ['--windows', '1.5,2,4,6', '--launcher', 'pytorch']
+    printed = tools.launch('-m', 'mmdet_ema', 'tune', *run, *words)
+    alone, found = rows(tuned[0]), rows(printed)
     # scores are added up in another order
-    assert alone.keys() == rows(done.stdout).keys()
-    for name, values in rows(done.stdout).items():
+    assert alone.keys() == found.keys()
+    for name, values in found.items():
         assert values == pytest.approx(alone[name], abs=2e-4)
-    assert 1 == done.stdout.count('the best one')
+    assert 1 == printed.count('the best one')
 
 
 def test_recalibrate(tools, run):
     """Statistics of training data give a column of their own, and a file."""
     out, again = (tools.folder / f'{x}.pth' for x in ('recal', 'recal_again'))
     words = ('--windows', '2,4', '--recalibrate', 2, '-o', out)
-    text = cli(tools, 'tune', *run, *words, '--metric', METRIC)
+    text = tools.cli('tune', *run, *words, '--metric', METRIC)
     assert all(2 == len(values) for values in rows(text).values())
     assert any(a != b for a, b in rows(text).values())
-    cli(tools, 'average', '--recipe', out, '-o', again)
+    tools.cli('average', '--recipe', out, '-o', again)
     left, right = (load(x)['state_dict'] for x in (out, again))
     assert all(torch.equal(x, right[name]) for name, x in left.items())
 

@@ -85,10 +85,9 @@ def in_float32():
     ('compiled', 'model'),
     [
         (True, in_float32),
-        (dict(backend='aot_eager'), in_float32),
-        (True, ToyModel),
+        (dict(backend='aot_eager'), ToyModel),
     ],
-    ids=['inductor', 'eager', 'bfloat16'],
+    ids=['inductor', 'bfloat16'],
 )
 def test_compiled_run(tmp_path, compiled, model):
     """With ``cfg.compile`` the weights are averaged as without."""

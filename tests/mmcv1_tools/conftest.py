@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE
+from tests import oracle
 from tests.e2e.conftest import ROOT, Tools
 
 CONFIG = ROOT / 'configs' / 'atss_mmdet2' / 'atss_digits_1xb8-10e.py'
@@ -67,6 +69,20 @@ class Mmdet2Tools(Tools):
         printed = self.run('test', config, out, *words)
         (path,) = out.glob('eval_*.json')
         return json.loads(path.read_text())['metric'], printed
+
+
+def check_against_the_formula(saved, rows, decay=None):
+    """Compare a file with what NumPy makes of the recorded weights."""
+    decay = decay or (lambda n: oracle.ramp(n, 0.9, 5))
+    for name, row in rows.items():
+        row = row.double().numpy()
+        expected = oracle.average(row[0], row[1:], decay)
+        found = saved['state_dict'][name].numpy()
+        # a float32 average takes one rounding of 6e-8 a step
+        error = oracle.relative_error(found, expected)
+        assert error <= STEPS * 6e-8, name
+        raw = saved['ema_state_dict'][f'module.{name}'].numpy()
+        assert np.array_equal(raw, row[-1]), name
 
 
 def load(path):

@@ -7,7 +7,6 @@ import torch
 from mmcv import Config
 
 from mmdet_ema.cli.commands import add_ema
-from tests.e2e.conftest import cli
 from tests.mmcv1_tools.conftest import EPOCHS, RECORD, differing, load
 from tests.mmcv1_tools.test_mmdet2_tools import NO_HOOK, validation
 
@@ -19,7 +18,7 @@ def test_untouched_config_equals_one_with_the_hook(tools, trained):
     config, work_dir = tools.config('untouched', NO_HOOK), tools.folder / 'cli'
     words = ('--decay', 0.9, '--tau', 5, '--work-dir', work_dir)
     words += ('--seed', 0, '--gpu-ids', 0)
-    log = cli(tools, 'train', config, *words)
+    log = tools.cli('train', config, *words)
     assert 'EMA: exponential(decay=0.9, tau=5' in log
     name = f'epoch_{EPOCHS}.pth'
     assert [] == differing(load(work_dir / name), load(trained[1] / name))
@@ -32,7 +31,7 @@ def test_weights_are_chosen(tools, trained, weights):
     config, out = tools.config('plain', NO_HOOK), tools.folder / weights
     file = work_dir / f'epoch_{EPOCHS}.pth'
     words = ('--weights', weights, '--eval', 'bbox', '--work-dir', out)
-    printed = cli(tools, 'test', config, file, *words)
+    printed = tools.cli('test', config, file, *words)
     assert 'unexpected key' not in printed
     (path,) = out.glob('eval_*.json')
     metrics = json.loads(path.read_text())['metric']
@@ -47,7 +46,7 @@ def test_both_weights(tools, trained):
     config = tools.config('plain', NO_HOOK)
     file = work_dir / f'epoch_{EPOCHS}.pth'
     words = ('--weights', 'both', '--eval', 'bbox')
-    printed = cli(tools, 'test', config, file, *words)
+    printed = tools.cli('test', config, file, *words)
     raw, ema = (printed.index(f'testing the {x} w') for x in ('raw', 'EMA'))
     assert raw < printed.index('bbox_mAP') < ema
     assert 2 == printed.count("OrderedDict([('bbox_mAP'")
@@ -56,7 +55,7 @@ def test_both_weights(tools, trained):
 def test_missing_checkpoint(tools):
     """A checkpoint that is not there is refused in one line."""
     config = tools.config('plain', NO_HOOK)
-    printed = cli(tools, 'test', config, 'nowhere.pth', status=2)
+    printed = tools.cli('test', config, 'nowhere.pth', status=2)
     assert "there is no checkpoint 'nowhere.pth'" in printed
 
 
@@ -73,7 +72,7 @@ def test_file_of_another_architecture_is_refused(tools, trained):
                 weights[f'other.{name}'] = weights.pop(name)
         torch.save(file, tools.folder / 'other.pth')
         words = (tools.folder / 'other.pth', '--eval', 'bbox')
-        log = cli(tools, 'test', config, *words, status=status)
+        log = tools.cli('test', config, *words, status=status)
         found = len(names[:kept])
         text = f'mmdet-ema: {"error: " if status else ""}the file has {found}'
         assert f'{text} of the {len(names)} weights of the model' in log
@@ -85,7 +84,7 @@ def test_run_is_drawn(tools, trained):
     pytest.importorskip('matplotlib')
     _, work_dir, _ = trained
     picture = work_dir / 'ema.png'
-    assert cli(tools, 'plot', work_dir) == f'{picture}\n'
+    assert tools.cli('plot', work_dir) == f'{picture}\n'
     assert picture.read_bytes().startswith(b'\x89PNG')
 
 
@@ -94,7 +93,7 @@ def test_resume_without_an_average(tools, trained):
     config = tools.config('longer', RECORD, epochs=EPOCHS + 1)
     work_dir, file = tools.folder / 'off', trained[1] / f'epoch_{EPOCHS}.pth'
     words = ('--work-dir', work_dir, '--resume-from', file, '--gpu-ids', 0)
-    log = cli(tools, 'train', config, '--no-ema', *words)
+    log = tools.cli('train', config, '--no-ema', *words)
     assert 'mmdet-ema: --no-ema for the EMA hook of the config' in log
     assert 'training goes on from the raw weights' in log
     saved = torch.load(work_dir / f'epoch_{EPOCHS + 1}.pth')

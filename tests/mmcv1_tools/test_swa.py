@@ -1,15 +1,13 @@
 """The configs of stochastic weight averaging, with the tools of mmdet 2."""
 
-import numpy as np
 import pytest
 from mmcv import Config
 from mmcv.runner.hooks import HOOKS
 
+from tests.e2e.conftest import assert_mean
 from tests.mmcv1_tools.conftest import CONFIG, load
 
 pytestmark = pytest.mark.e2e
-
-STATISTICS = ('running_mean', 'running_var')
 
 
 def config_of(kind):
@@ -36,19 +34,7 @@ def test_mean_of_the_last_epochs(tools, kind):
     assert fourth['ema_meta']['num_updates'] == updates
     if kind == 'constant':
         return
-    for name, average in fourth['state_dict'].items():
-        if average.is_floating_point() and not (
-            kept and name.endswith(STATISTICS)
-        ):
-            raws = [
-                file['ema_state_dict'][f'module.{name}'].double().numpy()
-                for file in (third, fourth)
-                if f'module.{name}' in file['ema_state_dict']
-            ]
-            if raws:  # what is frozen has one value
-                np.testing.assert_allclose(
-                    average.numpy(), np.mean(raws, 0), rtol=1e-6, atol=1e-7
-                )
+    assert_mean(fourth['state_dict'], third, fourth, kept=kept)
 
 
 def test_learning_rate_of_the_cycles():
