@@ -1,7 +1,5 @@
 """Small 3D detectors, trained by mmdet3d's own tools in a subprocess."""
 
-import functools
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -9,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Tools, environment
+from tests.e2e.conftest import ROOT, Tools
 
 HERE = Path(__file__).resolve().parent
 # The data are where the configs look for them: below the working folder.
@@ -44,6 +42,8 @@ test_evaluator = [dict(type='DumpResults', out_file_path='out.pkl')]
 class Tools3D(Tools):
     """Runs mmdet3d's own tools on a small config."""
 
+    package = 'mmdet3d'
+
     def __init__(self, folder, base):
         super().__init__(folder, folder / DATA)
         self.base = base
@@ -60,15 +60,6 @@ class Tools3D(Tools):
         """Return the folder of a run."""
         return self.folder / f'{self.base.parent.name}_{name}'
 
-    def command(self, tool, config, work_dir, *arguments):
-        """Return the command line of a tool."""
-        words = super().command(tool, config, work_dir, *arguments)
-        (package,) = importlib.util.find_spec(
-            'mmdet3d'
-        ).submodule_search_locations
-        path = Path(package) / '.mim' / 'tools' / f'{tool}.py'
-        return [words[0], str(path), *words[2:]]
-
     def test(self, config, checkpoint, name, *options):
         """Run ``tools/test.py``; return the folder of its predictions."""
         work_dir = self.work_dir(f'test_{name}')
@@ -77,23 +68,11 @@ class Tools3D(Tools):
         self.run('test', config, work_dir, *words)
         return work_dir
 
-    @functools.cached_property
-    def whole(self):
-        """A finished training: its config, work folder and log."""
-        config, work_dir = self.config('whole'), self.work_dir('whole')
-        return config, work_dir, self.run('train', config, work_dir)
-
     def predict(self, config, checkpoint):
         """Predict with each half of a checkpoint, without our package."""
         out = self.work_dir('expected.pkl')
         words = (HERE / 'predict.py', config, checkpoint, out)
-        subprocess.run(
-            [sys.executable, *map(str, words)],
-            cwd=self.folder,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
+        self.finish([sys.executable, *words])
         return pickle.loads(out.read_bytes())
 
 
@@ -107,29 +86,18 @@ def kitti(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope='session')
-def detectors(kitti):
-    """Tools of each config."""
-    return {base: Tools3D(kitti, base) for base in (POINTPILLARS, SMOKE)}
-
-
 @pytest.fixture(
     scope='session',
     params=[POINTPILLARS, SMOKE],
     ids=lambda path: path.parent.name,
 )
-def tools(request, detectors):
+def tools(request, kitti):
     """Tools on one of the configs."""
-    return detectors[request.param]
-
-
-@pytest.fixture(scope='session')
-def pointpillars(detectors):
-    """Tools on the config of PointPillars."""
-    return detectors[POINTPILLARS]
+    return Tools3D(kitti, request.param)
 
 
 @pytest.fixture(scope='session')
 def trained(tools):
     """A finished training: its config, work folder and log."""
-    return tools.whole
+    config, work_dir = tools.config('whole'), tools.work_dir('whole')
+    return config, work_dir, tools.run('train', config, work_dir)

@@ -1,6 +1,5 @@
 """Small 3D detectors, trained by the tools of mmdet3d 1.0 (mmcv 1.x)."""
 
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -56,6 +55,8 @@ def hooks(hook):
 class Tools3D(Tools):
     """Runs the tools of mmdet3d on a small config."""
 
+    package = 'mmdet3d'
+
     def config(self, name, extra='', epochs=EPOCHS, base=POINTPILLARS):
         """Write a config; return its path."""
         path = self.folder / f'{name}.py'
@@ -68,13 +69,9 @@ class Tools3D(Tools):
     def command(self, tool, config, work_dir, *arguments):
         """Return the command line of a tool."""
         words = super().command(tool, config, work_dir, *arguments)
-        (package,) = importlib.util.find_spec(
-            'mmdet3d'
-        ).submodule_search_locations
-        path = Path(package) / '.mim' / 'tools' / f'{tool}.py'
         if tool == 'test':
             words = words[: words.index('--work-dir')]  # it has no such option
-        return [words[0], str(HERE / 'on_cpu.py'), str(path), *words[2:]]
+        return [words[0], str(HERE / 'on_cpu.py'), *words[1:]]
 
     def train(self, config, *arguments):
         """Run ``tools/train.py``; return the work folder and the output."""
