@@ -112,6 +112,12 @@ def recipe_of(
             f'{options.recipe!r} was made by {recipe["command"]!r:.40}; use '
             f'mmdet-ema {recipe["command"]!s:.40} --recipe.'
         )
+    inputs = len(recipe['inputs'])
+    if 'files' not in options and inputs != 1:
+        raise OptionError(
+            f'{options.recipe!r} is of {inputs} files, and '
+            f'{options.command} reads one; give the recipe as it was made.'
+        )
     given = [name for name, value in own.items() if value]
     if given:
         raise OptionError(

@@ -182,6 +182,19 @@ def test_what_is_refused(line, status, message, folder, capsys):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize('count', [0, 2])
+def test_recipe_of_another_number_of_files(count, folder, capsys):
+    """A recipe that was edited by hand is refused in one line."""
+    inputs = [{'path': 'epoch_12.pth', 'sha256': ''}] * count
+    recipe = dict(command='extract', version='0', inputs=inputs, options={})
+    (folder / 'recipe.json').write_text(json.dumps(recipe))
+    assert run('extract --recipe recipe.json -o x.pth') == 2
+    assert f'is of {count} files, and extract reads one' in (
+        capsys.readouterr().err
+    )
+    assert not (folder / 'x.pth').exists()
+
+
 def test_what_is_lost_is_said(capsys):
     """By convert, for each thing that the format cannot hold."""
     assert run('convert epoch_12.pth -o x.pth --to timm') == 0
