@@ -2,12 +2,14 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from mmdet_ema.cli.main import main
-from tests.e2e.conftest import load
+from tests.e2e.conftest import environment, load
 
 pytestmark = pytest.mark.e2e
 
@@ -93,14 +95,23 @@ def test_refused_windows(tuned):
 
 def test_two_ranks(tools, run, tuned):
     """They print one table, the same as one rank does."""
-    words = ['--windows', '1.5,2,4,6', '--launcher', 'pytorch']
-    printed = tools.launch('-m', 'mmdet_ema', 'tune', *run, *words)
-    alone, found = rows(tuned[0]), rows(printed)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    words = ['--nproc_per_node', '2', '-m', 'mmdet_ema', 'tune', *run]
+    words += ['--windows', '1.5,2,4,6', '--launcher', 'pytorch']
+    done = subprocess.run(
+        [*command, *map(str, words)],
+        cwd=tools.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone = rows(tuned[0])
     # scores are added up in another order
-    assert alone.keys() == found.keys()
-    for name, values in found.items():
+    assert alone.keys() == rows(done.stdout).keys()
+    for name, values in rows(done.stdout).items():
         assert values == pytest.approx(alone[name], abs=2e-4)
-    assert 1 == printed.count('the best one')
+    assert 1 == done.stdout.count('the best one')
 
 
 def test_recalibrate(tools, run):
