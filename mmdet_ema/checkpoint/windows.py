@@ -52,6 +52,14 @@ def files_of(work_dir: str) -> List[str]:
     return [os.path.join(work_dir, name) for name in found]
 
 
+def suited_schedule(steps: float, planned: int) -> Schedule:
+    """Return the average of a window, with a ramp that ends in time."""
+    # a ramp of half a window, as decay='auto', would still go on at the end
+    # of a run that is not much longer
+    tau = max(min(steps / 2, planned / 10), 1e-3)
+    return exponential(round(1 - 1 / steps, 12), round(tau, 6))
+
+
 def check_length(steps: float, planned: int) -> None:
     """Refuse a window that is longer than the run, or below a step."""
     if not 1 <= steps <= planned:
@@ -77,10 +85,7 @@ def make_windows(
     refused: List[Window] = []
     for steps in wanted:
         check_length(steps, run.steps)
-        # a ramp of half a window, as decay='auto', would still go on at the
-        # end of a run that is not much longer
-        tau = max(min(steps / 2, run.steps / 10), 1e-3)
-        schedule = exponential(round(1 - 1 / steps, 12), round(tau, 6))
+        schedule = suited_schedule(steps, run.steps)
         profile = Profile(str(schedule), 'schedule', schedule)
         found = Window(steps, schedule, run.nearest(profile))
         (refused if found.problem else made).append(found)
