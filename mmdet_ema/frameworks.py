@@ -1,16 +1,13 @@
-"""Find the frameworks that are installed."""
+"""Find the frameworks that are installed, and register their hooks."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import os
 import sys
 from types import FrameType
 from typing import Any, List, Optional
-
-from mmdet_ema.version import __version__
 
 
 def is_own_command() -> bool:
@@ -54,39 +51,6 @@ def load_hook() -> Optional[Any]:
         register()
         hooks.append(MMEngineHook)
     return hooks[0] if hooks else None
-
-
-def announce(hook: str, theirs: str) -> None:
-    """Say whose hook was built, on the first rank, in no run's log.
-
-    Args:
-        hook: The type that the config names.
-        theirs: The type that builds the framework's own.
-    """
-    if os.environ.get('RANK', '0') == '0':
-        own_logger().info(
-            f'EMA: mmdet_ema {__version__}: dict(type={hook!r}) builds its '
-            f"own hook; the framework's is {theirs!r}."
-        )
-
-
-def own_logger() -> logging.Logger:
-    """Return the logger for lines that belong to no run.
-
-    The frameworks know nothing of it: mmcv takes the first logger that it
-    made for the run's, and writes to it what ``init_weights`` did; mmengine
-    would make one without a file, and give it to whoever asks for one later.
-    """
-    logger = logging.getLogger('mmdet_ema')
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(
-            logging.Formatter('%(asctime)s - %(levelname)s - %(message)s')
-        )
-        logger.addHandler(handler)
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO)
-    return logger
 
 
 def has_mmcv1() -> bool:

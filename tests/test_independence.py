@@ -120,6 +120,9 @@ def test_generations_do_not_know_each_other():
             if f'mmdet_ema.{name}' in path.read_text(encoding='utf-8')
         }
         assert naming <= {name, 'frameworks.py', 'cli', '__init__.py'}
+        above = ('mmdet_ema.frameworks', 'mmdet_ema.cli')
+        names = [x for path in files_of(name) for x in imports_of(path)]
+        assert [] == [x for x in names if x.startswith(above)]
 
 
 def test_every_folder_has_a_rule():

@@ -1,6 +1,6 @@
 """File formats: where raw and average weights are, and what is plain.
 
-Imports the core and torch only, and knows nothing of a runner.
+Imports torch and what is below alone, and knows nothing of a runner.
 """
 
 from mmdet_ema.checkpoint.files import read_structure

@@ -36,6 +36,8 @@ MORE = 'ema_averages'
 STEPS = 'steps'
 CHANGED = 'changed_at'
 """Key in ``ema_meta``: the step after which a decay was changed."""
+REFERENCE = 'reference_samples'
+"""The same: samples a step that the decay was chosen for."""
 PREFIX = 'module.'
 FORMAT_VERSION = 1
 _ROLES = {WEIGHTS: 'average', EMA: 'raw'}

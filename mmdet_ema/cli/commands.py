@@ -1,4 +1,4 @@
-"""The commands: run a framework's own tool, with an edited config."""
+"""train and test: a framework's own tools, run with an edited config."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def _override(hook: Any, given: Mapping[str, Any]) -> str:
                 f'{flags}: the config averages by a rule of its own, '
                 f'ema_type={show(hook["ema_type"])}; leave one of both out.'
             )
-        schedule = options.schedule_for(1)
+        schedule = options.choice.make(1)
         for word in words:
             del hook[word]
         if _kind(hook) in _NAMED_RAMPS:

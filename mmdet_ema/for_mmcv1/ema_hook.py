@@ -21,13 +21,13 @@ from mmdet_ema.for_mmcv1 import checkpoints
 from mmdet_ema.for_mmcv1 import runner as runners
 from mmdet_ema.for_mmcv1.compatible import COMPATIBLE, parse_compatible
 from mmdet_ema.for_mmcv1.watching import watch, watch_hooks
-from mmdet_ema.frameworks import announce, own_logger
 from mmdet_ema.training import patches
 from mmdet_ema.training.lifecycle import EMALifecycle
 from mmdet_ema.training.options import RAW, show_options
 from mmdet_ema.training.passes import leaving_no_trace
 from mmdet_ema.training.plan import check_begin, refuse_second
 from mmdet_ema.training.recalibrate import recalibrate
+from mmdet_ema.training.report import announce, own_logger
 from mmdet_ema.training.sigterm import EPOCH_SAMPLES, Sigterm, skipped
 
 

@@ -12,8 +12,8 @@ from mmcv.utils.logging import logger_initialized
 from torch import nn
 from torch.optim import Optimizer
 
-from mmdet_ema.frameworks import own_logger
 from mmdet_ema.training.plan import RunFacts, batch_size_of, doubt_switch
+from mmdet_ema.training.report import own_logger
 
 
 def logger_of_the_tool() -> logging.Logger:

@@ -22,8 +22,8 @@ from mmdet_ema.for_mmengine.fsdp2_strategy import FSDP2Strategy
 from mmdet_ema.for_mmengine.optimizer_constructor import (
     EMAOptimizerConstructor,
 )
-from mmdet_ema.frameworks import announce
 from mmdet_ema.training.compatible import instead_of
+from mmdet_ema.training.report import announce
 
 
 def register() -> None:

@@ -162,16 +162,16 @@ def recalibrated(
     """
     if runner.cfg.get('train_dataloader') is None:
         raise OptionError(
-            f'recalibrate={batches} needs the train_dataloader of the config; '
-            f'it has none.'
+            '--recalibrate needs the train_dataloader of the config, which '
+            'has none; leave it out.'
         )
     load(runner, state)
     model = model_of(runner)
     model.train()
     if not layers_to_estimate(model):
         raise OptionError(
-            f'recalibrate={batches} has no effect: the model has no BatchNorm '
-            f'layer that is trained; leave it out.'
+            '--recalibrate has no effect: the model has no BatchNorm layer '
+            'that is trained; leave it out.'
         )
     with _quiet(), same_randomness():
         dataset = runner.train_dataloader.dataset

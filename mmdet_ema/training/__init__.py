@@ -1,1 +1,1 @@
-"""Life-cycle decisions, and one thin adapter a framework generation."""
+"""What happens to averages during a training; knows no framework."""

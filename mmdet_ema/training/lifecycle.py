@@ -20,7 +20,7 @@ from typing import (
     Set,
 )
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import MAIN
@@ -47,7 +47,7 @@ _IDLE = 50
 
 
 class EMALifecycle:
-    """The life of one average inside a trainer."""
+    """The life of the averages inside a trainer."""
 
     def __init__(self, options: Options, log: Any):
         self.options = options
@@ -389,8 +389,8 @@ class EMALifecycle:
         """Give a checkpoint with the live weights its EMA part, in place."""
         self.after_iteration()
         averager, deploy = self.averager, self.options.deploy
-        averages: Metrics = {}
-        raws: Metrics = {}
+        averages: Dict[str, Tensor] = {}
+        raws: Dict[str, Tensor] = {}
         more: Dict[str, Checkpoint] = {}
         meta = dict(self._plan.meta) if self._plan else {}
         meta['writer'] = f'mmdet_ema {__version__}'

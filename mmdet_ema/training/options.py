@@ -167,13 +167,9 @@ class Options:
         specs += [x for x in nested if isinstance(x, Mapping)]
         return any(is_auto(x.get('decay')) for x in specs)
 
-    def schedule_for(self, planned: int) -> Schedule:
-        """Return the main schedule, given the steps that are planned."""
-        return self.choice.make(planned)
-
     def schedules_for(self, planned: int) -> Dict[str, Schedule]:
         """Return all schedules by name, given the steps that are planned."""
-        main = self.schedule_for(planned)
+        main = self.choice.make(planned)
         more = further_schedules(self.averages, planned)
         if self.posthoc:
             more[POSTHOC] = schedules.a_tenth(main)

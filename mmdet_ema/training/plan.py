@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
 
 from mmdet_ema.averaging.averages import MAIN
+from mmdet_ema.checkpoint.format import REFERENCE
 from mmdet_ema.errors import OptionError
 from mmdet_ema.schedules import to_the_power
 from mmdet_ema.training.options import Options
-
-REFERENCE = 'reference_samples'
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from typing import Any, Iterator, List, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from mmdet_ema.schedules import Schedule, decay_over, initial_share, window
 from mmdet_ema.training.passes import sets_of_weights
 from mmdet_ema.training.plan import Plan
 from mmdet_ema.training.steps import TELLS_OF_STEPS
+from mmdet_ema.version import __version__
 
 
 def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
@@ -280,3 +283,36 @@ def first_of(names: Sequence[str]) -> str:
     """Return the first name, and how many more there are."""
     more = f' and {len(names) - 1} more' if len(names) > 1 else ''
     return f'{names[0]}{more}'
+
+
+def announce(hook: str, theirs: str) -> None:
+    """Say whose hook was built, on the first rank, in no run's log.
+
+    Args:
+        hook: The type that the config names.
+        theirs: The type that builds the framework's own.
+    """
+    if os.environ.get('RANK', '0') == '0':
+        own_logger().info(
+            f'EMA: mmdet_ema {__version__}: dict(type={hook!r}) builds its '
+            f"own hook; the framework's is {theirs!r}."
+        )
+
+
+def own_logger() -> logging.Logger:
+    """Return the logger for lines that belong to no run.
+
+    The frameworks know nothing of it: mmcv takes the first logger that it
+    made for the run's, and writes to it what ``init_weights`` did; mmengine
+    would make one without a file, and give it to whoever asks for one later.
+    """
+    logger = logging.getLogger('mmdet_ema')
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            logging.Formatter('%(asctime)s - %(levelname)s - %(message)s')
+        )
+        logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    return logger

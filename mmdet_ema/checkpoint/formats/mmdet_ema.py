@@ -23,6 +23,7 @@ from mmdet_ema.checkpoint.format import (
     META,
     MORE,
     PREFIX,
+    REFERENCE,
     WEIGHTS,
     pack,
     unpack,
@@ -30,8 +31,6 @@ from mmdet_ema.checkpoint.format import (
 from mmdet_ema.checkpoint.mmcv1 import MESSAGE, put_message, take_message
 
 MESSAGES = 'hook_msgs'
-# what plan.py notes: samples a step that the decay was chosen for
-_REFERENCE = 'reference_samples'
 _LONGEST = 1000  # text of a schedule
 
 
@@ -92,7 +91,7 @@ def _read(content: Content, path: str) -> Contents:
 
 def _scaled(schedule: str, meta: Mapping[str, Any]) -> str:
     """Add the power that ``scale_decay`` raises the decay to."""
-    keys = ('batch_size', 'world_size', _REFERENCE)
+    keys = ('batch_size', 'world_size', REFERENCE)
     numbers: Any = [meta.get(key) for key in keys]
     told = all(isinstance(x, int) and x > 0 for x in numbers)
     if not told or 'kappa=' in schedule or not schedule.endswith(')'):
