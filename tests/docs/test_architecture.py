@@ -2,16 +2,20 @@
 
 import re
 
+import pytest
+
 from tests.docs.pages import DOCS, ROOT, prose
 
 TEXT = prose(DOCS / 'en' / 'architecture.md')
+CHINESE = prose(DOCS / 'zh_cn' / 'architecture.md')
 PACKAGE = ROOT / 'mmdet_ema'
 
 
-def test_modules_of_each_folder():
+@pytest.mark.parametrize('text', [TEXT, CHINESE], ids=['en', 'zh_cn'])
+def test_modules_of_each_folder(text):
     """The table of folders names every module, and none that is not there."""
-    table = re.split(r'^## ', TEXT, flags=re.M)[1]
-    for folder in ('averaging', 'checkpoint', 'training'):
+    table = re.split(r'^## ', text, flags=re.M)[1]
+    for folder in ('averaging', 'checkpoint', 'optimizers', 'training', 'cli'):
         row = re.search(rf'^\| `{folder}` \| (.*?) \|', table, re.M)[1]
         modules = {x.stem for x in (PACKAGE / folder).glob('[a-z]*.py')}
         assert modules == set(re.findall(r'`(\w+)`', row)) - {'meta'}
