@@ -134,7 +134,7 @@ def test_hooks_and_model_build(tmp_path, monkeypatch, name):
     options = hook._life.options
     assert options.update_buffers is True
     assert options.interval == 1
-    schedule = options.schedule_for(1)
+    schedule = options.choice.make(1)
     assert schedule.name == 'ExpMomentumEMA'
     momentum = 0.0002 if name.startswith('rtmdet') else 0.0001
     assert schedule.options == dict(momentum=momentum, gamma=2000.0)
