@@ -19,7 +19,7 @@ from tests import oracle
 
 
 def schedule_of(planned=1000, **options):
-    return parse_options(**options).schedule_for(planned)
+    return parse_options(**options).choice.make(planned)
 
 
 def message_of(**options):
@@ -48,7 +48,7 @@ def test_defaults():
         options.choice.no_effect,
         options.choice.rule,
     )
-    schedule = options.schedule_for(1000)
+    schedule = options.choice.make(1000)
     assert 'exponential(decay=0.9999, tau=2000.0)' == str(schedule)
     for n in (1, 100, 2000, 10_000):
         # exp and expm1 differ in the last digits for small n / tau.
@@ -71,7 +71,7 @@ def test_defaults_of_openmmlab(words):
     assert options.update_buffers is False
     assert 1 == options.choice.phase
     # 1 - 0.0002 is next to 0.9998 in float64.
-    assert pytest.approx(0.9998, rel=1e-15) == options.schedule_for(9).limit
+    assert pytest.approx(0.9998, rel=1e-15) == options.choice.make(9).limit
     assert parse_options(update_buffers=True, **words).update_buffers is True
 
 
@@ -165,10 +165,10 @@ def test_the_config_stays():
 def test_cosine():
     """The cosine ramp takes the planned steps where it is not told more."""
     options = parse_options(schedule='cosine')
-    assert 40 == options.schedule_for(40).options['total_steps']
-    assert 1 == options.schedule_for(0).options['total_steps']
+    assert 40 == options.choice.make(40).options['total_steps']
+    assert 1 == options.choice.make(0).options['total_steps']
     spec = dict(type='cosine', total_steps=7, end_decay=0.999)
-    schedule = parse_options(schedule=spec).schedule_for(40)
+    schedule = parse_options(schedule=spec).choice.make(40)
     assert 7 == schedule.options['total_steps']
     assert 0.999 == schedule(8)
 
