@@ -115,9 +115,10 @@ class WeightChanges:
         """Return whether the weights changed; True once an iteration."""
         if self._taken or not self._parameters:
             return False
-        # what a rank sees of sharded weights may be other than what others do
-        alone = not is_sharded(self._parameters[0])
-        self._taken = self.told or (alone and self._have_changed())
+        self._taken = self.told or (
+            # of sharded weights ranks may see different things
+            not is_sharded(self._parameters[0]) and self._have_changed()
+        )
         return self._taken
 
     def were_written(self) -> bool:
