@@ -76,12 +76,12 @@ class ModelChanges:
 
     def recover(self) -> None:
         """Do so where that pass may have failed half-way."""
+        if not self._wrapped:
+            return
         for module in filter(fsdp1.is_fsdp1, self._wrapped):
             fsdp1.end_forward(module)
         self.reshard()
-        if self._wrapped and not all(
-            map(is_, self._list_members(), self._members)
-        ):
+        if not all(map(is_, self._list_members(), self._members)):
             recover(self._wrapped)
 
     def forget_gathered(self) -> None:
@@ -89,7 +89,8 @@ class ModelChanges:
 
         Before a swap of the parts: else it would go on with those.
         """
-        forget_gathered(self._partitioned)
+        if self._partitioned:
+            forget_gathered(self._partitioned)
 
     def noticed(self) -> bool:
         """Return whether something has changed; cheap enough for each step.
