@@ -444,16 +444,18 @@ class WeightAverager:
             with DeferredInterrupts():
                 self._sets[name].swap.swap_out()
                 self._applied = None
-            for owner, name, tensor in self._places:
-                if name in owner:
-                    owner[name] = tensor
-            self._places = []
+                for owner, name, tensor in self._places:
+                    if name in owner:
+                        owner[name] = tensor
+                self._places = []
 
     @contextlib.contextmanager
     def applied(self, name: str = MAIN) -> Iterator[nn.Module]:
         """Run the body with averages in the model.
 
-        The raw weights come back whatever happens in the body.
+        The raw weights come back whatever happens in the body. What the body
+        writes into the model's tensors (``load_state_dict``, ``half()``) is
+        written into the averages.
 
         Args:
             name: Which ones. Defaults to 'ema', the main ones.
@@ -607,7 +609,8 @@ class WeightAverager:
     def state_dict(self) -> Dict[str, Any]:
         """Return the state: plain values, and tensors by name.
 
-        Large tensors are the live ones, small ones copies. Of a sharded model
+        Large tensors are the live ones, small ones copies; all are copies
+        while the averages are applied. Of a sharded model
         call it on all ranks: rank 0 gets whole tensors in host memory, which
         :meth:`load_state_dict` wants on every rank, the others none.
         """
@@ -615,7 +618,10 @@ class WeightAverager:
             name: {
                 **self.progress(name),
                 'schedule': str(schedule),
-                'averages': own_memory(gather(self.named_averages(name=name))),
+                # a swap fills the live ones with the raw weights
+                'averages': own_memory(
+                    gather(self.named_averages(name=name)), self.is_applied
+                ),
             }
             for name, schedule in self.schedules.items()
         }

@@ -124,16 +124,20 @@ def read_tensors(state: Mapping[str, Any], key: str) -> Dict[str, Tensor]:
     return dict(tensors)
 
 
-def own_memory(named: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+def own_memory(
+    named: Mapping[str, Tensor], copies: bool = False
+) -> Dict[str, Tensor]:
     """Return tensors by name, with a copy of what is a part of a storage.
 
     A file would hold the whole of it, and safetensors refuses parts. Names
-    of one tensor stay names of one.
+    of one tensor stay names of one. With ``copies`` all are copies.
     """
     own: Dict[int, Tensor] = {}
     for tensor in named.values():
         if id(tensor) not in own:
-            own[id(tensor)] = tensor.clone() if is_part(tensor) else tensor
+            own[id(tensor)] = (
+                tensor.clone() if copies or is_part(tensor) else tensor
+            )
     return {name: own[id(tensor)] for name, tensor in named.items()}
 
 

@@ -158,10 +158,14 @@ class UpdatePlan:
         """
         if check and not self._are_finite():
             return False
-        for i in self._owned:
+        averaged = [
+            i for i in self._owned if self._entries[i].role is Role.AVERAGED
+        ]
+        # the weights first: a rule may draw random numbers
+        for i in sorted(
+            averaged, key=lambda i: not self._entries[i].parameters
+        ):
             entry = self._entries[i]
-            if entry.role is not Role.AVERAGED:
-                continue
             raw = entry.raw.detach()
             if entry.parameters or not check or is_finite(raw):
                 for averages in self._sets:

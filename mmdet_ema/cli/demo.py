@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from mmdet_ema.averaging import OptionError, WeightAverager
 from mmdet_ema.cli import plot
-from mmdet_ema.frameworks import has_package
 
 _EPOCHS = 20
 _BATCH = 32
@@ -37,10 +36,10 @@ def run(picture: Path) -> None:
             )
     last = {name: sum(x[-10:]) / 10 for name, x in curves.items()}
     print(f'mean of last 10 {last["raw"]:3.2f}  {last["EMA"]:6.2f}')
-    if has_package('matplotlib'):
+    try:
         _draw(curves, picture)
         print(f'\npicture: {picture}')
-    else:
+    except OptionError:
         print('\nFor a picture: pip install matplotlib')
     print(
         f'The loop is averager = WeightAverager(model, decay={_DECAY}, '

@@ -166,6 +166,8 @@ def watch_iterations(
     own = EpochBasedTrainLoop.run_epoch
     can_skip = getattr(type(loop), 'run_epoch', None) is own
     skips = left = skipped(samples // batch, loop, can_skip, log)
+    if not skips and not sigterm:
+        return 0
     if sigterm:
         validation = getattr(runner.val_loop, 'dataloader', None)
         sigterm.listen([loader, validation])

@@ -83,6 +83,7 @@ class EMALifecycle:
     ) -> None:
         """Get ready: training is about to start, everything is loaded."""
         check_begin(self.options, facts)
+        self._estimates = 0  # a training that broke off goes on here
         self.finish()
         if self._only_evaluates:
             self._expect(None)

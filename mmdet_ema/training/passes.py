@@ -60,19 +60,20 @@ def monitored(
     Returns its name, as ``given`` may be ``raw/coco/bbox_mAP`` of an older
     config, and whether it is of another set of weights than the main one.
     """
+    name = given
     if given.startswith(_OLD):
-        given = metric_of(RAW, given[len(_OLD) :])
+        name = metric_of(RAW, given[len(_OLD) :])
     known = (MAIN, RAW, *options.further)
     # 'very_fast' before 'fast'
     for weights in sorted(known, key=len, reverse=True):
-        metric = given[: -len(weights) - 1]
-        if metric and given == metric_of(weights, metric):
+        metric = name[: -len(weights) - 1]
+        if metric and name == metric_of(weights, metric):
             break
     else:
-        return given, False
+        return name, False
     *others, main = options.passes
     if weights in others:
-        return given, True
+        return name, True
     plain, what = f'{word}={show(metric)}', sets_of_weights([weights])
     if weights == main:
         raise OptionError(

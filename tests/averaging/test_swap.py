@@ -312,6 +312,31 @@ def test_interrupt_while_swapping_out():
                 averager.restore()
 
 
+def test_interrupt_after_a_tensor_was_replaced():
+    """Ctrl-C in the swap out puts back what an evaluation has replaced."""
+    model, averager, averages = averaged()
+    bits, (name, own) = bits_of(model), next(iter(model.named_parameters()))
+    *path, leaf = name.split('.')
+    owner = model.get_submodule('.'.join(path))
+    averager.apply()
+    setattr(owner, leaf, nn.Parameter(torch.zeros_like(own)))
+    with StrikeAt(1, interrupt), pytest.raises(KeyboardInterrupt):
+        averager.restore()
+    assert getattr(owner, leaf) is own
+    check_raw(model, averager, bits, averages)
+
+
+def test_state_that_is_taken_while_applied():
+    """It holds the averages, also when the raw weights are back."""
+    _, averager, averages = averaged()
+    with averager.applied():
+        state = averager.state_dict()['averages']
+    assert {raw_bytes(x) for x in averages.values()} == {
+        raw_bytes(x) for x in state.values()
+    }
+    assert all(raw_bytes(averages[k]) == raw_bytes(state[k]) for k in averages)
+
+
 def test_interrupt_comes_through_once():
     """A deferred Ctrl-C is raised at the end of the body, once."""
     reached = []

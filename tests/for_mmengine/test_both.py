@@ -421,7 +421,8 @@ def test_metrics_that_nobody_computes(tmp_path, evaluate, advice, word, hook):
 def test_the_main_set_has_the_plain_names(tmp_path, name):
     """A metric of the set that is evaluated alone is asked for without it."""
     run = Run(tmp_path, dict(EMA, evaluate='raw'), best(name))
-    with pytest.raises(ValueError, match=r"plain names.*save_best='score'"):
+    message = rf"save_best='{name}'\).*plain names.*save_best='score'"
+    with pytest.raises(ValueError, match=message):
         run.train()
     assert run.records == []
 

@@ -73,6 +73,26 @@ def test_training_that_stops_early(tmp_path, capfd):
     )
 
 
+class Stops(Hook):
+    """Ctrl-C in the third iteration, once."""
+
+    def after_train_iter(self, runner, *_, **__):
+        if runner.iter == 2 and not vars(self).get('done'):
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_training_that_goes_on_in_this_process(tmp_path, capfd):
+    """What was broken off ends after all: nothing is said to be missing."""
+    run = Run(tmp_path, EMA, Stops(), max_epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.train()
+    said = capfd.readouterr()
+    assert 'had no effect' not in said.out + said.err
+    assert 'recalibrate=2: the ' in said.out + said.err
+
+
 def test_order_of_the_hooks(tmp_path):
     """A file that is written first would hold the old ones: refused."""
     run = Run(tmp_path, dict(EMA, priority='LOWEST'))
