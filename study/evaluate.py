@@ -9,8 +9,9 @@ from typing import Any, Dict
 
 import torch
 
-from mmdet_ema.checkpoint.average import Run, read_files
+from mmdet_ema.checkpoint.combination import read_files
 from mmdet_ema.checkpoint.format import EMA, PREFIX, STEPS, WEIGHTS
+from mmdet_ema.checkpoint.runs import Run
 from mmdet_ema.checkpoint.windows import files_of
 from mmdet_ema.for_mmengine.tune import (
     evaluate_weights,

@@ -46,7 +46,6 @@ class ModelChanges:
         self._wrapped = sharded_modules(model)
         self.reshard()
         sharded = [e.sharded for e in entries if e.sharded is not None]
-        self._is_sharded = bool(sharded)
         self._sharded = [x for x in sharded if not is_partitioned(x)]
         self._parts = list(map(_PART, self._sharded))
         self._partitioned: List[Any] = list(filter(is_partitioned, sharded))
@@ -108,8 +107,8 @@ class ModelChanges:
             or list(map(Tensor.data_ptr, self._raws)) != self._addresses
             or list(map(Tensor.size, self._raws)) != self._shapes
             or list(map(Tensor.stride, self._strided)) != self._strides
-            or any(map(_TRAINS, self._frozen))
-            or (self._is_sharded and self._parts_moved())
+            or self._parts_moved()
+            or self.has_thawed()
         )
 
     def has_thawed(self) -> bool:
@@ -127,7 +126,7 @@ class ModelChanges:
             RuntimeError: If a parameter has another shape now, or its memory
                 was freed.
         """
-        if self._is_sharded and self._parts_moved():
+        if self._parts_moved():
             return False
         for i, entry in enumerate(self._watched):
             raw, shape = entry.raw, self._shapes[i]

@@ -11,15 +11,13 @@ from typing import Callable, Mapping, Optional, Sequence
 from torch import Tensor
 
 from mmdet_ema.checkpoint import profiles
-from mmdet_ema.checkpoint.combination import Combination, Term, read_files
+from mmdet_ema.checkpoint.combination import Combination, Term
 from mmdet_ema.checkpoint.contents import RAW, Contents
 from mmdet_ema.checkpoint.profiles import Profile
 from mmdet_ema.checkpoint.runs import Run, places
 from mmdet_ema.errors import CheckpointError, OptionError, show
 
 Evaluate = Callable[[Mapping[str, Tensor]], float]
-
-__all__ = ['Run', 'average', 'read_files']
 
 
 def average(
@@ -33,7 +31,7 @@ def average(
     """Return the combination of files that a profile asks for.
 
     Args:
-        files: The files, as :func:`read_files` returns them.
+        files: The files, as ``combination.read_files`` returns them.
         profile: What the average should be.
         weights: Which weights of each file a mean, a soup or coefficients
             take. Defaults to those that it deploys; for lawa and wsm to the

@@ -163,12 +163,13 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _combine(options: argparse.Namespace) -> Combination:
-    from mmdet_ema.checkpoint import average
+    from mmdet_ema.checkpoint.average import average
+    from mmdet_ema.checkpoint.combination import read_files
     from mmdet_ema.checkpoint.profiles import parse_profile
 
     text = options.profile or f'coefficients:{options.coefficients}'
     profile = parse_profile(text)
-    files = average.read_files(options.files, unsafe=options.unsafe)
+    files = read_files(options.files, unsafe=options.unsafe)
     with contextlib.ExitStack() as stack:
         evaluate = None
         if options.config is not None:
@@ -176,7 +177,7 @@ def _combine(options: argparse.Namespace) -> Combination:
 
             runner = stack.enter_context(runner_of(options.config))
             evaluate = _score_by(runner, options)
-        return average.average(
+        return average(
             files,
             profile,
             weights=options.weights,

@@ -15,8 +15,10 @@ import torch
 
 from mmdet_ema import CheckpointError, OptionError
 from mmdet_ema.checkpoint import profiles
-from mmdet_ema.checkpoint.average import Run, average, read_files
+from mmdet_ema.checkpoint.average import average
+from mmdet_ema.checkpoint.combination import read_files
 from mmdet_ema.checkpoint.profiles import parse_profile
+from mmdet_ema.checkpoint.runs import Run
 from tests import oracle
 from tests.checkpoint.walk import EVERY, MAIN, STEPS, Walk
 

@@ -5,8 +5,9 @@ import pytest
 
 from mmdet_ema import OptionError
 from mmdet_ema.checkpoint import windows
-from mmdet_ema.checkpoint.average import Run, read_files
+from mmdet_ema.checkpoint.combination import read_files
 from mmdet_ema.checkpoint.profiles import decays_of, profile_of
+from mmdet_ema.checkpoint.runs import Run
 from mmdet_ema.errors import CheckpointError
 from tests import oracle
 from tests.checkpoint.walk import STEPS, Walk

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mmdet_ema.checkpoint import recipe
-from mmdet_ema.checkpoint.average import average, read_files
+from mmdet_ema.checkpoint.average import average
+from mmdet_ema.checkpoint.combination import read_files
 from mmdet_ema.checkpoint.contents import read_contents
 from mmdet_ema.checkpoint.profiles import parse_profile
 from mmdet_ema.cli.average import _HELP

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from mmdet_ema import CheckpointError
-from mmdet_ema.checkpoint.average import Run as Files
-from mmdet_ema.checkpoint.average import average, read_files
+from mmdet_ema.checkpoint.average import average
+from mmdet_ema.checkpoint.combination import read_files
 from mmdet_ema.checkpoint.profiles import parse_profile
+from mmdet_ema.checkpoint.runs import Run as Files
 from mmdet_ema.cli.main import main
 from tests.contract.test_several import more_of
 from tests.contract.toy import EMA, STATISTICS, Run, ToyModel

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmdet_ema.checkpoint import windows
-from mmdet_ema.checkpoint.average import Run, read_files
+from mmdet_ema.checkpoint.combination import read_files
+from mmdet_ema.checkpoint.runs import Run
 from study import evaluate, runs, tables
 
 pytestmark = pytest.mark.e2e
