@@ -127,7 +127,8 @@ def look(
         check: Whether to compare every record with its CRC-32.
     """
     with open(path, 'rb') as file:
-        is_zip = file.read(4) == b'PK\3\4'
+        # of a file that was cut off at once there is less, or nothing
+        is_zip = b'PK\3\4'.startswith(file.read(4))
     find = _look_into_zip if is_zip else _look_into_old
     found = find(path, kind, check)
     if not isinstance(found.content, Mapping):
