@@ -1,6 +1,8 @@
 """Run a program as several real ranks, and read what each of them found."""
 
+import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -12,10 +14,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def free_port():
-    """Return a port at which ranks can meet."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
+    """Return a port at which ranks can meet.
+
+    It is below those that the system gives to connections, one of which
+    could take it before the first rank does.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(('127.0.0.1', port))
+            return port
 
 
 def environment(rank, count, port):

@@ -456,14 +456,14 @@ def test_memory():
 def test_frozen_parameters_cost_nothing():
     """60 million frozen parameters add no memory, in bytes and in RSS."""
     code = """
-import resource, torch
+import torch
 from mmdet_ema.averaging import WeightAverager
+from tests.memory import peak
 with torch.no_grad():
     model = torch.nn.Sequential(
         torch.nn.Linear(60_000, 1000, bias=False), torch.nn.Linear(9, 9))
     model[0].weight.fill_(0.5)
 model[0].requires_grad_(False)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 averager = WeightAverager(torch.nn.Linear(3, 3))
 averager.update()
 with averager.applied():

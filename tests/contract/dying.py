@@ -143,7 +143,7 @@ def start(folder, pause=0.1, more=(), **ema):
 
 def finish(process):
     """Wait for a process; return its exit code."""
-    process.join(120)
+    process.join(600)
     if process.exitcode is None:
         process.kill()
         raise AssertionError('it hangs')

@@ -90,7 +90,7 @@ class Tools:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 1200
         while not when():
             assert process.poll() is None
             assert time.monotonic() < deadline

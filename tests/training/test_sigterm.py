@@ -22,7 +22,7 @@ def test_workers_of_a_loader_live_on():
     os.kill(worker.pid, signal.SIGTERM)
     seen += batches
     assert 64 == len(seen)
-    worker.join(10)
+    worker.join(60)
     assert 0 == worker.exitcode
 
 
