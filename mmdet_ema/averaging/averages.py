@@ -22,7 +22,13 @@ from mmdet_ema.averaging.model_changes import parametrized
 from mmdet_ema.averaging.shards import Ranks, is_sharded, local_part
 from mmdet_ema.averaging.state import check_fit
 from mmdet_ema.averaging.swap import Swap
-from mmdet_ema.averaging.tensors import Entry, Role, average_dtype, is_finite
+from mmdet_ema.averaging.tensors import (
+    Entry,
+    Role,
+    average_dtype,
+    is_finite,
+    is_same,
+)
 from mmdet_ema.averaging.update import all_finite
 
 MAIN = 'ema'
@@ -203,7 +209,7 @@ class Averages:
         differ = [
             # what is carried over as a part is an average of its own
             is_sharded(given[i][-1])
-            or not _is_same(
+            or not is_same(
                 self._entries[i].raw.detach(),
                 self._entries[i].part_of(given[i][-1]),
             )
@@ -288,13 +294,6 @@ def _writable(entries: Sequence[Entry]) -> List[int]:
         for i, entry in enumerate(entries)
         if entry.parameters or entry.role is not Role.SHARED
     ]
-
-
-def _is_same(raw: Tensor, average: Tensor) -> bool:
-    average = average.to(raw)
-    if raw.element_size() == 1:  # torch compares no 8-bit floats
-        raw, average = raw.float(), average.float()
-    return torch.allclose(raw, average, rtol=0, atol=0, equal_nan=True)
 
 
 def _squares(tensor: Tensor) -> Tensor:

@@ -216,6 +216,16 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
+def is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are the same, in the dtype of the first."""
+    if tensor.shape != other.shape:
+        return False
+    other = other.to(tensor)
+    if tensor.element_size() == 1:  # torch compares no 8-bit floats
+        tensor, other = tensor.float(), other.float()
+    return torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -240,17 +250,41 @@ def _named_tensors(model: nn.Module) -> Iterator[_Named]:
     """Yield saved tensors that the model owns, then its other parameters.
 
     A model's ``state_dict`` may hold tensors that nobody trains, made by a
-    hook: what lives in no storage of the model is left alone.
+    hook: what lives in no storage of the model is left alone. Unless all that
+    have names of the model's tensors are copies, as of a ``state_dict`` in
+    half precision: these stand for the model's.
     """
     owned = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-    known = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and _storage(tensor) in owned:
-            known.add(id(tensor))
-            yield name, tensor, True
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
+    made = {k: t for k, t in state.items() if _storage(t) not in owned}
+    if made:
+        own = dict(_own_tensors(model))
+        pairs = [(t, own[name]) for name, t in made.items() if name in own]
+        copies = all(is_same(t.detach(), mine.detach()) for t, mine in pairs)
+        for name in made:
+            if copies and name in own:
+                state[name] = own[name]
+            else:
+                del state[name]
+    for name, tensor in state.items():
+        yield name, tensor, True
+    known = set(map(id, state.values()))
     for name, tensor in model.named_parameters():
         if id(tensor) not in known:
             yield name, tensor, False
+
+
+def _own_tensors(model: nn.Module) -> Iterator[Tuple[str, Tensor]]:
+    """Yield the model's own tensors, tied ones under all of their names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for owner in (module._parameters, module._buffers):
+            for name, tensor in owner.items():
+                if tensor is not None:
+                    yield f'{path}.{name}' if path else name, tensor
 
 
 def _named_pieces(model: nn.Module, copied: Sequence[str]) -> Iterator[_Named]:

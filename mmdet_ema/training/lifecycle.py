@@ -485,6 +485,7 @@ class EMALifecycle:
         else:
             entries = select(model, options.update_buffers, options.copied)
         report.report(self._plan, entries, self._log)
+        report.report_unsaved(model, entries, self._log)
 
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:

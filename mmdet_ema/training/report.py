@@ -8,11 +8,12 @@ import os
 from typing import Any, Iterator, List, Sequence
 
 import torch
+from torch import nn
 
 from mmdet_ema import schedules
 from mmdet_ema.averaging.averager import WeightAverager
 from mmdet_ema.averaging.averages import POSTHOC
-from mmdet_ema.averaging.tensors import Entry, count_roles
+from mmdet_ema.averaging.tensors import Entry, Role, count_roles
 from mmdet_ema.errors import show
 from mmdet_ema.schedules import Schedule, decay_over, initial_share, window
 from mmdet_ema.training.passes import sets_of_weights
@@ -70,6 +71,26 @@ def report(plan: Plan, entries: Sequence[Entry], log: Any) -> None:
         )
     for doubt in (*doubts, *_doubts(plan, entries)):
         log.warning(f'EMA: {doubt}')
+
+
+def report_unsaved(
+    model: nn.Module, entries: Sequence[Entry], log: Any
+) -> None:
+    """Warn of averages whose place in files something else takes."""
+    unsaved = {
+        name
+        for entry in entries
+        if entry.role is Role.AVERAGED and not entry.saved
+        for name in entry.names
+    }
+    other = [x for x in model.state_dict() if x in unsaved] if unsaved else []
+    if other:
+        log.warning(
+            f'EMA: the state_dict of the model has values of its own for '
+            f'{first_of(other)}, made of the raw weights: evaluations use the '
+            f'averages, but files hold these values and no average. Let it '
+            f'give the tensors as they are.'
+        )
 
 
 def _numbers(plan: Plan) -> List[str]:

@@ -355,23 +355,41 @@ def test_parameter_that_is_not_saved():
 
 
 class Converted(nn.Linear):
-    """Saves a converted copy of its weight."""
+    """Saves something made of its weight."""
 
-    def __init__(self):
+    def __init__(self, convert):
         super().__init__(2, 2)
+        self.convert = convert
         self._register_state_dict_hook(self._convert)
 
     @staticmethod
     def _convert(module, state, prefix, metadata):
-        state[prefix + 'weight'] = state[prefix + 'weight'].detach() * 1.0
+        weight = state[prefix + 'weight'].detach()
+        state[prefix + 'weight'] = module.convert(weight)
 
 
-def test_state_dict_hook_that_copies():
-    """A copy that a hook puts into the ``state_dict`` is no live tensor."""
-    model = Converted()
-    live = {t.data_ptr() for t in (model.weight, model.bias)}
+@pytest.mark.parametrize(
+    'copy', [torch.clone, torch.Tensor.half, torch.Tensor.double]
+)
+def test_state_dict_hook_that_copies(copy):
+    """A copy stands for the model's own tensor, under all of its names."""
+    model = nn.ModuleList([Converted(copy), Converted(copy)])
+    with torch.no_grad():
+        model[0].weight[0, 0] = float('nan')
+    model[1].weight = model[0].weight
     entries = select(model)
+    expected = [('0.weight', '1.weight'), ('0.bias',), ('1.bias',)]
+    assert sorted(expected) == sorted(names_of(entries))
+    live = {t.data_ptr() for t in model.parameters()}
     assert live == {entry.raw.data_ptr() for entry in entries}
+
+
+def test_state_dict_hook_that_computes():
+    """Other values that a hook puts there are no live tensor."""
+    model = Converted(lambda weight: weight * 2)
+    entries = select(model)
+    assert [('bias',), ('(weight)',)] == names_of(entries)
+    assert entries[1].raw is model.weight
 
 
 def test_empty_model():

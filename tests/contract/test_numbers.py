@@ -133,6 +133,34 @@ def test_module_that_cannot_be_copied_works(tmp_path):
     assert 8 == Run(tmp_path, EMA, model=model).train().load().steps
 
 
+class Converting(ToyModel):
+    """Saves something made of its parameters."""
+
+    def __init__(self, convert):
+        super().__init__()
+        self.convert = convert
+        self._register_state_dict_hook(self._convert)
+
+    @staticmethod
+    def _convert(module, state, prefix, metadata):
+        state.update({k: module.convert(x) for k, x in state.items()})
+
+
+def test_state_dict_of_copies(tmp_path):
+    """Files hold the averages all the same."""
+    run = Run(tmp_path, EMA, model=Converting(torch.clone)).train()
+    assert {} == run.wrong(run.load(), ramp)
+    assert 'values of its own' not in run.log
+
+
+def test_state_dict_of_other_values(tmp_path):
+    """A warning says that no average can take their place."""
+    model = Converting(lambda x: x * 2)
+    run = Run(tmp_path, EMA, model=model).train()
+    assert 'values of its own for low and ' in run.log
+    assert [] == same(run.load().averages, run.load().raws)
+
+
 class Replace(Hook):
     """Replaces a buffer and the data of a parameter between epochs."""
 
