@@ -50,6 +50,7 @@ from mmdet_ema.averaging.state import (
     read_progress,
     read_tensors,
 )
+from mmdet_ema.averaging.swap import unmerged
 from mmdet_ema.averaging.tensors import (
     Role,
     count_roles,
@@ -419,7 +420,9 @@ class WeightAverager:
                 f'the model holds the averages {self._applied!r}: leave '
                 f'applied() before {name!r} are put in.'
             )
-        if not self.is_applied:
+        if self.is_applied:
+            return
+        with unmerged(self.model):
             self.refresh()
             known = {id(entry.raw) for entry in self.entries}
             # an evaluation may put another tensor where one of these was
@@ -439,15 +442,16 @@ class WeightAverager:
         """Put the raw weights back, bit for bit; no-op if they are there."""
         self._changes.recover()
         name = self._applied
-        if name is not None:
+        if name is None:
+            return
+        with DeferredInterrupts(), unmerged(self.model):
             self._changes.forget_gathered()
-            with DeferredInterrupts():
-                self._sets[name].swap.swap_out()
-                self._applied = None
-                for owner, name, tensor in self._places:
-                    if name in owner:
-                        owner[name] = tensor
-                self._places = []
+            self._sets[name].swap.swap_out()
+            self._applied = None
+            for owner, name, tensor in self._places:
+                if name in owner:
+                    owner[name] = tensor
+            self._places = []
 
     @contextlib.contextmanager
     def applied(self, name: str = MAIN) -> Iterator[nn.Module]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Dict, Iterator, List, Sequence, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet_ema.averaging.tensors import Entry
 from mmdet_ema.averaging.update import copy_all
@@ -102,6 +103,41 @@ class Swap:
                 parts = torch.split(scratch[: sum(sizes[run])], sizes[run])
                 held = [p.view(a.shape) for p, a in zip(parts, averages[run])]
                 yield averages[run], raws[run], held
+
+
+@contextlib.contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Run the body while no module holds what it made of other weights.
+
+    Some merge weights as they go into evaluation mode (LoRA), or keep what
+    they compute of them, and take that back as they leave it: with the weights
+    that are there then. These have to be the same, so such modules leave it
+    before a swap and come back after.
+    """
+    modes = {module: module.training for module in model.modules()}
+    merged = [x for x, trains in modes.items() if not trains and _acts(x)]
+    for module in merged:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in merged:
+            module.eval()
+        for module, trains in modes.items():
+            if module.training != trains:
+                module.training = trains
+
+
+def back_to(module: nn.Module, training: bool) -> None:
+    """Let a module leave a mode in which it may have merged weights."""
+    if module.training != training and _acts(module):
+        module.train(training)
+
+
+def _acts(module: nn.Module) -> bool:
+    """Return whether a module does something as it changes its mode."""
+    kind = type(module)
+    return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
 
 
 def _runs(sizes: Sequence[int], room: int) -> Iterator[slice]:

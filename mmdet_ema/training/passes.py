@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mmdet_ema.averaging.averages import MAIN
+from mmdet_ema.averaging.swap import back_to
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.training.options import RAW, Options
 
@@ -173,6 +174,8 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
         with same_randomness():
             yield
     finally:
+        for module, (_, attributes) in zip(modules, before):
+            back_to(module, attributes['training'])
         for live, attributes in before:
             live.clear()
             live.update(attributes)

@@ -30,6 +30,49 @@ class Generator(Hook):
         self.state = torch.get_rng_state()
 
 
+class Merging(torch.nn.Linear):
+    """Adds a trained weight to a frozen one in evaluation mode, as LoRA."""
+
+    def __init__(self, note):
+        super().__init__(4, 4)
+        self.requires_grad_(False)
+        self.note = note
+        self.low_rank = torch.nn.Parameter(torch.full((4, 4), 0.1))
+        self.is_merged, self.start = False, None
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode is self.is_merged:
+            self.weight.data += self.low_rank.data * (-1 if mode else 1)
+            self.is_merged = not mode
+        return self
+
+    def forward(self, x):
+        out = super().forward(x)
+        if self.training:
+            if self.start is None:
+                self.start = self.weight.data.clone()
+            return out + x @ self.low_rank.T
+        merged = self.start + self.low_rank.data
+        self.note(float((self.weight - merged).abs().max()))
+        return out
+
+
+@pytest.mark.parametrize('evaluate', ALL)
+def test_weights_that_are_merged_in_evaluation_mode(tmp_path, evaluate):
+    """Those of a set are merged for it, and taken back for training."""
+    model, errors = ToyModel(), []
+    model.frozen = Merging(errors.append)
+    ema = dict(EMA, evaluate=evaluate)
+    run = Run(tmp_path, ema, model=model, epochs=4).train()
+    model.train()
+    left = model.frozen.weight.data - model.frozen.start
+    assert float(left.abs().max()) < 1e-6
+    assert 4 * (1 + (evaluate == 'both')) <= len(errors)
+    assert max(errors) < 1e-6
+    assert {} == run.wrong(run.load(), ramp, ['frozen.low_rank', 'low'])
+
+
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize(
     ('evaluate', 'at'),
