@@ -144,6 +144,8 @@ class WeightAverager:
     Attributes:
         schedules: The schedule of each average by name, the main one first.
         entries: The unique tensors of the model, and what is done with each.
+        model: The model. After another one was put there call
+            :meth:`refresh`.
         trained: The parameters that have an average; another list where they
             are others.
         announces_steps: Whether :meth:`before_step` is called before every
@@ -333,11 +335,14 @@ class WeightAverager:
     def refresh(self) -> None:
         """Follow tensors of the model that were replaced or moved.
 
+        So are those of another model that was put in its place.
+
         Averages are carried over with the parameter where it is the same
         object under any name, else by name.
         """
         self.wait()
-        if not self.is_applied and self._changes.any():
+        other = self._changes.model is not self.model
+        if not self.is_applied and (other or self._changes.any()):
             self._select_again()
 
     def take_replaced(self) -> List[str]:

@@ -42,7 +42,7 @@ class ModelChanges:
     """
 
     def __init__(self, model: nn.Module, entries: Sequence[Entry]):
-        self._model, self._entries = model, entries
+        self.model, self._entries = model, entries
         self._wrapped = sharded_modules(model)
         self.reshard()
         sharded = [e.sharded for e in entries if e.sharded is not None]
@@ -171,7 +171,7 @@ class ModelChanges:
         entries = {id(entry.raw): entry for entry in self._watched}
         unsaved = {
             id(module._buffers.get(name))
-            for module in self._model.modules()
+            for module in self.model.modules()
             for name in module._non_persistent_buffers_set
         }
         pairs = []
@@ -203,7 +203,7 @@ class ModelChanges:
         """
         return (
             self.noticed()
-            or _labels(self._model) != self._labels
+            or _labels(self.model) != self._labels
             or _addresses(self._frozen) != self._frozen_addresses
             or any(  # tied parameters were parted by ``.data``
                 local_part(p).data_ptr() != entry.raw.data_ptr()

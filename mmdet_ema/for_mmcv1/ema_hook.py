@@ -358,6 +358,7 @@ class EMAHook(Hook):  # type: ignore[misc]
 
         self._start(runner)
         model = runners.model_of(runner)
+        self._life.follow(model)
         with checkpoints.with_ema_part(runner, model, save, self._config):
             yield
 

@@ -142,6 +142,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         self._log = runners.RunLog()
         self._life = EMALifecycle(checked, self._log)
         self._model: Any = None  # unwrapped
+        self._wrapped: Any = None  # as it was when that was found
         self._logger: Optional[LoggerHook] = None
         self._configs: Dict[str, str] = {}
         # the set of weights of the pass that is going on
@@ -257,7 +258,7 @@ class EMAHook(Hook):  # type: ignore[misc]
             return
         # another wrapper or optimizer may have taken the place of the last
         self._life.before_iteration(
-            self._model,
+            self._present_model(runner),
             runner.iter,
             runner.epoch,
             runners.optimizers_of(runner),
@@ -341,7 +342,8 @@ class EMAHook(Hook):  # type: ignore[misc]
         """Put the averages into the model."""
         if self.enabled and not self._evaluates:
             self._life.tell_evaluation(self._weights)
-            self._life.enter_evaluation(self._model, self._weights)
+            model = self._present_model(runner)
+            self._life.enter_evaluation(model, self._weights)
             self._evaluates = True
 
     before_test_epoch = before_val_epoch
@@ -382,11 +384,22 @@ class EMAHook(Hook):  # type: ignore[misc]
             fsdp1.finish(self._model, checkpoint)
         if not self.enabled:
             return
+        self._life.follow(self._present_model(runner))
         if runner.model is not self._model:
             model = runners.model_of(runner)
             checkpoints.strip_wrapper(checkpoint, model)
         self._life.save(checkpoint)
         checkpoints.make_plain(checkpoint, self._log)
+
+    def _present_model(self, runner: Any) -> Any:
+        """Return the model; a hook may have put another one in its place."""
+        if runner.model is not self._wrapped:
+            self._wrapped = runner.model
+            model = runners.model_of(runner)
+            # else it is the same in a wrapper that changes names, of compile
+            if not any(x is self._model for x in model.modules()):
+                self._model = model
+        return self._model
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
         """Sort out which weights of the checkpoint go where."""

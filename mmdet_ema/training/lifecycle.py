@@ -117,6 +117,19 @@ class EMALifecycle:
         if self.averager is not None:
             self.averager.refresh()
 
+    def follow(self, model: nn.Module) -> None:
+        """Go on with a model that a hook has put in the place of the last."""
+        averager = self.averager
+        if (
+            averager is None
+            or averager.is_applied
+            # a wrapper has it inside
+            or any(module is averager.model for module in model.modules())
+        ):
+            return
+        averager.model = model
+        averager.refresh()
+
     def before_iteration(
         self,
         model: nn.Module,
@@ -138,6 +151,7 @@ class EMALifecycle:
                 'goes on from the raw weights.'
             )
             averager.restore()
+        self.follow(model)
         begins = averager is None and has_begun(self.options, iteration, epoch)
         if begins or self._pending is not None:
             averager = self._make_averager(model)
@@ -313,6 +327,7 @@ class EMALifecycle:
     ) -> None:
         """Put one of ``passes`` into the model, the main one by default."""
         self.after_iteration()
+        self.follow(model)
         if self._pending is not None:
             self._make_averager(model)
         if self.averager is None:

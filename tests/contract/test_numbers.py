@@ -1,5 +1,7 @@
 """The averages in the files, against the formula in NumPy float64."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -159,6 +161,31 @@ def test_state_dict_of_other_values(tmp_path):
     run = Run(tmp_path, EMA, model=model).train()
     assert 'values of its own for low and ' in run.log
     assert [] == same(run.load().averages, run.load().raws)
+
+
+class NewModel(Hook):
+    """Trains a copy of the model from the second epoch on."""
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 1:
+            optimizer = getattr(runner, 'optimizer', None)
+            optimizer = optimizer or runner.optim_wrapper.optimizer
+            runner.model = optimizer.model = copy.deepcopy(runner.model)
+            (group,) = optimizer.param_groups
+            trained = [p for p in runner.model.parameters() if p.requires_grad]
+            group['params'] = trained
+            optimizer.state.clear()
+
+
+def test_another_model_in_the_place_of_the_last(tmp_path):
+    """Its tensors go on with the averages of their names."""
+    run = Run(tmp_path, EMA, NewModel(), epochs=3).train()
+    saved = run.load()
+    assert {} == run.wrong(saved, ramp)
+    assert [] == same(saved.raws, run.records[-1])
+    _, seen = run.seen[-1]
+    low = ['low']  # a model holds its average rounded
+    assert low == same(seen, saved.averages)
 
 
 class Replace(Hook):
