@@ -56,6 +56,14 @@ class Schedule:
         """Return the decay of update ``n``."""
         return self.function(n)
 
+    def __reduce__(self) -> Tuple[Any, ...]:
+        # functions that are made inside of others cannot be pickled
+        made_here = getattr(self.function, '__module__', '') == __name__
+        if made_here and self.name in SCHEDULES:
+            return parse_schedule, (str(self),)
+        fields = self.name, self.function, self.options, self.limit
+        return Schedule, fields
+
     def __str__(self) -> str:
         options = ', '.join(f'{k}={v!r}' for k, v in self.options.items())
         return f'{self.name}({options})'

@@ -1,7 +1,9 @@
 """Values of the schedules, against other arithmetic and peers' formulas."""
 
+import copy
 import decimal
 import math
+import pickle
 import re
 from decimal import Decimal
 from fractions import Fraction
@@ -26,6 +28,10 @@ def _fifty_digits():
     with decimal.localcontext() as context:
         context.prec = 50
         yield
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
 
 
 def id_of(value):
@@ -88,6 +94,25 @@ TABLE = [
     (module.half_life(), lambda n: Decimal(2) ** (Decimal(-1) / 1000)),
     (module.half_life(0.5), lambda n: Decimal('0.25')),
 ]
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, pickled], ids=['deep', ''])
+@pytest.mark.parametrize('schedule', [row[0] for row in TABLE], ids=id_of)
+def test_copies(schedule, copied):
+    """A copy of a schedule, scaled or not, is the same function."""
+    for original in (schedule, module.to_the_power(schedule, 2.5)):
+        copy = copied(original)
+        assert str(original) == str(copy)
+        assert original.limit == copy.limit
+        assert all(original(n) == copy(n) for n in UPDATES)
+
+
+def test_copies_of_a_function():
+    """A schedule that is a function of a user's is copied as that is."""
+    schedule = module.build_schedule(math.tanh)
+    assert math.tanh is pickled(schedule).function
+    scaled = copy.deepcopy(module.to_the_power(schedule, 2))
+    assert math.tanh(1) ** 2 == scaled(1)
 
 
 @pytest.mark.parametrize(('schedule', 'exact'), TABLE, ids=id_of)

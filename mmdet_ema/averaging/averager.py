@@ -90,6 +90,8 @@ from mmdet_ema.schedules import (
 )
 
 NONFINITE = ('skip', 'raise', 'ignore')
+# attributes that follow from the model's tensors and their averages
+_PLANNED = ('_plan', '_changes', '_stream', '_unwatched')
 
 
 class WeightAverager:
@@ -220,6 +222,17 @@ class WeightAverager:
         self._plan_updates()
         self._starting: Optional[Dict[str, Tensor]] = None
         self._keep_starting_weights()
+
+    def __getstate__(self) -> Dict[str, Any]:
+        self.wait()
+        # a copy plans for its own tensors; it cannot while they hold averages
+        planned = () if self.is_applied else _PLANNED
+        return {k: x for k, x in vars(self).items() if k not in planned}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        vars(self).update(state)
+        if '_plan' not in state:
+            self._plan_updates()
 
     @property
     def names(self) -> Tuple[str, ...]:

@@ -1,7 +1,9 @@
 """The averager's numbers, against the NumPy float64 oracle."""
 
 import copy
+import io
 import os
+import pickle
 import signal
 
 import numpy as np
@@ -323,6 +325,59 @@ def test_device(device):
     averager = WeightAverager(Mixed(), device=device)
     devices = {str(t.device) for _, t in averager.named_averages()}
     assert {'cpu'} == devices
+
+
+# Copies
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, pickled, saved])
+def test_copies_go_on_alike(copied):
+    """A copy has a model of its own, and the same averages from then on."""
+    options = dict(averages=dict(fast=dict(decay=0.5)), nonfinite='ignore')
+    averager = WeightAverager(Mixed(), decay=0.9, tau=3, **options)
+    other = None
+    for step in range(6):
+        if step == 3:
+            other = copied(averager)
+            assert other.model is not averager.model
+        for one in filter(None, (averager, other)):
+            perturb(one.model, torch.Generator().manual_seed(step))
+            one.update()
+    assert 6 == other.num_updates
+    for name in averager.names:
+        expected = dict(averager.named_averages(name=name))
+        for key, value in other.named_averages(name=name):
+            assert torch.equal(expected[key], value), key
+    with averager.applied(), other.applied():
+        expected = averager.model.state_dict()
+        for key, value in other.model.state_dict().items():
+            assert torch.equal(expected[key], value), key
+
+
+def test_copy_of_what_is_applied():
+    """The raw weights come back in both."""
+    model = Mixed()
+    averager = WeightAverager(model, 'constant', decay=0.5)
+    perturb(model, torch.Generator().manual_seed(0))
+    averager.update()
+    raw = state_of(model)
+    with averager.applied():
+        other = copy.deepcopy(averager)
+    other.restore()
+    for one in (averager, other):
+        state = one.model.state_dict()
+        assert all(torch.equal(raw[key], state[key]) for key in raw)
 
 
 # Cost
