@@ -28,6 +28,7 @@ from mmdet_ema.averaging.tensors import (
     average_dtype,
     is_finite,
     is_same,
+    values_of,
 )
 from mmdet_ema.averaging.update import all_finite
 
@@ -129,7 +130,7 @@ class Averages:
         check_fit(dict(self.owned()), averages, strict)
         floats = [
             tensor
-            for tensor in map(local_part, averages.values())
+            for tensor in map(values_of, map(local_part, averages.values()))
             if tensor.is_floating_point() or tensor.is_complex()
         ]
         all_are_finite = all_finite(floats)

@@ -24,7 +24,7 @@ from mmdet_ema.averaging.shards import (
     reshard,
     sharded_modules,
 )
-from mmdet_ema.averaging.tensors import Entry, Role
+from mmdet_ema.averaging.tensors import Entry, Role, is_plain
 from mmdet_ema.averaging.zero import forget_gathered, is_partitioned
 
 _END = object()
@@ -293,7 +293,8 @@ def _labels(model: nn.Module) -> List[object]:
 
 
 def _addresses(parameters: Sequence[Tensor]) -> List[int]:
-    return [local_part(parameter).data_ptr() for parameter in parameters]
+    parts = map(local_part, parameters)
+    return [part.data_ptr() if is_plain(part) else 0 for part in parts]
 
 
 def _is_buffer(member: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
 
+import torch
 from torch import Tensor
 
 from mmdet_ema.errors import CheckpointError, show
@@ -143,6 +144,8 @@ def own_memory(
 
 def is_part(tensor: Tensor) -> bool:
     """Return whether a tensor is a part of a larger storage."""
+    if tensor.layout is not torch.strided:
+        return False  # a sparse one has no storage
     # torch before 2.0 has no untyped_storage()
     storage = getattr(tensor, 'untyped_storage', tensor.storage)()
     return bool(storage.nbytes() > tensor.numel() * tensor.element_size())

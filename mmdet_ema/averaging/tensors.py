@@ -56,8 +56,8 @@ class Role(enum.Enum):
     has no mean (:attr:`Entry.has_mean`) or is copied because the user says so.
     """
     SHARED = 'shared'
-    """Frozen parameters, and buffers that repeat their memory (``expand``):
-    average and raw are the same tensor."""
+    """Frozen parameters, and buffers that repeat their memory (``expand``) or
+    are not plain (:func:`is_plain`): average and raw are the same tensor."""
 
 
 @dataclass
@@ -137,8 +137,8 @@ def select(
     Raises:
         OptionError: If FSDP1 has made something of a tensor that cannot be
             averaged, or copied, as it is.
-        ValueError: If a parameter has no shape yet (a lazy module), or two
-            tensors overlap in part.
+        ValueError: If a parameter has no shape yet (a lazy module) or is
+            sparse, or two tensors overlap in part.
     """
     groups: Dict[object, List[_Named]] = {}
     wrappers = [x for x in model.modules() if fsdp1.is_fsdp1(x)]
@@ -211,15 +211,47 @@ def no_match(pattern: str) -> str:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a float tensor holds neither NaN nor Inf."""
+    tensor = values_of(tensor)
     if tensor.is_floating_point() and tensor.element_size() == 1:
         tensor = tensor.float()  # torch.isfinite knows no 8-bit floats
     return bool(torch.isfinite(tensor).all())
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """Return what a sparse or quantized tensor stores; else the tensor."""
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor._values() if tensor.is_sparse else tensor.values()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether the elements of a tensor lie in its memory as they are.
+
+    Not those of sparse and quantized ones, nor of a conjugate or a negative
+    that torch has not computed yet.
+    """
+    return tensor.layout is torch.strided and not (
+        tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+    )
+
+
+def writable(tensor: Tensor) -> bool:
+    """Return whether values can be written into each element by itself.
+
+    Not where elements share their memory (``expand``).
+    """
+    return is_plain(tensor) and _span(tensor)[2] >= tensor.numel()
 
 
 def is_same(tensor: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are the same, in the dtype of the first."""
     if tensor.shape != other.shape:
         return False
+    if tensor.layout is not torch.strided:
+        tensor, other = tensor.to_dense(), other.to_dense()
+    tensor, other = values_of(tensor), values_of(other)
     other = other.to(tensor)
     if tensor.element_size() == 1:  # torch compares no 8-bit floats
         tensor, other = tensor.float(), other.float()
@@ -336,9 +368,14 @@ def _make_entry(
     if is_partitioned(owner):
         entry.master = master_part(owner, raw)
     frozen = owners and not any(p.requires_grad for p in owners.values())
-    # nothing can write into a tensor that overlaps itself (``expand``)
-    if frozen or _span(raw)[2] < raw.numel():
-        entry.role = Role.SHARED
+    if frozen or not writable(raw):
+        if owners and not (frozen or is_plain(raw)):
+            raise ValueError(
+                f'{entry.name} is trained and sparse, or a conjugate that is '
+                f'still to be computed: it cannot be averaged; make it a '
+                f'dense tensor of its own, or freeze it.'
+            )
+        entry.role, entry.has_mean = Role.SHARED, bool(owners)
         return entry
     if not (raw.is_floating_point() or raw.is_complex()):
         entry.has_mean = False
@@ -406,15 +443,21 @@ def _span(tensor: Tensor) -> Tuple[int, int, int]:
 
 def _identity(owner: Tensor) -> object:
     tensor = local_part(owner)
-    if is_lazy(tensor) or not tensor.numel() or not tensor.data_ptr():
+    if not _has_address(tensor):
         return id(owner)
     where = tensor.device, tensor.dtype, tensor.data_ptr()
     return where, tensor.shape, tensor.stride()
 
 
+def _has_address(tensor: Tensor) -> bool:
+    if is_lazy(tensor) or not is_plain(tensor):
+        return False
+    return bool(tensor.numel() and tensor.data_ptr())
+
+
 def _storage(owner: Tensor) -> object:
     tensor = local_part(owner)
-    if is_lazy(tensor) or not tensor.data_ptr():
+    if not _has_address(tensor):
         return id(owner)
     # torch before 2.0 has no untyped_storage()
     return getattr(tensor, 'untyped_storage', tensor.storage)().data_ptr()

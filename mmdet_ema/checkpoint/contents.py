@@ -13,6 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
+import torch
 from torch import Tensor
 
 from mmdet_ema.checkpoint.files import one_line
@@ -288,7 +289,8 @@ def weights_of(
                 f'without what wrappers add; rename one.'
             )
         key: Any = id(value)
-        if value.numel() and value.device.type == 'cpu':
+        dense = value.layout is torch.strided
+        if dense and value.numel() and value.device.type == 'cpu':
             memory = (value.data_ptr(), value.dtype)
             key = (*memory, tuple(value.shape), value.stride())
         tensors[short] = one.setdefault(key, value)

@@ -141,6 +141,8 @@ def pack(
         if not isinstance(value, Tensor):
             return value
         value = value.detach()
+        if value.layout is not torch.strided:
+            return value.cpu()
         away = value.device.type != 'cpu'
         # a file would hold the whole storage of a part
         if not away and not is_part(value):

@@ -36,6 +36,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f'{name} {tensor.dtype} {[*tensor.shape]}'.encode())
+        if tensor.layout is not torch.strided:
+            continue  # sparse: torch makes no bytes of it
         # one element may have any stride
         flat = tensor.detach().cpu().reshape(-1)
         flat = flat.clone(memory_format=torch.contiguous_format)

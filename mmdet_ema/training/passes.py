@@ -17,6 +17,7 @@ from torch import nn
 
 from mmdet_ema.averaging.averages import MAIN
 from mmdet_ema.averaging.swap import back_to
+from mmdet_ema.averaging.tensors import writable
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.training.options import RAW, Options
 
@@ -169,7 +170,11 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
         for value in attributes.values()
         if type(value) in _CONTAINERS
     ]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = [
+        (buffer, buffer.detach().clone())
+        for buffer in model.buffers()
+        if writable(buffer)
+    ]
     try:
         with same_randomness():
             yield

@@ -156,6 +156,43 @@ def test_tensor_that_repeats_its_memory(repeated):
     assert 8 == averager.counts()['bytes']
 
 
+ODD = {
+    'coo': lambda: torch.eye(3).to_sparse(),
+    'csr': lambda: torch.eye(3).to_sparse_csr(),
+    'quantized': lambda: torch.quantize_per_tensor(
+        torch.ones(3), 0.5, 0, torch.qint8
+    ),
+    'conjugate': lambda: torch.ones(3, dtype=torch.cfloat).conj(),
+    'negative': lambda: torch.ones(3, dtype=torch.cfloat).conj().imag,
+}
+
+
+@pytest.mark.parametrize('kind', ODD)
+@pytest.mark.parametrize('parameter', [True, False])
+@pytest.mark.filterwarnings('ignore:Sparse CSR:UserWarning')
+def test_tensor_that_is_not_plain(kind, parameter):
+    """Sparse ones and the like are their own averages; nobody trains them."""
+    odd = ODD[kind]()
+    if parameter:
+        odd = nn.Parameter(odd, requires_grad=False)
+    model = holder(x=odd, w=nn.Parameter(torch.ones(2)))
+    assert dict(x='shared', w='averaged') == roles_of(model)
+    averager = WeightAverager(model)
+    averager.update()
+    with averager.applied():
+        assert model.x is odd
+    assert torch.Size([3]) == dict(averager.named_averages())['x'].shape[:1]
+    assert 8 == averager.counts()['bytes']
+    averager.load_state_dict(averager.state_dict())
+
+
+def test_sparse_tensor_that_is_trained():
+    """It is refused by name."""
+    model = holder(x=nn.Parameter(ODD['coo']()))
+    with pytest.raises(ValueError, match='x is trained and sparse'):
+        select(model)
+
+
 def test_slices_of_one_flat_buffer():
     """Slices that do not overlap are tensors of their own."""
     flat = torch.zeros(10)

@@ -135,6 +135,35 @@ def test_module_that_cannot_be_copied_works(tmp_path):
     assert 8 == Run(tmp_path, EMA, model=model).train().load().steps
 
 
+class OfAGraph(ToyModel):
+    """Has buffers that nothing is written into: sparse, and repeated."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.given = dict(coo=torch.eye(3).to_sparse())
+        self.given['csr'] = torch.eye(3).to_sparse_csr()
+        if not persistent:  # else not even torch could load it
+            self.given['row'] = torch.ones(1, 3).expand(2, 3)
+        for name, value in self.given.items():
+            self.register_buffer(name, value, persistent=persistent)
+
+
+@pytest.mark.parametrize('posthoc', [False, True])
+@pytest.mark.parametrize('persistent', [False, True])
+@pytest.mark.filterwarnings('ignore:Sparse CSR:UserWarning')
+def test_sparse_and_repeated_buffers(tmp_path, persistent, posthoc):
+    """They are left as they are, by evaluations, in files and on a resume."""
+    hook = dict(EMA, evaluate='both', posthoc=posthoc)
+    run = Run(tmp_path, hook, model=OfAGraph(persistent)).train()
+    given = run.model.given
+    assert all(getattr(run.model, name) is given[name] for name in given)
+    plain = run.load().averages.keys() - given.keys()
+    assert {} == run.wrong(run.load(), ramp, plain)
+    model = OfAGraph(persistent)
+    rest = Run(tmp_path, hook, model=model, epochs=3, resume=True).train()
+    assert 12 == rest.load().steps
+
+
 class Converting(ToyModel):
     """Saves something made of its parameters."""
 
