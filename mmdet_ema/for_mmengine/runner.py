@@ -6,6 +6,8 @@ import bisect
 import logging
 import os
 import re
+import sys
+from types import FrameType
 from typing import Any, List, Mapping, Optional, Set, Tuple
 
 from mmengine.hooks import CheckpointHook
@@ -204,6 +206,21 @@ def has_stepped(runner: Any) -> bool:
 def is_training(runner: Any) -> bool:
     """Return whether the runner was told to train, not only to evaluate."""
     return isinstance(runner._train_loop, BaseLoop)
+
+
+def is_resumed_by_hand(runner: Any) -> bool:
+    """Return whether somebody is calling ``runner.resume``.
+
+    The runner itself calls it where it was told to resume, and that is known
+    before. It tells hooks nothing else of what a file is loaded for.
+    """
+    frame: Optional[FrameType] = None if runner._resume else sys._getframe(1)
+    while frame is not None:
+        resumes = frame.f_code.co_name == 'resume'
+        if resumes and frame.f_locals.get('self') is runner:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def local_checkpoint(runner: Any) -> Optional[str]:

@@ -231,6 +231,40 @@ def test_file_loaded_in_a_resumed_training_brings_its_average(tmp_path):
     assert run.load('epoch_3.pth')['ema_state_dict']['steps'] == 8
 
 
+class GoBack(Hook):
+    """Resumes a file in the third epoch, once."""
+
+    left = 1
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 2 and self.left:
+            self.left = 0
+            runner.resume(f'{runner.work_dir}/epoch_1.pth')
+
+
+@pytest.mark.parametrize('when', ['before', 'after another', 'in the middle'])
+@pytest.mark.parametrize('evaluates', [False, True])
+def test_resume_by_hand_is_exact(tmp_path, when, evaluates):
+    """``runner.resume`` goes on as a run that was told to resume."""
+    whole = Run(tmp_path / 'whole', EMA, max_epochs=3).train()
+    hooks = [GoBack()] if when == 'in the middle' else []
+    run = Run(tmp_path / 'by hand', *hooks, EMA, max_epochs=3)
+    if when == 'after another':
+        run.train()
+    if not hooks:
+        run.runner.resume(str(tmp_path / 'whole' / 'epoch_1.pth'))
+        # else the weights would be initialised anew when training starts
+        run.model.init_weights = lambda: None
+        if evaluates:
+            run.runner.val()
+    run.train()
+    left, right = whole.load('epoch_3.pth'), run.load('epoch_3.pth')
+    for key in ('state_dict', 'ema_state_dict'):
+        assert left[key].keys() == right[key].keys()
+        for name, value in left[key].items():
+            assert torch.equal(value, right[key][name]), name
+
+
 def test_average_shown_by_hand_does_not_leak_into_training(tmp_path):
     """Loading a file by hand, under 'both', then training starts anew."""
     Run(tmp_path / 'a', EMA, max_epochs=2).train()
