@@ -413,11 +413,11 @@ class EMAHook(Hook):  # type: ignore[misc]
             path = runners.local_checkpoint(runner)
             fsdp1.begin(model, checkpoint, optimizers, path)
             optimizers = []  # theirs are not the names of a file
-        by_hand = runners.is_resumed_by_hand(runner)
+        resumes = runners.is_in_resume(runner)
         trains = runners.is_training(runner) and not self._trained
-        if not (trains or by_hand):
+        if not (trains or resumes):
             self._life.choose(checkpoint, model)
-        elif runner._resume or by_hand:
+        elif runner._resume or resumes:
             checkpoints.refuse_foreign(checkpoint, self._log)
             if runners.is_deepspeed(runner):
                 optimizers = []  # has their states in files of its own

@@ -208,13 +208,13 @@ def is_training(runner: Any) -> bool:
     return isinstance(runner._train_loop, BaseLoop)
 
 
-def is_resumed_by_hand(runner: Any) -> bool:
-    """Return whether somebody is calling ``runner.resume``.
+def is_in_resume(runner: Any) -> bool:
+    """Return whether ``runner.resume`` is running.
 
-    The runner itself calls it where it was told to resume, and that is known
-    before. It tells hooks nothing else of what a file is loaded for.
+    Somebody may call it by hand, also before the runner trains, and it tells
+    hooks nothing of what the file is loaded for.
     """
-    frame: Optional[FrameType] = None if runner._resume else sys._getframe(1)
+    frame: Optional[FrameType] = sys._getframe(1)
     while frame is not None:
         resumes = frame.f_code.co_name == 'resume'
         if resumes and frame.f_locals.get('self') is runner:

@@ -258,11 +258,23 @@ def test_resume_by_hand_is_exact(tmp_path, when, evaluates):
         if evaluates:
             run.runner.val()
     run.train()
-    left, right = whole.load('epoch_3.pth'), run.load('epoch_3.pth')
-    for key in ('state_dict', 'ema_state_dict'):
-        assert left[key].keys() == right[key].keys()
-        for name, value in left[key].items():
-            assert torch.equal(value, right[key][name]), name
+    left, right = (r.load('epoch_3.pth') for r in (whole, run))
+    assert ema_equal(left, right) == []
+
+
+@pytest.mark.parametrize('first', ['val', 'load_or_resume'])
+def test_what_comes_before_a_resumed_training_changes_nothing(tmp_path, first):
+    """The file is resumed before anything trains, and not read again."""
+    whole = Run(tmp_path / 'whole', EMA, max_epochs=3).train()
+    file = str(tmp_path / 'whole' / 'epoch_1.pth')
+    options = dict(max_epochs=3, resume=True, load_from=file)
+    run = Run(tmp_path / 'rest', EMA, **options)
+    getattr(run.runner, first)()
+    # else the weights would be initialised anew when training starts
+    run.model.init_weights = lambda: None
+    run.train()
+    left, right = (r.load('epoch_3.pth') for r in (whole, run))
+    assert ema_equal(left, right) == []
 
 
 def test_average_shown_by_hand_does_not_leak_into_training(tmp_path):
