@@ -327,8 +327,15 @@ def complete(average: Weights, raw: Weights) -> List[str]:
     """Give averages the names that only the raw weights have, in place.
 
     Names of one raw tensor are names of one average; what was not averaged
-    has its raw weights. Returns a sentence on the latter.
+    has its raw weights. Returns a sentence on the latter. Where averages have
+    other names, as those of a part of the model, they stay as they are.
     """
+    alone = [name for name in average.tensors if name not in raw.tensors]
+    if alone:
+        return [
+            f'{len(alone)} averages have names that no raw weights have '
+            f'({", ".join(alone[:3])}): they may be of a part of the model.'
+        ]
     known = {
         id(tensor): average.tensors[name]
         for name, tensor in raw.tensors.items()

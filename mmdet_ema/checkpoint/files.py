@@ -82,6 +82,11 @@ def read_structure(path: str) -> Mapping[str, Any]:
 @contextlib.contextmanager
 def one_line(path: str) -> Iterator[None]:
     """Turn whatever damaged bytes raise into a CheckpointError of one line."""
+    if os.path.isdir(path):
+        raise CheckpointError(
+            f'{path!r} is a folder; give a file: under DeepSpeedStrategy '
+            f'the ema.pth in it.'
+        )
     if not os.path.isfile(path):
         raise CheckpointError(f'there is no file {path!r}; {_WRITE}.')
     try:

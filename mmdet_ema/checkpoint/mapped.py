@@ -25,6 +25,7 @@ from mmdet_ema.checkpoint.pickles import (
     SafeUnpickler,
     StandIn,
     is_unsafe_chosen,
+    name_today,
 )
 from mmdet_ema.checkpoint.recipe import KEY
 
@@ -38,6 +39,12 @@ META = 'mmdet_ema_meta'
 _DATA = {
     *(*DATA.split(), 'argparse.Namespace', 'mmengine.config.config.Config'),
     *('pathlib.Path', 'pathlib.PurePath', 'pathlib.WindowsPath'),
+    *('easydict.EasyDict', 'types.SimpleNamespace', 'yacs.config.CfgNode'),
+    *('omegaconf.base.ContainerMetadata', 'omegaconf.base.Metadata'),
+    *('omegaconf.dictconfig.DictConfig', 'omegaconf.listconfig.ListConfig'),
+    *('omegaconf.nodes.AnyNode', 'omegaconf.nodes.BooleanNode'),
+    *('omegaconf.nodes.FloatNode', 'omegaconf.nodes.IntegerNode'),
+    *('omegaconf.nodes.StringNode', 'typing.Any'),
 }
 _MODULES_OF_YOLO = ('models.', 'ultralytics.', 'utils.')
 _CODES = {
@@ -135,6 +142,7 @@ class _Unpickler(SafeUnpickler):
     needs_records = True
 
     def find_class(self, module: str, name: str) -> Any:
+        module, name = name_today(module, name)
         full = f'{module}.{name}'
         if full == 'numpy.dtype':
             return _Dtype
@@ -143,7 +151,11 @@ class _Unpickler(SafeUnpickler):
                 return _scalar
             if name == '_reconstruct':
                 return _Array
-        if full in _DATA or full in self.known():
+        if full == 'torch._utils._rebuild_qtensor':
+            return _quantized
+        # getattr is one, and is looked at below
+        known = module != 'builtins' and full in self.known()
+        if known or full in _DATA:
             return type(full, (StandIn,), {})
         if module.startswith(_MODULES_OF_YOLO):
             raise RefusedError(
@@ -154,6 +166,11 @@ class _Unpickler(SafeUnpickler):
                 f".float().state_dict()}}, 'weights.pth') and give that file."
             )
         return super().find_class(module, name)
+
+
+def _quantized(storage: Any, start: int, size: Any, *more: Any) -> Tensor:
+    # its integers alone would be other weights
+    return torch.empty(size, dtype=torch.uint8, device='meta')
 
 
 def _scalar(dtype: Any, data: Any = b'') -> Any:
@@ -175,9 +192,10 @@ def _fill(found: Found, path: str) -> Mapping[str, Any]:
         base = bases[storage.key]
         size = tensor.element_size()
         flat = base[: len(base) // size * size].view(tensor.dtype)
-        filled[id(tensor)] = flat.as_strided(
-            tensor.shape, tensor.stride(), start
-        )
+        values = flat.as_strided(tensor.shape, tensor.stride(), start)
+        if tensor.is_conj():
+            values = values.conj().resolve_conj()
+        filled[id(tensor)] = -values if tensor.is_neg() else values
     content: Mapping[str, Any] = _replaced(found.content, filled, {})
     return content
 

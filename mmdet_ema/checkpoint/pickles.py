@@ -147,11 +147,7 @@ class SafeUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a function of ours in the place of what is asked for."""
-        # torch writes names of Python 2
-        module, name = _compat_pickle.NAME_MAPPING.get(
-            (module, name),
-            (_compat_pickle.IMPORT_MAPPING.get(module, module), name),
-        )
+        module, name = name_today(module, name)
         full = f'{module}.{name}'
         # new for every file, which so cannot change ours
         found: Dict[str, Any] = {
@@ -228,8 +224,22 @@ class SafeUnpickler(pickle.Unpickler):
             raise ValueError(
                 f'a tensor of shape {tuple(size)} is larger than its storage'
             )
+        # views that torch marks instead of computing them
+        marks: Any = next((x for x in more if type(x) is dict), {})
+        if marks.get('conj') is True:
+            tensor = tensor.conj()
+        if marks.get('neg') is True:
+            tensor = torch._neg_view(tensor)
         self.tensors.append((tensor, storage, start))
         return tensor
+
+
+def name_today(module: str, name: str) -> Tuple[str, str]:
+    """Return the name in Python 3: torch writes those of Python 2."""
+    return _compat_pickle.NAME_MAPPING.get(
+        (module, name),
+        (_compat_pickle.IMPORT_MAPPING.get(module, module), name),
+    )
 
 
 def _meta(dtype: torch.dtype, size: Any, stride: Any, *more: Any) -> Tensor:

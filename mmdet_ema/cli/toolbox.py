@@ -42,9 +42,9 @@ _CONVERT = """\
 Names of tensors stay as they are. What the format cannot hold is said.
 
 formats: mmdet_ema, mmengine (mmpretrain), mmdet2, mmcv1, bevdet (two files),
-d2go (detectron2), timm, torchvision (deit), rtdetr (d-fine, deim), yolox,
-lightning, averaged-model (torch), ema-pytorch, plain. mmdet2 and mmcv1 keep
-the averages in the plain names, and the raw weights there in iter_*.pth.
+d2go (detectron2), timm, torchvision, deit (convnext), rtdetr (d-fine, deim),
+yolox, lightning, averaged-model (torch), ema-pytorch, plain. mmdet2 and mmcv1
+keep the averages in the plain names, and the raw weights there in iter_*.pth.
 
 examples:
   mmdet-ema convert d2go.pth -o mmengine.pth --to mmengine

@@ -23,7 +23,7 @@ WRITTEN = [name for name, form in FORMATS.items() if form.write]
 COUNTER = 'norm.num_batches_tracked'
 STATISTICS = {'norm.running_mean', 'norm.running_var', COUNTER}
 ONE_SET = {'averaged-model', 'plain', 'yolox'}
-WITHOUT_N = {'d2go', 'plain', 'timm', 'yolox'}
+WITHOUT_N = {'d2go', 'deit', 'plain', 'timm', 'yolox'}
 
 
 def lists(weights):
@@ -189,6 +189,86 @@ def test_unsafe_reads_pickled_modules(tmp_path):
     assert torch.equal(contents.sets['raw'].tensors['weight'], model.weight)
 
 
+def _averaged(model):
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    return averaged.state_dict()
+
+
+@pytest.mark.parametrize(
+    ('keys', 'n'),
+    [
+        (('params', 'params_ema'), None),  # BasicSR
+        ((None, 'params_ema'), None),  # Real-ESRGAN
+        (('model', 'ema_model'), None),  # DINO-DETR
+        (('model', 'ema'), None),  # DiT
+        (('model', 'ema.module'), None),  # RT-DETR, without its updates
+        ((None, 'ema.module'), None),  # RT-DETR's published files
+        (('state_dict', 'ema_state_dict'), None),
+        (('net_g', 'net_g_ema'), None),  # beside another network
+        (('model_state_dict', 'swa_model'), 1),  # torch's AveragedModel
+    ],
+)
+def test_a_key_tells_which_are_the_averages(keys, n, tmp_path):
+    """Of files of any project; without it the raw weights were taken."""
+    model = torch.nn.Linear(2, 2)
+    raw, average = (
+        {k: x + i for k, x in model.state_dict().items()} for i in (0, 1)
+    )
+    path = tmp_path / 'a.pth'
+    content = {'epoch': 3, 'scaler': {'scale': 1.0}, 'args': {'ema': True}}
+    content.update({'net_d': {'x': raw['bias']}} if 'net_g' in keys else {})
+    content.update({} if keys[0] is None else {keys[0]: raw})
+    first, *inner = keys[1].split('.')
+    held = average
+    if n is not None:
+        model.load_state_dict(average)
+        held = _averaged(model)
+    content[first] = {inner[0]: held} if inner else held
+    torch.save(content, path)
+    contents = read_contents(str(path))
+    assert contents.choose() == 'ema'
+    ema = contents.sets['ema']
+    assert (ema.role, ema.updates) == ('average', n)
+    assert f'the key {keys[1]}' in ema.evidence
+    same_lists(
+        lists(ema), {k: x.reshape(-1).tolist() for k, x in average.items()}
+    )
+    if keys[0] is None:
+        assert contents.raw is None
+    else:
+        found = lists(contents.raw)
+        same_lists(found, {k: x.reshape(-1).tolist() for k, x in raw.items()})
+
+
+@pytest.mark.parametrize(
+    'others',
+    [
+        {'ema': {'shadow_params': [torch.ones(1)], 'decay': 0.9}},
+        {'ema': {'0.99': {'a': torch.ones(1)}, '0.9': {'a': torch.ones(1)}}},
+        {'ema_1': {'a': torch.ones(1)}, 'ema_2': {'a': torch.ones(1)}},
+        {'ema_state_dict': {'shadow_params': [torch.ones(1)]}},
+    ],
+)
+def test_averages_that_are_not_read_are_said(others, tmp_path):
+    """What is read instead may not be what was asked for."""
+    path = tmp_path / 'a.pth'
+    torch.save({'model': {'a': torch.zeros(1)}, **others}, path)
+    contents = read_contents(str(path))
+    assert contents.format == 'plain'
+    assert [x.split()[1] for x in contents.notes] == [*others]
+
+
+def test_averages_of_a_part_of_the_model(tmp_path):
+    """They are not filled up with raw weights of other names."""
+    path = tmp_path / 'a.pth'
+    raw, average = {'head.a': torch.zeros(1)}, {'a': torch.ones(1)}
+    torch.save({'state_dict': raw, 'state_dict_ema': average}, path)
+    contents = read_contents(str(path))
+    assert [*contents.sets['ema'].tensors] == ['a']
+    assert any('names that no raw weights have' in x for x in contents.notes)
+
+
 def test_names_that_wrappers_make_one_are_refused(tmp_path):
     """None of the two is lost in silence."""
     path = tmp_path / 'a.pth'
@@ -205,6 +285,16 @@ def test_names_that_wrappers_make_one_are_refused(tmp_path):
         ({'a': 1, 'b': {}}, "its keys: 'a', 'b'"),
         ({'ema_state_dict': {}}, "has no 'steps'"),
         ({'state_dict': {'a': torch.zeros(2).to_sparse()}}, 'sparse'),
+        (
+            {
+                'model': {
+                    'a': torch.quantize_per_tensor(
+                        torch.zeros(2), 0.1, 0, torch.qint8
+                    )
+                }
+            },
+            'sparse or quantized',
+        ),
         (
             {'state_dict': {'a': torch.zeros(1)}, 'ema_meta': 3},
             "has no 'steps'",

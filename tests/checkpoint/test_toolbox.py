@@ -1,12 +1,15 @@
 """Inspect, extract, convert and diff, on golden files and on large ones."""
 
+import collections
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+import types
+from pathlib import Path, PurePosixPath
 
+import numpy
 import pytest
 import torch
 
@@ -80,6 +83,49 @@ def test_dtype_that_cannot_hold_the_weights(tmp_path):
     assert not out.exists()
     with pytest.raises(OptionError, match="--dtype 'int8' is not known"):
         extract(path, str(out), dtype='int8')
+
+
+def test_views_that_torch_marks_are_computed(tmp_path):
+    """A conjugated or negated view is not what is in its memory."""
+    path, out = str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    for view in (numbers.conj(), numbers.conj().imag):
+        torch.save({'state_dict': {'a': view}}, path)
+        extract(path, out, force=True)
+        assert load(out)['state_dict']['a'].tolist() == view.tolist()
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        *(frozenset({1}), range(3), slice(1), int, types.SimpleNamespace(a=1)),
+        *(collections.defaultdict(list, a=[1]), PurePosixPath('a')),
+        numpy.zeros((0, 2)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_script_left_in_a_file_is_left_out(value, tmp_path):
+    """It is said, and is no reason to refuse the weights."""
+    path, out = str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')
+    weights = {'a': torch.ones(1)}
+    torch.save(dict(state_dict=weights, meta=dict(x=value, y=1)), path)
+    done = convert(path, out, 'plain')
+    assert any('meta.x' in words for words in done.lost)
+    assert load(out)['meta']['y'] == 1
+
+
+def test_config_of_omegaconf_need_not_be_installed(tmp_path, monkeypatch):
+    """Lightning keeps it in hyper_parameters."""
+    path, name = str(tmp_path / 'a.pth'), 'omegaconf.dictconfig'
+    kind = type('DictConfig', (), {'__module__': name})
+    module = types.SimpleNamespace(DictConfig=kind)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, 'omegaconf', types.SimpleNamespace())
+    config = kind()
+    config._metadata = {'ref_type': int}
+    weights = {'a': torch.ones(1)}
+    torch.save(dict(state_dict=weights, hyper_parameters=config), path)
+    assert read_contents(path).sets['weights'].tensors['a'] == 1
 
 
 def test_hash_is_that_of_the_file(tmp_path):

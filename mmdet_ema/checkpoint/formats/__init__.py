@@ -20,9 +20,9 @@ FORMATS: Dict[str, Format] = {
 }
 """By name; the first that recognises a file reads it."""
 ALIASES = {
+    'convnext': 'deit',
     'd-fine': 'rtdetr',
     'deim': 'rtdetr',
-    'deit': 'torchvision',
     'detectron2': 'd2go',
     'mmpretrain': 'mmengine',
     'torch': 'averaged-model',

@@ -24,6 +24,7 @@ from mmdet_ema.checkpoint.format import (
     MORE,
     PREFIX,
     REFERENCE,
+    STEPS,
     WEIGHTS,
     pack,
     unpack,
@@ -41,6 +42,16 @@ def _has_message(content: Content) -> bool:
 
 def _recognise(content: Content, path: str) -> bool:
     return META in content or _has_message(content)
+
+
+def _is_of_mmengine(content: Content, path: str) -> bool:
+    if EMA not in content:
+        return False
+    part = content[EMA]
+    if not isinstance(part, dict) or not part:
+        return True  # which is refused when it is read
+    # other projects have averages in a key of that name
+    return STEPS in part or any(str(x).startswith(PREFIX) for x in part)
 
 
 def _read(content: Content, path: str) -> Contents:
@@ -176,7 +187,7 @@ FORMAT = Format(
 MMENGINE = Format(
     'mmengine',
     "mmengine's or mmpretrain's EMAHook",
-    lambda content, path: EMA in content,
+    _is_of_mmengine,
     _read,
     _write_mmengine,
 )

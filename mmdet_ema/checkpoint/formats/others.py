@@ -2,14 +2,16 @@
 
 A row of :data:`LAYOUTS` is a format. Keys are given as a path: ``('ema',
 'module')`` is ``content['ema']['module']``, ``()`` the content itself. The
-last format is one ``state_dict`` of nobody knows whom.
+last formats are of nobody knows whom: a pair of which one key says that it
+holds averages, and one ``state_dict``.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Set, Tuple
 
 import torch
 from torch import nn
@@ -31,6 +33,7 @@ from mmdet_ema.checkpoint.contents import (
     weights_of,
 )
 from mmdet_ema.checkpoint.format import WEIGHTS
+from mmdet_ema.checkpoint.pickles import walk
 from mmdet_ema.checkpoint.recipe import KEY
 from mmdet_ema.errors import CheckpointError
 
@@ -166,13 +169,21 @@ LAYOUTS = (
     ),
     Layout(
         'torchvision',
-        "torchvision's references, DeiT",
+        "torchvision's references",
         average=('model_ema',),
         prefix='module.',
         raw=('model',),
         count=('model_ema', 'n_averaged'),
         evidence='torchvision writes model (raw) and model_ema',
         tensor_count=True,
+    ),
+    Layout(
+        'deit',
+        'DeiT, ConvNeXt',
+        average=('model_ema',),
+        raw=('model',),
+        evidence='DeiT and ConvNeXt write model (raw) and model_ema',
+        notes=('DeiT does not save n.',),
     ),
     Layout(
         'rtdetr',
@@ -282,7 +293,70 @@ def _read_modules(content: Content, path: str) -> Contents:
     )
 
 
-_PLACES = (WEIGHTS, 'model', 'model_state_dict', 'network', 'weights')
+_PLACES = (
+    *(WEIGHTS, 'model', 'model_state_dict', 'network', 'network_weights'),
+    *('weights', 'params', 'net'),
+)
+_AVERAGES = {'ema', 'swa', 'average', 'averaged'}
+
+
+def _says_average(key: Any) -> bool:
+    words = re.split('[^a-z]+', key.lower()) if isinstance(key, str) else ()
+    return not _AVERAGES.isdisjoint(words)
+
+
+def _names(weights: Any, prefix: str = '') -> Set[str]:
+    """Return the names of tensors; empty if it is not a dict of them."""
+    if not is_weights(weights) or not all(isinstance(x, str) for x in weights):
+        return set()
+    return {*weights_of(weights, prefix).tensors}
+
+
+def _pair(content: Content) -> Optional[Layout]:
+    """Return where averages are that only their key tells, as ``params_ema``.
+
+    Beside them may be one dict with the same names: the raw weights.
+    """
+    paths = [
+        path
+        for key in content
+        if _says_average(key)
+        for path in ((key,), (key, 'module'), (key, WEIGHTS), (key, 'model'))
+        if _names(_at(content, path))
+    ]
+    if len(paths) != 1:
+        return None
+    (path,) = paths
+    counted = 'n_averaged' in _at(content, path)  # torch's AveragedModel
+    prefix = 'module.' if counted else ''
+    names = _names(_at(content, path), prefix)
+    others = {
+        key: _names(value)
+        for key, value in content.items()
+        if not _says_average(key)
+    }
+    raw = [key for key, found in others.items() if names <= found]
+    if not names or len(raw) > 1 or (not raw and any(others.values())):
+        return None
+    said = f'the key {_text(path)} says so'
+    return Layout(
+        *('pair', 'unknown', path),
+        evidence=f'{said}, and {raw[0]} has the same names' if raw else said,
+        raw=(raw[0],) if raw else None,
+        count=(*path, 'n_averaged') if counted else None,
+        prefix=prefix,
+        deployed='ema',
+    )
+
+
+def _is_pair(content: Content, path: str) -> bool:
+    return _pair(content) is not None
+
+
+def _read_pair(content: Content, path: str) -> Contents:
+    layout = _pair(content)
+    assert layout is not None  # _is_pair() says so
+    return layout.read(content, path)
 
 
 def _place(content: Content) -> Optional[str]:
@@ -309,8 +383,15 @@ def _read_plain(content: Content, path: str) -> Contents:
     if role == AVERAGE and isinstance(made.get('updates'), int):
         weights.updates = made['updates']
     rest = rest_of(content, place, 'meta') if place else {}
+    notes = [
+        f'what {key} holds is not read, and may be averages of {place}'
+        for key, value in rest.items()
+        if _says_average(key)
+        and any(isinstance(x, torch.Tensor) for _, x in walk(value))
+    ]
     what = 'mmdet_ema' if role != UNKNOWN else 'unknown'
-    return Contents(path, 'plain', what, {name: weights}, name, meta, rest)
+    sets = {name: weights}
+    return Contents(path, 'plain', what, sets, name, meta, rest, notes)
 
 
 def _write_plain(contents: Contents, out: str) -> Written:
@@ -329,6 +410,7 @@ FORMATS = [
     ),
     # only with unsafe=True: else the file is refused
     Format('yolov5', 'YOLOv5 or ultralytics', _has_modules, _read_modules),
+    Format('pair', 'any project whose keys tell', _is_pair, _read_pair),
     Format(
         *('plain', 'one state_dict, of any project', _is_plain, _read_plain),
         _write_plain,

@@ -58,6 +58,18 @@ def main():
             ),
             dict(format='torchvision', writer='torchvision', n=STEPS),
         ),
+        'deit.pth': (
+            dict(
+                model=raw,
+                optimizer=optimizer,
+                lr_scheduler={},
+                epoch=0,
+                model_ema=ema,
+                scaler={},
+                args=args,
+            ),
+            dict(format='deit', writer='DeiT', n=None),
+        ),
         'rtdetr.pth': (
             dict(
                 date='2024-01-01T00:00:00',
