@@ -6,6 +6,8 @@ at once; one of all steps is fitted, by :mod:`mmdet_ema.checkpoint.runs`.
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from typing import Callable, Mapping, Optional, Sequence
 
 from torch import Tensor
@@ -102,7 +104,13 @@ def _weighted(
     # of equal ones the last that was given
     at = places(files, [])
     newest = max(range(len(files)), key=lambda i: (at[i], i))
-    return Combination(terms, (files[newest], names[newest]))
+    counts = Counter(os.path.realpath(contents.path) for contents in files)
+    notes = [
+        f'{path} is given {count} times, and counts as often'
+        for path, count in counts.items()
+        if count > 1
+    ]
+    return Combination(terms, (files[newest], names[newest]), notes=notes)
 
 
 def _mean(files: Sequence[Contents], weights: Optional[str]) -> Combination:

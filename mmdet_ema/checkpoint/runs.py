@@ -37,6 +37,11 @@ _OTHER = (
     'To combine files of different runs use --profile mean or soup:greedy, '
     'or --coefficients.'
 )
+# keys of projects that tell when a file was written
+_WHEN = (
+    *('iter', 'global_step', 'iteration', 'epoch', 'last_epoch'),
+    *('start_epoch', 'current_epoch'),
+)
 # of a profile, in steps: 80 MB a basis
 _LONGEST = 10**7
 
@@ -257,9 +262,15 @@ def steps_of(contents: Contents) -> Optional[int]:
 
 
 def places(files: Sequence[Contents], notes: List[str]) -> List[int]:
-    """Return where each file is in the run: steps, else iterations, else i."""
-    for place in (steps_of, lambda x: as_count(x.meta.get('iter'))):
-        found = [place(contents) for contents in files]
+    """Return where each file is in the run: steps, else what it says, else i.
+
+    A shell sorts names: that of epoch 10 stands before that of epoch 9.
+    """
+    said = [{**contents.rest, **contents.meta} for contents in files]
+    for found in (
+        [steps_of(contents) for contents in files],
+        *([as_count(x.get(key)) for x in said] for key in _WHEN),
+    ):
         known = [x for x in found if x is not None]
         if len(known) == len(files):
             return known

@@ -65,7 +65,8 @@ def add_parser(commands: Any) -> None:
     what.add_argument(
         '--coefficients',
         metavar='C,C,...',
-        help='what each file counts; they sum up to 1',
+        help='what each file counts; they sum up to 1 '
+        '(--coefficients=-1,2 where the first is negative)',
     )
     parser.add_argument(
         '--weights',
@@ -167,7 +168,9 @@ def _combine(options: argparse.Namespace) -> Combination:
     from mmdet_ema.checkpoint.combination import read_files
     from mmdet_ema.checkpoint.profiles import parse_profile
 
-    text = options.profile or f'coefficients:{options.coefficients}'
+    text = options.profile
+    if text is None:
+        text = f'coefficients:{options.coefficients}'
     profile = parse_profile(text)
     files = read_files(options.files, unsafe=options.unsafe)
     with contextlib.ExitStack() as stack:
@@ -209,10 +212,12 @@ def _score_by(
 
 def _lines(combination: Combination) -> Iterator[str]:
     """Yield what each file counts, and what that is worth."""
-    own = combination.statistics is not None
+    terms = combination.terms
+    # but for rounding
+    own = any(abs(x.statistics - x.coefficient) > 1e-9 for x in terms)
     rows = [('coefficient', *(['statistics'] if own else []), 'weights', '')]
     small = 0
-    for contents, name, c, s in combination.terms:
+    for contents, name, c, s in terms:
         if max(abs(c), s) < _SMALL:
             small += 1
             continue
@@ -224,10 +229,10 @@ def _lines(combination: Combination) -> Iterator[str]:
     said = f'sum of absolute coefficients {combination.absolute_sum:.3f}'
     if combination.fit is not None:
         said = f'error of the profile {combination.fit.error:.2%}, {said}'
+    if own:
+        said += '; running statistics have their own, none negative, as a '
+        said += 'variance would be'
     if combination.statistics is not None:
-        said += (
-            f'; running statistics have their own, none negative, as a '
-            f'variance would be: error {combination.statistics.error:.2%}'
-        )
+        said += f': error {combination.statistics.error:.2%}'
     yield said
     yield from combination.notes

@@ -522,6 +522,33 @@ def test_files_without_steps(walk, tmp_path):
     np.testing.assert_allclose(made.state_dict()[key], expected, rtol=3e-7)
 
 
+@pytest.mark.parametrize('key', ['epoch', 'global_step', 'start_epoch'])
+def test_order_of_files_of_other_projects(key, tmp_path):
+    """A shell puts epoch 10 before epoch 9; what a file says counts."""
+    paths = []
+    for i in (8, 9, 10):
+        paths.append(str(tmp_path / f'checkpoint-{i}.pth'))
+        content = {'model': {'a': torch.tensor(float(i))}, key: i}
+        torch.save(content, paths[-1])
+    files = read_files(sorted(paths))
+    made = average(files, parse_profile('lawa:2'))
+    assert made.state_dict()['a'] == 9.5
+    assert files[0].path in (term.contents.path for term in made.terms)
+    assert made.lead[0] is files[0]
+
+
+def test_file_that_is_given_twice(walk, tmp_path):
+    """By its name, or by a link: it counts twice, and that is said."""
+    link = tmp_path / 'last.pth'
+    link.symlink_to(walk.files[-1])
+    files = read_files([*walk.files, str(link)])
+    for given in ('mean', 'coefficients:' + ','.join(['0'] * 9 + ['.5'] * 2)):
+        made = average(files, parse_profile(given))
+        assert [f'{walk.files[-1]} is given 2 times, and counts as often'] == (
+            made.notes
+        )
+
+
 def test_not_finite(walk, tmp_path):
     """A file with NaN is named; a mask of -inf is no such thing."""
 

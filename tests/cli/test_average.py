@@ -54,6 +54,26 @@ def test_file(walk, tmp_path, capsys, profile):
     assert 1 == len(pointers)
 
 
+@pytest.mark.parametrize(
+    ('given', 'said'),
+    [
+        (('--profile', 'bema:0.2'), True),
+        (('--coefficients=-1,2',), True),
+        (('--coefficients', '0.5,0.5'), False),
+        (('--profile', 'mean'), False),
+    ],
+)
+def test_statistics_that_have_coefficients_of_their_own(
+    walk, tmp_path, capsys, given, said
+):
+    """They are printed: a negative one is none of a variance."""
+    files = walk.files[-2:]
+    assert 0 == run(*files, '-o', tmp_path / 'out.pth', *given)
+    printed = capsys.readouterr().out
+    assert said == ('statistics' in printed.splitlines()[0])
+    assert said == ('running statistics have their own' in printed)
+
+
 def test_examples_of_the_help(tmp_path, monkeypatch, capsys):
     """They run as they are; for those with a CONFIG see ``test_help.py``."""
     folder = tmp_path / 'work_dirs' / 'a'
@@ -150,6 +170,7 @@ def test_damaged_recipe(walk, tmp_path, capsys, change):
         (['--profile', 'ema:0.5'], 1, 'cannot be made of these files: error'),
         (['--profile', 'lawa:99'], 1, 'needs 99 files of a run, 10 are given'),
         (['--profile', 'men'], 2, "profile='men' is not known; use 'mean',"),
+        (['--profile', ''], 2, "profile='' is not known; use 'mean',"),
         (['--profile', 'soup:greedy'], 2, 'give --config CONFIG'),
         ([], 2, 'what is to be made? Give --profile, as --profile mean'),
         (['--coefficients', '0.2,x'], 2, ":0.2,x' cannot be read; use 'mean'"),
