@@ -58,7 +58,7 @@ def _demo(framework: Framework) -> None:
         shutil.rmtree(folder)
     _train(framework)
     test = _test(framework)
-    metrics, decay, _ = plot.read_curves(list(plot.read_lines(folder)))
+    metrics, decay, _ = plot.read_curves(plot.read_lines(folder))
     ends = {name: f'_{name}' for name in SETS if name != 'ema'}
     curves = {
         name: metrics[framework.metric + ends.get(name, '')] for name in SETS

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from mmdet_ema.checkpoint import profiles
 from mmdet_ema.checkpoint.combination import Combination, Term
-from mmdet_ema.checkpoint.contents import RAW, Contents
+from mmdet_ema.checkpoint.contents import (
+    AVERAGE,
+    RAW,
+    UNKNOWN,
+    Contents,
+)
 from mmdet_ema.checkpoint.profiles import Profile
 from mmdet_ema.checkpoint.runs import Run, places
 from mmdet_ema.errors import CheckpointError, OptionError, show
@@ -37,7 +42,7 @@ def average(
         profile: What the average should be.
         weights: Which weights of each file a mean, a soup or coefficients
             take. Defaults to those that it deploys; for lawa and wsm to the
-            raw ones, if all have them.
+            raw ones, if all have them, or are of a run without averages.
         start: The file with the starting weights. Defaults to
             ``ema_start.pt`` beside the files.
         evaluate: Returns a score of weights for 'soup:greedy', higher for
@@ -77,11 +82,22 @@ def average(
     else:
         last = run.files
         each = [*profiles.wsm_coefficients(profile.value, run.at)]
-    if weights is None and all(x.raw is not None for x in last):
-        weights = RAW
-    combination = _weighted(last, each, weights)
+    raws = [_raw_of(contents) for contents in last]
+    if weights is None and None not in raws:
+        combination = _combined(last, each, [str(name) for name in raws])
+    else:
+        combination = _weighted(last, each, weights)
     combination.notes += run.notes
     return combination
+
+
+def _raw_of(contents: Contents) -> Optional[str]:
+    """Return the name of raw weights, of a run without averages too."""
+    if contents.raw is not None:
+        return RAW
+    (weights, *more) = contents.sets.values()
+    is_alone = not more and weights.role == UNKNOWN
+    return contents.deployed if is_alone else None
 
 
 def _weighted(
@@ -94,6 +110,14 @@ def _weighted(
         contents.deployed if weights is None else contents.choose(weights)
         for contents in files
     ]
+    return _combined(files, coefficients, names)
+
+
+def _combined(
+    files: Sequence[Contents],
+    coefficients: Sequence[float],
+    names: Sequence[str],
+) -> Combination:
     positive = [max(c, 0.0) for c in coefficients]
     total = sum(positive)
     terms = [
@@ -110,6 +134,12 @@ def _weighted(
         for path, count in counts.items()
         if count > 1
     ]
+    roles = {term.contents.sets[term.name].role for term in terms}
+    if AVERAGE in roles and len(roles) > 1:
+        notes.append(
+            'averages are combined with weights that are none, or may be '
+            'none: choose by weights'
+        )
     return Combination(terms, (files[newest], names[newest]), notes=notes)
 
 

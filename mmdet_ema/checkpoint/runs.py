@@ -115,8 +115,8 @@ class Run:
             if steps_of(contents) is None:
                 raise CheckpointError(
                     f'{contents.path!r} ({contents.format}) does not say how '
-                    f'many steps its averages have seen; the mean of its last '
-                    f'files is --profile lawa:K. {_OTHER}'
+                    f'many steps its averages have seen: leave it out; the '
+                    f'mean of the last files is --profile lawa:K. {_OTHER}'
                 )
             changed = contents.rest.get(META, {}).get(CHANGED, 0)
             if changed:
@@ -274,20 +274,27 @@ def places(files: Sequence[Contents], notes: List[str]) -> List[int]:
         known = [x for x in found if x is not None]
         if len(known) == len(files):
             return known
+    silent = [
+        contents.path
+        for contents, keys in zip(files, said)
+        if steps_of(contents) is None and keys.keys().isdisjoint(_WHEN)
+    ]
+    which = f' ({silent[0]} says nothing)' if silent else ''
     notes.append(
-        'the files do not say when they were written: they are taken in the '
-        'order given, as if evenly spaced'
+        f'the files do not say when they were written{which}: they are taken '
+        f'in the order given, as if evenly spaced'
     )
     return [*range(1, len(files) + 1)]
 
 
 def _check_one_run(files: Sequence[Contents], notes: List[str]) -> None:
     """Check that files are of one run, as far as they tell."""
-    first = files[0]
+    # a run may have had no averages at first
+    first = next((x for x in files if META in x.rest), files[0])
     before: Dict[str, Any] = first.rest.get(META, {})
     made_by: Dict[str, Tuple[str, str]] = {}
     for contents in files:
-        meta = contents.rest.get(META, {})
+        meta = contents.rest.get(META, before)
         for key, said in (
             (START, 'started from other weights'),
             ('restarted', 'were restarted between them'),
@@ -300,7 +307,7 @@ def _check_one_run(files: Sequence[Contents], notes: List[str]) -> None:
                 )
         for name, weights in contents.sets.items():
             schedule = _schedule_of(contents, name)
-            if schedule is None or CHANGED in meta:
+            if schedule is None or CHANGED in contents.rest.get(META, {}):
                 continue
             found = f'{schedule} every {weights.interval} steps'
             known, path = made_by.setdefault(name, (found, contents.path))
@@ -310,7 +317,8 @@ def _check_one_run(files: Sequence[Contents], notes: List[str]) -> None:
                     f'{contents.path!r}: it was changed in the run, and '
                     f'nobody knows when. {_OTHER}'
                 )
-    if START not in before and len(files) > 1:
+    silent = [x for x in files if START not in x.rest.get(META, {})]
+    if silent and len(files) > 1:
         notes.append(
             'nothing in the files says that they are of one run: it is '
             'taken for granted (posthoc=True writes what tells it)'

@@ -23,11 +23,12 @@ def draw(
 ) -> Path:
     """Draw metrics by weights, decay and distance of a run; return the path.
 
-    Where the run was resumed, what was done again counts. The metric is by
+    Where the run was resumed or begun anew, what was done last counts. The
+    metric is by
     default the one of which the logs have values of several sets of weights,
     an mAP before others.
     """
-    lines = list(read_lines(work_dir))
+    lines = read_lines(work_dir)
     metrics, decays, distances = read_curves(lines)
     if not metrics and not decays:
         raise OptionError(
@@ -91,11 +92,22 @@ def picture(path: str) -> Path:
         raise argparse.ArgumentTypeError(
             f'{path!r} is not a .png, .pdf or .svg file'
         )
-    if not found.parent.is_dir():
-        raise argparse.ArgumentTypeError(
-            f'{path!r} cannot be written: there is no such folder; make it'
-        )
+    problem = why_not(found)
+    if problem:
+        raise argparse.ArgumentTypeError(problem)
     return found
+
+
+def why_not(path: Path) -> str:
+    """Return why a picture cannot be written there, or nothing."""
+    said = f'{str(path)!r} cannot be written'
+    if not path.parent.is_dir():
+        return f'{said}: there is no such folder; make it'
+    if path.is_dir():
+        return f'{said}: it is a folder'
+    if not os.access(path.parent, os.W_OK):
+        return f'{said}: its folder is read-only'
+    return ''
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -113,22 +125,69 @@ def new_figure(width: float, height: float) -> Any:
 def write(figure: Any, path: Path) -> None:
     """Write a figure of matplotlib beside its place, and move it there."""
     beside = path.with_name(f'.{path.stem}.tmp{path.suffix}')
-    figure.savefig(beside, dpi=120)
-    os.replace(beside, path)
+    try:
+        figure.savefig(beside, dpi=120)
+        os.replace(beside, path)
+    except OSError as error:
+        raise OptionError(
+            f'{str(path)!r} cannot be written ({error.strerror}); name '
+            f'another picture.'
+        ) from None
+    finally:
+        if beside.exists():
+            beside.unlink()
 
 
-def read_lines(work_dir: Path) -> Iterator[Dict[str, Any]]:
-    """Yield what was logged, in order, a dict a line."""
+def read_lines(work_dir: Path) -> List[Dict[str, Any]]:
+    """Return what was logged, in order, a dict a line.
+
+    A start of a run replaces what was logged from its first step on.
+    """
     patterns = ('vis_data/scalars.json', '*/vis_data/scalars.json')
     files = [path for x in patterns for path in work_dir.glob(x)]
+    lines: List[Dict[str, Any]] = []
     for path in sorted(files or work_dir.glob('*.log.json')):
-        for line in path.read_text(encoding='utf-8').splitlines():
-            try:
-                found = json.loads(line)
-            except ValueError:  # a run that was killed leaves half a line
-                continue
-            if isinstance(found, dict):
-                yield found
+        started = list(_read(path))
+        lines = [*_before(lines, started), *started]
+    return lines
+
+
+def _read(path: Path) -> Iterator[Dict[str, Any]]:
+    for line in path.read_text(encoding='utf-8').splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:  # a run that was killed leaves half a line
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _before(
+    lines: List[Dict[str, Any]], started: List[Dict[str, Any]]
+) -> List[Dict[str, Any]]:
+    """Return the lines that are of steps before a start of a run."""
+    train = ('lr', 'ema_decay')
+    first: Dict[str, Any] = next(
+        (
+            line
+            for line in started
+            if line.get('mode') != 'val' and any(x in line for x in train)
+        ),
+        {},
+    )
+    by_epoch = _unit([*lines, *started]) == 'epoch'
+
+    def is_before(line: Dict[str, Any]) -> bool:
+        if 'step' not in line:  # mmcv 1.x
+            keys = ('epoch', 'iter')
+            return [line.get(x, 0) for x in keys] < [first[x] for x in keys]
+        validates = by_epoch and not any(x in line for x in train)
+        return bool(line['step'] < first['epoch' if validates else 'step'])
+
+    try:
+        return [line for line in lines if is_before(line)]
+    except (KeyError, TypeError):  # no line tells when it started
+        return lines
 
 
 def read_curves(

@@ -16,7 +16,7 @@ from mmdet_ema.cli.shared import (
     check_mmengine,
     is_first,
 )
-from mmdet_ema.errors import OptionError
+from mmdet_ema.errors import CheckpointError, OptionError
 from mmdet_ema.frameworks import has_package
 
 _HELP = """\
@@ -88,18 +88,31 @@ def run(options: argparse.Namespace) -> int:
         )
     from mmdet_ema.checkpoint import saving
     from mmdet_ema.checkpoint.combination import read_files
-    from mmdet_ema.checkpoint.runs import Run
+    from mmdet_ema.checkpoint.runs import Run, steps_of
     from mmdet_ema.checkpoint.windows import check_length, files_of, spread
     from mmdet_ema.for_mmengine import tune as evaluation
 
     picture = options.plot or Path(options.work_dir, 'tune.png')
     can_draw = has_package('matplotlib')
+    # what nobody should wait for is refused before
     if options.plot:
-        plot.new_figure(1, 1)  # refused before anybody waits for it
+        plot.new_figure(1, 1)
     if options.out:
         saving.check_free(options.out, options.force)
     lengths = _windows(options.windows)
-    files = Run(read_files(files_of(options.work_dir)))
+    paths = files_of(options.work_dir)
+    problem = plot.why_not(picture) if can_draw else ''
+    if problem:
+        raise OptionError(f'{problem}; use --plot.')
+    found_files = read_files(paths)
+    tracked = [x for x in found_files if steps_of(x) is not None]
+    if not tracked:
+        raise CheckpointError(
+            f'no file in {options.work_dir!r} has averages that tell their '
+            f'steps: windows are made of those of EMAHook(posthoc=True). The '
+            f'mean of the last files is mmdet-ema average --profile lawa:K.'
+        )
+    files = Run(tracked)
     if isinstance(lengths, int):
         lengths = spread(lengths, files.steps)
     for length in lengths:
@@ -110,6 +123,10 @@ def run(options: argparse.Namespace) -> int:
             print(f'mmdet-ema: {line}', file=sys.stderr, flush=True)
 
     tell(f'{len(files.files)} files, the last one after {files.steps} steps')
+    for contents in found_files:
+        if steps_of(contents) is None:
+            tell(f'{contents.path} has no averages: it is left out')
+    files.look()  # which notes what is not used
     for note in files.notes:
         tell(note)
     changes = _changes(options.cfg_options)

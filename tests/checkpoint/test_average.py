@@ -373,6 +373,29 @@ def test_other_runs(walk, tmp_path):
         average(files, parse_profile('lawa:2'))
 
 
+def test_run_that_had_no_averages_at_first(walk, tmp_path):
+    """Its first files hold raw weights alone: lawa takes those of all."""
+    step = STEPS - 2 * EVERY
+    path = str(tmp_path / 'early.pth')
+    state = dict(walk.states[step])
+    state['tied.weight'] = state['first.weight']
+    torch.save({'state_dict': state, 'meta': dict(iter=step)}, path)
+    later = []
+    for i, file in enumerate(walk.files[-2:], 1):
+        content = torch.load(file, weights_only=True)
+        content['meta']['iter'] = step + i * EVERY
+        later.append(str(tmp_path / f'{i}.pth'))
+        torch.save(content, later[-1])
+    files = read_files([*later, path])
+    made = average(files, parse_profile('lawa:3'))
+    assert ['weights', 'raw', 'raw'] == [term.name for term in made.terms]
+    walk.check(made, lambda values: values[[step, step + EVERY, -1]].mean(0))
+    made = average(files, parse_profile('mean'))
+    assert 'averages are combined with weights that are' in made.notes[0]
+    with pytest.raises(CheckpointError, match=r'early\.pth.*leave it out'):
+        average(files, parse_profile('ema:0.9985/50'))
+
+
 def test_one_run_is_taken_for_granted(tmp_path):
     """Without a start in the files it is said that nothing tells it."""
     run = Walk(tmp_path, steps=20, every=10, decay=0.9)

@@ -3,7 +3,9 @@
 The lines are those that real runs wrote, shortened.
 """
 
+import argparse
 import json
+import os
 
 import pytest
 
@@ -60,9 +62,7 @@ def test_run_that_was_resumed(tmp_path):
     write(first, MMENGINE)
     first.write_text(first.read_text() + '{"coco/bbox_')
     write(tmp_path / '20260102_000000' / 'vis_data' / 'scalars.json', AGAIN)
-    metrics, decays, distances = plot.read_curves(
-        list(plot.read_lines(tmp_path))
-    )
+    metrics, decays, distances = plot.read_curves(plot.read_lines(tmp_path))
     assert metrics == {
         'coco/bbox_mAP': {1: 0.03, 2: 0.06},
         'coco/bbox_mAP_raw': {1: 0.02, 2: 0.01},
@@ -71,10 +71,36 @@ def test_run_that_was_resumed(tmp_path):
     assert distances == {25: 0.01, 50: 0.02, 75: 0.03}
 
 
+@pytest.mark.parametrize('by', ['epoch', 'iteration', 'mmcv1'])
+def test_run_that_began_anew(tmp_path, by):
+    """What an earlier one logged of later steps is no part of it."""
+    for start, value in enumerate((0.1, 0.2), 1):
+        lines = []
+        for i in range(1, 6 if start == 1 else 3):
+            line = dict(lr=0.1, ema_decay=value, epoch=i, step=10 * i)
+            if by == 'iteration':
+                del line['epoch']
+            metric = {'mAP': value, 'step': 10 * i if by != 'epoch' else i}
+            if by == 'mmcv1':
+                line = dict(line, mode='train', iter=10)
+                del line['step']
+                metric = dict(mAP=value, mode='val', epoch=i, iter=4, lr=0.1)
+            lines += [line, metric]
+        path = tmp_path / f'2026010{start}_000000'
+        if by == 'mmcv1':
+            write(path.with_suffix('.log.json'), lines)
+        else:
+            write(path / 'vis_data' / 'scalars.json', lines)
+    metrics, decays, _ = plot.read_curves(plot.read_lines(tmp_path))
+    factor = 10 if by == 'iteration' else 1
+    assert metrics['mAP'] == {factor: 0.2, 2 * factor: 0.2}
+    assert decays == {10: 0.2, 20: 0.2}
+
+
 def test_run_of_mmcv1(tmp_path):
     """Its iterations are counted by epoch, its validations by line."""
     write(tmp_path / '20260101_000000.log.json', MMCV1)
-    metrics, decays, _ = plot.read_curves(list(plot.read_lines(tmp_path)))
+    metrics, decays, _ = plot.read_curves(plot.read_lines(tmp_path))
     assert metrics['bbox_mAP'] == {1: 0.1, 2: 0.4}
     assert metrics['bbox_mAP_raw'] == {1: 0.2, 2: 0.3}
     assert decays == {50: 0.5, 100: 0.75}
@@ -124,6 +150,21 @@ def test_every_set_of_weights_is_drawn(tmp_path, monkeypatch):
         'very_fast': [pytest.approx(0.3)],
     }
     assert drawn == [expected, expected]
+
+
+def test_place_that_cannot_be_written(tmp_path, monkeypatch):
+    """One line, before anybody waits for the picture; nothing is left."""
+    folder = tmp_path / 'ema.png'
+    folder.mkdir()
+    with pytest.raises(argparse.ArgumentTypeError, match='it is a folder'):
+        plot.picture(str(folder))
+    monkeypatch.setattr(os, 'access', lambda *words: False)
+    with pytest.raises(argparse.ArgumentTypeError, match='is read-only'):
+        plot.picture(str(tmp_path / 'a.png'))
+    pytest.importorskip('matplotlib')
+    with pytest.raises(OptionError, match='name another picture'):
+        plot.write(plot.new_figure(1, 1), folder)
+    assert [folder] == list(tmp_path.iterdir())
 
 
 def test_folder_without_logs(tmp_path):

@@ -114,6 +114,30 @@ def test_two_ranks(tools, run, tuned):
     assert 1 == done.stdout.count('the best one')
 
 
+def test_run_that_had_no_averages_at_first(tools, run):
+    """Its files without averages are left out; without any it is refused."""
+    config, work_dir = run
+    folder = tools.folder / 'late'
+    folder.mkdir()
+    for name in ('epoch_2.pth', 'epoch_4.pth'):
+        content = load(work_dir / name)
+        if name == 'epoch_2.pth':
+            content = dict(state_dict=content['state_dict'], meta={})
+        torch.save(content, folder / name)
+    words = ('tune', config, folder, '--windows', '2,4')
+    text = tools.cli(*words)
+    left = folder / 'epoch_2.pth'
+    assert f'{left} has no averages: it is left out' in text
+    # of a decay that was changed nothing is used, and that is said
+    content['ema_meta']['changed_at'] = 12
+    torch.save(content, folder / 'epoch_4.pth')
+    text = tools.cli(*words)
+    assert 'a decay was changed after step 12' in text
+    (folder / 'epoch_4.pth').unlink()
+    text = tools.cli(*words, status=1)
+    assert 'has averages that tell their steps' in text
+
+
 def test_recalibrate(tools, run):
     """Statistics of training data give a column of their own, and a file."""
     out, again = (tools.folder / f'{x}.pth' for x in ('recal', 'recal_again'))
