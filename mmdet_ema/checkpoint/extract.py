@@ -81,6 +81,11 @@ def extract(
         raise OptionError(
             f'--dtype {dtype!r} is not known; use one of {", ".join(_DTYPES)}.'
         )
+    if add_hash and out == saving.STDOUT:
+        raise OptionError(
+            '--hash goes into the name of a file, which the standard output '
+            'has not; leave it out.'
+        )
     saving.check_free(out, force or add_hash)
     contents = read_contents(path, unsafe=unsafe)
     name = contents.choose(weights)

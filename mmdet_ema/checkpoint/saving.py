@@ -50,8 +50,19 @@ def save(
     # recipe has to give the same bytes
     content = _plain(content, '', [], {})
     return _write(
-        lambda file: torch.save(content, file), path, force, add_hash
+        lambda file: _torch_save(content, file), path, force, add_hash
     )
+
+
+def _torch_save(content: Any, file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # torch closes its archive first, which fails on a full disk, too
+        cause: Any = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 def save_safetensors(
@@ -189,6 +200,11 @@ def check_free(path: str, force: bool) -> None:
         )
     if os.path.isdir(path):
         raise CheckpointError(f'{path!r} is a folder; name a file in it.')
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(
+            f'{path!r} is a device or a pipe, which no file can replace; '
+            f'name a file, or - for the standard output.'
+        )
     if os.path.exists(path) and not force:
         raise CheckpointError(
             f'{path!r} exists already; use --force to replace it, or write '

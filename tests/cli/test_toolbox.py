@@ -1,5 +1,6 @@
 """The commands for files: what they print, their exit status, their help."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,46 @@ def examples():
         lines = [x.strip() for x in text.splitlines() if x.strip()]
         assert lines, f'{name} has no examples'
         yield from lines
+
+
+class Full:
+    """A file on a disk that is full."""
+
+    room = 2
+
+    def write(self, data):
+        self.room -= 1
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return len(data)
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize('options', ['', '--safetensors'])
+def test_no_room(options, monkeypatch, capsys):
+    """It is one line, although torch hides what the file said."""
+    full = types.SimpleNamespace(buffer=Full())
+    monkeypatch.setattr(sys, 'stdout', full)
+    assert run(f'extract epoch_12.pth -o - {options}') == 1
+    error = capsys.readouterr().err
+    assert 'No space left on device' in error
+    assert error.count('\n') == 1
+
+
+def test_device_is_not_replaced(capsys):
+    """A file in the place of /dev/null would stop much else."""
+    os.mkfifo('pipe')
+    assert run('extract epoch_12.pth -o pipe --force') == 1
+    assert 'is a device or a pipe' in capsys.readouterr().err
+    assert not os.path.isfile('pipe')
+
+
+def test_hash_of_the_standard_output(capsys):
+    """It has no name that a hash could be a part of."""
+    assert run('extract epoch_12.pth -o - --hash') == 2
+    assert '--hash goes into the name' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('line', examples())
