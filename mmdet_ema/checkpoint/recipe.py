@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import Any, Dict, List, Mapping, MutableMapping, Sequence
 
 from mmdet_ema.errors import CheckpointError
@@ -83,24 +84,37 @@ def check_inputs(
 ) -> List[str]:
     """Return the paths of a recipe's inputs, which must be as they were.
 
-    ``paths`` are where they are now, by default the paths in it.
+    ``paths`` are where they are now, in any order; by default those in it.
     """
     entries = recipe['inputs']
-    paths = list(paths) or [str(entry['path']) for entry in entries]
-    if len(paths) != len(entries):
+    if paths and len(paths) != len(entries):
         raise CheckpointError(
             f'the recipe is of {len(entries)} files, {len(paths)} are given; '
-            f'give none, or all in their order.'
+            f'give none, or all.'
         )
-    for path, entry in zip(paths, entries):
-        found = sha256_of(path)
-        if found != entry['sha256']:
+    given = list(paths) or [str(entry['path']) for entry in entries]
+    for path in given:
+        if not paths and not os.path.isfile(path):
+            raise CheckpointError(
+                f'{path!r}, which the recipe is made of, is not there; if '
+                f'files were moved, name all {len(entries)} beside --recipe.'
+            )
+    known = {sha256_of(path): path for path in given}
+    wanted = [str(entry['sha256']) for entry in entries]
+    for found, path in known.items():
+        if found not in wanted:
+            short = ', '.join(x[:8] for x in wanted)
             raise CheckpointError(
                 f'{path!r} is not the file that the recipe was made with '
-                f'(sha256 {found[:8]}, not {str(entry["sha256"])[:8]}); give '
-                f'that file.'
+                f'(sha256 {found[:8]}, not {short}); give that file.'
             )
-    return paths
+    for found, entry in zip(wanted, entries):
+        if found not in known:
+            raise CheckpointError(
+                f'no file that is given is what {entry["path"]!r} was (sha256 '
+                f'{found[:8]}); give that file.'
+            )
+    return [known[found] for found in wanted]
 
 
 def sha256_of(path: str) -> str:

@@ -122,8 +122,20 @@ def test_recipe(walk, tmp_path, capsys):
         assert 0 == run('--recipe', source, '-o', again, '--force')
         assert out.read_bytes() == again.read_bytes()
     paths = [x['path'] for x in made['inputs']]
-    assert 0 == run(*paths, '--recipe', out, '-o', again, '--force')
+    moved = [shutil.copy(x, tmp_path / f'{i}') for i, x in enumerate(paths)]
+    assert 0 == run(*moved[::-1], '--recipe', out, '-o', again, '--force')
     assert out.read_bytes() == again.read_bytes()
+    capsys.readouterr()
+    twice = [moved[0], *moved[:-1]]
+    assert 1 == run(*twice, '--recipe', out, '-o', again, '--force')
+    assert f"is what '{paths[-1]}' was" in capsys.readouterr().err
+    gone = {**made['inputs'][0], 'path': 'gone.pth'}
+    others = {**made, 'inputs': [gone, *made['inputs'][1:]]}
+    (tmp_path / 'r.json').write_text(json.dumps(others))
+    assert 1 == run('--recipe', tmp_path / 'r.json', '-o', again, '--force')
+    assert "'gone.pth', which the recipe is made of, is not there" in (
+        capsys.readouterr().err
+    )
     assert 2 == run('--recipe', out, '-o', again, '--force', '--start', 'x')
     assert '--recipe says all options; leave out --start' in (
         capsys.readouterr().err
