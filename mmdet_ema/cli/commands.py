@@ -63,7 +63,7 @@ def test(options: argparse.Namespace) -> None:
     """Run ``tools/test.py`` with one or several sets of weights."""
     path, weights = options.checkpoint, options.weights
     if '://' not in path:
-        if not os.path.isfile(path):
+        if not os.path.exists(path):
             raise CheckpointError(f'there is no checkpoint {path!r}.')
         read_structure(path)
 
