@@ -13,6 +13,7 @@ from torch import Tensor
 from mmdet_ema.averaging.state import own_memory
 from mmdet_ema.checkpoint import recipe as recipes
 from mmdet_ema.checkpoint import saving
+from mmdet_ema.checkpoint.compare import count_nonfinite
 from mmdet_ema.checkpoint.contents import (
     Contents,
     Weights,
@@ -140,10 +141,7 @@ def _cast(
             new = tensor
             if dtype is not None and tensor.is_floating_point():
                 new = tensor.to(dtype)
-                lost = torch.isfinite(tensor).all() and not (
-                    torch.isfinite(new).all()
-                )
-                if lost:
+                if count_nonfinite(new) and not count_nonfinite(tensor):
                     raise CheckpointError(
                         f'{name} has values that {dtype} cannot hold; use '
                         f'--dtype bfloat16, or leave it as it is.'

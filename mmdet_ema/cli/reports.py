@@ -70,8 +70,8 @@ def show_one(report: Dict[str, Any]) -> None:
             say(f'{name}: {x["role"]}, because {x["evidence"]}')
     if len(said) == 1 and 'unknown' not in {x['role'] for x in sets.values()}:
         say(f'roles: {said.pop()}')
-    deployed = report['deployed']
-    say(f"the framework's own tools load: {deployed}")
+    if report['writer'] != 'unknown':
+        say(f"the framework's own tools load: {report['deployed']}")
     for name, x in sets.items():
         if x['schedule']:
             say(f'{name}: schedule {x["schedule"]}')

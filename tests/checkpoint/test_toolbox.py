@@ -74,6 +74,23 @@ def test_dtype_of_floats(dtype, tmp_path):
     assert weights['norm.num_batches_tracked'].dtype == torch.int64
 
 
+def test_dtype_of_8_bits(tmp_path):
+    """It can be read, and made a wider one."""
+    kind = getattr(torch, 'float8_e4m3fn', None)
+    if kind is None:
+        pytest.skip('this torch has no such dtype')
+    path, out = str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')
+    values = torch.tensor([0.5, -448.0]).to(kind)
+    try:
+        torch.save({'state_dict': {'a': values}}, path)
+    except Exception:
+        pytest.skip('this torch cannot save it')
+    extract(path, out, dtype='bfloat16')
+    found = load(out)['state_dict']['a']
+    assert found.dtype == torch.bfloat16
+    assert found.tolist() == [0.5, -448.0]
+
+
 def test_dtype_that_cannot_hold_the_weights(tmp_path):
     """An overflow is not written."""
     path, out = str(tmp_path / 'a.pth'), tmp_path / 'out.pth'
