@@ -118,9 +118,16 @@ class Combination:
         first = parts[0]
         if all(same(first, part) for part in parts[1:]):
             return first.clone()  # masks of -inf, too
-        dtypes = [part.dtype for part in parts]
-        dtype = functools.reduce(torch.promote_types, dtypes)
-        wide = torch.promote_types(dtype, torch.float64)
+        # torch promotes no 8-bit floats, not even to one of them
+        dtypes = dict.fromkeys(part.dtype for part in parts)
+        try:
+            dtype = functools.reduce(torch.promote_types, dtypes)
+        except RuntimeError:
+            raise CheckpointError(
+                f'{key} is of {" and of ".join(map(str, dtypes))} in the '
+                f'files; extract these by the same --dtype before.'
+            ) from None
+        wide = torch.complex128 if dtype.is_complex else torch.float64
         result = torch.empty(first.shape, dtype=dtype)
         flat = [part.reshape(-1) for part in parts]
         for begin in range(0, first.numel(), _CHUNK):

@@ -166,6 +166,27 @@ def test_mean(walk):
         np.testing.assert_allclose(found, np.mean(parts, 0), rtol=3e-7)
 
 
+def test_mean_of_8_bits(tmp_path):
+    """Summed up as any others; torch promotes them to nothing else."""
+    kind = getattr(torch, 'float8_e4m3fn', None)
+    if kind is None:
+        pytest.skip('this torch has no such dtype')
+    paths = [str(tmp_path / f'{i}.pth') for i in range(3)]
+    values = torch.tensor([1.0, 2.0])
+    try:
+        for path, x in zip(paths, (values.to(kind), (-values).to(kind))):
+            torch.save({'state_dict': {'a': x}}, path)
+    except Exception:
+        pytest.skip('this torch has too little for it')
+    torch.save({'state_dict': {'a': values}}, paths[2])
+    made = average(read_files(paths[:2]), counts(0.75, 0.25))
+    found = made.state_dict()['a']
+    assert (found.dtype, found.tolist()) == (kind, [0.5, 1.0])
+    mixed = average(read_files(paths[1:]), counts(0.5, 0.5))
+    with pytest.raises(CheckpointError, match=r'a is of .* and of .* in the'):
+        mixed.state_dict()
+
+
 def test_mean_of_low_precision(walk):
     """An average of bfloat16 is float32; a mean of raw weights is bfloat16."""
     files = read_files(walk.files)
