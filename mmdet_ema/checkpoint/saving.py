@@ -10,7 +10,16 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from typing import Any, BinaryIO, Callable, Dict, List, Mapping, Tuple
+from typing import (
+    Any,
+    BinaryIO,
+    Callable,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+)
 
 import torch
 from torch import Tensor
@@ -54,15 +63,34 @@ def save(
     )
 
 
+class _Patient:
+    """A file whose error waits until torch has written the rest.
+
+    Its writer hides what the file said behind an error of its own, and that
+    of torch 1.13 ends the process.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: Optional[OSError] = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            if self.error is None:
+                self._file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass  # who opened the file does
+
+
 def _torch_save(content: Any, file: BinaryIO) -> None:
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:
-        # torch closes its archive first, which fails on a full disk, too
-        cause: Any = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        raise cause or error from None
+    patient: Any = _Patient(file)
+    torch.save(content, patient)
+    if patient.error is not None:
+        raise patient.error
 
 
 def save_safetensors(

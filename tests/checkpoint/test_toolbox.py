@@ -109,7 +109,9 @@ def test_views_that_torch_marks_are_computed(tmp_path):
     for view in (numbers.conj(), numbers.conj().imag):
         torch.save({'state_dict': {'a': view}}, path)
         extract(path, out, force=True)
-        assert load(out)['state_dict']['a'].tolist() == view.tolist()
+        # torch 1.13 does not save the mark
+        found, expected = (load(x)['state_dict']['a'] for x in (out, path))
+        assert found.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
