@@ -34,8 +34,8 @@ from mmdet_ema.errors import CheckpointError, OptionError, show
 from mmdet_ema.schedules import Schedule
 
 _OTHER = (
-    'To combine files of different runs use --profile mean or soup:greedy, '
-    'or --coefficients.'
+    'Give the files of one run; to combine those of several use mmdet-ema '
+    'average with --profile mean or soup:greedy, or --coefficients.'
 )
 # keys of projects that tell when a file was written
 _WHEN = (

@@ -295,7 +295,7 @@ def _read_modules(content: Content, path: str) -> Contents:
 
 _PLACES = (
     *(WEIGHTS, 'model', 'model_state_dict', 'network', 'network_weights'),
-    *('weights', 'params', 'net'),
+    *('weights', 'params', 'net', 'model_state'),
 )
 _AVERAGES = {'ema', 'swa', 'average', 'averaged'}
 
