@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from typing import Callable, Mapping, Optional, Sequence
+from typing import Callable, List, Mapping, Optional, Sequence
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from mmdet_ema.checkpoint.contents import (
     Contents,
 )
 from mmdet_ema.checkpoint.profiles import Profile
-from mmdet_ema.checkpoint.runs import Run, places
+from mmdet_ema.checkpoint.runs import Run, places, with_averages
 from mmdet_ema.errors import CheckpointError, OptionError, show
 
 Evaluate = Callable[[Mapping[str, Tensor]], float]
@@ -66,7 +66,11 @@ def average(
         return _mean(files, weights)
     if profile.kind == 'soup':
         return _greedy_soup(files, weights, evaluate)
+    notes: List[str] = []
+    if of_steps:
+        files = with_averages(files, notes)
     run = Run(files, start)
+    run.notes[:0] = notes
     if profile.kind == 'bema':
         return run.bema(profile)
     if profile.is_fitted:

@@ -112,7 +112,7 @@ class Run:
             )
         silent = set()
         for contents, at in zip(self.files, self.at):
-            if steps_of(contents) is None:
+            if not steps_of(contents):
                 raise CheckpointError(
                     f'{contents.path!r} ({contents.format}) does not say how '
                     f'many steps its averages have seen: leave it out; the '
@@ -261,6 +261,21 @@ def steps_of(contents: Contents) -> Optional[int]:
     return max((x.steps for x in sets if x.steps is not None), default=None)
 
 
+def with_averages(
+    files: Sequence[Contents], notes: List[str]
+) -> Sequence[Contents]:
+    """Leave out files of the time before a run had averages, if there are."""
+    found = [contents for contents in files if steps_of(contents)]
+    if not found:
+        return files
+    notes += [
+        f'{contents.path} has no averages yet: it is left out'
+        for contents in files
+        if not steps_of(contents)
+    ]
+    return found
+
+
 def places(files: Sequence[Contents], notes: List[str]) -> List[int]:
     """Return where each file is in the run: steps, else what it says, else i.
 
@@ -268,7 +283,8 @@ def places(files: Sequence[Contents], notes: List[str]) -> List[int]:
     """
     said = [{**contents.rest, **contents.meta} for contents in files]
     for found in (
-        [steps_of(contents) for contents in files],
+        # 0 before the averages begin, whenever that is
+        [steps_of(contents) or None for contents in files],
         *([as_count(x.get(key)) for x in said] for key in _WHEN),
     ):
         known = [x for x in found if x is not None]
@@ -290,14 +306,14 @@ def places(files: Sequence[Contents], notes: List[str]) -> List[int]:
 def _check_one_run(files: Sequence[Contents], notes: List[str]) -> None:
     """Check that files are of one run, as far as they tell."""
     # a run may have had no averages at first
-    first = next((x for x in files if META in x.rest), files[0])
-    before: Dict[str, Any] = first.rest.get(META, {})
+    first = next((x for x in files if _begun(x)), files[0])
+    before = _begun(first)
     made_by: Dict[str, Tuple[str, str]] = {}
     for contents in files:
-        meta = contents.rest.get(META, before)
+        meta = _begun(contents) or before
         for key, said in (
+            ('restarted', 'were restarted between them (give later ones)'),
             (START, 'started from other weights'),
-            ('restarted', 'were restarted between them'),
         ):
             # as text, because tensors cannot be compared
             if str(meta.get(key)) != str(before.get(key)):
@@ -317,12 +333,17 @@ def _check_one_run(files: Sequence[Contents], notes: List[str]) -> None:
                     f'{contents.path!r}: it was changed in the run, and '
                     f'nobody knows when. {_OTHER}'
                 )
-    silent = [x for x in files if START not in x.rest.get(META, {})]
+    silent = [x for x in files if START not in _begun(x)]
     if silent and len(files) > 1:
         notes.append(
             'nothing in the files says that they are of one run: it is '
             'taken for granted (posthoc=True writes what tells it)'
         )
+
+
+def _begun(contents: Contents) -> Dict[str, Any]:
+    """Return what a file says of its averages; empty before they begin."""
+    return contents.rest.get(META, {}) if steps_of(contents) else {}
 
 
 def _find_start(

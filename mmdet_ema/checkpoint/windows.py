@@ -14,7 +14,8 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from mmdet_ema.averaging.averages import POSTHOC
 from mmdet_ema.checkpoint.combination import Combination
-from mmdet_ema.checkpoint.contents import AVERAGE
+from mmdet_ema.checkpoint.contents import AVERAGE, Contents, as_count
+from mmdet_ema.checkpoint.format import META
 from mmdet_ema.checkpoint.profiles import Profile
 from mmdet_ema.checkpoint.runs import Run
 from mmdet_ema.errors import CheckpointError, OptionError
@@ -50,6 +51,23 @@ def files_of(work_dir: str) -> List[str]:
             f'work_dir of the training.'
         )
     return [os.path.join(work_dir, name) for name in found]
+
+
+def since_restart(
+    files: Sequence[Contents], notes: List[str]
+) -> List[Contents]:
+    """Leave out the files from before averages were restarted the last time.
+
+    Those of the last files have seen nothing of the steps before.
+    """
+    at = [as_count(x.rest.get(META, {}).get('restarted')) or 0 for x in files]
+    notes += [
+        f'{contents.path} is from before the averages were restarted: it is '
+        f'left out'
+        for contents, restarted in zip(files, at)
+        if restarted < max(at)
+    ]
+    return [x for x, restarted in zip(files, at) if restarted == max(at)]
 
 
 def suited_schedule(steps: float, planned: int) -> Schedule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from mmdet_ema.cli import plot
 from mmdet_ema.cli.reports import aligned
@@ -88,8 +88,13 @@ def run(options: argparse.Namespace) -> int:
         )
     from mmdet_ema.checkpoint import saving
     from mmdet_ema.checkpoint.combination import read_files
-    from mmdet_ema.checkpoint.runs import Run, steps_of
-    from mmdet_ema.checkpoint.windows import check_length, files_of, spread
+    from mmdet_ema.checkpoint.runs import Run, steps_of, with_averages
+    from mmdet_ema.checkpoint.windows import (
+        check_length,
+        files_of,
+        since_restart,
+        spread,
+    )
     from mmdet_ema.for_mmengine import tune as evaluation
 
     picture = options.plot or Path(options.work_dir, 'tune.png')
@@ -104,14 +109,15 @@ def run(options: argparse.Namespace) -> int:
     problem = plot.why_not(picture) if can_draw else ''
     if problem:
         raise OptionError(f'{problem}; use --plot.')
-    found_files = read_files(paths)
-    tracked = [x for x in found_files if steps_of(x) is not None]
-    if not tracked:
+    notes: List[str] = []
+    tracked = with_averages(read_files(paths), notes)
+    if not any(map(steps_of, tracked)):
         raise CheckpointError(
             f'no file in {options.work_dir!r} has averages that tell their '
             f'steps: windows are made of those of EMAHook(posthoc=True). The '
             f'mean of the last files is mmdet-ema average --profile lawa:K.'
         )
+    tracked = since_restart(tracked, notes)
     files = Run(tracked)
     if isinstance(lengths, int):
         lengths = spread(lengths, files.steps)
@@ -123,11 +129,8 @@ def run(options: argparse.Namespace) -> int:
             print(f'mmdet-ema: {line}', file=sys.stderr, flush=True)
 
     tell(f'{len(files.files)} files, the last one after {files.steps} steps')
-    for contents in found_files:
-        if steps_of(contents) is None:
-            tell(f'{contents.path} has no averages: it is left out')
     files.look()  # which notes what is not used
-    for note in files.notes:
+    for note in [*notes, *files.notes]:
         tell(note)
     changes = _changes(options.cfg_options)
     with evaluation.runner_of(

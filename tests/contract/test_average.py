@@ -9,6 +9,7 @@ from mmdet_ema.checkpoint.average import average
 from mmdet_ema.checkpoint.combination import read_files
 from mmdet_ema.checkpoint.profiles import parse_profile
 from mmdet_ema.checkpoint.runs import Run as Files
+from mmdet_ema.checkpoint.windows import since_restart
 from mmdet_ema.cli.main import main
 from tests.contract.test_several import more_of
 from tests.contract.toy import EMA, STATISTICS, Run, ToyModel
@@ -79,6 +80,27 @@ def test_as_tracked(run, tracked, name):
     assert found['norm.num_batches_tracked'] == 4 * EPOCHS
 
 
+@pytest.mark.parametrize('posthoc', [True, False])
+@pytest.mark.parametrize('late', [dict(begin_epoch=2), dict(begin_iter=6)])
+def test_files_from_before_the_averages_begin(tmp_path, late, posthoc):
+    """They are left out, and are not taken for the starting weights."""
+    averages = None if posthoc else dict(fast=TRACKED['fast'])
+    spec = dict(KEEPS, **late, posthoc=posthoc, averages=averages)
+    one = Run(tmp_path / 'a', spec, epochs=EPOCHS).train()
+    spec = dict(EMA, **late, averages=TRACKED)
+    two = Run(tmp_path / 'b', spec, epochs=EPOCHS).train()
+    files = read_files(files_of(one))
+    made = average(files, parse_profile('ema:0.97/5'))
+    assert f'{files[0].path} has no averages yet' in made.notes[0]
+    assert made.fit.error < 1e-9
+    expected = more_of(two.load())['exact']['state_dict']
+    for key, value in expected.items():
+        if key not in STATISTICS:
+            torch.testing.assert_close(made.state_dict()[key], value)
+    assert len(average(files, parse_profile('lawa:10')).terms) == EPOCHS
+    assert len(Files(files).files) == EPOCHS
+
+
 def test_with_an_interval(tmp_path):
     """A run that averages every third step."""
     spec = dict(KEEPS, interval=3)
@@ -126,8 +148,14 @@ def test_restart(tmp_path):
     spec = dict(KEEPS, restart_epochs=[2])
     run = Run(tmp_path, spec, epochs=3).train()
     paths = [str(run.load(n).path) for n in (1, 2, 3)]
-    with pytest.raises(CheckpointError, match='started from other weights'):
+    with pytest.raises(CheckpointError, match='restarted between them'):
         average(read_files(paths), parse_profile('lawa:2'))
+    notes = []
+    files = since_restart(read_files(paths), notes)
+    assert paths[1:] == [contents.path for contents in files]
+    assert [f'{paths[0]} is from before the averages were restarted: '] == [
+        note.replace('it is left out', '') for note in notes
+    ]
     made = average(read_files(paths[1:]), parse_profile('ema:0.97/5'))
     assert made.fit.error < 1e-9
 

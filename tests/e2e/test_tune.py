@@ -127,7 +127,7 @@ def test_run_that_had_no_averages_at_first(tools, run):
     words = ('tune', config, folder, '--windows', '2,4')
     text = tools.cli(*words)
     left = folder / 'epoch_2.pth'
-    assert f'{left} has no averages: it is left out' in text
+    assert f'{left} has no averages yet: it is left out' in text
     # of a decay that was changed nothing is used, and that is said
     content['ema_meta']['changed_at'] = 12
     torch.save(content, folder / 'epoch_4.pth')
