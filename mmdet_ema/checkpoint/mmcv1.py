@@ -224,8 +224,12 @@ def names_by_buffer(weights: Mapping[str, Any]) -> Dict[str, List[str]]:
 
 
 def is_of_iteration(path: str) -> bool:
-    """Return whether a file's name says that it was saved by iteration."""
-    return '_iter_' in f'_{os.path.basename(path)}'
+    """Return whether a file's name says that it was saved by iteration.
+
+    mmcv's latest.pth is a link, whose target has the name.
+    """
+    names = map(os.path.basename, (path, os.path.realpath(path)))
+    return any('_iter_' in f'_{name}' for name in names)
 
 
 def _is_swapped(

@@ -70,6 +70,26 @@ def test_tied_names_share_one_tensor(file):
             assert tied is first
 
 
+@pytest.mark.parametrize(
+    'file', ['mmcv1_iter_7.pth', 'mmdet2_iter_7.pth', 'bevdet_epoch_1.pth']
+)
+def test_link_to_the_latest_file(file, tmp_path):
+    """One of mmcv; the name of the file itself tells the roles."""
+    for path in HERE.glob(file.replace('.pth', '*')):
+        shutil.copy(path, tmp_path)
+    link = tmp_path / 'latest.pth'
+    link.symlink_to(file)
+    expected, found = (
+        read_contents(str(tmp_path / x)) for x in (file, link.name)
+    )
+    assert found.format == expected.format
+    assert found.notes == expected.notes
+    assert [*found.sets] == [*expected.sets]
+    for name, weights in expected.sets.items():
+        assert found.sets[name].updates == weights.updates
+        same_lists(lists(found.sets[name]), lists(weights))
+
+
 def test_further_averages_have_their_own_schedule():
     """A file of several averages, with what each was made by."""
     contents = read_contents(str(HERE / 'mmdet_ema.pth'))

@@ -110,6 +110,17 @@ def test_files_resume(kind, runner, priority, tmp_path):
     assert 1 == len([x for x in lines if 'own EMA hook' in x])
 
 
+@pytest.mark.parametrize('kind', list(HOOKS))
+def test_link_resumes_as_its_file_does(kind, tmp_path):
+    """The name of latest.pth does not tell; that of its target does."""
+    run = written(tmp_path, kind, 49, 'iters').train()
+    link = tmp_path / 'latest.pth'
+    assert link.is_symlink()
+    _, saved, _ = resumed(link, 'iters')
+    assert [] == same(raw_after(run, -1), raw_of(saved))
+    assert [] == wrong(run, saved, kind)
+
+
 @pytest.mark.parametrize('by_epoch', [True, False])
 @pytest.mark.parametrize('priority', [49, 'NORMAL', 'VERY_LOW'])
 def test_files_that_an_evaluation_wrote_resume(priority, by_epoch, tmp_path):

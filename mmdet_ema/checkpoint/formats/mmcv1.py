@@ -107,12 +107,12 @@ def _write_buffers(contents: Contents, out: str, whole_state: bool) -> Written:
 
 def _second_of(path: str) -> Optional[str]:
     """Return the path of the averages beside a raw file of BEVDet's."""
-    match = _FIRST.match(path)
+    match = _FIRST.match(path) or _FIRST.match(os.path.realpath(path))
     return f'{match[1]}_ema{match[2]}' if match else None
 
 
 def _first_of(path: str) -> Optional[str]:
-    match = _SECOND.match(path)
+    match = _SECOND.match(path) or _SECOND.match(os.path.realpath(path))
     return f'{match[1]}{match[2]}' if match else None
 
 
