@@ -132,8 +132,19 @@ def look(
         check: Whether to compare every record with its CRC-32.
     """
     with open(path, 'rb') as file:
-        # of a file that was cut off at once there is less, or nothing
-        is_zip = b'PK\3\4'.startswith(file.read(4))
+        start = file.read(40)
+    if start.startswith(b'version https://git-lfs'):
+        raise RefusedError(
+            'is a pointer of Git LFS in the place of a file; fetch that by '
+            'git lfs pull.'
+        )
+    if start.startswith(b'{'):
+        raise RefusedError(
+            'is JSON, as an index of the pieces of a checkpoint is; give the '
+            'pieces.'
+        )
+    # of a file that was cut off at once there is less, or nothing
+    is_zip = b'PK\3\4'.startswith(start[:4])
     find = _look_into_zip if is_zip else _look_into_old
     found = find(path, kind, check)
     if not isinstance(found.content, Mapping):

@@ -152,7 +152,21 @@ def test_missing(tmp_path, monkeypatch, unsafe):
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', unsafe)
     path = str(tmp_path / 'no' / 'a.pth')
     assert f'there is no file {path!r}' in message_of(path)
-    message_of(str(tmp_path))
+    assert 'is a folder; give a file' in message_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ('data', 'said'),
+    [
+        (b'version https://git-lfs.github.com/spec/v1\n', 'by git lfs pull'),
+        (b'{"weight_map": {}}', 'is JSON, as an index of the pieces'),
+    ],
+)
+def test_text_in_the_place_of_a_checkpoint(tmp_path, data, said):
+    """What it is, and where the weights are."""
+    path = tmp_path / 'model.safetensors.index.json'
+    path.write_bytes(data)
+    assert said in message_of(str(path))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +174,6 @@ def test_missing(tmp_path, monkeypatch, unsafe):
     [
         b'not a checkpoint\n',
         b'<html>404</html>',
-        b'version https://git-lfs.github.com/spec/v1\n',
         b'\x89PNG\r\n\x1a\n' + bytes(100),
         bytes(1000),
         pickle.dumps({'state_dict': {}}),
