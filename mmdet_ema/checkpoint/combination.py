@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from mmdet_ema.averaging.averages import MAIN
-from mmdet_ema.checkpoint import recipe, saving
+from mmdet_ema.checkpoint import recipe
 from mmdet_ema.checkpoint.contents import AVERAGE, Contents, read_contents
-from mmdet_ema.checkpoint.extract import meta_for_use
-from mmdet_ema.checkpoint.format import WEIGHTS
+from mmdet_ema.checkpoint.extract import meta_for_use, write_weights
 from mmdet_ema.checkpoint.profiles import Fit
 from mmdet_ema.errors import CheckpointError
 
@@ -157,11 +156,10 @@ class Combination:
         ``made`` is the recipe of ``state``.
         """
         meta, _ = meta_for_use(self.lead[0])
-        content = {'meta': meta, WEIGHTS: state}
         # pickle writes an object that is there twice once: a recipe that was
         # read is to be written as one that was made
-        recipe.add(content, json.loads(json.dumps(made)))
-        return saving.save(content, path, force=force)
+        made = json.loads(json.dumps(made))
+        return write_weights(state, meta, made, path, force=force)
 
     def recipe(self, options: Mapping[str, Any]) -> Dict[str, Any]:
         """Return the recipe of a file with this combination.

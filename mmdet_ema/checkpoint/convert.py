@@ -13,6 +13,7 @@ from mmdet_ema.checkpoint.contents import (
     holds,
     read_contents,
 )
+from mmdet_ema.checkpoint.extract import is_safetensors
 from mmdet_ema.checkpoint.formats import ALIASES, FORMATS
 from mmdet_ema.errors import CheckpointError, OptionError, did_you_mean
 
@@ -61,6 +62,11 @@ def convert(
         OptionError: If there is no such format.
     """
     name = format_name(to)
+    if is_safetensors(out):
+        raise OptionError(
+            f'{out!r}: convert writes files of torch, as the projects do; '
+            f'for one set of weights as safetensors use extract.'
+        )
     saving.check_free(out, force)
     contents = read_contents(path, unsafe=unsafe)
     if recipe is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def extract(
     contents = read_contents(path, unsafe=unsafe)
     name = contents.choose(weights)
     chosen = contents.sets[name]
-    safetensors = safetensors or out.endswith('.safetensors')
+    safetensors = safetensors or is_safetensors(out)
     if recipe is None:
         options = dict(weights=weights, dtype=dtype, safetensors=safetensors)
         recipe = recipes.make('extract', [path], options)
@@ -99,29 +99,50 @@ def extract(
     wanted = None if dtype is None else getattr(torch, dtype)
     chosen = Weights(_cast(chosen.tensors, wanted), metadata=chosen.metadata)
     meta, unread = meta_for_use(contents)
-    place = dict(force=force, add_hash=add_hash)
-    if safetensors:
-        metadata = {'format': 'pt', recipes.KEY: json.dumps(recipe)}
-        try:
-            if meta:
-                metadata[META] = json.dumps(meta)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f'the meta of the file cannot be kept in safetensors '
-                f'({error}); write a .pth file.'
-            ) from None
-        written = saving.save_safetensors(
-            chosen.tensors, out, metadata, **place
-        )
-    else:
-        content = {'meta': meta, WEIGHTS: chosen.state_dict()}
-        recipes.add(content, recipe)
-        written = saving.save(content, out, **place)
+    written = write_weights(
+        *(chosen.state_dict(), meta, recipe, out),
+        force=force,
+        add_hash=add_hash,
+        safetensors=safetensors,
+    )
     lost = [f'{x} of meta, which only its own code reads' for x in unread]
     return Extracted(
         *(written, name, contents.sets[name].role, len(chosen.tensors)),
         *(lost, list(contents.notes)),
     )
+
+
+def write_weights(
+    state: Mapping[str, Tensor],
+    meta: Dict[str, Any],
+    recipe: Mapping[str, Any],
+    out: str,
+    *,
+    force: bool = False,
+    add_hash: bool = False,
+    safetensors: bool = False,
+) -> str:
+    """Write one set of weights, its meta and recipe; return the path."""
+    place = dict(force=force, add_hash=add_hash)
+    if not safetensors and not is_safetensors(out):
+        content = {'meta': meta, WEIGHTS: state}
+        recipes.add(content, recipe)
+        return saving.save(content, out, **place)
+    metadata = {'format': 'pt', recipes.KEY: json.dumps(recipe)}
+    try:
+        if meta:
+            metadata[META] = json.dumps(meta)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'the meta of the file cannot be kept in safetensors ({error}); '
+            f'write a .pth file.'
+        ) from None
+    return saving.save_safetensors(state, out, metadata, **place)
+
+
+def is_safetensors(path: str) -> bool:
+    """Return whether a file of this name is one of safetensors."""
+    return path.endswith('.safetensors')
 
 
 def meta_for_use(contents: Contents) -> Tuple[Dict[str, Any], List[str]]:

@@ -102,6 +102,8 @@ def run(options: argparse.Namespace) -> int:
     # what nobody should wait for is refused before
     if options.plot:
         plot.new_figure(1, 1)
+    if options.out == saving.STDOUT:
+        raise OptionError('the standard output has the table; name a file.')
     if options.out:
         saving.check_free(options.out, options.force)
     lengths = _windows(options.windows)

@@ -12,6 +12,7 @@ from mmdet_ema.checkpoint import recipe
 from mmdet_ema.checkpoint.average import average
 from mmdet_ema.checkpoint.combination import read_files
 from mmdet_ema.checkpoint.contents import read_contents
+from mmdet_ema.checkpoint.diff import diff
 from mmdet_ema.checkpoint.profiles import parse_profile
 from mmdet_ema.cli.average import _HELP
 from mmdet_ema.cli.main import main
@@ -102,6 +103,18 @@ def test_examples_of_the_help(tmp_path, monkeypatch, capsys):
     assert 4 == done
     same_bytes = Path('same_as_e.pth').read_bytes()
     assert Path('c.pth').read_bytes() == same_bytes
+
+
+def test_safetensors(walk, tmp_path):
+    """By its name, as that of extract; it is read again, and repeated."""
+    out, same_out = (tmp_path / f'{x}.safetensors' for x in 'ab')
+    pth = tmp_path / 'a.pth'
+    for path in (out, pth):
+        assert 0 == run(*walk.files, '-o', path, '--profile', 'ema:0.9985/50')
+    assert not diff(str(out), str(pth)).differences
+    assert 'average' == read_contents(str(out)).sets['ema'].role
+    assert 0 == run('--recipe', out, '-o', same_out)
+    assert out.read_bytes() == same_out.read_bytes()
 
 
 def test_recipe(walk, tmp_path, capsys):

@@ -92,6 +92,13 @@ def test_device_is_not_replaced(capsys):
     assert not os.path.isfile('pipe')
 
 
+def test_a_format_is_none_of_safetensors(capsys):
+    """A file of torch by that name would be read by nobody."""
+    assert run('convert epoch_12.pth -o x.safetensors --to timm') == 2
+    assert 'for one set of weights as safetensors' in capsys.readouterr().err
+    assert not os.path.exists('x.safetensors')
+
+
 def test_hash_of_the_standard_output(capsys):
     """It has no name that a hash could be a part of."""
     assert run('extract epoch_12.pth -o - --hash') == 2

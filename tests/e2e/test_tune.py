@@ -155,6 +155,7 @@ def test_recalibrate(tools, run):
     [
         (['none.py', '{run}'], 2, "there is no config file 'none.py'"),
         (['{config}', '{folder}/digits'], 1, 'holds no epoch_N.pth'),
+        (['{config}', '{run}', '-o', '-'], 2, 'has the table; name a file'),
         (['{config}', '{run}', '--windows', 'few'], 2, '--windows few'),
         (['{config}', '{run}', '--windows', '2,99'], 2, 'use 1 to 16'),
         (['{config}', '{run}', '--recalibrate', '-1'], 2, 'out of range'),
