@@ -237,6 +237,7 @@ def test_a_key_tells_which_are_the_averages(keys, n, tmp_path):
     )
     path = tmp_path / 'a.pth'
     content = {'epoch': 3, 'scaler': {'scale': 1.0}, 'args': {'ema': True}}
+    content['meta'] = {'CLASSES': ('a', 'b')}
     content.update({'net_d': {'x': raw['bias']}} if 'net_g' in keys else {})
     content.update({} if keys[0] is None else {keys[0]: raw})
     first, *inner = keys[1].split('.')
@@ -248,6 +249,7 @@ def test_a_key_tells_which_are_the_averages(keys, n, tmp_path):
     torch.save(content, path)
     contents = read_contents(str(path))
     assert contents.choose() == 'ema'
+    assert contents.meta == content['meta']
     ema = contents.sets['ema']
     assert (ema.role, ema.updates) == ('average', n)
     assert f'the key {keys[1]}' in ema.evidence

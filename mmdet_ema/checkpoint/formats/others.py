@@ -356,7 +356,10 @@ def _is_pair(content: Content, path: str) -> bool:
 def _read_pair(content: Content, path: str) -> Contents:
     layout = _pair(content)
     assert layout is not None  # _is_pair() says so
-    return layout.read(content, path)
+    contents = layout.read(content, path)
+    contents.meta = meta_of(content)  # of a hook for OpenMMLab, maybe
+    contents.rest.pop('meta', None)
+    return contents
 
 
 def _place(content: Content) -> Optional[str]:
