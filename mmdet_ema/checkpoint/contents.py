@@ -148,9 +148,10 @@ class Contents:
         raw, average = self.raw, self.sets[name]
         alone = sorted(raw.tensors.keys() ^ average.tensors.keys())
         if alone:
+            few = ', '.join(map(show, alone[:3]))
             raise CheckpointError(
                 f'{self.path!r} ({self.format}) has raw weights or averages '
-                f'alone of {len(alone)} tensors ({", ".join(alone[:3])}); '
+                f'alone of {len(alone)} tensors ({few}); '
                 f'the file is damaged, or of two models.'
             )
         return raw, average

@@ -281,7 +281,7 @@ def is_unsafe_chosen() -> bool:
 
 def _would_run(name: str) -> str:
     return (
-        f'asks for {name[:200]!r} when it is read, which is not a part of '
+        f'asks for {name!r:.200} when it is read, which is not a part of '
         f'weights or plain values and could run code; nothing of the file '
         f'was run. If you trust it, set the environment variable {UNSAFE}=1, '
         f'or use --unsafe of mmdet-ema.'

@@ -14,6 +14,7 @@ from mmdet_ema.checkpoint.contents import (
     Format,
     Weights,
     Written,
+    as_count,
     meta_of,
     rest_of,
     weights_of,
@@ -77,6 +78,7 @@ def _read(content: Content, path: str) -> Contents:
     for key, state in part.states().items():
         progress = read_progress(state)
         schedule = str(state.get('schedule', ''))[:_LONGEST]
+        skipped = state.get('num_skipped', part.meta.get('num_skipped'))
         if key == part.deployed:
             schedule = _scaled(schedule, part.meta)
         sets[key] = weights_of(
@@ -88,8 +90,8 @@ def _read(content: Content, path: str) -> Contents:
             updates=progress.updates,
             steps=progress.steps,
             averaged_steps=progress.averaged,
-            interval=part.meta.get('interval', 1),
-            skipped=state.get('num_skipped', part.meta.get('num_skipped', 0)),
+            interval=as_count(part.meta.get('interval')) or 1,
+            skipped=as_count(skipped) or 0,
             schedule=schedule,
         )
     for weights in sets.values():
