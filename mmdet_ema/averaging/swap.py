@@ -114,24 +114,37 @@ def unmerged(model: nn.Module) -> Iterator[None]:
     that are there then. These have to be the same, so such modules leave it
     before a swap and come back after.
     """
+    with same_modes(model):
+        for module in [x for x in model.modules() if not x.training]:
+            # one that refuses has nothing to take back
+            with contextlib.suppress(Exception):
+                _change(module, True)
+        yield
+
+
+@contextlib.contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Run the body; each module is then in the mode in which it was."""
     modes = {module: module.training for module in model.modules()}
-    merged = [x for x, trains in modes.items() if not trains and _acts(x)]
-    for module in merged:
-        module.train()
     try:
         yield
     finally:
-        for module in merged:
-            module.eval()
+        # a parent takes its children along: these come after it
+        for module, trains in modes.items():
+            _change(module, trains)
         for module, trains in modes.items():
             if module.training != trains:
                 module.training = trains
 
 
-def back_to(module: nn.Module, training: bool) -> None:
-    """Let a module leave a mode in which it may have merged weights."""
-    if module.training != training and _acts(module):
-        module.train(training)
+def _change(module: nn.Module, trains: bool) -> None:
+    """Change the mode of a module that does something as it changes."""
+    if module.training == trains or not _acts(module):
+        return
+    if trains:
+        module.train(True)  # not each has a default
+    else:
+        module.eval()
 
 
 def _acts(module: nn.Module) -> bool:

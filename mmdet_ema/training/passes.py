@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mmdet_ema.averaging.averages import MAIN
-from mmdet_ema.averaging.swap import back_to
+from mmdet_ema.averaging.swap import same_modes
 from mmdet_ema.averaging.tensors import writable
 from mmdet_ema.errors import OptionError, show
 from mmdet_ema.training.options import RAW, Options
@@ -176,11 +176,10 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
         if writable(buffer)
     ]
     try:
-        with same_randomness():
+        # left before attributes come back, which tell what is merged
+        with same_randomness(), same_modes(model):
             yield
     finally:
-        for module, (_, attributes) in zip(modules, before):
-            back_to(module, attributes['training'])
         for live, attributes in before:
             live.clear()
             live.update(attributes)

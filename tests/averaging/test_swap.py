@@ -245,6 +245,69 @@ def test_hook_handles_and_training_mode():
             assert torch.equal(grads[name], parameter.grad)
 
 
+class Merging(nn.Linear):
+    """Adds its low rank to its weight in evaluation mode, as LoRA."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.low_rank = nn.Parameter(torch.ones(4, 4))
+        self.is_merged = False
+
+    def train(self, mode):  # without a default
+        super().train(mode)
+        if mode is self.is_merged:
+            self.weight.data += self.low_rank.data * (-1 if mode else 1)
+            self.is_merged = not mode
+        return self
+
+
+class Frozen(nn.Sequential):
+    """Stays in evaluation mode, but for what is trained in it."""
+
+    def train(self, mode=True):
+        super().train(False)
+        for child in self:
+            if isinstance(child, Merging):
+                child.train(mode)
+        return self
+
+
+class Refusing(nn.Linear):
+    """Is never trained, and says so."""
+
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError('is not trained')
+        return super().train(mode)
+
+
+def parts(model):
+    """The modes of modules, and what is merged."""
+    return [
+        (name, x.training, getattr(x, 'is_merged', None))
+        for name, x in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize('evaluates', [False, True])
+def test_modes_that_are_mixed(evaluates):
+    """Each part is in the mode that it was in, and merged as it was."""
+    refusing = Refusing(4, 4)
+    refusing.training = False
+    frozen = Frozen(nn.BatchNorm1d(4), Merging())
+    model = nn.ModuleList([nn.Linear(4, 4), frozen, refusing])
+    frozen.train(not evaluates)
+    averager = WeightAverager(model)
+    before, state = parts(model), state_of(model)
+    with averager.applied():
+        assert before == parts(model)
+        frozen.train(evaluates)
+    frozen.train(not evaluates)
+    assert before == parts(model)
+    for name, tensor in state_of(model).items():
+        assert torch.allclose(tensor, state[name], atol=1e-6), name
+
+
 # Something strikes at the n-th operator of a swap
 
 ALLOCATING = frozenset(

@@ -1,6 +1,7 @@
 """What a body does to a model and to random generators is undone."""
 
 import contextlib
+import operator
 import random
 
 import numpy as np
@@ -100,6 +101,19 @@ def test_changes_are_undone(change, fails):
     assert model.items is items
     assert model.table is table
     assert model.held is buffer
+
+
+@pytest.mark.parametrize('of', ['jit.script', 'compile'])
+def test_modes_that_are_no_attributes(of):
+    """A module of TorchScript, or compiled, keeps its mode elsewhere."""
+    if of == 'compile' and not hasattr(torch, of):
+        pytest.skip('needs torch 2')
+    change = operator.attrgetter(of)(torch)
+    model = nn.Sequential(change(nn.Linear(2, 2)), nn.Linear(2, 2).eval())
+    before = [module.training for module in model.modules()]
+    with leaving_no_trace(model):
+        model.eval()
+    assert before == [module.training for module in model.modules()]
 
 
 def test_handles_of_hooks_still_remove_them():
