@@ -117,14 +117,19 @@ class EMALifecycle:
         if self.averager is not None:
             self.averager.refresh()
 
-    def follow(self, model: nn.Module) -> None:
-        """Go on with a model that a hook has put in the place of the last."""
+    def follow(self, model: nn.Module, trains: bool = False) -> None:
+        """Go on with a model that a hook has put in the place of the last.
+
+        One that is not trained may be a part, or fused, and be there for an
+        evaluation alone: averages of what it has not would be lost.
+        """
         averager = self.averager
         if (
             averager is None
             or averager.is_applied
             # a wrapper has it inside
             or any(module is averager.model for module in model.modules())
+            or not (trains or _shapes(model) == _shapes(averager.model))
         ):
             return
         averager.model = model
@@ -151,7 +156,7 @@ class EMALifecycle:
                 'goes on from the raw weights.'
             )
             averager.restore()
-        self.follow(model)
+        self.follow(model, trains=True)
         begins = averager is None and has_begun(self.options, iteration, epoch)
         if begins or self._pending is not None:
             averager = self._make_averager(model)
@@ -506,3 +511,8 @@ class EMALifecycle:
         if line not in self._warned:
             self._warned.add(line)
             self._log.warning(line)
+
+
+def _shapes(model: nn.Module) -> Dict[str, Sequence[int]]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.shape for name, tensor in named}

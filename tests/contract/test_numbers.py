@@ -217,6 +217,23 @@ def test_another_model_in_the_place_of_the_last(tmp_path):
     assert low == same(seen, saved.averages)
 
 
+class OtherForEvaluation(Hook):
+    """Has a model with less in it evaluated, and the first one trained."""
+
+    def after_train_epoch(self, runner):
+        self.trained, runner.model = runner.model, copy.deepcopy(runner.model)
+        runner.model.low = torch.nn.Parameter(runner.model.low[:1].detach())
+
+    def before_train_epoch(self, runner):
+        runner.model = getattr(self, 'trained', runner.model)
+
+
+def test_another_model_for_evaluations(tmp_path):
+    """The averages of what it has not are not lost."""
+    run = Run(tmp_path, EMA, OtherForEvaluation(), epochs=3).train()
+    assert {} == run.wrong(run.load(), ramp)
+
+
 class Replace(Hook):
     """Replaces a buffer and the data of a parameter between epochs."""
 
