@@ -281,6 +281,24 @@ def test_averages_that_are_not_read_are_said(others, tmp_path):
     assert [x.split()[1] for x in contents.notes] == [*others]
 
 
+@pytest.mark.parametrize(
+    'others',
+    [
+        {'grad_ema': {'a': torch.ones(1)}},  # Grokfast's
+        {'ema_optimizer': {'a': torch.ones(1)}},
+        {'ema_loss': {'a': torch.ones(1)}},
+        {'ema': {'a': torch.ones(2, 3)}},
+    ],
+)
+def test_averages_of_something_else(others, tmp_path):
+    """They are not taken for weights."""
+    path = tmp_path / 'a.pth'
+    torch.save({'model': {'a': torch.zeros(1)}, **others}, path)
+    contents = read_contents(str(path))
+    assert contents.format == 'plain'
+    assert [0] == contents.sets[contents.choose()].tensors['a'].tolist()
+
+
 def test_averages_of_a_part_of_the_model(tmp_path):
     """They are not filled up with raw weights of other names."""
     path = tmp_path / 'a.pth'

@@ -298,24 +298,30 @@ _PLACES = (
     *('weights', 'params', 'net', 'model_state'),
 )
 _AVERAGES = {'ema', 'swa', 'average', 'averaged'}
+# by parameter, too, and no weights
+_OF_OTHERS = {
+    *('grad', 'grads', 'gradient', 'gradients', 'loss', 'losses', 'optim'),
+    *('optimizer', 'square', 'squared', 'variance', 'fisher'),
+}
 
 
 def _says_average(key: Any) -> bool:
     words = re.split('[^a-z]+', key.lower()) if isinstance(key, str) else ()
-    return not _AVERAGES.isdisjoint(words)
+    return not _AVERAGES.isdisjoint(words) and _OF_OTHERS.isdisjoint(words)
 
 
-def _names(weights: Any, prefix: str = '') -> Set[str]:
-    """Return the names of tensors; empty if it is not a dict of them."""
+def _names(weights: Any, prefix: str = '') -> Set[Tuple[str, Tuple[int, ...]]]:
+    """Return names and shapes of tensors; empty if it is no dict of them."""
     if not is_weights(weights) or not all(isinstance(x, str) for x in weights):
         return set()
-    return {*weights_of(weights, prefix).tensors}
+    tensors = weights_of(weights, prefix).tensors
+    return {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _pair(content: Content) -> Optional[Layout]:
     """Return where averages are that only their key tells, as ``params_ema``.
 
-    Beside them may be one dict with the same names: the raw weights.
+    Beside them may be one dict with the same tensors: the raw weights.
     """
     paths = [
         path
