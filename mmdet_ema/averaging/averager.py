@@ -440,6 +440,7 @@ class WeightAverager:
             )
         if self.is_applied:
             return
+        self.wait()  # what is merged is written into the raw weights
         with unmerged(self.model):
             self.refresh()
             known = {id(entry.raw) for entry in self.entries}
