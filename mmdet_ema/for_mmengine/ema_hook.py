@@ -341,10 +341,11 @@ class EMAHook(Hook):  # type: ignore[misc]
     def before_val_epoch(self, runner: Any) -> None:
         """Put the averages into the model."""
         if self.enabled and not self._evaluates:
-            self._life.tell_evaluation(self._weights)
             model = self._present_model(runner)
+            # which makes the averages of a file that was resumed
             self._life.enter_evaluation(model, self._weights)
             self._evaluates = True
+            self._life.tell_evaluation(self._weights)
 
     before_test_epoch = before_val_epoch
 

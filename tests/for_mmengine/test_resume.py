@@ -270,6 +270,7 @@ def test_what_comes_before_a_resumed_training_changes_nothing(tmp_path, first):
     options = dict(max_epochs=3, resume=True, load_from=file)
     run = Run(tmp_path / 'rest', EMA, **options)
     getattr(run.runner, first)()
+    assert (first == 'val') is ('evaluating the averages (n=4)' in run.log)
     # else the weights would be initialised anew when training starts
     run.model.init_weights = lambda: None
     run.train()
