@@ -114,8 +114,8 @@ def unmerged(model: nn.Module) -> Iterator[None]:
     that are there then. These have to be the same, so such modules leave it
     before a swap and come back after.
     """
-    with same_modes(model):
-        for module in [x for x in model.modules() if not x.training]:
+    with same_modes(model) as modes:
+        for module in [x for x, trains in modes.items() if not trains]:
             # one that refuses has nothing to take back
             with contextlib.suppress(Exception):
                 _change(module, True)
@@ -123,11 +123,16 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def same_modes(model: nn.Module) -> Iterator[None]:
+def same_modes(model: nn.Module) -> Iterator[Dict[nn.Module, bool]]:
     """Run the body; each module is then in the mode in which it was."""
-    modes = {module: module.training for module in model.modules()}
+    modes = {
+        module: module.training
+        for module in model.modules()
+        # one that TorchScript has frozen has none
+        if hasattr(module, 'training')
+    }
     try:
-        yield
+        yield modes
     finally:
         # a parent takes its children along: these come after it
         for module, trains in modes.items():

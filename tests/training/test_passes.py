@@ -110,9 +110,13 @@ def test_modes_that_are_no_attributes(of):
         pytest.skip('needs torch 2')
     change = operator.attrgetter(of)(torch)
     model = nn.Sequential(change(nn.Linear(2, 2)), nn.Linear(2, 2).eval())
+    # which has none
+    frozen = torch.jit.freeze(torch.jit.script(nn.Linear(2, 2).eval()))
     before = [module.training for module in model.modules()]
+    model.add_module('frozen', frozen)
     with leaving_no_trace(model):
         model.eval()
+    del model.frozen
     assert before == [module.training for module in model.modules()]
 
 
