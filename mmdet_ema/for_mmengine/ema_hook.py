@@ -422,7 +422,8 @@ class EMAHook(Hook):  # type: ignore[misc]
             checkpoints.refuse_foreign(checkpoint, self._log)
             if runners.is_deepspeed(runner):
                 optimizers = []  # has their states in files of its own
-            self._life.resume(checkpoint, model, optimizers)
+            evaluates = runners.only_evaluates(runner)
+            self._life.resume(checkpoint, model, optimizers, evaluates)
             meta = checkpoint['meta']
             self._epoch_samples = read_count(meta, EPOCH_SAMPLES, 0)
         else:

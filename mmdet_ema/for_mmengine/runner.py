@@ -208,6 +208,14 @@ def is_training(runner: Any) -> bool:
     return isinstance(runner._train_loop, BaseLoop)
 
 
+def only_evaluates(runner: Any) -> bool:
+    """Return whether a validation or test was begun, and no training."""
+    loops = runner._val_loop, runner._test_loop
+    return not is_training(runner) and any(
+        isinstance(loop, BaseLoop) for loop in loops
+    )
+
+
 def is_in_resume(runner: Any) -> bool:
     """Return whether ``runner.resume`` is running.
 

@@ -446,9 +446,15 @@ class EMALifecycle:
         checkpoint: Checkpoint,
         model: nn.Module,
         optimizers: Sequence[Any],
+        evaluates: bool = False,
     ) -> None:
-        """Go on from a checkpoint; see ``resume.for_resume``."""
+        """Go on from a checkpoint; see ``resume.for_resume``.
+
+        With ``evaluates`` it is evaluated first, and nothing may follow.
+        """
         options, log = self.options, self._log
+        if evaluates:
+            resume.check_evaluated(checkpoint, model, options, log)
         self._expect(
             resume.for_resume(checkpoint, model, optimizers, options, log)
         )

@@ -9,7 +9,7 @@ raises a :class:`CheckpointError`.
 
 from __future__ import annotations
 
-from typing import Any, Mapping, MutableMapping, Optional, Sequence
+from typing import Any, List, Mapping, MutableMapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -91,12 +91,31 @@ def for_evaluation(
     Returns the EMA part if averages have to be put in for an evaluation: then
     the raw weights load. None if what loads is evaluated.
     """
+    part = check_evaluated(checkpoint, model, options, log)
+    if part is None:
+        return None
+    passes = _passes(options)
+    log.info(f'EMA: evaluating {sets_of_weights(passes)} (n={part.steps}).')
+    if passes == [part.deployed]:
+        return None
+    put_raw(checkpoint, part)
+    if passes == [RAW]:
+        return None
+    part.check(model, False, log)
+    return part
+
+
+def check_evaluated(
+    checkpoint: Checkpoint, model: nn.Module, options: Options, log: Any
+) -> Optional[EMAPart]:
+    """Refuse a checkpoint that has not the weights to evaluate.
+
+    Returns its EMA part; None if there is none, and what loads is evaluated.
+    """
     lacking = check_architecture(checkpoint, model)
     if lacking:
         log.warning(f'EMA: {lacking}')
-    passes = [*options.passes]
-    if not options.enabled:
-        passes = passes[-1:]  # there is no second pass
+    passes = _passes(options)
     if passes == [MAIN]:
         # state_dict is all that is needed, even if the rest is damaged
         part = _if_readable(checkpoint, log)
@@ -123,14 +142,12 @@ def for_evaluation(
             f'evaluate={shown!r}: the checkpoint has no averages '
             f'{", ".join(lost)}; it has {", ".join(there)}.'
         )
-    log.info(f'EMA: evaluating {sets_of_weights(passes)} (n={part.steps}).')
-    if passes == [part.deployed]:
-        return None
-    put_raw(checkpoint, part)
-    if passes == [RAW]:
-        return None
-    part.check(model, False, log)
     return part
+
+
+def _passes(options: Options) -> List[str]:
+    # a hook that is off adds no second pass
+    return [*options.passes] if options.enabled else [options.passes[-1]]
 
 
 def tell_sets(

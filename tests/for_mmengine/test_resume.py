@@ -6,10 +6,12 @@ from mmengine.hooks import EMAHook as PeerHook
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
+from mmdet_ema import CheckpointError
 from tests import oracle
 from tests.for_mmengine.toy import (
     SAFELY,
     Run,
+    Score,
     ToyModel,
     loader,
     same,
@@ -276,6 +278,23 @@ def test_what_comes_before_a_resumed_training_changes_nothing(tmp_path, first):
     run.train()
     left, right = (r.load('epoch_3.pth') for r in (whole, run))
     assert ema_equal(left, right) == []
+
+
+@pytest.mark.parametrize('kind', ['val', 'test'])
+def test_dumped_config_of_a_resumed_run_refuses_as_any(tmp_path, kind):
+    """It says resume=True, and ``tools/test.py`` resumes what it is given."""
+    Run(tmp_path / 'a', max_epochs=1).train()
+    run = Run(
+        tmp_path / 'b',
+        dict(EMA, evaluate='both'),
+        resume=True,
+        load_from=str(tmp_path / 'a' / 'epoch_1.pth'),
+        test_dataloader=loader(4, seed=1),
+        test_cfg=dict(),
+        test_evaluator=Score(),
+    )
+    with pytest.raises(CheckpointError, match='holds one set of weights'):
+        getattr(run.runner, kind)()
 
 
 def test_average_shown_by_hand_does_not_leak_into_training(tmp_path):
