@@ -13,6 +13,7 @@ import os
 import re
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
+import mmcv
 import torch
 from mmcv import Config
 from mmcv.fileio.file_client import HardDiskBackend
@@ -153,19 +154,15 @@ def save_whole(runner: Any, method: Method, *args: Any, **kwargs: Any) -> None:
 
     Old files, and the link to the newest one, go when the new one is there.
     """
-    call = inspect.signature(method).bind(*args, **kwargs)
-    call.apply_defaults()
-    # mmcv removes the link before it makes the next
-    links = os.name == 'posix' and call.arguments.get('create_symlink', False)
-    if links:
-        call.arguments['create_symlink'] = False
+
+    def link(target: str, path: Any, *args: Any, **kwargs: Any) -> None:
+        folder.link_whole(target, str(path))
+
+    # not by the name that was written: some runners write files themselves
     with patches.moving_into_place(
         HardDiskBackend, runner.hooks, 'file_client'
-    ) as written:
-        method(*call.args, **call.kwargs)
-        if links and written:
-            place, name = os.path.split(written[-1])
-            folder.link_whole(name, os.path.join(place, 'latest.pth'))
+    ), replacing(mmcv, 'symlink', link):
+        method(*args, **kwargs)
 
 
 def save_and_stop(runner: Any, sigterm: Sigterm, samples: int) -> None:

@@ -1,12 +1,15 @@
 """Runs that are put together in unusual ways."""
 
 import inspect
+import os
 
+import mmcv
 import pytest
 import torch
 from mmcv.parallel import MMDataParallel
 from mmcv.runner import EpochBasedRunner, EvalHook, Hook, IterBasedRunner
 from mmcv.runner.builder import RUNNERS
+from mmcv.runner.checkpoint import get_state_dict
 from torch import nn
 
 from mmdet_ema import OptionError
@@ -72,6 +75,31 @@ def test_runner_that_saves_the_wrapped_model(tmp_path):
     saved = run.load('own_2.pth')['state_dict']
     plain = {name[len('module.') :]: value for name, value in saved.items()}
     assert [] == wrong(run, plain, 8)
+
+
+@RUNNERS.register_module(force=True)
+class OwnFiles(EpochBasedRunner):
+    """Writes files itself, as the runners for apex that came with Swin."""
+
+    def save_checkpoint(
+        self, out_dir, filename_tmpl='', create_symlink=True, **kwargs
+    ):
+        name = filename_tmpl or f'epoch_{self.epoch + 1}.pth'
+        meta = dict(self.meta, epoch=self.epoch + 1, iter=self.iter)
+        content = dict(state_dict=get_state_dict(self.model), meta=meta)
+        torch.save(content, f'{out_dir}/{name}')
+        if create_symlink:
+            mmcv.symlink(name, f'{out_dir}/latest.pth')
+
+
+@pytest.mark.parametrize('safe', [True, False])
+def test_runner_that_writes_files_itself(safe, tmp_path):
+    """Its link names its newest file, which has the averages."""
+    hook = dict(EMA, safe_save=safe)
+    run = Run(tmp_path, hook, runner=dict(type='OwnFiles', max_epochs=2))
+    run.train()
+    assert 'epoch_2.pth' == os.readlink(tmp_path / 'latest.pth')
+    assert [] == wrong(run, run.load('latest.pth')['state_dict'], 8)
 
 
 class Namesake(ToyModel):
