@@ -7,7 +7,12 @@ import re
 from typing import Any, List, Mapping, Tuple
 
 from mmcv.parallel import is_module_wrapper
-from mmcv.runner import DistEvalHook, EpochBasedRunner, EvalHook
+from mmcv.runner import (
+    DistEvalHook,
+    EpochBasedRunner,
+    EvalHook,
+    OptimizerHook,
+)
 from mmcv.utils.logging import logger_initialized
 from torch import nn
 from torch.optim import Optimizer
@@ -57,10 +62,20 @@ def choose_by(hook: Any, metrics: Mapping[str, Any]) -> Tuple[str, bool]:
     return name, hook.rule != 'less'
 
 
+def accumulation_of(hook: Any) -> int:
+    """Return the iterations to one step, if the hook is to know."""
+    names = ['cumulative_iters']
+    if isinstance(hook, OptimizerHook):
+        # DistOptimizerHook of OpenSelfSup and of the code that came with Swin
+        names.append('update_interval')
+    found = [getattr(hook, name, None) for name in names]
+    return max([x for x in found if isinstance(x, int)], default=1)
+
+
 def facts_of(runner: Any, loader: Any = None) -> RunFacts:
     """Return the run as planned; it trains on ``loader``, or what it reads."""
     by_epoch = runner.max_epochs is not None
-    counts = [getattr(hook, 'cumulative_iters', 1) for hook in runner.hooks]
+    counts = [accumulation_of(hook) for hook in runner.hooks]
     loader = getattr(runner, 'data_loader', None) if loader is None else loader
     loader = getattr(loader, '_dataloader', loader)
     # the tools of mmdet 2 put its text there

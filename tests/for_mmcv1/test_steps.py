@@ -1,5 +1,7 @@
 """Steps, not iterations, whatever mmcv's hooks do with the optimizer."""
 
+import math
+
 import pytest
 import torch
 from mmcv.runner import (
@@ -30,12 +32,29 @@ def meta_of(run, name):
     return message['ema_meta']
 
 
-def check(run, steps, name='epoch_2.pth'):
+def check(run, steps, name='epoch_2.pth', decay_of=None):
     """The file has the average of the steps that were taken."""
     saved = run.load(name)
     assert steps == len(run.records) == meta_of(run, name)[STEPS]
-    assert [] == wrong(run, saved['state_dict'], steps)
+    if decay_of is None:
+        assert [] == wrong(run, saved['state_dict'], steps)
+    else:
+        assert {} == run.wrong(saved['state_dict'], decay_of)
     assert [] == same(raw_of(saved), run.records[-1])
+
+
+class DistOptimizerHook(OptimizerHook):
+    """Accumulates as the hooks of that name in many projects."""
+
+    def __init__(self, update_interval=1):
+        super().__init__()
+        self.update_interval = update_interval
+
+    def after_train_iter(self, runner):
+        (runner.outputs['loss'] / self.update_interval).backward()
+        if self.every_n_iters(runner, self.update_interval):
+            runner.optimizer.step()
+            runner.optimizer.zero_grad()
 
 
 OPTIMIZER_HOOKS = [
@@ -43,6 +62,7 @@ OPTIMIZER_HOOKS = [
     (lambda: OptimizerHook(detect_anomalous_params=True), 8),
     (lambda: GradientCumulativeOptimizerHook(cumulative_iters=2), 4),
     (lambda: GradientCumulativeOptimizerHook(cumulative_iters=3), 3),
+    (lambda: DistOptimizerHook(update_interval=2), 4),
     (lambda: Fp16OptimizerHook(loss_scale='dynamic'), 8),
     (lambda: Fp16OptimizerHook(grad_clip=dict(max_norm=0.1)), 8),
     (lambda: GradientCumulativeFp16OptimizerHook(cumulative_iters=3), 3),
@@ -136,6 +156,22 @@ def test_several_optimizers_step_once_an_iteration(tmp_path):
     ).train()
     assert 8 == meta_of(run, 'epoch_2.pth')[STEPS]
     assert 8 == len(optimizers['head'].records)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: GradientCumulativeOptimizerHook(cumulative_iters=2),
+        lambda: DistOptimizerHook(update_interval=2),
+    ],
+)
+def test_accumulation_is_known(make, tmp_path):
+    """The plan has the steps that will be taken, not the iterations."""
+    hook = dict(type='EMAHook', decay='auto')
+    epochs = dict(max_epochs=10)
+    run = Run(tmp_path, hook, optimizer_config=make(), runner=epochs).train()
+    check(run, 20, 'epoch_10.pth', lambda n: 0.5 * (1 - math.exp(-n)))
+    assert 8 == meta_of(run, 'epoch_10.pth')['batch_size']
 
 
 def test_batch_size_is_known(tmp_path):
