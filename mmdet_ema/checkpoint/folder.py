@@ -27,6 +27,7 @@ from mmdet_ema.checkpoint.files import (
     read_structure,
     sync_folder,
 )
+from mmdet_ema.checkpoint.mapped import read_file
 from mmdet_ema.errors import CheckpointError
 
 STOPPED = 'sigterm_iter_{}.pth'
@@ -199,7 +200,8 @@ def newer_best(
             continue
         path = os.path.join(folder, name)
         with contextlib.suppress(CheckpointError, KeyError, TypeError):
-            content = read_structure(path)
+            # not its structure alone: a score may be a scalar of NumPy
+            content = read_file(path)
             best, score = told(content)
             when = content['meta']['iter']
             if os.path.basename(best) == name and when <= iteration:

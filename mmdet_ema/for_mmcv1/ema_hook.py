@@ -153,6 +153,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         # batches that are left out: they were trained before the resume
         self.skips = self._epoch_samples = 0
         self._resumed_from = ''
+        self._messages: Dict[str, Any] = {}  # of other hooks, in that file
         self._config: Optional[str] = None
         self._in_hook = self._stays_raw = False
         # how often parameters were written to before the averages came in
@@ -268,6 +269,7 @@ class EMAHook(Hook):  # type: ignore[misc]
         optimizers = runners.optimizers_of(runner)
         self._life.resume(checkpoint, model, optimizers)
         meta = checkpoint.get('meta', {})
+        self._messages = meta.get('hook_msgs', {})
         self._epoch_samples = read_count(meta, EPOCH_SAMPLES, 0)
         # the runner would take it into later files
         meta.pop(EPOCH_SAMPLES, None)
@@ -277,8 +279,12 @@ class EMAHook(Hook):  # type: ignore[misc]
     def after_resume(self, runner: Any) -> None:
         """Go on after the iteration that was saved.
 
-        ``IterBasedRunner`` would train it a second time.
+        ``IterBasedRunner`` would train it a second time, and forget the best
+        score.
         """
+        if runner.max_epochs is None:
+            runner.meta = runner.meta or {}
+            runner.meta.setdefault('hook_msgs', {}).update(self._messages)
         if self._config is not None and runner.meta is not None:
             runner.meta.setdefault('config', self._config)
         if runner.max_epochs is None and self._saved_iteration:

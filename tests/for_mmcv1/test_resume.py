@@ -1,11 +1,21 @@
 """Stop and resume, fine-tune, and what is in the files."""
 
+import numpy as np
 import pytest
 import torch
 from mmcv.runner import RUNNERS, EpochBasedRunner, load_checkpoint
 
 from mmdet_ema import CheckpointError
-from tests.for_mmcv1.toy import EMA, Lines, Run, ToyModel, quiet, raw_of, same
+from tests.for_mmcv1.toy import (
+    EMA,
+    Lines,
+    Run,
+    ToyData,
+    ToyModel,
+    quiet,
+    raw_of,
+    same,
+)
 
 EPOCHS = dict(max_epochs=4)
 
@@ -146,3 +156,37 @@ def test_missing_file_is_named(tmp_path):
     hook = dict(EMA, resume_from='nowhere.pth')
     with pytest.raises(CheckpointError, match=r'no file .*nowhere\.pth'):
         Run(tmp_path, hook).train()
+
+
+@pytest.mark.parametrize('best', [1, 2], ids=['known', 'newer'])
+@pytest.mark.parametrize('runner', ['EpochBasedRunner', 'IterBasedRunner'])
+def test_best_score_is_a_scalar_of_numpy(runner, best, tmp_path, monkeypatch):
+    """The best file stays the best one, as for mmseg's mIoU.
+
+    That of the last evaluation was written after the file that is resumed.
+    """
+    scores = iter([0.9, 0.5, 0.1] if best == 1 else [0.5, 0.9, 0.1])
+
+    def evaluate(self, results, **kwargs):
+        return dict(mAP=np.float64(next(scores)))
+
+    monkeypatch.setattr(ToyData, 'evaluate', evaluate)
+    by_epoch = runner == 'EpochBasedRunner'
+    every = dict(interval=1 if by_epoch else 4, by_epoch=by_epoch)
+    length, unit = ('max_epochs', 1) if by_epoch else ('max_iters', 4)
+
+    def run(units):
+        return Run(
+            tmp_path,
+            EMA,
+            runner=dict([('type', runner), (length, units * unit)]),
+            checkpoint=dict(every),
+            evaluation=dict(every, save_best='mAP'),
+        )
+
+    run(2).train()
+    name = 'epoch' if by_epoch else 'iter'
+    rest = run(3).train(resume=tmp_path / f'{name}_{2 * unit}.pth')
+    assert 0.9 == rest.runner.meta['hook_msgs']['best_score']
+    found = [path.name for path in tmp_path.glob('best_*')]
+    assert [f'best_mAP_{name}_{best * unit}.pth'] == found
