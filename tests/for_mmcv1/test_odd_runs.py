@@ -7,7 +7,13 @@ import mmcv
 import pytest
 import torch
 from mmcv.parallel import MMDataParallel
-from mmcv.runner import EpochBasedRunner, EvalHook, Hook, IterBasedRunner
+from mmcv.runner import (
+    HOOKS,
+    EpochBasedRunner,
+    EvalHook,
+    Hook,
+    IterBasedRunner,
+)
 from mmcv.runner.builder import RUNNERS
 from mmcv.runner.checkpoint import get_state_dict
 from torch import nn
@@ -231,3 +237,47 @@ def test_priority_is_that_of_the_registration(tmp_path):
     assert not hasattr(type(hook)(), 'priority')
     with pytest.raises(OptionError, match='decay'):
         type(hook)(decay=2)
+
+
+class TeacherAndStudent(nn.Module):
+    """A frozen teacher, whose outputs are evaluated, beside a student."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = ToyModel()
+        self.teacher = ToyModel().requires_grad_(False)
+
+    def forward(self, inputs, return_loss=True, **kwargs):
+        chosen = self.student if return_loss else self.teacher
+        return chosen(inputs, return_loss=return_loss, **kwargs)
+
+    def train_step(self, data, optimizer=None, **kwargs):
+        return self.student.train_step(data, optimizer, **kwargs)
+
+
+@HOOKS.register_module(force=True)
+class MeanTeacher(Hook):
+    """Averages parameters and buffers, as such hooks do, by ``data``."""
+
+    def after_train_iter(self, runner):
+        student = runner.model.student.state_dict()
+        for name, value in runner.model.teacher.state_dict().items():
+            if value.is_floating_point():
+                value.data.lerp_(student[name].to(value), 0.1)
+
+
+def test_teacher_that_another_hook_averages(tmp_path):
+    """It is evaluated and saved as it is; the student is averaged."""
+    model = TeacherAndStudent()
+    hook = dict(EMA, copied=['teacher.*'])
+    run = Run(tmp_path, dict(type='MeanTeacher'), hook, model=model).train()
+    weights = run.load('epoch_2.pth')['state_dict']
+    for found in (weights, run.recorder.seen[-1][1]):
+        teacher = {
+            name[len('teacher.') :]: value
+            for name, value in found.items()
+            if name.startswith('teacher.')
+        }
+        assert [] == same(teacher, state_of(model.teacher))
+    student = {k: x for k, x in weights.items() if k.startswith('student.')}
+    assert [] == wrong(run, student, 8)

@@ -179,7 +179,7 @@ def test_best_score_is_a_scalar_of_numpy(runner, best, tmp_path, monkeypatch):
         return Run(
             tmp_path,
             EMA,
-            runner=dict([('type', runner), (length, units * unit)]),
+            runner={'type': runner, length: units * unit},
             checkpoint=dict(every),
             evaluation=dict(every, save_best='mAP'),
         )
