@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import types
-from typing import Any, Callable, Iterable, Iterator, List, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 from mmdet_ema.checkpoint.files import write_whole
 from mmdet_ema.checkpoint.folder import RemovesLater, newer_best
@@ -60,19 +60,14 @@ def remove_later(hooks: Iterable[Any], backend: str) -> None:
 @contextlib.contextmanager
 def moving_into_place(
     kind: Any, hooks: Iterable[Any], backend: str
-) -> Iterator[List[str]]:
-    """Let backends of a kind write whole files in the body; old ones go then.
-
-    Yields the paths that are written.
-    """
-    written: List[str] = []
+) -> Iterator[None]:
+    """Let backends of a kind write whole files here; old ones go then."""
 
     def put(self: Any, content: bytes, path: Any) -> None:
         write_whole(str(path), content)
-        written.append(str(path))
 
     with replacing(kind, 'put', put):
-        yield written
+        yield
     for hook in hooks:
         found = getattr(hook, backend, None)
         if isinstance(found, RemovesLater):
