@@ -305,6 +305,8 @@ def _flag(name: str, value: Any) -> str:
 def choose_weights(cfg: Any, weights: Any) -> str:
     """Make a config test these weights; None for those that it says."""
     add_ema(cfg, {})
+    # a resumed run dumps it so, and weights alone are nothing to resume
+    cfg.resume = False
     for hook in _ema_hooks(cfg) if weights else ():
         if _kind(hook) not in _FOREIGN:
             for flag in _ON:

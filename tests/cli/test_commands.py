@@ -93,10 +93,11 @@ def test_package_is_imported_beside_others(before):
 
 @pytest.mark.parametrize('kind', ['EMAHook', 'mmdet.EMAHook'])
 def test_weights_are_chosen_on_the_hook_of_the_config(kind):
-    """The option goes to the hook that is there."""
-    cfg = Config(dict(custom_hooks=[dict(type=kind)]))
+    """The option goes to the hook that is there; nothing is resumed."""
+    cfg = Config(dict(custom_hooks=[dict(type=kind)], resume=True))
     choose_weights(cfg, 'raw')
     assert cfg.custom_hooks == [dict(type=kind, evaluate='raw')]
+    assert cfg.resume is False
 
 
 @pytest.mark.parametrize('own', ['EMAHook', 'ExpMomentumEMAHook'])

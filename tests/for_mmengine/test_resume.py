@@ -280,19 +280,38 @@ def test_what_comes_before_a_resumed_training_changes_nothing(tmp_path, first):
     assert ema_equal(left, right) == []
 
 
-@pytest.mark.parametrize('kind', ['val', 'test'])
-def test_dumped_config_of_a_resumed_run_refuses_as_any(tmp_path, kind):
-    """It says resume=True, and ``tools/test.py`` resumes what it is given."""
-    Run(tmp_path / 'a', max_epochs=1).train()
-    run = Run(
+def a_tester(tmp_path, evaluate, resume=True):
+    """A runner as ``tools/test.py`` makes one of a config that was dumped.
+
+    That of a run that was resumed says ``resume=True``.
+    """
+    return Run(
         tmp_path / 'b',
-        dict(EMA, evaluate='both'),
-        resume=True,
+        dict(EMA, evaluate=evaluate),
+        resume=resume,
         load_from=str(tmp_path / 'a' / 'epoch_1.pth'),
         test_dataloader=loader(4, seed=1),
         test_cfg=dict(),
         test_evaluator=Score(),
     )
+
+
+@pytest.mark.parametrize('evaluate', ['ema', 'raw', 'both'])
+def test_dumped_config_of_a_resumed_run_tests_the_same(tmp_path, evaluate):
+    """Whether the framework resumes the file or loads it."""
+    Run(tmp_path / 'a', EMA, max_epochs=1).train()
+    found, expected = (
+        a_tester(tmp_path, evaluate, resume).runner.test()
+        for resume in (True, False)
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize('kind', ['val', 'test'])
+def test_dumped_config_of_a_resumed_run_refuses_as_any(tmp_path, kind):
+    """A file without the weights that are asked for."""
+    Run(tmp_path / 'a', max_epochs=1).train()
+    run = a_tester(tmp_path, 'both')
     with pytest.raises(CheckpointError, match='holds one set of weights'):
         getattr(run.runner, kind)()
 
