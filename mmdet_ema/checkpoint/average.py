@@ -14,12 +14,7 @@ from torch import Tensor
 
 from mmdet_ema.checkpoint import profiles
 from mmdet_ema.checkpoint.combination import Combination, Term
-from mmdet_ema.checkpoint.contents import (
-    AVERAGE,
-    RAW,
-    UNKNOWN,
-    Contents,
-)
+from mmdet_ema.checkpoint.contents import AVERAGE, RAW, UNKNOWN, Contents
 from mmdet_ema.checkpoint.profiles import Profile
 from mmdet_ema.checkpoint.runs import Run, places, with_averages
 from mmdet_ema.errors import CheckpointError, OptionError, show

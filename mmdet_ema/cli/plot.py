@@ -24,9 +24,8 @@ def draw(
     """Draw metrics by weights, decay and distance of a run; return the path.
 
     Where the run was resumed or begun anew, what was done last counts. The
-    metric is by
-    default the one of which the logs have values of several sets of weights,
-    an mAP before others.
+    metric is by default the one of which the logs have values of several sets
+    of weights, an mAP before others.
     """
     lines = read_lines(work_dir)
     metrics, decays, distances = read_curves(lines)
@@ -134,8 +133,7 @@ def write(figure: Any, path: Path) -> None:
             f'another picture.'
         ) from None
     finally:
-        if beside.exists():
-            beside.unlink()
+        beside.unlink(missing_ok=True)
 
 
 def read_lines(work_dir: Path) -> List[Dict[str, Any]]:
